@@ -1,0 +1,223 @@
+"""The command line: one verb a word, exit codes, and the one place where an error is printed.
+
+Imports are made where they are used, so that `--help` costs little and only what trains or samples imports torch.
+"""
+
+import difflib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from tetrad.errors import EXIT_STOPPED, Stopped, UserError
+
+T = TypeVar("T")
+_STAGE_TABLES = {
+    "tokenizer": ("tokenizer",),
+    "pretrain": ("pretrain", "model", "optim", "run"),
+    "sft": ("sft", "optim", "run"),
+    "reward": ("reward", "optim", "run"),
+    "ppo": ("ppo", "optim", "run"),
+    "evaluate": ("evaluate", "sampling", "run"),
+}
+_VERBS = {
+    "run": ("RECIPE.toml", "all stages in order; done ones are skipped, a stopped one goes on where it stopped"),
+    "tokenizer": ("RECIPE.toml", "the one stage: learn a tokenizer"),
+    "pretrain": ("RECIPE.toml", "the one stage: pre-train on documents"),
+    "sft": ("RECIPE.toml", "the one stage: fine-tune on instructions and answers"),
+    "reward": ("RECIPE.toml", "the one stage: train the reward model on comparisons and scores"),
+    "ppo": ("RECIPE.toml", "the one stage: PPO against the reward model"),
+    "evaluate": ("RECIPE.toml", "the one stage: compare SFT, best-of-N and PPO on held-out prompts"),
+    "status": ("RECIPE.toml", "what is done, stale or running, and what each model was made from"),
+    "generate": ("MODEL", "answer one prompt or a file of prompts"),
+    "chat": ("MODEL", "talk to a model"),
+    "score": ("MODEL", "score answers with a reward model"),
+    "doctor": ("", "versions, device, memory; with --vectors FILE the numeric self-test"),
+}
+_EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
+            7 the run folder is in use, 75 stopped on request (the same command goes on), 130 interrupted"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    given = list(sys.argv[1:] if words is None else words)
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    try:
+        return _dispatch(given)
+    except BrokenPipeError:  # the reader of our output has gone (`tetrad status | head`)
+        sys.stdout = io.StringIO()  # so that nothing is flushed into the closed pipe at exit
+        return 141
+    except BaseException as error:
+        if debug and not isinstance(error, SystemExit):
+            traceback.print_exc()
+        message, code = _told(error)
+        sys.stderr.write(message + "\n")
+        return code
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """What is printed for an error, and the exit code."""
+    match error:
+        case UserError():
+            place, fix = error.where and f" {error.where}:", error.hint and f" Fix: {error.hint}"
+            end = "" if error.what.endswith((".", "?", "!")) else "."
+            return f"error[{error.code}]{place} {error.what}{end}{fix}", error.exit_code
+        case Stopped():
+            return f"stopped: {error}", EXIT_STOPPED
+        case KeyboardInterrupt():
+            return "interrupted; the same command goes on from the last checkpoint", 130
+        case Exception():
+            frames = traceback.extract_tb(error.__traceback__)
+            place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+            fault = f"{type(error).__name__}: {error}"
+            return f"error[internal] {place}: {fault} Fix: this is a fault of Tetrad; --debug shows where", 1
+    raise error
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        _write(_overview())
+        return 0 if words else 2
+    verb, *rest = words
+    if verb == "--version":
+        from tetrad import __version__
+
+        _write(f"tetrad {__version__}")
+        return 0
+    if verb not in _VERBS:
+        near = difflib.get_close_matches(verb, _VERBS, n=1)
+        hint = f"did you mean `tetrad {near[0]}`?" if near else "`tetrad --help` lists the commands"
+        raise UserError("E-CONF-UNKNOWN", f"there is no command {verb}", where="tetrad", hint=hint)
+    if "-h" in rest or "--help" in rest:
+        _write(_help(verb))
+        return 0
+    uses: dict[str, Callable[[list[str]], int]] = {
+        "generate": _generate,
+        "chat": _chat,
+        "score": _score,
+        "doctor": _doctor,
+    }
+    return uses[verb](rest) if verb in uses else _recipe(verb, rest)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _overview() -> str:
+    lines = ["usage: tetrad COMMAND ...   (tetrad COMMAND --help shows all its settings)", ""]
+    lines += [f"  {verb + ' ' + argument:<22} {text}" for verb, (argument, text) in _VERBS.items()]
+    lines += ["", "Every setting of a recipe can be given as a flag: tetrad run recipe.toml --ppo.steps 50"]
+    return "\n".join([*lines, "--debug shows the traceback of an error. --version shows the version.", _EXITS])
+
+
+def _help(verb: str) -> str:
+    from tetrad.settings import use
+    from tetrad.settings.recipe import Recipe
+    from tetrad.settings.words import help_text
+
+    argument, text = _VERBS[verb]
+    classes = {"generate": use.Generate, "chat": use.Chat, "score": use.ScoreFile, "doctor": use.Doctor}
+    usage = f"usage: tetrad {verb} {argument} [--SETTING VALUE ...]".replace("  ", " ") + f"\n\n{text}\n\n"
+    if verb in classes:
+        return usage + help_text(classes[verb], skip=("model",))
+    return (
+        usage + "Each setting is TABLE.KEY in the recipe too.\n" + help_text(Recipe, only=_STAGE_TABLES.get(verb, ()))
+    )
+
+
+def _recipe(verb: str, words: list[str]) -> int:
+    """run, status and the single stages. The recipe is the first word, or the last."""
+    if not words or (words[0].startswith("--") and words[-1].startswith("--")):
+        hint = f"tetrad {verb} RECIPE.toml"
+        raise UserError("E-CONF-MISSING", "which recipe?", where=verb, hint=hint)
+    path = words.pop(-1 if words[0].startswith("--") else 0)
+    from tetrad import pipeline
+    from tetrad.engine.console import Console
+    from tetrad.recipe import read
+
+    recipe = read(path, words)
+    console = Console(recipe.run.log_every, quiet=not pipeline.is_first())
+    if verb == "status":
+        pipeline.status(recipe, console)
+    else:
+        pipeline.run(recipe, console, only="" if verb == "run" else verb)
+    return 0
+
+
+def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
+    """The settings of a command that uses a model, whose folder is the one word without a flag."""
+    from tetrad.settings.base import knobs
+    from tetrad.settings.check import build
+    from tetrad.settings.words import nest, parse
+
+    known = knobs(cls)
+    plain, values, places = parse(words, known)
+    if "model" in known and plain and "model" not in values:
+        values["model"] = plain.pop(0)
+    if plain:
+        hint = f"`tetrad {verb} --help` shows the settings"
+        raise UserError("E-CONF-SYNTAX", f"what is {plain[0]!r} for?", where=verb, hint=hint)
+    for name in ("model", "data"):
+        if name in known and not values.get(name):
+            flag = "MODEL" if name == "model" else "--data FILE.jsonl"
+            hint = f"tetrad {verb} MODEL" + (" --data FILE.jsonl" if "data" in known else "")
+            raise UserError("E-CONF-MISSING", f"{flag} is missing", where=verb, hint=hint)
+    return build(cls, nest(values), places), set(values)
+
+
+def _with_console(function: Callable[[Any, Any], None], settings: object, phase: str) -> int:
+    from tetrad.engine.console import Console
+    from tetrad.pipeline import explained
+
+    with explained(phase):
+        function(settings, Console())
+    return 0
+
+
+def _generate(words: list[str]) -> int:
+    from tetrad.settings.use import Generate, agreed
+
+    settings = agreed(*_settings(Generate, "generate", words))
+    from tetrad.serve.batch import generate_file
+
+    return _with_console(generate_file, settings, "generate")
+
+
+def _chat(words: list[str]) -> int:
+    from tetrad.settings.use import Chat, agreed
+
+    settings = agreed(*_settings(Chat, "chat", words))
+    from tetrad.serve.chat import chat
+
+    return _with_console(chat, settings, "chat")
+
+
+def _score(words: list[str]) -> int:
+    from tetrad.settings.use import ScoreFile
+
+    settings, _ = _settings(ScoreFile, "score", words)
+    from tetrad.serve.batch import score_file
+
+    return _with_console(score_file, settings, "score")
+
+
+def _doctor(words: list[str]) -> int:
+    from tetrad.settings.use import Doctor
+
+    settings, _ = _settings(Doctor, "doctor", words)
+    from tetrad.engine.console import Console
+    from tetrad.report import doctor
+
+    console = Console()
+    console.table("environment", ("what", "value"), doctor.environment())
+    if not settings.vectors:
+        return 0
+    rows = doctor.check_vectors(settings.vectors)
+    columns = ("function", "cases", "error64", "error32", "grad64", "grad32", "ok")
+    console.table("numeric self-test", columns, [[getattr(row, column) for column in columns] for row in rows])
+    return 0 if all(row.ok for row in rows) else 5

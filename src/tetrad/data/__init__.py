@@ -1,0 +1,1 @@
+"""Files to records to packed tokens. No torch."""

@@ -1,0 +1,104 @@
+"""System calls on files, the few that storage uses, in one swappable object; and what their failures are called.
+
+Tests put another object in `disk.calls` to fail, cut short or kill any one of them. An OSError becomes a UserError:
+E-IO-SPACE for a full disk, else E-IO-WRITE or E-IO-READ. Nothing outside `storage` uses this module to write.
+"""
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tetrad.errors import UserError
+
+_CHUNK = 1 << 20
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a link is refused, a pipe doesn't hang
+
+
+class Calls:
+    """The system calls in use; a test puts another object in `disk.calls`."""
+
+    open = staticmethod(os.open)
+    read = staticmethod(os.read)
+    write = staticmethod(os.write)
+    fsync = staticmethod(os.fsync)
+    truncate = staticmethod(os.ftruncate)
+    close = staticmethod(os.close)
+    mkdir = staticmethod(os.mkdir)
+    rename = staticmethod(os.rename)
+    unlink = staticmethod(os.unlink)
+    rmdir = staticmethod(os.rmdir)
+
+    @staticmethod
+    def free_bytes(path: Path) -> int:
+        space = os.statvfs(path)
+        return space.f_bavail * space.f_frsize
+
+
+calls = Calls()
+
+
+@contextmanager
+def told(path: Path, code: str = "E-IO-WRITE") -> Iterator[None]:
+    """Turns an OSError into a UserError with this code, or E-IO-SPACE for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space and run the same command again; what was saved before is untouched"
+            raise UserError("E-IO-SPACE", "the disk is full", where=str(path), hint=hint) from error
+        verb = "read" if code == "E-IO-READ" else "written"
+        hint = "check the disk and who may write there, then run the same command again"
+        raise UserError(code, f"can't be {verb}: {error.strerror or error}", where=str(path), hint=hint) from error
+
+
+def write_all(descriptor: int, view: memoryview) -> None:
+    """Writes all of it, in as many calls as the system wants."""
+    while len(view):
+        written = calls.write(descriptor, view)
+        if written == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        view = view[written:]
+
+
+def sync_folder(path: Path) -> None:
+    """Returns when the folder's names (not its files' contents) are on the disk."""
+    descriptor = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        calls.fsync(descriptor)
+    finally:
+        calls.close(descriptor)
+
+
+def chunks(path: Path) -> Iterator[bytes]:
+    """A file piece by piece. Raises E-IO-READ; E-CKPT-PATH for what is not a plain file."""
+    with told(path, "E-IO-READ"):
+        descriptor = calls.open(path, _READ_FLAGS)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError("E-CKPT-PATH", "is not a plain file", where=str(path))
+            while chunk := calls.read(descriptor, _CHUNK):
+                yield chunk
+        finally:
+            calls.close(descriptor)
+
+
+def scan(path: Path) -> tuple[int, str]:
+    """Size and sha256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in chunks(path):
+        digest.update(chunk)
+        size += len(chunk)
+    return size, digest.hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written to the disk of `path`, which need not exist yet."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    with told(place, "E-IO-READ"):
+        return calls.free_bytes(place)

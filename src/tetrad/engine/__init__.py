@@ -1,0 +1,1 @@
+"""One training step, one sampler, one run folder: what the stages share."""

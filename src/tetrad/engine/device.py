@@ -1,0 +1,58 @@
+"""Where and in which precision to compute, and what is put there.
+
+Trained weights are float32; compute is bfloat16 by autocast on a GPU and float32 elsewhere (a CPU without bfloat16
+units is several times slower with it).
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from tetrad.engine import mesh
+from tetrad.errors import UserError
+from tetrad.settings.common import Run
+from tetrad.types import Packed
+
+
+@dataclass(frozen=True)
+class Device:
+    """place: the device; dtype: what matrix products are computed in."""
+
+    place: torch.device
+    dtype: torch.dtype
+
+    def compute(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.place.type, self.dtype)
+
+    def put(self, packed: Packed) -> Packed:
+        """numpy to tensors: ids, positions and targets as int64."""
+        arrays = (packed.ids_T, packed.positions_T, packed.targets_T)
+        ids, positions, targets = (torch.as_tensor(a).to(self.place, torch.int64, non_blocking=True) for a in arrays)
+        return Packed(ids, positions, packed.bounds, targets, packed.where)
+
+
+def choose(run: Run) -> Device:
+    """The device of a run; starts the process group under torchrun. Errors: E-CONF-DEVICE, E-CONF-DTYPE."""
+    has_gpu = torch.cuda.is_available()
+    if run.device == "cuda" and not has_gpu:
+        raise UserError("E-CONF-DEVICE", "no CUDA device is visible", where="run.device", hint='set device = "cpu"')
+    kind = "cuda" if has_gpu and run.device != "cpu" else "cpu"
+    mesh.start(kind)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+        torch.backends.cuda.matmul.allow_tf32 = run.dtype != "float32"
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if run.dtype == "bfloat16" and kind == "cpu":
+        what = "bfloat16 on a CPU is several times slower than float32 and not offered"
+        raise UserError("E-CONF-DTYPE", what, where="run.dtype", hint='set dtype = "float32"')
+    brain = run.dtype != "float32" and kind == "cuda" and torch.cuda.is_bf16_supported()
+    return Device(place, torch.bfloat16 if brain else torch.float32)

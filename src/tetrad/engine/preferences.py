@@ -1,0 +1,223 @@
+"""Comparisons and scores as the reward model reads them: one document an answer, and what is known about each.
+
+Documents lie in a token store in the order of the records; a record knows its first document and how many it has.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tetrad.data.loader import micro_batches
+from tetrad.data.pack import pack
+from tetrad.data.source import Counts
+from tetrad.engine.device import Device
+from tetrad.engine.scoring import Sample
+from tetrad.engine.update import Micro
+from tetrad.errors import UserError
+from tetrad.objectives import calibration
+from tetrad.objectives.preference import pairs_of
+from tetrad.types import Comparison, Score, Tokens
+
+Record = Comparison | Score
+MOST_SCORED = 4000  # scored answers that are paired for a report: all pairs of more would fill the memory
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Records and one document an answer: those of record i are documents first[i] to first[i + 1]."""
+
+    records: tuple[Record, ...]
+    tokens: tuple[Tokens, ...]
+    first: tuple[int, ...]
+
+    @classmethod
+    def of(cls, records: Sequence[Record], tokens: Sequence[Tokens]) -> "Examples":
+        sizes = [1 if isinstance(record, Score) else len(record.answers) for record in records]
+        return cls(tuple(records), tuple(tokens), (0, *np.cumsum(sizes).tolist()))
+
+    def documents(self, i: int) -> tuple[Tokens, ...]:
+        return self.tokens[self.first[i] : self.first[i + 1]]
+
+    def fitted(self, limit: int, on_long: str, counts: Counts) -> "Examples":
+        """Documents of at most `limit` tokens: longer ones are refused, cut on the left, or dropped with their record.
+
+        Errors: E-DATA-LONG, E-DATA-EMPTY.
+        """
+        longest = [max(len(t.ids) for t in self.documents(i)) for i in range(len(self.records))]
+        long = [i for i, length in enumerate(longest) if length > limit]
+        if long and on_long == "refuse":
+            what = f"{len(long)} of {len(longest)} records are longer than {limit} tokens, up to {max(longest)}"
+            hint = 'raise reward.max_tokens, or set reward.on_long = "cut" or "drop"'
+            raise UserError("E-DATA-LONG", what, where=self.records[long[0]].where, hint=hint)
+        if on_long == "drop" and long:
+            counts.dropped += len(long)
+            kept = sorted(set(range(len(longest))) - set(long))
+            if not kept:
+                raise UserError("E-DATA-EMPTY", "every record is too long", where=self.records[0].where)
+            documents = [t for i in kept for t in self.documents(i)]
+            return Examples.of([self.records[i] for i in kept], documents)
+        counts.cut += len(long)
+        short = [Tokens(t.ids[-limit:], t.train[-limit:], t.where) for t in self.tokens]
+        return Examples.of(self.records, short)
+
+    def samples(self) -> list[Sample]:
+        """Every answer as a reply, for Python functions."""
+        found = []
+        for record in self.records:
+            texts = record.answers if isinstance(record, Comparison) else (record.answer,)
+            found += [Sample((), (), record.prompt.turns, text, record.where) for text in texts]
+        return found
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Judged answers in pairs of a better and a worse one: within lists, and between scored answers.
+
+    gaps_P: reward of the better less that of the worse. groups_P: the pair's list, or its better answer. rewards_S,
+    scores_S: of the scored answers.
+    """
+
+    gaps_P: Tensor
+    groups_P: Tensor
+    rewards_S: Tensor
+    scores_S: Tensor
+
+    @classmethod
+    def of(cls, examples: Examples, rewards_D: Tensor, gap: float) -> "Pairs":
+        """gap: scored answers closer than this make no pair."""
+        found = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
+        rewards_D = rewards_D.double()
+        lists = rewards_D[found.winners_P] - rewards_D[found.losers_P]
+        rewards, scores = rewards_D[found.scored_S], found.targets_S.double()
+        better, worse = _scored_pairs(scores, gap)
+        gaps = torch.cat((lists, rewards[better] - rewards[worse]))
+        of_list = torch.searchsorted(torch.tensor(found.bounds), found.places_P, right=True) - 1
+        groups = torch.cat((of_list, len(found.bounds) + better))
+        return cls(gaps, groups, rewards, scores)
+
+    def temperature(self) -> float:
+        """The T at which sigmoid(gap / T) is the best calibrated on these pairs; 1 without pairs."""
+        return calibration.fit_temperature(self.gaps_P, torch.ones_like(self.gaps_P)) if len(self.gaps_P) else 1.0
+
+    def figures(self, temperature: float) -> dict[str, float]:
+        """pair_accuracy with its 95 % interval, ece and brier at this temperature, spearman of scored answers."""
+        found: dict[str, float] = {"pairs": float(len(self.gaps_P))}
+        if len(self.gaps_P):
+            correct = (self.gaps_P.sign() + 1) / 2
+            low, high = _group_interval(correct, self.groups_P)
+            chance = torch.sigmoid(self.gaps_P / temperature)
+            confidence = torch.maximum(chance, 1 - chance)
+            found |= {"pair_accuracy": float(correct.mean()), "pair_accuracy_low": low, "pair_accuracy_high": high}
+            found |= {
+                "ece": float(calibration.ece(confidence, correct)),
+                "brier": float(calibration.brier(confidence, correct)),
+            }
+        if len(self.scores_S) > 2:
+            rank = calibration.spearman(self.rewards_S, self.scores_S)
+            found |= {"spearman": rank} if math.isfinite(rank) else {}
+        return found
+
+
+def _scored_pairs(scores_S: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """Better and worse, among the first MOST_SCORED, of all pairs that differ by at least `gap` (and at all)."""
+    scores_S = scores_S[:MOST_SCORED]
+    difference = scores_S[:, None] - scores_S[None]
+    return tuple(((difference >= gap) & (difference > 0)).nonzero().unbind(1))  # type: ignore[return-value]
+
+
+def _group_interval(values_P: Tensor, groups_P: Tensor) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean of pairs, drawing whole groups: from each group's sum and size."""
+    _, place = groups_P.unique(return_inverse=True)
+    sums = torch.zeros(int(place.max()) + 1, 2, dtype=torch.float64)
+    sums.index_add_(0, place, torch.stack((values_P, torch.ones_like(values_P)), 1))
+    return calibration.bootstrap_interval(sums, lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum())
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What people said about the D documents of a micro-batch.
+
+    winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; places_P: the
+    winner's place among the documents of lists. ranked_N: documents of the lists,
+    ranks_N and bounds: their ranks, list by list. scored_S: documents with a score; targets_S: the standardised score.
+    """
+
+    winners_P: Tensor
+    losers_P: Tensor
+    weights_P: Tensor
+    places_P: Tensor
+    margins_P: Tensor
+    ranked_N: Tensor
+    ranks_N: Tensor
+    bounds: tuple[int, ...]
+    scored_S: Tensor
+    targets_S: Tensor
+
+
+def _informative(record: Record) -> bool:
+    """Whether a loss can learn from it: a list of equals says nothing."""
+    return isinstance(record, Score) or len(set(record.ranks)) > 1
+
+
+def judgements(records: Sequence[Record], mean: float, std: float, place: torch.device) -> Judgements:
+    """mean, std: of the training scores."""
+    lists: list[Comparison] = []
+    firsts: list[int] = []
+    scored: list[int] = []
+    targets: list[float] = []
+    document = 0
+    for record in records:
+        if isinstance(record, Score):
+            scored.append(document)
+            targets.append((record.score - mean) / std)
+            document += 1
+            continue
+        lists.append(record)
+        firsts.append(document)
+        document += len(record.answers)
+    sizes = [len(record.answers) for record in lists]
+    bounds = (0, *np.cumsum(sizes).tolist())
+    ranked = torch.tensor([first + i for first, size in zip(firsts, sizes, strict=True) for i in range(size)])
+    ranks = torch.tensor([rank for record in lists for rank in record.ranks], dtype=torch.float32)
+    none = torch.empty(0, dtype=torch.int64)
+    winners, losers, weights = pairs_of(ranks, bounds) if lists else (none, none, torch.empty(0))
+    of_list = torch.searchsorted(torch.tensor(bounds), winners, right=True) - 1
+    margins = torch.tensor([record.margin for record in lists])[of_list] if lists else torch.empty(0)
+    ranked = ranked.long()
+    return Judgements(
+        winners_P=ranked[winners].to(place),
+        losers_P=ranked[losers].to(place),
+        weights_P=weights.float().to(place),
+        places_P=winners,
+        margins_P=margins.to(place),
+        ranked_N=ranked.to(place),
+        ranks_N=ranks.to(place),
+        bounds=bounds,
+        scored_S=torch.tensor(scored).long().to(place),
+        targets_S=torch.tensor(targets).to(place),
+    )
+
+
+def preference_micros(
+    records: Sequence[Record],
+    documents: Sequence[Sequence[Tokens]],
+    micro_tokens: int,
+    mean: float,
+    std: float,
+    device: Device,
+) -> list[Micro]:
+    """Micro-batches of whole records. Counts: "comparisons" with an order, and "scores"."""
+    whole = [Tokens(np.concatenate([t.ids for t in answers]), np.empty(0, np.bool_)) for answers in documents]
+    micros = []
+    for group in micro_batches(whole, micro_tokens):
+        chosen = [records[i] for i in group]
+        packed = device.put(pack([tokens for i in group for tokens in documents[i]]))
+        scores = sum(isinstance(record, Score) for record in chosen)
+        lists = sum(isinstance(record, Comparison) and _informative(record) for record in chosen)
+        counts = {"comparisons": float(lists), "scores": float(scores)}
+        micros.append(Micro(packed, counts, judgements(chosen, mean, std, device.place)))
+    return micros

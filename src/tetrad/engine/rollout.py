@@ -1,0 +1,127 @@
+"""Replies as PPO sees them: sampled, laid out [B, T], and read by the models that were not sampling.
+
+T is the longest reply; position t of a row is reply token t. Models read prompt and reply packed, so what they return
+is flat, in the order of rows and tokens, and `spread` puts it in place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tetrad.data.loader import micro_batches
+from tetrad.data.pack import pack
+from tetrad.data.records import read_prompts
+from tetrad.data.source import Counts
+from tetrad.data.tokens import tokenize
+from tetrad.engine.device import Device
+from tetrad.engine.generate import generate, noise
+from tetrad.engine.scoring import Sample
+from tetrad.errors import UserError
+from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.settings.common import Sampling
+from tetrad.text.template import Template
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Packed, Prompt, Tokens
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as ids, and what it says."""
+
+    ids: tuple[int, ...]
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """samples: prompt and reply of each row. documents: the same as one document whose labels are the reply's tokens.
+
+    mask_BT: reply tokens; ended_B: the reply ends with an end token; sampled_BT: the sampler's own log-probabilities.
+    """
+
+    samples: tuple[Sample, ...]
+    documents: tuple[Tokens, ...]
+    mask_BT: Tensor
+    ended_B: Tensor
+    sampled_BT: Tensor
+
+
+def roll_out(
+    actor: CausalLM,
+    questions: Sequence[Question],
+    numbers: Sequence[int],
+    key: tuple[int, str, int],
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    device: Device,
+) -> Rollout:
+    """One reply a question. numbers: each question's place in the whole batch, which with key = (seed, purpose, step)
+    decides its random numbers."""
+    actor.eval()
+    uniforms = noise(*key, numbers, sampling.max_new)
+    replies = generate(actor, [q.ids for q in questions], uniforms, sampling, actor.config.eos_ids, device)
+    samples, documents = [], []
+    for question, reply in zip(questions, replies, strict=True):
+        turns, where = question.prompt.turns, question.prompt.where
+        samples.append(Sample(question.ids, reply.ids, turns, tokenizer.decode(reply.ids), where))
+        ids = np.asarray(question.ids + reply.ids, np.int32)
+        documents.append(Tokens(ids, np.arange(len(ids)) >= len(question.ids), where))
+    lengths = torch.tensor([len(reply.ids) for reply in replies])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    sampled = torch.tensor([p for reply in replies for p in reply.logprobs])
+    ended = torch.tensor([reply.ended for reply in replies])
+    return Rollout(tuple(samples), tuple(documents), mask, ended, spread(sampled, mask))
+
+
+def spread(flat_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """[N] values of the masked positions, row by row, as [B, T] with 0 elsewhere."""
+    return torch.zeros(mask_BT.shape, dtype=flat_N.dtype).masked_scatter_(mask_BT, flat_N.cpu())
+
+
+def packs(documents: Sequence[Tokens], micro_tokens: int, device: Device) -> list[tuple[list[int], Packed]]:
+    """Row numbers and micro-batch, for rows in order: the same packing for every model that reads them."""
+    groups = micro_batches(documents, micro_tokens)
+    return [(group, device.put(pack([documents[i] for i in group]))) for group in groups]
+
+
+@torch.no_grad()
+def read_logprobs(model: CausalLM, rollout: Rollout, micro_tokens: int, device: Device, temperature: float) -> Tensor:
+    """Log-probabilities of the reply tokens, [B, T]."""
+    model.eval()
+    parts = []
+    for _, packed in packs(rollout.documents, micro_tokens, device):
+        with device.compute():
+            parts.append(model(packed, "logprobs", temperature)[0])
+    return spread(torch.cat(parts), rollout.mask_BT)
+
+
+@torch.no_grad()
+def read_values(critic: ScalarModel, rollout: Rollout, micro_tokens: int, device: Device) -> Tensor:
+    """The critic's value before each reply token, [B, T]."""
+    critic.eval()
+    parts = []
+    for _, packed in packs(rollout.documents, micro_tokens, device):
+        with device.compute():
+            parts.append(critic(packed, "values"))
+    return spread(torch.cat(parts), rollout.mask_BT)
+
+
+def read_questions(
+    paths: Sequence[Path], form: Template, tokenizer: Tokenizer, counts: Counts, limit: int, room: int
+) -> list[Question]:
+    """The prompts of record files. limit: the model's positions; room: tokens that the reply needs.
+
+    Errors: E-DATA-*; E-DATA-LONG names the first prompt that leaves too little room.
+    """
+    prompts = read_prompts(paths, counts)
+    found = []
+    for prompt, tokens in zip(prompts, tokenize(form, tokenizer, prompts, counts=counts), strict=True):
+        if len(tokens.ids) > limit - room:
+            what = f"the prompt has {len(tokens.ids)} tokens; {limit - room} fit beside a reply of {room}"
+            raise UserError("E-DATA-LONG", what, where=prompt.where, hint="shorten it, or lower max_new")
+        found.append(Question(tuple(tokens.ids.tolist()), prompt))
+    return found

@@ -1,0 +1,328 @@
+"""One stage's run folder: its lock, its logs, its checkpoints, and an orderly stop.
+
+    with open_run(folder, seed=0, total_steps=1000) as run:
+        run.state(lambda: {"beta": kl.beta})
+        saved = run.resume({"model": model_part, "optimizer": optimizer})
+        for step in run.steps():
+            run.log(step, loss=update(...))
+        run.finish(files, meta)
+
+A checkpoint is checkpoints/step-000400/{<part>.safetensors, state.json, manifest.json}. It holds no random state, since
+all random numbers are keyed by (seed, purpose, step): the cursor is the number of finished steps. metrics.jsonl and
+samples.jsonl are cut back to where they were at the checkpoint, so a run that was killed leaves the bytes of one that
+never was; what depends on the clock goes to timing.jsonl, which only grows. A checkpoint is whole or it is passed over,
+by step number and never by the clock, and a run whose checkpoints are all damaged does not begin afresh in silence.
+"""
+
+import json
+import math
+import os
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from tetrad import storage
+from tetrad.errors import Stopped, UserError
+from tetrad.model.safetensors_io import file_bytes, read_tensors, tensor_chunks
+from tetrad.storage import Content, Json, LineLog
+
+_SAVES_A_STAGE = 10
+_SAME_KEYPRESS_SECONDS = 0.3  # torchrun hands on the Ctrl-C that the terminal has already sent
+_CUT_BACK = ("metrics.jsonl", "samples.jsonl")
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds: a model, an optimizer."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of its state, by name."""
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes the state back; raises UserError E-CKPT-KEYS or E-CKPT-SHAPE if it isn't its own."""
+
+
+class Run:
+    """The run folder of a stage that is running; made by `open_run`.
+
+    folder: the stage's. step: steps finished. notes: what the user should hear, as passed-over checkpoints.
+    """
+
+    def __init__(
+        self, folder: Path, seed: int, total_steps: int, save_every: int, keep: int, environment: Mapping[str, Json]
+    ) -> None:
+        self.folder, self.step, self.total_steps = folder, 0, total_steps
+        self.notes: list[str] = []
+        self.checkpoints = folder / "checkpoints"
+        self._every = save_every or max(1, math.ceil(total_steps / _SAVES_A_STAGE))
+        self._keep, self._seed = max(2, keep), seed
+        conditions = {**environment, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+        self._environment: dict[str, Json] = json.loads(json.dumps(conditions))  # as it is read back
+        self._parts: dict[str, Stateful] = {}
+        self._values: Callable[[], Mapping[str, Json]] = dict
+        self._logs: dict[str, LineLog] = {}
+        self._stop = _Stop()
+        self._saved_step = 0
+        if save_every > total_steps:
+            self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: no checkpoint is saved")
+
+    # Logs
+
+    def log(self, step: int, **numbers: Json) -> None:
+        """A line of metrics.jsonl. Raises E-NUM-NONFINITE. Nothing here may depend on the clock: see `timing`."""
+        self._append("metrics.jsonl", {"step": step, **numbers})
+
+    def sample(self, record: Mapping[str, Json]) -> None:
+        """A line of samples.jsonl."""
+        self._append("samples.jsonl", record)
+
+    def timing(self, step: int, **numbers: Json) -> None:
+        """A line of timing.jsonl: seconds, tokens per second; not part of what a resumed run repeats."""
+        self._append("timing.jsonl", {"step": step, **numbers})
+
+    def _append(self, name: str, record: Mapping[str, Json]) -> None:
+        if name in self._logs:
+            self._logs[name].append(record)
+
+    # Checkpoints
+
+    def state(self, values: Callable[[], Mapping[str, Json]]) -> None:
+        """Registers the stage's own numbers for state.json (KL beta, score statistics); before `resume`."""
+        self._values = values
+
+    def resume(self, parts: Mapping[str, Stateful]) -> dict[str, Any] | None:
+        """Loads the newest whole checkpoint into `parts` and returns the stage's own values; None for a fresh start.
+
+        `parts` is also what is saved from now on. Raises UserError E-CKPT-* if there are checkpoints but none is whole.
+        """
+        self._parts = dict(parts)
+        failures: list[tuple[Path, UserError]] = []
+        for path in reversed(storage.step_folders(self.checkpoints).values()):
+            try:
+                state = self._load(path)
+            except UserError as error:
+                failures.append((path, error))
+                continue
+            self._set_aside(failures)
+            self._continue_from(path, state)
+            return dict(state["values"])
+        if failures:
+            told = "; ".join(f"{path.name}: {error.where}: {error.what}" for path, error in failures)
+            hint = f"put back a whole checkpoint, or remove {self.checkpoints} to begin this stage again"
+            raise UserError(failures[0][1].code, f"no checkpoint is whole: {told}", where=str(self.folder), hint=hint)
+        for name in self._logs.keys() & set(_CUT_BACK):
+            self._logs[name].truncate(0)
+        return None
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        files = storage.verify_folder(path)["files"]
+        for name in ("state.json", *map(_file_of, self._parts)):
+            if name not in files:
+                raise UserError("E-CKPT-MISSING", f"holds no {name}", where=str(path))
+        state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+        if missing := set(self._values()) - set(state["values"]):
+            what = f"lacks {', '.join(sorted(missing))}"
+            raise UserError("E-CKPT-MISSING", what, where=str(path / "state.json"))
+        ours = {"seed": self._seed, "total_steps": self.total_steps, "step": int(path.name.removeprefix("step-"))}
+        if differences := _differences(state, ours):
+            raise UserError("E-CKPT-SETTINGS", f"is of another run: {differences}", where=str(path))
+        for name, part in self._parts.items():
+            part.load_tensors(read_tensors(path / _file_of(name)))
+        return state
+
+    def _set_aside(self, failures: list[tuple[Path, UserError]]) -> None:
+        """Damaged checkpoints no longer count as kept ones; nothing of them is deleted before the stage ends."""
+        for path, error in failures:
+            self.notes.append(f"{path.name} was passed over: {error.where}: {error.what} [{error.code}]")
+            if self._logs:
+                storage.move_aside(path, path.with_name(f"damaged-{path.name}"))
+
+    def _continue_from(self, path: Path, state: Mapping[str, Any]) -> None:
+        self.step = self._saved_step = state["step"]
+        if differences := _differences(state["environment"], self._environment):
+            self.notes.append(f"{path.name} was written under other conditions, numbers may differ: {differences}")
+        status = path.stat()
+        if status.st_mode & stat.S_IWOTH or status.st_uid != os.getuid():
+            self.notes.append(f"{path} belongs to, or can be changed by, another user")
+        for name in self._logs.keys() & set(_CUT_BACK):
+            recorded, log = state["logs"][name], self._logs[name]
+            if log.size() < recorded:
+                self.notes.append(f"{name} has lost lines: {log.size()} bytes of {recorded}")
+            log.truncate(min(recorded, log.size()))
+
+    def _save(self) -> None:
+        contents: dict[str, Content] = {}
+        for name, part in self._parts.items():  # on every rank: a sharded part is gathered here
+            tensors = part.tensors()
+            _refuse_nonfinite(name, tensors)
+            contents[_file_of(name)] = tensor_chunks(tensors)
+        if self._logs:
+            for log in self._logs.values():
+                log.sync()
+            contents["state.json"] = self._state_json()
+            storage.write_folder(self.checkpoints / f"step-{self.step:06d}", contents, {"step": self.step})
+            storage.prune(self.checkpoints, self._keep)
+        self._saved_step = self.step
+
+    def _state_json(self) -> bytes:
+        values = dict(self._values())
+        logs = {name: self._logs[name].size() for name in _CUT_BACK}
+        state = {"step": self.step, "seed": self._seed, "total_steps": self.total_steps, "logs": logs}
+        try:
+            text = json.dumps({**state, "values": values, "environment": self._environment}, indent=1, allow_nan=False)
+        except ValueError as error:
+            what = f"a number of the stage's state is not finite: {values!s:.200}"
+            raise UserError("E-NUM-NONFINITE", what, where="state.json") from error
+        return text.encode()
+
+    # The loop
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do; each body is followed by the count, the save if due, and the stop if asked for.
+
+        Raises Stopped; UserError E-IO-SPACE before the first step if the checkpoints won't fit; E-NUM-NONFINITE.
+        """
+        self._check_space()
+        if self._stop.agreed():
+            raise Stopped(f"stopped before step {self.step} of {self.total_steps}; the same command goes on from there")
+        while self.step < self.total_steps:
+            self._stop.message = self._lost()
+            yield self.step
+            self._stop.message = ""
+            self.step += 1
+            stop = self._stop.agreed()
+            if stop or self.step % self._every == 0:
+                self._save()
+            if stop:
+                done = f"stopped after {self.step} of {self.total_steps} steps, all saved"
+                raise Stopped(f"{done}; the same command goes on from there")
+
+    def _lost(self) -> str:
+        lost = f"it and {self.step - self._saved_step} finished steps since the last checkpoint are lost"
+        return f"stopped in step {self.step} of {self.total_steps}, which didn't end in time: {lost}"
+
+    def _check_space(self) -> None:
+        size = sum(file_bytes(part.tensors()) for part in self._parts.values())
+        copies = max(2, min(self._keep + 1, self.total_steps // self._every))
+        if self._logs and self.step < self.total_steps:
+            there = len(storage.step_folders(self.checkpoints))
+            storage.free_space_check(self.folder, max(1, copies - there) * size)
+
+    def finish(self, files: Mapping[str, Content], meta: Mapping[str, Json]) -> None:
+        """Writes the stage's result to <folder>/model, reads it back, and only then removes the checkpoints."""
+        for name, part in self._parts.items():
+            _refuse_nonfinite(name, part.tensors())
+        if self._logs:
+            for log in self._logs.values():
+                log.sync()
+            storage.write_folder(self.folder / "model", files, meta)
+            storage.verify_folder(self.folder / "model")
+            storage.remove_folder(self.checkpoints)
+
+
+class _Stop:
+    """SIGTERM and SIGINT become a wish that the loop grants after its step; `message` is set while a step runs.
+
+    A second Ctrl-C is a KeyboardInterrupt at once. With `grace`, a step that goes on for longer is given up.
+    """
+
+    def __init__(self) -> None:
+        self.wanted, self.message = False, ""
+        self.agree: Callable[[bool], bool] = bool
+        self.grace: float | None = None
+        self._interrupted = math.inf
+
+    def agreed(self) -> bool:
+        return self.agree(self.wanted)
+
+    def on_signal(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if now - self._interrupted > _SAME_KEYPRESS_SECONDS:
+                raise KeyboardInterrupt
+            self._interrupted = min(self._interrupted, now)
+        if self.grace is not None and not self.wanted:
+            signal.setitimer(signal.ITIMER_REAL, max(self.grace, 1e-3))
+        self.wanted = True
+
+    def on_alarm(self, _: int, __: FrameType | None) -> None:
+        if self.message:
+            raise Stopped(self.message)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals reach the main thread only; elsewhere there is nothing to listen to."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers = {signal.SIGTERM: self.on_signal, signal.SIGINT: self.on_signal, signal.SIGALRM: self.on_alarm}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def open_run(
+    folder: Path,
+    *,
+    seed: int,
+    total_steps: int,
+    save_every: int = 0,
+    keep: int = 2,
+    environment: Mapping[str, Json] | None = None,
+    grace: float | None = None,
+    main: bool = True,
+    agree: Callable[[bool], bool] = bool,
+) -> Iterator[Run]:
+    """Takes a stage's folder for this process: lock, leftovers of a killed writer, logs, signals.
+
+    save_every: steps between checkpoints, 0 for about ten a stage. keep: checkpoints kept, at least two. environment:
+    what a checkpoint records and a resume compares. grace: seconds that a step may go on after SIGTERM, None without
+    end. main: False on all ranks but one: they read and write nothing. agree: True on all ranks if it is on one.
+    Raises UserError E-RUN-LOCKED; Stopped, after the stage's end, for a stop that came too late to matter.
+    """
+    run = Run(folder, seed, total_steps, save_every, keep, environment or {})
+    run._stop.agree, run._stop.grace = agree, grace
+    with ExitStack() as stack:
+        if main:
+            lock = stack.enter_context(storage.RunLock(folder / "lock"))
+            if lock.note:
+                run.notes.append(lock.note)
+            storage.remove_leftovers(folder)
+            storage.remove_leftovers(run.checkpoints)
+            for name in (*_CUT_BACK, "timing.jsonl"):
+                run._logs[name] = LineLog(folder / name)
+                stack.callback(run._logs[name].close)
+        stack.enter_context(run._stop.listening())
+        yield run
+        if run._stop.wanted:
+            raise Stopped("stopped at the end of the stage; the same command goes on with the next one")
+
+
+def _file_of(part: str) -> str:
+    return f"{part}.safetensors"
+
+
+def _differences(before: Mapping[str, Json], now: Mapping[str, Json]) -> str:
+    pairs = [(key, before.get(key), now[key]) for key in sorted(now)]
+    return ", ".join(f"{key} was {old}, is {new}" for key, old, new in pairs if old != new)
+
+
+def _refuse_nonfinite(part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            what = f"{bad} of {tensor.numel()} numbers are not finite; nothing was saved"
+            hint = "lower the learning rate; checkpoints from before this are whole"
+            raise UserError("E-NUM-NONFINITE", what, where=f"{part}: {name}", hint=hint)

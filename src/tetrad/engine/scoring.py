@@ -1,0 +1,122 @@
+"""Where rewards and judgements come from: a trained model on ids, or Python functions on text, behind one protocol."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tetrad.data.loader import micro_batches
+from tetrad.data.pack import pack
+from tetrad.engine.device import Device
+from tetrad.errors import UserError
+from tetrad.model.decoder import ScalarModel
+from tetrad.types import Tokens, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A reply as it was sampled: its ids (never re-tokenised), the text they stand for, and what was asked."""
+
+    prompt_ids: tuple[int, ...]
+    reply_ids: tuple[int, ...]
+    turns: tuple[Turn, ...]
+    text: str
+    where: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The Input or the last user turn; empty where an Instruction stands alone."""
+        return next((turn.text for turn in reversed(self.turns) if turn.role in ("input", "user")), "")
+
+    @property
+    def prompt(self) -> str:
+        """All that was asked, a line a turn."""
+        return "\n".join(turn.text for turn in self.turns if turn.text)
+
+
+class Reward(Protocol):
+    """Samples in, one number each out."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]: ...
+
+
+def joined(samples: Sequence[Sample]) -> list[Tokens]:
+    """Prompt and reply as one document each, without labels."""
+    return [
+        Tokens(np.asarray(s.prompt_ids + s.reply_ids, np.int32), np.zeros(len(s.prompt_ids + s.reply_ids), np.bool_))
+        for s in samples
+    ]
+
+
+@torch.no_grad()
+def score_tokens(model: ScalarModel, documents: Sequence[Tokens], device: Device, micro_tokens: int) -> list[float]:
+    """The model's number at the last token of each document."""
+    by_length = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
+    ordered = [documents[i] for i in by_length]
+    found = np.zeros(len(documents))
+    model.eval()
+    for group in micro_batches(ordered, micro_tokens):
+        with device.compute():
+            scores = model(device.put(pack([ordered[i] for i in group])), "scores")
+        found[[by_length[i] for i in group]] = scores.double().cpu().numpy()
+    return found.tolist()
+
+
+def trained(model: ScalarModel, device: Device, micro_tokens: int) -> Reward:
+    """A reward model that reads the sampled ids themselves."""
+    return lambda samples: score_tokens(model, joined(samples), device, micro_tokens)
+
+
+def python_function(spec: str) -> Reward:
+    """`file.py:name`: a list of dicts in, one finite number each out.
+
+    A dict has "text" (the reply), "input" (the Input or last user turn) and "prompt" (all that was asked).
+
+
+    Errors: E-CONF-FUNCTION where it can't be loaded, E-NUM-REWARD where what it returns isn't that.
+    """
+    function = _load(spec)
+
+    def reward(samples: Sequence[Sample]) -> list[float]:
+        given = [{"prompt": s.prompt, "input": s.asked, "text": s.text} for s in samples]
+        try:
+            scores = [float(x) for x in function(given)]
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(
+                "E-NUM-REWARD", f"the function failed on {len(given)} samples: {what}", where=spec
+            ) from error
+        if len(scores) != len(samples):
+            raise UserError(
+                "E-NUM-REWARD", f"{len(samples)} samples went in, {len(scores)} numbers came out", where=spec
+            )
+        for sample, score in zip(samples, scores, strict=True):
+            if not math.isfinite(score):
+                what = f"the score is {score} for the reply {sample.text[:80]!r} ({sample.where or 'no place'})"
+                raise UserError("E-NUM-REWARD", what, where=spec, hint="return finite numbers")
+        return scores
+
+    return reward
+
+
+def _load(spec: str) -> Callable[[list[dict[str, Any]]], Sequence[float]]:
+    name, _, attribute = spec.rpartition(":")
+    path = Path(name)
+    hint = 'write "file.py:function", relative to the recipe'
+    if not attribute or not path.is_file():
+        raise UserError("E-CONF-FUNCTION", "there is no such Python file", where=spec, hint=hint)
+    module_spec = importlib.util.spec_from_file_location(f"tetrad_user_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError("E-CONF-FUNCTION", "the file isn't Python", where=spec, hint=hint)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        found: Callable[[list[dict[str, Any]]], Sequence[float]] = getattr(module, attribute)
+    except Exception as error:
+        raise UserError("E-CONF-FUNCTION", f"{type(error).__name__}: {error}", where=spec, hint=hint) from error
+    return found

@@ -1,0 +1,133 @@
+"""What every stage does around its loop: open its folder, take up where it stopped, leave a model that others load."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tetrad.data.source import Counts
+from tetrad.engine import mesh
+from tetrad.engine.context import StageContext
+from tetrad.engine.device import Device
+from tetrad.engine.runs import Run, Stateful, open_run
+from tetrad.errors import UserError
+from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.model.weights import model_files
+from tetrad.storage import Content, Json
+from tetrad.text.template import Template, of_folder, template
+from tetrad.text.tokenizer import Tokenizer
+
+POLICY = ("sft", "pretrain", "base")  # roles of the model that the last stages start from, the latest first
+
+
+class Weights:
+    """A model as a part of a checkpoint: its trained parameters by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
+        own = self.tensors()
+        if own.keys() != tensors.keys():
+            names = sorted(own.keys() ^ tensors.keys())
+            raise UserError("E-CKPT-KEYS", f"tensors are missing or not the model's: {names[:4]}")
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                what = f"{name} is {list(tensor.shape)}, the model's is {list(own[name].shape)}"
+                raise UserError("E-CKPT-SHAPE", what)
+            own[name].copy_(tensor)
+
+
+@contextmanager
+def start(
+    ctx: StageContext,
+    device: Device,
+    total_steps: int,
+    parts: Mapping[str, Stateful],
+    state: Callable[[], Mapping[str, Json]] = dict,
+    restore: Callable[[Mapping[str, Any]], None] | None = None,
+    grace: float | None = None,
+) -> Iterator[Run]:
+    """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
+    settings = ctx.recipe.run
+    with open_run(
+        ctx.folder,
+        seed=ctx.recipe.seed,
+        total_steps=total_steps,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        environment={"device": device.place.type, "dtype": str(device.dtype), "processes": mesh.size()},
+        grace=grace,
+        main=mesh.is_main(),
+        agree=mesh.on_any,
+    ) as run:
+        run.state(state)
+        saved = run.resume(parts)
+        if saved is not None and restore:
+            restore(saved)
+        for note in run.notes:
+            ctx.console.say(f"note: {note}")
+        if run.step:
+            ctx.console.say(f"goes on after step {run.step} of {total_steps}")
+        yield run
+
+
+def finish(
+    ctx: StageContext,
+    run: Run,
+    model: CausalLM | ScalarModel,
+    tokenizer: Tokenizer,
+    form: Template | None,
+    figures: Mapping[str, Json],
+    extra: Mapping[str, Content] | None = None,
+) -> None:
+    """Writes <stage>/model: what transformers loads, with the figures and the lineage in its manifest."""
+    end = form.end_id(tokenizer) if form else tokenizer.document_end
+    ends = (end, *(i for i in model.config.eos_ids if i != end))
+    model.config = replace(model.config, eos_ids=ends, pad_id=tokenizer.pad_id)
+    files = {**model_files(model), **tokenizer.files(form), **(extra or {})}
+    run.finish(files, {"key": ctx.key, "figures": dict(figures), "lineage": dict(ctx.lineage)})
+    mesh.wait()
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """What a stage noted about its model."""
+    manifest = folder / "manifest.json"
+    return dict(json.loads(manifest.read_bytes()).get("figures", {})) if manifest.is_file() else {}
+
+
+def first_parent(ctx: StageContext, *roles: str) -> Path:
+    """The folder of the first of these roles that the recipe has."""
+    return next(ctx.parents[role] for role in roles if role in ctx.parents)
+
+
+def template_for(ctx: StageContext, folder: Path) -> Template:
+    """The template that a folder written by Tetrad names, else the recipe's."""
+    try:
+        return of_folder(folder)
+    except UserError:
+        return template(ctx.recipe.sft.template, ctx.recipe.sft.separator)
+
+
+def frozen(model: CausalLM) -> CausalLM:
+    """The model without gradients."""
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def report_counts(ctx: StageContext, counts: Counts, kept: int) -> None:
+    """Says what was read and what became of it; nothing is dropped or cut in silence."""
+    said = [f"{counts.read} records read", f"{kept} kept"]
+    said += [f"{n} {name}" for name in ("blank", "cut", "dropped", "tied") if (n := getattr(counts, name))]
+    ctx.console.say(f"{ctx.folder.name:<10} {', '.join(said)}")
+    for note in counts.notes:
+        ctx.console.say(f"note: {note}")

@@ -1,0 +1,91 @@
+"""THE step: the only place that calls backward and steps an optimizer.
+
+Gradients add up exactly over micro-batches and ranks: each loss term is a sum with a denominator of the whole batch,
+counted (and summed over ranks) before the first backward.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tetrad.engine import mesh
+from tetrad.engine.device import Device
+from tetrad.engine.optim import Optimizer
+from tetrad.errors import UserError
+from tetrad.types import Packed, StepStats, Term
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One forward and backward. counts: what this part adds to each denominator. data: what the terms read besides."""
+
+    packed: Packed
+    counts: Mapping[str, float]
+    data: Any = None
+    places: Sequence[str] = field(default=())
+
+
+Terms = Callable[[nn.Module, Micro], list[Term]]
+
+
+def update(
+    model: nn.Module,
+    optimizer: Optimizer,
+    micros: Sequence[Micro],
+    terms: Terms,
+    device: Device,
+    *,
+    factor: float = 1.0,
+    max_norm: float = 0.0,
+) -> StepStats:
+    """One optimizer step on a batch in parts. factor: share of the learning rate; max_norm: 0 is no clipping.
+
+    Errors: E-NUM-NONFINITE before any weight changes, with the places of the batch's records.
+    """
+    counts: dict[str, float] = defaultdict(float)
+    for micro in micros:
+        for name, count in micro.counts.items():
+            counts[name] += count
+    totals = mesh.sum_counts(counts, device.place)
+    optimizer.clear()
+    sums: dict[str, Tensor] = {}
+    shares: dict[str, tuple[str, float]] = {}
+    for micro in micros:
+        with device.compute():
+            parts = terms(model, micro)
+        _backward([t.coefficient / totals[t.per] * t.sum for t in parts if t.coefficient and totals[t.per]])
+        for t in parts:
+            sums[t.name] = sums.get(t.name, 0) + t.sum.detach().double()
+            shares[t.name] = (t.per, t.coefficient)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    mesh.sum_gradients(parameters)
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+    summed = mesh.sum_counts({name: float(value) for name, value in sums.items()}, device.place)
+    means = {name: value / max(totals[shares[name][0]], 1e-30) for name, value in summed.items()}
+    loss = math.fsum(means[name] * shares[name][1] for name in means)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        _stop(loss, norm, micros)
+    optimizer.step(factor)
+    return StepStats(loss, norm, optimizer.lr * factor, means)
+
+
+def _backward(parts: list[Tensor]) -> None:
+    if parts:
+        torch.stack(parts).sum().backward()
+
+
+def _stop(loss: float, norm: float, micros: Sequence[Micro]) -> None:
+    places = [place for micro in micros for place in (micro.places or micro.packed.where)]
+    named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    what = f"loss {loss}, gradient norm {norm}; no weight was changed. The batch: {named or 'unnamed'}"
+    raise UserError("E-NUM-NONFINITE", what, hint="lower the learning rate, or look at these records")
+
+
+def language_terms(model: nn.Module, micro: Micro) -> list[Term]:
+    """The language model's loss: the summed negative log-likelihood of the targets, per "tokens"."""
+    return [Term("nll", model(micro.packed, "nll"), "tokens")]

@@ -1,0 +1,184 @@
+"""The shape of a decoder, and its `config.json` as Hugging Face writes it. No torch.
+
+One decoder with a few flags covers Qwen2/2.5, Qwen3 and Llama 3. What would change numbers in a way that the decoder
+doesn't have (yarn, sliding windows, quantised weights, code of the folder's own) is refused, never ignored.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetrad.errors import UserError
+
+ARCHITECTURES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2ForSequenceClassification": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3ForSequenceClassification": "qwen3",
+    "LlamaForCausalLM": "llama",
+    "LlamaForSequenceClassification": "llama",
+}
+_CLASS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's scaling of the rotary frequencies (rope_type "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """family: qwen2 (bias on q, k, v), qwen3 (norm on q and k) or llama. Sizes are counts; eos_ids may be several."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ff: int
+    max_positions: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tied: bool = True
+    init_std: float = 0.02
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    bos_id: int | None = None
+    reward_bias: float = 0.0
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "qwen3"
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The config.json of a folder. Errors: E-MODEL-MISSING, E-MODEL-CODE, E-MODEL-UNSUPPORTED, E-MODEL-FORMAT."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError("E-MODEL-MISSING", "there is no config.json", where=str(folder), hint="name a model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, OSError) as error:
+        raise UserError("E-MODEL-FORMAT", f"config.json can't be read: {error}", where=str(path)) from error
+    _refuse(raw, path)
+    try:
+        return _parse(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError("E-MODEL-FORMAT", f"config.json lacks or misstates {error}", where=str(path)) from error
+
+
+def _refuse(raw: dict[str, Any], path: Path) -> None:
+    def refuse(what: str, hint: str, code: str = "E-MODEL-UNSUPPORTED") -> None:
+        raise UserError(code, what, where=str(path), hint=hint)
+
+    if "auto_map" in raw:
+        refuse("the folder wants to run code of its own (auto_map)", "use a folder without it", "E-MODEL-CODE")
+    names = raw.get("architectures") or []
+    if not names or names[0] not in ARCHITECTURES:
+        refuse(f"architecture {names or 'unnamed'} isn't one of Tetrad's", f"choose from {', '.join(ARCHITECTURES)}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        refuse(f"rotary scaling {kind!r} isn't supported", "use a checkpoint without it")
+    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
+        refuse("sliding windows aren't supported", "set use_sliding_window = false if the model was trained without")
+    if raw.get("quantization_config"):
+        refuse("the weights are quantised", "use the float checkpoint")
+    if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse("hidden_act, mlp_bias or partial_rotary_factor differ from the decoder's", "use another checkpoint")
+    if ARCHITECTURES[names[0]] != "qwen2" and raw.get("attention_bias"):
+        refuse("attention_bias = true isn't supported here", "use another checkpoint")
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+
+
+def _parse(raw: dict[str, Any]) -> DecoderConfig:
+    family = ARCHITECTURES[raw["architectures"][0]]
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    scaling = None
+    if rope.get("rope_type", rope.get("type")) == "llama3":
+        scaling = RopeScaling(
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    return DecoderConfig(
+        family=family,
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=int(raw["hidden_size"]),
+        layers=int(raw["num_hidden_layers"]),
+        heads=int(raw["num_attention_heads"]),
+        kv_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
+        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]),
+        ff=int(raw["intermediate_size"]),
+        max_positions=int(raw["max_position_embeddings"]),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        rope_scaling=scaling,
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        init_std=float(raw.get("initializer_range", 0.02)),
+        eos_ids=_ids(raw.get("eos_token_id")),
+        pad_id=raw.get("pad_token_id"),
+        bos_id=raw.get("bos_token_id"),
+        reward_bias=float((raw.get("tetrad") or {}).get("reward_bias", 0.0)),
+    )
+
+
+def config_json(config: DecoderConfig, kind: str) -> dict[str, Any]:
+    """What transformers reads. kind: "CausalLM" or "SequenceClassification" (one label).
+
+    `rope_theta` is for transformers 4, `rope_parameters` for 5; both say the same.
+    """
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling:
+        rope = {"rope_type": "llama3", "rope_theta": config.rope_theta, **vars(config.rope_scaling)}
+    eos = list(config.eos_ids)
+    raw: dict[str, Any] = {
+        "architectures": [f"{_CLASS[config.family]}For{kind}"],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ff,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope,
+        "rope_scaling": rope if config.rope_scaling else None,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tied,
+        "initializer_range": config.init_std,
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": config.pad_id,
+        "use_cache": True,
+        "torch_dtype": "float32",
+    }
+    if config.family != "qwen2":
+        raw["attention_bias"] = False
+    if kind == "SequenceClassification":
+        raw |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        raw["tetrad"] = {"reward_bias": config.reward_bias}
+    return raw

@@ -1,0 +1,256 @@
+"""The decoder, and the two models made of it: a language model and a scalar model (reward, critic).
+
+One forward for training (packed documents) and for decoding (one token a row against a cache): they differ in the
+`attend` that a block is given. The head is applied inside `forward`, only where a target is, and in chunks, so the
+matrix of all logits never exists and sharded parameters work. Parameters are named as in Hugging Face folders.
+Frozen copies, dropout and precision are the caller's choice; text is unknown here.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tetrad.model.attention import Attend, packed_attention, plan_for
+from tetrad.model.config import DecoderConfig
+from tetrad.objectives.language import nll_sum, token_logprobs
+from tetrad.types import IGNORE, Packed
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary positions on [T, H, D] (Su et al. 2021); the gradient is the opposite rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    a, b = x.chunk(2, -1)
+    first, second = out.chunk(2, -1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return out
+
+
+class _Norm(torch.autograd.Function):
+    """x / rms(x) * weight in fewer passes over memory than autograd's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze_(-1)
+        normed: Tensor = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, scale, weight = ctx.saved_tensors
+        to_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight
+        share = torch.linalg.vecdot(grad, normed).div_(normed.shape[-1]).unsqueeze_(-1)
+        return grad.addcmul_(normed, share, value=-1).mul_(scale), to_weight, None
+
+
+_rotate: Callable[..., Tensor] = _Rotate.apply
+_normed: Callable[..., Tensor] = _Norm.apply
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019), computed in float32 or wider."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return _normed(x.to(wide), self.weight.to(wide), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(layer, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
+        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.ff, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.ff, bias=False)
+        self.down_proj = nn.Linear(c.ff, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm block."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int, dropout: float) -> Tensor:
+        drop = self.training and dropout > 0
+        out = self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+        x = x + (F.dropout(out, dropout) if drop else out)
+        out = self.mlp(self.post_attention_layernorm(x))
+        return x + (F.dropout(out, dropout) if drop else out)
+
+
+class Decoder(nn.Module):
+    """ids to hidden states. `dropout` (residual branches) and `token_dropout` (embeddings) act in training only."""
+
+    inv_freq: Tensor
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
+        self.dropout = self.token_dropout = 0.0
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Returns the normed hidden states [T, hidden]."""
+        x = self.embed_tokens(ids_T)
+        if self.training and self.token_dropout > 0:
+            x = x * (torch.rand(len(x), 1, device=x.device) >= self.token_dropout)
+        angle = positions_T[:, None].float() * self.inv_freq
+        cos, sin = (f(angle)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, attend, number, self.dropout)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def packed(self, packed: Packed) -> Tensor:
+        plan = plan_for(packed.bounds, packed.ids_T.device)
+        return self(packed.ids_T, packed.positions_T, lambda _, q, k, v: packed_attention(q, k, v, plan))  # type: ignore[no-any-return]
+
+
+def rope_frequencies(c: DecoderConfig) -> Tensor:
+    """Inverse wavelengths [head_dim / 2], with Llama 3's smoothing between long and short waves where configured."""
+    inverse = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    s = c.rope_scaling
+    if s is None:
+        return inverse
+    turns = s.original_max_position_embeddings * inverse / (2 * torch.pi)
+    smooth = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return (1 - smooth) * inverse / s.factor + smooth * inverse
+
+
+class CausalLM(nn.Module):
+    """A language model. `head_weight` is the embedding's where tied."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def forward(self, packed: Packed, want: str = "nll", temperature: float = 1.0) -> Any:
+        """want: "nll", the summed negative log-likelihood of the targets, with a cheap gradient; "logprobs", a pair of
+        [N] log-probabilities of the N targets and entropies (float32, differentiable); "logits", [T, V] for tests."""
+        hidden = self.model.packed(packed)
+        if want == "logits":
+            return (hidden @ self.head_weight.t()).float()
+        at = (packed.targets_T != IGNORE).nonzero()[:, 0]
+        hidden, targets = hidden.index_select(0, at), packed.targets_T[at]
+        if want == "nll":
+            return nll_sum(hidden, self.head_weight, targets)
+        return token_logprobs(hidden, self.head_weight, targets, temperature)
+
+
+class ScalarModel(nn.Module):
+    """A decoder with one number a token: the reward model reads it at the last, the critic before each reply token.
+
+    `bias` is a constant of the reward's normalisation, not trained.
+    """
+
+    bias: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.register_buffer("bias", torch.tensor(config.reward_bias), persistent=False)
+
+    def forward(self, packed: Packed, want: str = "scores") -> Tensor:
+        """want: "scores", [D] at the last token of each document; "values", [N] at the positions that have a target."""
+        hidden = self.model.packed(packed)
+        if want == "scores":
+            at = torch.tensor(packed.bounds[1:], device=hidden.device) - 1
+        else:
+            at = (packed.targets_T != IGNORE).nonzero()[:, 0]
+        read: Tensor = self.score(hidden.index_select(0, at))
+        scores: Tensor = read[:, 0].float() + self.bias
+        return scores
+
+
+def initialise(model: CausalLM, seed: int) -> None:
+    """Normal weights as transformers draws them; norms 1, biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, 0.0, model.config.init_std, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+def initial_head(hidden_size: int, seed: int) -> Tensor:
+    """A scalar head [1, hidden] with std 1/sqrt(hidden + 1) (Ziegler et al. 2019)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
+
+
+@torch.no_grad()
+def grow_vocabulary(model: CausalLM, size: int) -> None:
+    """Rows for new tokens up to `size` in embedding and head, each the mean of the old ones; spare rows come first."""
+    old = model.config.vocab_size
+    if size <= old:
+        return
+    owners = [model.model.embed_tokens] + ([] if model.config.tied else [model.lm_head])
+    for owner in owners:
+        weight = owner.weight
+        new = weight.mean(0, keepdim=True).expand(size - old, -1)
+        owner.weight = nn.Parameter(torch.cat((weight, new)))
+    model.config = replace(model.config, vocab_size=size)

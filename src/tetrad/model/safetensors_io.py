@@ -1,0 +1,70 @@
+"""Tensors to and from safetensors files, in a stream: one tensor is copied to the CPU at a time.
+
+The format is 8 bytes of header length (little endian), the header as JSON padded with spaces to 8 bytes, then the
+tensors' bytes without gaps, here in the order of their names (https://github.com/huggingface/safetensors, "Format").
+Shared tensors are written once under each name; who wants a tied weight only once leaves its second name out.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tetrad.errors import UserError
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, a header and then one chunk a tensor. Raises ValueError for other dtypes."""
+    names = sorted(tensors)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name}: {tensor.dtype} can't be written")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield _bytes_of(tensors[name])
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of the tensors alone, on disk; the header comes on top."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a safetensors file, on the CPU. Raises E-CKPT-FORMAT for anything else."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise _not_safetensors(path, error) from error
+
+
+def _not_safetensors(path: Path, error: Exception) -> UserError:
+    what = f"is not a whole safetensors file ({error!s:.200})"
+    return UserError("E-CKPT-FORMAT", what, where=str(path), hint="get the file again; pickles are never read")

@@ -1,0 +1,113 @@
+"""How far a reward model can be trusted: accuracy on pairs, calibration, rank correlation, intervals.
+
+No gradients. Ties are averaged, never broken by position, and randomness comes from a seed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tetrad.objectives.preference import pairs_of
+
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
+
+
+def ece(confidence_N: Tensor, correct_N: Tensor, bins: int = 10) -> Tensor:
+    """Expected calibration error, a scalar: |accuracy - confidence| of equal-width bins, weighted by their counts.
+
+    Bin b is [b, b + 1) / bins; a confidence of 1 falls into the last (Naeini et al. 2015). Raises ValueError without
+    values, or where a confidence lies outside [0, 1].
+    """
+    if confidence_N.numel() == 0 or not bool(((confidence_N >= 0) & (confidence_N <= 1)).all()):
+        raise ValueError("confidences must lie in [0, 1], and there must be some")
+    place = (confidence_N * bins).long().clamp(max=bins - 1)
+    gap = correct_N.to(confidence_N.dtype) - confidence_N
+    return torch.zeros(bins, dtype=gap.dtype, device=gap.device).index_add(0, place, gap).abs().sum() / len(gap)
+
+
+def brier(confidence_N: Tensor, correct_N: Tensor) -> Tensor:
+    """Mean squared gap between a probability and what happened (0, 1; 0.5 for a tie). Raises ValueError if empty."""
+    if confidence_N.numel() == 0:
+        raise ValueError("no values: their mean is undefined")
+    return (confidence_N - correct_N.to(confidence_N.dtype)).square().mean()
+
+
+def fit_temperature(logits_P: Tensor, labels_P: Tensor) -> float:
+    """The T in [0.01, 100] under which sigmoid(logits / T) has the least cross-entropy against labels in [0, 1].
+
+    In 1 / T the cross-entropy is convex, so its slope is bisected; data without a minimum (every pair right, or no
+    better than chance) gives an end of the range. Raises ValueError without values or where one is not finite (Guo et
+    al. 2017).
+    """
+    logits, labels = logits_P.detach().double(), labels_P.detach().double()
+    if logits.numel() == 0 or not bool(logits.isfinite().all() & labels.isfinite().all()):
+        raise ValueError("a temperature needs finite values")
+    low, high = -math.log(HIGHEST_TEMPERATURE), -math.log(LOWEST_TEMPERATURE)  # of log(1 / T)
+    for _ in range(60):
+        middle = (low + high) / 2
+        sharper = logits * math.exp(middle)
+        # sigmoid(x) - label, without the cancellation that would flatten the slope where every pair is right.
+        slope = float((logits * ((1 - labels) * torch.sigmoid(sharper) - labels * torch.sigmoid(-sharper))).sum())
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
+
+
+def pair_correct(scores_N: Tensor, winners_P: Tensor, losers_P: Tensor) -> Tensor:
+    """1 where the winner has the higher score, 0.5 where both have the same, else 0; [P] float64."""
+    gap = (scores_N[winners_P] - scores_N[losers_P]).detach()
+    return (gap.sign().double() + 1) / 2
+
+
+def pair_accuracy(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int]) -> float:
+    """Share of the untied pairs of all lists that the scores order as the ranks do. Raises ValueError without pairs."""
+    winners, losers, _ = pairs_of(ranks_N, bounds)
+    if winners.numel() == 0:
+        raise ValueError("no untied pair: accuracy is undefined")
+    return float(pair_correct(scores_N, winners, losers).mean())
+
+
+def spearman(x_N: Tensor, y_N: Tensor) -> float:
+    """Rank correlation, ties given their mean rank; NaN (undefined) where either side is constant or has one value."""
+    x, y = (ranks - ranks.mean() for ranks in (_mean_ranks(x_N), _mean_ranks(y_N)))
+    scale = float(x.norm() * y.norm())
+    return float(x @ y) / scale if scale > 0 else math.nan
+
+
+def bootstrap_interval(
+    values_N: Tensor,
+    statistic: Callable[[Tensor], Tensor | float] = torch.mean,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    groups_N: Tensor | None = None,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic of the rows of `values` (Efron 1979).
+
+    groups: rows of one group (pairs of one prompt) are drawn together, because they are not independent. Raises
+    ValueError without values.
+    """
+    if len(values_N) == 0:
+        raise ValueError("no values: their interval is undefined")
+    groups = torch.arange(len(values_N)) if groups_N is None else groups_N.cpu()
+    order = groups.argsort(stable=True)
+    lengths = groups.unique(return_counts=True)[1]
+    starts = lengths.cumsum(0) - lengths
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.empty(resamples, dtype=torch.float64)
+    for n in range(resamples):
+        drawn = torch.randint(len(starts), (len(starts),), generator=generator)
+        sizes = lengths[drawn]
+        shift = starts[drawn] - (sizes.cumsum(0) - sizes)
+        rows = order[torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)]
+        found[n] = float(statistic(values_N[rows.to(values_N.device)]))
+    tail = (1 - level) / 2
+    return float(found.quantile(tail)), float(found.quantile(1 - tail))
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    _, place, counts = values.detach().cpu().unique(return_inverse=True, return_counts=True)
+    ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2).double()
+    return ranks[place]

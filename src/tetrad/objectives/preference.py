@@ -1,0 +1,216 @@
+"""Losses of a reward model: pairs, lists of any length with ties, scores on a scale, annotators who err.
+
+Rewards are latent numbers r; a lower rank is better, equal ranks are ties, only the order of ranks counts. For
+training, many lists lie in one flat tensor with `bounds` (list l is bounds[l] : bounds[l + 1]), and a loss comes per
+list or as a weighted sum over pairs, so that micro-batches and ranks add up exactly; the functions named `*_loss` are
+means of one batch. Sources: Bradley and Terry 1952; all pairs of a list, averaged: Ouyang et al. 2022 (2203.02155);
+Plackett 1975 and Luce 1959, ties after Breslow 1974; margins, smoothing, soft labels: 2401.06080; centring:
+2312.09244; annotators: Chen et al., "Pairwise ranking aggregation in a crowdsourced setting", 2013.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import combinations
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
+
+PairTies = Literal["skip", "half"]
+OrderTies = Literal["exact", "breslow"]
+LARGEST_EXACT_TIE = 10  # 2^10 subsets
+
+
+def bt_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    smoothing: float | None = None,
+    label: Tensor | None = None,
+) -> Tensor:
+    """Mean of -label logsigmoid(d) - (1 - label) logsigmoid(-d), d = chosen - rejected - margin; all [P].
+
+    label: how likely `chosen` is the better one; 1 by default, 1 - smoothing where that is given. Raises ValueError
+    without pairs, or with smoothing and label at once.
+    """
+    _require_values(chosen)
+    if smoothing is not None and label is not None:
+        raise ValueError("smoothing and label both set the target")
+    gap = chosen - rejected if margin is None else chosen - rejected - margin
+    if label is None:
+        label = torch.full_like(gap, 1 - (smoothing or 0.0))
+    return _pair_losses(gap, label).mean()
+
+
+def pairs_of(ranks_N: Tensor, bounds: Sequence[int], ties: PairTies = "skip") -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of each list: indices of winners and losers into [N], and weights (float64) that sum to 1 over a list.
+
+    Tied pairs are left out, or with `half` stand there once each way at half the weight, which is a label of 0.5. A
+    list without a pair (one answer, or all tied under `skip`) has none and weighs nothing.
+    """
+    index, real = _padded(bounds, ranks_N.device)
+    ranks = ranks_N[index]
+    both = real[:, :, None] & real[:, None, :] & ~torch.eye(index.shape[1], dtype=torch.bool, device=index.device)
+    better = both & (ranks[:, :, None] < ranks[:, None, :])
+    amount = better.double()
+    if ties == "half":
+        amount += 0.5 * (both & (ranks[:, :, None] == ranks[:, None, :]))
+    lists, first, second = amount.nonzero().unbind(1)
+    weights = amount[lists, first, second] / amount.sum((1, 2))[lists]
+    return index[lists, first], index[lists, second], weights
+
+
+def pair_loss_sum(
+    rewards_N: Tensor,
+    winners_P: Tensor,
+    losers_P: Tensor,
+    weights_P: Tensor,
+    margins_P: Tensor | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Weighted sum over pairs of the Bradley-Terry loss; with `pairs_of`'s weights, the sum of each list's mean."""
+    gap = rewards_N[winners_P] - rewards_N[losers_P]
+    if margins_P is not None:
+        gap = gap - margins_P
+    return (weights_P.to(gap.dtype) * _pair_losses(gap, torch.full_like(gap, 1 - smoothing))).sum()
+
+
+def kwise_loss(scores_K: Tensor, ranks_K: Tensor, ties: PairTies = "skip") -> Tensor:
+    """Mean over the pairs of one list. Raises ValueError where there is none (all tied, under `skip`)."""
+    winners, losers, weights = pairs_of(ranks_K, (0, len(ranks_K)), ties)
+    _require_values(winners)
+    return pair_loss_sum(scores_K, winners, losers, weights)
+
+
+def plackett_luce_losses(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int], ties: OrderTies = "exact") -> Tensor:
+    """-log probability of each list's order under Plackett-Luce, [lists].
+
+    breslow: each of a tie is chosen from all not yet placed, its own tie included. exact: the sum over the orders of
+    the tie; a tie at the bottom then contributes 0. Raises ValueError for a longer exact tie than 10 that is not at
+    the bottom.
+    """
+    index, real = _padded(bounds, scores_N.device)
+    scores = torch.where(real, scores_N[index], 0)
+    ranks = torch.where(real, ranks_N[index], ranks_N.max() + 1)
+    tied = (ranks[:, :, None] == ranks[:, None, :]) & real[:, None, :]
+    worse = (ranks[:, None, :] > ranks[:, :, None]) & real[:, None, :]
+    self_or_padding = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    left = _log_sum(scores[:, None, :], tied | worse | self_or_padding)
+    losses = left - scores
+    if ties == "breslow":
+        return torch.where(real, losses, 0).sum(1)
+    size = tied.sum(2)
+    bottom = real & ~worse.any(2)
+    alone = real & (size == 1) & ~bottom
+    leader = real & (size > 1) & ~bottom & (tied.int().argmax(2) == torch.arange(scores.shape[1], device=scores.device))
+    total = torch.where(alone, losses, 0).sum(1)
+    for width in size[leader].unique().tolist():
+        lists, rows = (leader & (size == width)).nonzero().unbind(1)
+        members = tied[lists, rows].nonzero()[:, 1].view(-1, width)
+        rest = _log_sum(scores[lists], worse[lists, rows])
+        total = total.index_add(0, lists, -_log_tie(scores[lists[:, None], members], rest))
+    return total
+
+
+def plackett_luce_loss(scores_K: Tensor, ranks_K: Tensor, ties: OrderTies = "exact") -> Tensor:
+    """`plackett_luce_losses` of one list."""
+    _require_values(scores_K)
+    return plackett_luce_losses(scores_K, ranks_K, (0, len(scores_K)), ties)[0]
+
+
+def score_regression_sum(
+    pred_N: Tensor, target_N: Tensor, lo: float, hi: float, kind: Literal["mse", "bce"] = "mse"
+) -> Tensor:
+    """Sum of squared errors, or of binary cross-entropies with sigmoid(pred), against (target - lo) / (hi - lo)."""
+    if not lo < hi:
+        raise ValueError(f"a scale must rise: {lo} to {hi}")
+    share = (target_N - lo) / (hi - lo)
+    if kind == "mse":
+        return (pred_N - share).square().sum()
+    return binary_cross_entropy_with_logits(pred_N, share, reduction="sum")
+
+
+def score_regression(
+    pred_N: Tensor, target_N: Tensor, lo: float, hi: float, kind: Literal["mse", "bce"] = "mse"
+) -> Tensor:
+    """Mean of `score_regression_sum`."""
+    _require_values(pred_N)
+    return score_regression_sum(pred_N, target_N, lo, hi, kind) / len(pred_N)
+
+
+def center_penalty(chosen: Tensor, rejected: Tensor, coef: float, kind: Literal["square", "sum"] = "sum") -> Tensor:
+    """coef times the mean over pairs of (chosen + rejected)^2 (`sum`), or over all rewards of r^2 (`square`)."""
+    _require_values(chosen)
+    if kind == "sum":
+        return coef * (chosen + rejected).square().mean()
+    return coef * torch.cat([chosen, rejected]).square().mean()
+
+
+def crowd_bt_loss(s: Tensor, eta: Tensor, i: Tensor, j: Tensor, k: Tensor, lam: float = 0.5) -> Tensor:
+    """Mean over P answers "annotator k: item i beats item j" of -log P, where k is right with probability eta_k.
+
+    P = eta_k sigmoid(s_i - s_j) + (1 - eta_k) sigmoid(s_j - s_i); added, before the mean is taken, are `lam` wins and
+    lam defeats of every item against a virtual one of reward 0 (Chen et al. 2013). s: items' rewards; eta: in [0, 1];
+    i, j, k: [P] indices. Raises ValueError without answers.
+    """
+    _require_values(i)
+    gap = s[i] - s[j]
+    right = eta[k]
+    agree, oppose = torch.where(gap >= 0, right, 1 - right), torch.where(gap >= 0, 1 - right, right)
+    far = gap.abs()
+    likelihood = logsigmoid(far) + torch.log(agree + oppose * torch.exp(-far))
+    prior = (softplus(s) + softplus(-s)).sum()
+    return (lam * prior - likelihood.sum()) / len(i)
+
+
+def _pair_losses(gap: Tensor, label: Tensor) -> Tensor:
+    return -label * logsigmoid(gap) - (1 - label) * logsigmoid(-gap)
+
+
+def _require_values(values: Tensor) -> None:
+    if values.numel() == 0:
+        raise ValueError("no values: their mean is undefined")
+
+
+def _padded(bounds: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index [lists, longest] into the flat tensor, and where it is real; padding points at 0."""
+    edges = torch.as_tensor(bounds, device=device)
+    lengths = edges.diff()
+    if len(lengths) == 0 or int(lengths.min()) < 1:
+        raise ValueError("bounds must rise: every list needs an answer")
+    columns = torch.arange(int(lengths.max()), device=device)
+    real = columns < lengths[:, None]
+    return torch.where(real, edges[:-1, None] + columns, 0), real
+
+
+def _log_sum(scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, scores, -torch.inf).logsumexp(-1)
+
+
+def _log_tie(members_GM: Tensor, rest_G: Tensor) -> Tensor:
+    """Log probability that the M of a tie come first, in any order, before a rest of log-weight `rest`; [G].
+
+    P(S) = sum over i in S of P(S without i) e^{s_i} / (rest + sum of S), from the empty set to all: i is S's first.
+    """
+    log_p = torch.zeros_like(rest_G)[:, None]
+    for subsets, parents in _subset_levels(members_GM.shape[1]):
+        chosen = members_GM[:, subsets.to(members_GM.device)]
+        norm = torch.logaddexp(chosen.logsumexp(-1), rest_G[:, None])
+        log_p = (chosen + log_p[:, parents.to(members_GM.device)]).logsumexp(-1) - norm
+    return log_p[:, 0]
+
+
+@lru_cache
+def _subset_levels(size: int) -> list[tuple[Tensor, Tensor]]:
+    """For n = 1 .. size: the subsets of n members [C, n], and for each member the place of the subset without it."""
+    if size > LARGEST_EXACT_TIE:
+        raise ValueError(f'{size} answers tied above others: exact goes up to {LARGEST_EXACT_TIE}; use ties="breslow"')
+    levels: list[tuple[Tensor, Tensor]] = []
+    places: dict[tuple[int, ...], int] = {(): 0}
+    for count in range(1, size + 1):
+        subsets = list(combinations(range(size), count))
+        parents = [[places[s[:n] + s[n + 1 :]] for n in range(count)] for s in subsets]
+        levels.append((torch.tensor(subsets), torch.tensor(parents)))
+        places = {subset: place for place, subset in enumerate(subsets)}
+    return levels

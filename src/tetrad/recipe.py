@@ -1,0 +1,255 @@
+"""A recipe's file: TOML in and out, the command line's words on top, and the checks across settings.
+
+Paths in a recipe start at the recipe file's folder (`run.out` at the current one); `read` resolves them, so that later
+code opens them as they are. Nothing is read from the data files here, and nothing that is written in a recipe is run.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tetrad.errors import UserError
+from tetrad.settings.base import FUNCTIONS, Knob, knobs, toml_name
+from tetrad.settings.check import build
+from tetrad.settings.recipe import Recipe
+from tetrad.settings.words import nest, parse
+
+__all__ = ["Recipe", "check", "read", "write"]
+
+MAX_BYTES = 1 << 20
+_NAME = re.compile(r"[^\W.][\w.+-]{0,99}")
+_TABLE_LINE = re.compile(r"\s*\[\[?\s*([\w.\"'-]+)\s*\]")
+_KEY_LINE = re.compile(r"\s*([\w.\"'-]+)\s*=")
+_TWICE = ("Cannot overwrite a value", "Cannot declare", "Cannot redefine", "Duplicate inline table key")
+_KNOBS = cache(knobs)
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file, with words such as `--ppo.actor-lr 1e-6` on top, checked as one.
+
+    Raises UserError E-CONF-{MISSING,SIZE,SYNTAX,DUPKEY,UNKNOWN,TYPE,RANGE,SECRET,DIVIDE,CONFLICT} with `file:line`.
+    """
+    path = Path(path)
+    text = _text(path)
+    values = _toml(path, text)
+    places = {name: f"{path}:{line}" for name, line in _lines(text)}
+    stray, given, flags = parse(overrides, _KNOBS(Recipe))
+    if stray:
+        hint = "a setting is written --TABLE.KEY VALUE, as --ppo.steps 50"
+        raise UserError("E-CONF-SYNTAX", f"what is {stray[0]!r} for?", hint=hint)
+    for table, inner in nest(given).items():
+        below = values.get(table)
+        values[table] = {**below, **inner} if isinstance(below, dict) and isinstance(inner, dict) else inner
+    places |= flags
+    recipe = build(Recipe, values, places)
+    recipe = _resolved(replace(recipe, name=recipe.name or _name_of(path)), path.parent)
+    check(recipe, places)
+    return recipe
+
+
+def write(recipe: Recipe) -> str:
+    """The recipe as TOML, with every setting and with absolute paths: `read` gives the same from any folder."""
+    recipe = _resolved(recipe, Path.cwd())
+    recipe = replace(recipe, run=replace(recipe.run, out=os.path.abspath(recipe.run.out)))
+    lines: list[str] = []
+    items = [(toml_name(f.name), getattr(recipe, f.name)) for f in fields(recipe)]
+    lines += [f"{name} = {_literal(value)}" for name, value in items if not is_dataclass(value)]
+    for name, table in items:
+        if is_dataclass(table):
+            lines += ["", f"[{name}]"]
+            lines += [f"{toml_name(f.name)} = {_literal(getattr(table, f.name))}" for f in fields(table)]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+
+
+# Reading the file
+
+
+def _text(path: Path) -> str:
+    where, hint = str(path), "name a recipe, a .toml file"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError("E-CONF-MISSING", "there is no such recipe", where=where, hint=hint) from None
+    except IsADirectoryError:
+        raise UserError("E-CONF-SIZE", "is a folder, not a recipe", where=where, hint=hint) from None
+    except OSError as error:
+        raise UserError("E-CONF-MISSING", f"can't be read: {error.strerror}", where=where, hint=hint) from None
+    if len(raw) > MAX_BYTES:
+        raise UserError("E-CONF-SIZE", "is larger than 1 MiB, so it is no recipe", where=where, hint=hint)
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is no UTF-8 text"
+        raise UserError("E-CONF-SYNTAX", what, where=where, hint=hint + " saved as UTF-8") from None
+
+
+def _toml(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        found = re.search(r"\(at line (\d+), column (\d+)\)|(\(at end of document\))", str(error))
+        last = max(1, text.count("\n") + (not text.endswith("\n")))
+        line = int(found[1]) if found and found[1] else last
+        message = str(error).partition(" (at ")[0]
+        where = f"{path}:{line}"
+    if message.startswith(_TWICE):
+        key = text.split("\n")[line - 1].partition("=")[0].strip()
+        raise UserError("E-CONF-DUPKEY", f"{key} is given twice", where=where, hint="keep one of them")
+    hint = 'a recipe is TOML: [table] on a line of its own, then key = value; text in "quotes", lists in [brackets]'
+    raise UserError("E-CONF-SYNTAX", f"can't be read as TOML: {message}", where=where, hint=hint)
+
+
+def _lines(text: str) -> Iterator[tuple[str, int]]:
+    """The line on which each table and key stands, as far as a look at single lines can tell."""
+    table = ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if match := _TABLE_LINE.match(line):
+            table = re.sub(r"[\"']", "", match[1]) + "."
+            yield table[:-1], number
+        elif match := _KEY_LINE.match(line):
+            yield table + re.sub(r"[\"']", "", match[1]), number
+
+
+def _name_of(path: Path) -> str:
+    path = path.absolute()
+    return path.parent.name if path.stem == "recipe" else path.stem
+
+
+# Paths
+
+
+def _resolved(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its paths from `folder` on."""
+    changes: dict[str, Any] = {}
+    for item in fields(recipe):
+        table = getattr(recipe, item.name)
+        if is_dataclass(table):
+            inside = {f.name: (f"{item.name}.{toml_name(f.name)}", getattr(table, f.name)) for f in fields(table)}
+            new = {key: _path(_KNOBS(Recipe)[name], value, folder) for key, (name, value) in inside.items()}
+            changes[item.name] = replace(table, **new)  # type: ignore[type-var]
+    return replace(recipe, **changes)
+
+
+def _path(knob: Knob, value: Any, folder: Path) -> Any:
+    if knob.mark == FUNCTIONS:
+        return tuple(os.path.abspath(_from(folder, text)) for text in value)
+    if knob.mark:
+        return tuple(str(_from(folder, text)) for text in value)
+    if knob.name in ("model.from", "reward.from", "evaluate.referee") and value:
+        beside = _from(folder, value)
+        return str(beside if beside.exists() else Path(value))  # a run's stage is given as from the current folder
+    return value
+
+
+def _from(folder: Path, text: str) -> Path:
+    return folder / os.path.expanduser(text)
+
+
+# Checks across settings
+
+
+def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
+    """Raises UserError for values that are each legal but not together, before anything is loaded."""
+    places = places or {}
+    if not _NAME.fullmatch(recipe.name):
+        hint = 'use letters, digits, "-" and "_": it names a folder'
+        raise UserError("E-CONF-RANGE", f'name = "{recipe.name}" is no name', where=places.get("name", ""), hint=hint)
+    _check_divisors(recipe, places)
+    _check_lengths(recipe, places)
+    _check_pairs(recipe, places)
+    for name, knob in _KNOBS(Recipe).items():
+        if knob.mark == FUNCTIONS:
+            table, _, key = name.partition(".")
+            for text in getattr(getattr(recipe, table), key):
+                if not re.fullmatch(r".+\.py:[^\W\d]\w*", text, re.DOTALL):
+                    what = f'{name} has "{text}", which names no Python function'
+                    hint = f'write {key} = ["file.py:function"]'
+                    raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
+
+
+def _check_divisors(recipe: Recipe, places: Mapping[str, str]) -> None:
+    pairs = [("ppo.batch", "ppo.mini_batches")]
+    pairs += [("pretrain.batch_tokens", "pretrain.row_tokens")] if recipe.pretrain.text else []
+    model = recipe.model
+    if not model.from_:
+        pairs += [("model.hidden_size", "model.heads"), ("model.heads", "model.kv_heads")]
+    for whole, part in pairs:
+        _check_divides(whole, _get(recipe, whole), part, _get(recipe, part), places)
+    if not model.from_ and model.hidden_size // model.heads % 2:
+        what = f"model.hidden_size / model.heads = {model.hidden_size // model.heads} must be even (rotary positions)"
+        hint = f"write hidden_size = {' or '.join(_near_multiples(model.hidden_size, 2 * model.heads))}"
+        raise UserError("E-CONF-DIVIDE", what, where=places.get("model.hidden_size", ""), hint=hint)
+
+
+def _check_divides(whole: str, a: int, part: str, b: int, places: Mapping[str, str]) -> None:
+    if a % b:
+        what = f"{whole} = {a} can't be divided by {part} = {b}"
+        divisors = [d for d in range(1, a + 1) if a % d == 0]
+        below, above = max(d for d in divisors if d <= b or d == 1), min(d for d in divisors if d >= b or d == a)
+        parts = " or ".join(dict.fromkeys(map(str, (below, above))))
+        key, other = whole.rpartition(".")[2], part.rpartition(".")[2]
+        hint = f"write {key} = {' or '.join(_near_multiples(a, b))}, or {other} = {parts}"
+        raise UserError("E-CONF-DIVIDE", what, where=places.get(whole, places.get(part, "")), hint=hint)
+
+
+def _near_multiples(value: int, step: int) -> list[str]:
+    low = value // step * step
+    return [str(n) for n in (low, low + step) if n > 0]
+
+
+def _check_lengths(recipe: Recipe, places: Mapping[str, str]) -> None:
+    """Nothing may be longer than the model. A model that comes from a folder is looked at when it is loaded."""
+    longest = recipe.model.max_positions
+    named = [("pretrain.row_tokens", bool(recipe.pretrain.text)), ("sft.max_tokens", bool(recipe.sft.data))]
+    named += [("reward.max_tokens", bool(recipe.reward.data) and not recipe.reward.from_)]
+    named += [("ppo.max_prompt", bool(recipe.ppo.prompts)), ("ppo.max_new", bool(recipe.ppo.prompts))]
+    named += [("evaluate.max_new", bool(recipe.evaluate.prompts))]
+    for name, used in named:
+        extra = recipe.ppo.max_new if name == "ppo.max_prompt" and recipe.ppo.max_prompt else 0
+        value = _get(recipe, name)
+        if used and not recipe.model.from_ and value + extra > longest:
+            whole = f"{name} = {value}" + (f" and ppo.max_new = {extra}" if extra else "")
+            what = f"{whole} tokens are more than model.max_positions = {longest}"
+            hint = f"lower {name}, or raise model.max_positions before pre-training"
+            raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
+    pretrain = recipe.pretrain
+    if pretrain.text and 0 < pretrain.tokens < pretrain.batch_tokens:
+        what = f"pretrain.tokens = {pretrain.tokens} is less than one step, batch_tokens = {pretrain.batch_tokens}"
+        hint = "raise tokens or lower batch_tokens"
+        raise UserError("E-CONF-RANGE", what, where=places.get("pretrain.tokens", ""), hint=hint)
+
+
+def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
+    scale = recipe.reward.score_scale
+    if scale and not scale[0] < scale[1]:
+        what = f"reward.score_scale = [{scale[0]:g}, {scale[1]:g}] must go from the lowest to the highest score"
+        hint = f"write score_scale = [{min(scale):g}, {max(scale):g}]" if scale[0] > scale[1] else "give two numbers"
+        raise UserError("E-CONF-RANGE", what, where=places.get("reward.score_scale", ""), hint=hint)
+    if recipe.model.from_ and recipe.tokenizer.text:
+        what = "model.from brings its own tokenizer, and [tokenizer] learns another"
+        hint = "remove [tokenizer] text, or model.from"
+        raise UserError("E-CONF-CONFLICT", what, where=places.get("tokenizer.text", ""), hint=hint)
+    if recipe.ppo.kl_target and not recipe.ppo.kl_coefficient:
+        what = "ppo.kl_target adapts kl_coefficient, which starts at 0 and would stay there"
+        hint = "write kl_coefficient = 0.05, or kl_target = 0"
+        raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.kl_target", ""), hint=hint)
+
+
+def _get(recipe: Recipe, name: str) -> int:
+    table, _, key = name.partition(".")
+    return int(getattr(getattr(recipe, table), key))

@@ -1,0 +1,1 @@
+"""What Tetrad tells about itself and its inputs."""

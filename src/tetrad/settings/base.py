@@ -1,0 +1,160 @@
+"""What all settings share: the decorator, the constrained types, the marks on a field, and a look at a class's knobs.
+
+A knob's name is its TOML name (`ppo.actor_lr`, `model.from`); its flag is `--ppo.actor-lr`. Nothing here imports torch,
+pydantic or a terminal library, so that `--help` is quick.
+"""
+
+import ast
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+T = TypeVar("T")
+FILES = "files"
+FUNCTIONS = "functions"
+
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Rate = Annotated[float, Gt(0), Le(1)]
+Below1 = Annotated[float, Ge(0), Lt(1)]
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]
+Files = Annotated[tuple[str, ...], FILES]
+"""Paths, globs allowed, from the recipe's folder; the content of the files is part of a stage's key."""
+Functions = Annotated[tuple[str, ...], FUNCTIONS]
+"""`file.py:name`; the content of the file is part of a stage's key."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass that pydantic checks strictly: unknown keys and inf/nan are refused."""
+    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def unkeyed(default: Any) -> Any:
+    """A field that changes memory, speed, place or logging but no number: recorded, never part of a stage's key."""
+    return field(default=default, metadata={"keyed": False})
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting. kind: truth | whole | number | text | choice | list | numbers; mark: files, functions or empty."""
+
+    name: str
+    default: Any
+    help: str
+    keyed: bool
+    kind: str
+    mark: str = ""
+    choices: tuple[str, ...] = ()
+    limits: str = ""
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def wanted(self) -> str:
+        """What a value must be, for an error or a help line: `a number, above 0 and at most 1`."""
+        if self.kind == "choice":
+            return " or ".join(f'"{choice}"' for choice in self.choices)
+        if self.mark:
+            return {FILES: "a list of files", FUNCTIONS: "a list of file.py:name"}[self.mark]
+        noun = {
+            "truth": "true or false",
+            "whole": "a whole number",
+            "number": "a number",
+            "text": "text",
+            "list": "a list of text",
+            "numbers": "two numbers, the lowest and the highest",
+        }[self.kind]
+        return f"{noun}, {self.limits}" if self.limits else noun
+
+
+def toml_name(field_name: str) -> str:
+    """`from_` is `from` in TOML and on the command line."""
+    return field_name.rstrip("_")
+
+
+def tables(cls: type[Any]) -> dict[str, type[Any]]:
+    """The fields of a settings class that are settings classes themselves, by TOML name."""
+    hints = get_type_hints(cls)
+    return {toml_name(f.name): hints[f.name] for f in fields(cls) if is_dataclass(hints[f.name])}
+
+
+def knobs(cls: type[Any], prefix: str = "") -> dict[str, Knob]:
+    """Every setting of a settings class and of the tables in it, by dotted TOML name, in the order of the source."""
+    hints = get_type_hints(cls, include_extras=True)
+    found: dict[str, Knob] = {}
+    for item in fields(cls):
+        name, hint = prefix + toml_name(item.name), hints[item.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            found |= knobs(hint, name + ".")
+            continue
+        text = docstrings(cls).get(item.name, "")
+        found[name] = _knob(name, hint, item.default, text, item.metadata.get("keyed", True))
+    return found
+
+
+def _knob(name: str, hint: Any, default: Any, text: str, keyed: bool) -> Knob:
+    marks: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        marks = tuple(rest)
+    mark = next((m for m in marks if isinstance(m, str)), "")
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    return Knob(name, default, text, keyed, _kind(hint), mark, choices, _limits(marks))
+
+
+def _kind(hint: Any) -> str:
+    simple = {bool: "truth", int: "whole", float: "number", str: "text"}
+    if hint in simple:
+        return simple[hint]
+    kinds = {Literal: "choice", tuple: "list", UnionType: "numbers"}
+    return kinds[get_origin(hint)]
+
+
+def _limits(marks: tuple[Any, ...]) -> str:
+    words: list[str] = []
+    mark: Any
+    for mark in marks:
+        match mark:
+            case Gt(gt=low):
+                words.append(f"above {low}")
+            case Ge(ge=low):
+                words.append(f"at least {low}")
+            case Le(le=high):
+                words.append(f"at most {high}")
+            case Lt(lt=high):
+                words.append(f"below {high if high < 10**9 else '2^63'}")
+    return " and ".join(words)
+
+
+@cache
+def _trees(module: str) -> Mapping[str, ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def docstrings(cls: type[Any]) -> dict[str, str]:
+    """Each field's docstring (the text literal below it), on one line, by field name."""
+    found: dict[str, str] = {}
+    for parent in cls.__bases__:
+        found |= docstrings(parent) if is_dataclass(parent) else {}
+    body = _trees(cls.__module__)[cls.__name__].body
+    for node, after in pairwise(body):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[node.target.id] = " ".join(str(after.value.value).split())
+    return found

@@ -1,0 +1,98 @@
+"""From plain values to settings, strictly: every mistake names its place, its key, what is allowed and what to do.
+
+Values are checked as JSON in pydantic's strict mode: "5" is no number and 2.0 no whole number, from a file or from the
+command line alike. Whatever looks like a password is refused and never printed.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from tetrad.errors import UserError
+from tetrad.settings.base import Knob, knobs, tables
+from tetrad.settings.names import SECRET_VALUE, secret, shown, unknown
+
+T = TypeVar("T")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "truth": (bool,),
+    "whole": (int,),
+    "number": (int, float),
+    "text": (str,),
+    "choice": (str,),
+}
+
+
+def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) -> T:
+    """An instance of a settings class from nested plain values by TOML name.
+
+    places: where each dotted name was given (`recipe.toml:12`, `--ppo.steps`). Raises UserError E-CONF-UNKNOWN, -TYPE,
+    -RANGE or -SECRET for the first mistake.
+    """
+    known, groups = knobs(cls), tables(cls)
+    for name, value in _flat(values, groups):
+        where = places.get(name, "")
+        if name not in known and name not in groups:
+            raise unknown(name, known, where)
+        if SECRET_VALUE.search(str(value)):
+            raise secret(name, where)
+    try:
+        text = json.dumps(_by_field(cls, values), default=lambda value: {"not JSON": str(value)})
+        return TypeAdapter(cls).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise _explained(error, values, known, places) from None
+
+
+def _flat(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+            if name in groups and value:
+                continue
+        yield name, value
+
+
+def _by_field(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML names become field names: `from` is a keyword of Python."""
+    groups = tables(cls)
+    return {
+        "from_" if name == "from" else name: _by_field(groups[name], value)
+        if name in groups and isinstance(value, Mapping)
+        else value
+        for name, value in values.items()
+    }
+
+
+def _explained(
+    error: ValidationError, values: Mapping[str, Any], known: Mapping[str, Knob], places: Mapping[str, str]
+) -> UserError:
+    """The first complaint of pydantic, in our words."""
+    path = [str(part).rstrip("_") for part in error.errors(include_url=False)[0]["loc"]]
+    name = next((".".join(path[:n]) for n in (2, 1) if ".".join(path[:n]) in known), path[0])
+    value: Any = values
+    for part in name.split("."):
+        value = value[part]
+    where = places.get(name, "")
+    if name not in known:
+        what = f"{name} = {shown(value)} must be a table, [{name}]."
+        return UserError("E-CONF-TYPE", what, where=where, hint=f"write [{name}] on a line of its own")
+    knob = known[name]
+    what = f"{name} = {shown(value)} must be {knob.wanted}."
+    fits = isinstance(value, _TYPES.get(knob.kind, ())) and (knob.kind == "truth" or not isinstance(value, bool))
+    return UserError("E-CONF-RANGE" if fits else "E-CONF-TYPE", what, where=where, hint=_hint(knob, value))
+
+
+def _hint(knob: Knob, value: Any) -> str:
+    key = knob.name.rpartition(".")[2]
+    if knob.kind == "list" and isinstance(value, str):
+        return f"write {key} = [{shown(value)}]"
+    if knob.kind == "choice" and isinstance(value, str):
+        for match in difflib.get_close_matches(value, knob.choices, n=1):
+            return f'did you mean "{match}"?'
+    if knob.kind in ("whole", "number") and isinstance(value, str) and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value):
+        return f"write {key} = {value}, without quotes"
+    default = [] if isinstance(knob.default, tuple) else knob.default
+    return f"the default is {shown(default)}"

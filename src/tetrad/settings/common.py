@@ -1,0 +1,67 @@
+"""Knobs that several stages share: the optimizer, the run, sampling."""
+
+from typing import Literal
+
+from tetrad.settings.base import Below1, Count, NotNegative, Positive, Share, Whole, settings, unkeyed
+
+
+@settings
+class Run:
+    """How and where stages run. Only `dtype` changes numbers."""
+
+    out: str = unkeyed("runs")
+    """Folder that holds runs/<name>/<stage>."""
+    device: Literal["auto", "cpu", "cuda"] = unkeyed("auto")
+    """Where to compute."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type: auto is bfloat16 on a GPU that has it and float32 elsewhere. Trained weights stay float32."""
+    deterministic: bool = unkeyed(False)
+    """On a GPU: only kernels that repeat bit for bit (slower). A CPU always repeats."""
+    threads: Whole = unkeyed(0)
+    """CPU threads; 0 leaves the choice to torch."""
+    micro_tokens: Count = unkeyed(4096)
+    """Tokens of one forward and backward: memory and speed; results differ by rounding only."""
+    save_every: Whole = unkeyed(0)
+    """Steps between checkpoints; 0 picks about ten a stage."""
+    keep: Count = unkeyed(2)
+    """Checkpoints kept; never fewer than two."""
+    log_every: Count = unkeyed(10)
+    """Steps between lines on a log (metrics.jsonl holds every step)."""
+    grace: NotNegative = unkeyed(60.0)
+    """Seconds that a PPO iteration may still take after SIGTERM."""
+
+
+@settings
+class Optim:
+    """The optimizer's constants; each stage has its own learning rate."""
+
+    beta1: Below1 = 0.9
+    """AdamW: decay of the mean."""
+    beta2: Below1 = 0.95
+    """AdamW: decay of the square."""
+    eps: Positive = 1e-8
+    """AdamW: added to the root (PPO has its own, `ppo.adam_eps`)."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled decay of matrices, per step and unit of learning rate (norms and biases have none)."""
+    max_norm: NotNegative = 1.0
+    """Gradients are scaled to at most this global norm; 0 turns it off."""
+    muon_lr: NotNegative = 0.02
+    """Learning rate of Muon where a stage says `optimizer = "muon"` (matrices; AdamW takes the rest)."""
+    muon_momentum: Below1 = 0.95
+    """Muon: momentum."""
+
+
+@settings
+class Sampling:
+    """How replies are sampled outside PPO (evaluate, generate, chat)."""
+
+    temperature: NotNegative = 1.0
+    """Logits are divided by it; 0 is greedy."""
+    top_k: Whole = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    top_p: Share = 1.0
+    """Sample among the likeliest tokens that reach this share; 1 is off."""
+    max_new: Count = 256
+    """Longest reply, in tokens."""
+    slots: Count = unkeyed(64)
+    """Replies sampled at once."""

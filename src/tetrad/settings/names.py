@@ -1,0 +1,69 @@
+"""Names of settings: the nearest to a misspelt one, and names and values that look like secrets.
+
+A secret is refused and never printed: recipes are copied into run folders and shown.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tetrad.errors import UserError
+from tetrad.settings.base import Knob
+
+_SECRET_KEY = re.compile(r"api_?key|(^|_)token$|passw|secret|credential|private_?key", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\b(sk-[\w-]{16,}|hf_\w{20,}|gh[pousr]_\w{20,}|AKIA[A-Z0-9]{16})")
+_OTHER_NAMES = {
+    "learningrate": "lr", "batchsize": "batch", "numepochs": "epochs", "numsteps": "steps", "maxsteps": "steps",
+    "maxlength": "max_tokens", "maxseqlen": "max_tokens", "maxnewtokens": "max_new", "maxlen": "max_new",
+    "klcoef": "kl_coefficient", "beta": "kl_coefficient", "numlayers": "layers", "numheads": "heads",
+    "cliprange": "clip", "lambda": "lam", "warmupratio": "warmup", "outputdir": "out", "files": "data",
+}  # fmt: skip
+
+
+def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
+    """The error for a name that is no setting, with the nearest that is."""
+    if _SECRET_KEY.search(name.rpartition(".")[2].replace("-", "_")):
+        return secret(name, where)
+    near = nearest(name, known)
+    table = name.rpartition(".")[0]
+    siblings = [knob.rpartition(".")[2] for knob in known if knob.rpartition(".")[0] == table]
+    hint = f"did you mean {' or '.join(near)}?" if near else ""
+    hint = hint or (f"[{table}] has {', '.join(siblings)}" if table and siblings else "")
+    hint = hint or "the settings are: " + ", ".join(dict.fromkeys(knob.partition(".")[0] for knob in known))
+    return UserError("E-CONF-UNKNOWN", f"there is no setting {name}.", where=where, hint=hint)
+
+
+def nearest(name: str, known: Mapping[str, Knob]) -> list[str]:
+    """The settings that a misspelt one may mean: in its table, else in another, hyphens and case aside."""
+    table, _, key = name.rpartition(".")
+    here = {_plain(knob.rpartition(".")[2]): knob for knob in known if knob.rpartition(".")[0] == table}
+    aliases = {alias: here[_plain(real)] for alias, real in _OTHER_NAMES.items() if _plain(real) in here}
+    for match in difflib.get_close_matches(_plain(key), [*here, *aliases], n=1, cutoff=0.7):
+        return [here.get(match) or aliases[match]]
+    elsewhere = [knob for knob in known if _plain(knob.rpartition(".")[2]) == _plain(key)]
+    if elsewhere:
+        return elsewhere[:4]
+    groups = list(dict.fromkeys(knob.partition(".")[0] for knob in known if "." in knob))
+    other = [t for t in difflib.get_close_matches(table or key, groups, n=1) if t != table]
+    moved = [f"{t}.{key}" for t in other if table and f"{t}.{key}" in known]
+    if moved or (other and not table):
+        return moved or [f"[{other[0]}]"]
+    everywhere = {_plain(knob): knob for knob in known}
+    return [everywhere[match] for match in difflib.get_close_matches(_plain(name), [*everywhere], n=1, cutoff=0.7)]
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe would write it, cut to one line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]", "", name).lower()
+
+
+def secret(name: str, where: str) -> UserError:
+    what = f"{name} looks like a secret; recipes are copied into run folders and shown."
+    return UserError("E-CONF-SECRET", what, where=where, hint="remove it and use an environment variable")

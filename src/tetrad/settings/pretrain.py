@@ -1,0 +1,31 @@
+"""Pre-training on documents."""
+
+from typing import Literal
+
+from tetrad.settings.base import Count, Files, Rate, Share, Whole, settings, unkeyed
+
+
+@settings
+class Pretrain:
+    """Next-token prediction on packed rows without padding. Runs when `text` is given."""
+
+    text: Files = ()
+    """Files of documents: txt (one a paragraph between blank lines) or jsonl with `text`."""
+    held_out: Files = ()
+    """Documents for the held-out perplexity; never trained on."""
+    tokens: Whole = 0
+    """Tokens to train on; 0 is one epoch."""
+    row_tokens: Count = 512
+    """Tokens of a row; a document longer than it continues in the next row."""
+    batch_tokens: Count = 16_384
+    """Tokens of an optimizer step, on all machines together; a multiple of `row_tokens`."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon on the matrices, AdamW on embeddings, head, norms and biases."""
+    lr: Rate = 1e-3
+    """Highest learning rate of AdamW."""
+    warmup: Share = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate falls afterwards; linear and cosine end at 0."""
+    eval_every: Whole = unkeyed(0)
+    """Steps between held-out losses; 0 is at the end only."""

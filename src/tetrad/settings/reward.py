@@ -1,0 +1,64 @@
+"""The reward model."""
+
+from typing import Literal
+
+from tetrad.settings.base import (
+    Below1,
+    Count,
+    Files,
+    Functions,
+    NotNegative,
+    Positive,
+    Rate,
+    Share,
+    Whole,
+    settings,
+)
+
+
+@settings
+class Reward:
+    """One latent reward from comparisons and scores, mixed in one run. Runs when `data` is given."""
+
+    data: Files = ()
+    """Files of comparisons and scores."""
+    held_out: Files = ()
+    """Records for early stopping, the temperature and the report; never trained on."""
+    test: Files = ()
+    """Records read once, at the end, for the reported figures; `held_out` where none are given."""
+    from_: str = ""
+    """A folder to start from ("from" in TOML); the SFT model where empty."""
+    score_scale: tuple[float, float] | tuple[()] = ()
+    """Lowest and highest possible score, as [1, 5]; needed as soon as a record has a score."""
+    comparison_loss: Literal["pairs", "plackett-luce"] = "pairs"
+    """pairs: all pairs of a list, averaged (Ouyang et al. 2022); plackett-luce: the whole order."""
+    score_weight: NotNegative = 0.5
+    """Weight of the scores' squared error beside the comparisons' loss."""
+    center: NotNegative = 0.0
+    """Weight of the centring penalty, mean of (r_chosen + r_rejected)^2."""
+    baselines: Functions = ()
+    """Python functions `file.py:name` judged on the test records beside the reward model."""
+    pair_gap: NotNegative = 0.0
+    """Reported accuracy on pairs of scored answers leaves out pairs whose scores are closer than this."""
+    dropout: Below1 = 0.1
+    """Dropout of the residual branches while the reward model trains."""
+    token_dropout: Below1 = 0.0
+    """Share of the input tokens whose embedding is zeroed while the reward model trains."""
+    max_tokens: Whole = 0
+    """Longest prompt with answer; 0 is the model's."""
+    on_long: Literal["refuse", "cut", "drop"] = "refuse"
+    """What to do with a longer one; cut (from the left) and drop are counted."""
+    epochs: Positive = 1.0
+    """Times the records are read."""
+    batch: Count = 32
+    """Records of an optimizer step, on all machines together."""
+    lr: Rate = 5e-4
+    """Highest learning rate of AdamW."""
+    warmup: Share = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls afterwards."""
+    normalise: Count = 256
+    """Replies of the SFT model on which the output gets mean 0 and standard deviation 1."""
+    normalise_max_new: Count = 64
+    """Longest of those replies, in tokens."""

@@ -1,0 +1,41 @@
+"""Supervised fine-tuning."""
+
+from typing import Literal
+
+from tetrad.settings.base import Count, Files, Positive, Rate, Share, Whole, settings, unkeyed
+
+
+@settings
+class Sft:
+    """Cross-entropy on the answers and their end tokens. Runs when `data` is given."""
+
+    data: Files = ()
+    """Files of Instruction, messages or prompt/completion records."""
+    held_out: Files = ()
+    """Records for the held-out loss; never trained on."""
+    template: Literal["instruction", "chatml"] = "instruction"
+    """How a conversation becomes text."""
+    separator: str = "<|sep|>"
+    """Between the parts of `instruction`: a control token, or on a foreign tokenizer plain text such as "\\n\\n"."""
+    add_separator: bool = False
+    """Give a foreign tokenizer the control token <|sep|> (a spare embedding row first, else one more row)."""
+    train_on_prompt: bool = False
+    """Read the prompt's tokens in the loss too."""
+    max_tokens: Whole = 0
+    """Longest record; 0 is the model's."""
+    on_long: Literal["refuse", "cut", "drop"] = "refuse"
+    """What to do with a longer record; cut and drop are counted."""
+    epochs: Positive = 1.0
+    """Times the records are read."""
+    batch: Count = 32
+    """Records of an optimizer step, on all machines together."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon on the matrices, AdamW on the rest."""
+    lr: Rate = 5e-4
+    """Highest learning rate of AdamW."""
+    warmup: Share = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls afterwards."""
+    eval_every: Whole = unkeyed(0)
+    """Steps between held-out losses; 0 is at the end only."""

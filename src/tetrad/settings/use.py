@@ -1,0 +1,102 @@
+"""Arguments of the commands that use a model: generate, chat, score, doctor."""
+
+from dataclasses import replace
+from typing import TypeVar
+
+from tetrad.errors import UserError
+from tetrad.settings.base import Count, NotNegative, Seed, Share, Whole, settings
+
+T = TypeVar("T", bound="Sample")
+
+
+@settings
+class Sample:
+    """How replies are sampled."""
+
+    temperature: NotNegative = 1.0
+    """Logits are divided by it; 0 is greedy."""
+    greedy: bool = False
+    """Always the likeliest token (temperature 0)."""
+    top_k: Whole = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    top_p: Share = 1.0
+    """Sample among the likeliest tokens that reach this share; 1 is off."""
+    max_new: Count = 256
+    """Longest reply, in tokens."""
+    seed: Seed = 0
+    """Start of the random numbers: the same seed gives the same replies."""
+
+
+@settings
+class Generate(Sample):
+    """Answer one prompt or a file of prompts."""
+
+    model: str = ""
+    """A stage of a run ("runs/NAME/ppo") or a Hugging Face folder."""
+    instruction: str = ""
+    """The prompt's Instruction."""
+    input: str = ""
+    """The prompt's Input, beside `instruction`."""
+    prompts: str = ""
+    """A jsonl file of prompts, instead of `instruction`."""
+    out: str = ""
+    """Write the answers to this jsonl file; without it they are printed."""
+    best_of: Count = 1
+    """Replies a prompt, of which the one with the highest reward is kept; needs `reward`."""
+    reward: str = ""
+    """The reward model's folder, for `best_of`."""
+
+
+@settings
+class Chat(Sample):
+    """Talk to a model in the terminal."""
+
+    model: str = ""
+    """A stage of a run ("runs/NAME/ppo") or a Hugging Face folder."""
+    system: str = ""
+    """The system message (the Instruction, for a model of the `instruction` template)."""
+
+
+@settings
+class ScoreFile:
+    """Score answers with a reward model."""
+
+    model: str = ""
+    """The reward model's folder ("runs/NAME/reward")."""
+    data: str = ""
+    """A jsonl file with a prompt and an answer a line: `input` and `output`, or Instruction, Input and Output."""
+    out: str = ""
+    """Write the scores to this jsonl file; without it they are printed."""
+
+
+@settings
+class Doctor:
+    """Versions, device and memory; with `vectors`, the numeric self-test."""
+
+    vectors: str = ""
+    """A file of test vectors: every objective is computed and compared, in float64 and float32."""
+
+
+def agreed(values: T, given: set[str]) -> T:
+    """The settings with `greedy` put into effect. given: what the user named.
+
+    Raises UserError E-CONF-CONFLICT or E-CONF-MISSING for settings that don't go together.
+    """
+    if isinstance(values, Generate):
+        if bool(values.prompts) == bool(values.instruction):
+            what = "give either --instruction or --prompts" + (", not both" if values.prompts else "")
+            raise UserError("E-CONF-CONFLICT" if values.prompts else "E-CONF-MISSING", what, where="generate")
+        if values.input and not values.instruction:
+            raise _conflict("--input", "--prompts", "put the Input into the file's records")
+        if (values.best_of > 1) != bool(values.reward):
+            hint = "add --reward FOLDER" if values.best_of > 1 else "add --best-of 16"
+            raise UserError("E-CONF-MISSING", "--best-of and --reward need each other", where="generate", hint=hint)
+        if values.greedy and values.best_of > 1:
+            raise _conflict("--greedy", "--best-of", "all greedy replies are the same")
+    if values.greedy and "temperature" in given:
+        raise _conflict("--greedy", "--temperature", "--greedy is --temperature 0")
+    return replace(values, temperature=0.0) if values.greedy else values
+
+
+def _conflict(one: str, other: str, hint: str) -> UserError:
+    return UserError("E-CONF-CONFLICT", f"{one} and {other} exclude each other", where=one, hint=hint)

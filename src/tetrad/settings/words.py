@@ -1,0 +1,130 @@
+"""Settings as words of a command line: `--ppo.actor-lr 1e-6` in, help text out.
+
+A flag is a setting's TOML name with hyphens. Words become plain values, checked afterwards with those of the file
+(`settings.check`), so that both give the same errors.
+"""
+
+import shutil
+import textwrap
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tetrad.errors import UserError
+from tetrad.settings.base import Knob, knobs, tables
+from tetrad.settings.names import shown, unknown
+
+
+def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], dict[str, Any], dict[str, str]]:
+    """Words that are no flag or its value, in order; values by dotted name; and the flag that gave each value.
+
+    A list takes every word up to the next flag, or one word `["a", "b"]`; a repeated flag goes on with its list.
+    Raises UserError E-CONF-UNKNOWN for an unknown flag, -MISSING without a value, -DUPKEY for a value given twice.
+    """
+    plain: list[str] = []
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            plain.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        name, negated = _name(flag, known)
+        given = [text] if equals else _take(known[name], rest, negated)
+        if name in values and known[name].kind != "list":
+            raise UserError("E-CONF-DUPKEY", f"{flag} is given twice.", where=flag, hint="keep one of them")
+        value = _value(known[name], given, flag, negated)
+        joined = isinstance(value, list) and isinstance(values.get(name), list)
+        values[name] = values[name] + value if joined else value
+        places[name] = flag
+    return plain, values, places
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"ppo.steps": 3} as {"ppo": {"steps": 3}}."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        table, _, key = name.rpartition(".")
+        (nested.setdefault(table, {}) if table else nested)[key] = value
+    return nested
+
+
+def _name(flag: str, known: Mapping[str, Knob]) -> tuple[str, bool]:
+    name = flag[2:].replace("-", "_")
+    if name in known:
+        return name, False
+    table, dot, key = name.rpartition(".")
+    positive = table + dot + key.removeprefix("no_")
+    if key.startswith("no_") and positive in known and known[positive].kind == "truth":
+        return positive, True
+    raise unknown(name, known, flag)
+
+
+def _take(knob: Knob, rest: list[str], negated: bool) -> list[str]:
+    """Removes a flag's values from the words after it."""
+    taken: list[str] = []
+    if knob.kind == "truth":
+        return [rest.pop(0)] if rest and not negated and rest[0] in ("true", "false") else []
+    while rest and not rest[0].startswith("--"):
+        taken.append(rest.pop(0))
+        if knob.kind not in ("list", "numbers") or taken[0].startswith("["):
+            break
+    return taken
+
+
+def _value(knob: Knob, given: Sequence[str], flag: str, negated: bool) -> Any:
+    if knob.kind == "truth":
+        return not negated if not given else {"true": True, "false": False}.get(given[0], given[0])
+    if not given and knob.kind != "list":
+        raise UserError("E-CONF-MISSING", f"{flag} has no value.", where=flag, hint=f"give it {knob.wanted}")
+    if given and given[0].startswith("[") and knob.kind in ("list", "numbers"):
+        try:
+            return tomllib.loads("value = " + given[0])["value"]
+        except tomllib.TOMLDecodeError:
+            what = f"{flag} {given[0]} is no list."
+            raise UserError("E-CONF-SYNTAX", what, where=flag, hint='write it as \'["a", "b"]\'') from None
+    if knob.kind in ("text", "choice"):
+        return given[0]
+    items = [_number(word) if knob.kind != "list" else word for word in given]
+    return items if knob.kind in ("list", "numbers") else items[0]
+
+
+def _number(word: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
+
+
+def help_text(cls: type[Any], only: Sequence[str] = (), skip: Sequence[str] = ()) -> str:
+    """What every setting of a class means, its unit, what it may be and its default; `only` these tables, if any."""
+    groups = tables(cls)
+    width = min(shutil.get_terminal_size((100, 40)).columns, 110)
+    lines: list[str] = []
+    loose = [knob for name, knob in knobs(cls).items() if "." not in name and name not in skip]
+    for knob in loose:
+        lines += _entry(knob, width)
+    for name, table in groups.items():
+        if only and name not in only:
+            continue
+        lines += ["", *textwrap.wrap(f"[{name}] {_summary(table)}", width)]
+        for knob in knobs(table, name + ".").values():
+            lines += _entry(knob, width)
+    return "\n".join(lines)
+
+
+def _summary(cls: type[Any]) -> str:
+    return " ".join((cls.__doc__ or "").split())
+
+
+def _entry(knob: Knob, width: int) -> list[str]:
+    default = "none" if knob.default in ("", ()) else shown(knob.default)
+    text = knob.help if knob.kind == "truth" else f"{knob.help} ({knob.wanted})"
+    body = textwrap.wrap(f"{text} Default: {default}.", width - 30, break_on_hyphens=False)
+    flag = f"  {knob.flag}"
+    first = [f"{flag:<29} {body[0]}"] if len(flag) < 29 else [flag, " " * 30 + body[0]]
+    return first + [" " * 30 + line for line in body[1:]]

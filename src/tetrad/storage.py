@@ -1,0 +1,403 @@
+"""The one module that writes into run folders: whole folders, whole files, lines of logs, and the lock.
+
+A folder is written beside its place (`.tmp-<name>-<id>`), every file is flushed to the disk, `manifest.json` with the
+size and sha256 of each comes last, and one rename puts the whole in its place: at any kill or power cut there is the
+old folder or the new one, never half of one. Reading trusts nothing that the manifest doesn't vouch for, the manifest's
+own checksum included. Every system call goes through `disk.calls`, so that tests can fail or kill each of them.
+It knows nothing of tensors or of stages, and never opens a link or a path outside the folder it was given.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+from tetrad import disk
+from tetrad.errors import UserError
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+Content: TypeAlias = bytes | Iterable[bytes | memoryview]
+
+MANIFEST = "manifest.json"
+VERSION = 1
+_MANIFEST_BYTES = 16 << 20
+_TAIL = 1 << 16
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}")
+_STEP = re.compile(r"step-(\d+)")
+_NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_HINT = "put back a copy of it, or remove the folder and run the stage again"
+_READ_BY_LOADERS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".pkl", ".py")
+
+
+# Writing
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder and those above it; each new name is flushed to the disk."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with disk.told(path):
+        with suppress(FileExistsError):
+            disk.calls.mkdir(path)
+        disk.sync_folder(path.parent)
+
+
+def write_folder(path: Path, files: Mapping[str, Content], meta: Mapping[str, Json]) -> None:
+    """Writes a whole folder, with a manifest {version, files, sha256, **meta}; one that is there is replaced.
+
+    Contents may be iterators of chunks, so that a model is never held twice. Raises UserError E-IO-SPACE or E-IO-WRITE;
+    then what was at `path` is as before. Raises ValueError for a file name that no manifest may hold.
+    """
+    for name in files:
+        if not _NAME.fullmatch(name) or name == MANIFEST:
+            raise ValueError(f"not a file name for a manifest: {name!r}")
+    make_folder(path.parent)
+    temp = _beside(path, "tmp")
+    with disk.told(path):
+        try:
+            disk.calls.mkdir(temp)
+            entries = {name: _write_new(temp / name, content) for name, content in files.items()}
+            manifest = _render({**meta, "version": VERSION, "files": entries})
+            _write_new(temp / MANIFEST, manifest)
+            disk.sync_folder(temp)
+            _put_in_place(temp, path)
+        except BaseException:
+            _discard(temp)
+            raise
+    if _read_file(path / MANIFEST) != manifest:
+        raise UserError("E-IO-WRITE", "the disk gave back other bytes than were written", where=str(path / MANIFEST))
+
+
+def write_file(path: Path, content: Content) -> None:
+    """Writes one whole file: the old one stays until the new one is on the disk. Raises E-IO-SPACE, E-IO-WRITE."""
+    make_folder(path.parent)
+    temp = _beside(path, "tmp")
+    with disk.told(path):
+        try:
+            _write_new(temp, content)
+            disk.calls.rename(temp, path)
+            disk.sync_folder(path.parent)
+        except BaseException:
+            _discard(temp)
+            raise
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{kind}-{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _put_in_place(temp: Path, path: Path) -> None:
+    old = _beside(path, "old") if os.path.lexists(path) else None
+    if old:
+        disk.calls.rename(path, old)
+    try:
+        disk.calls.rename(temp, path)
+    except BaseException:
+        if old:  # if this fails as well, or we are killed here, remove_leftovers puts it back
+            disk.calls.rename(old, path)
+        raise
+    disk.sync_folder(path.parent)
+    if old:
+        _discard(old)
+
+
+def _write_new(path: Path, content: Content) -> dict[str, Json]:
+    digest, size = hashlib.sha256(), 0
+    descriptor = disk.calls.open(path, _NEW_FLAGS, 0o666)
+    try:
+        for chunk in (content,) if isinstance(content, bytes) else content:
+            view = memoryview(chunk).cast("B")
+            disk.write_all(descriptor, view)
+            digest.update(view)
+            size += len(view)
+        disk.calls.fsync(descriptor)
+    finally:
+        disk.calls.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+# Removing
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for entry in sorted(path.iterdir()):
+            _delete(entry)
+        disk.calls.rmdir(path)
+    elif os.path.lexists(path):
+        disk.calls.unlink(path)
+
+
+def _discard(path: Path) -> None:
+    """Deletes what nobody needs any more; what can't be deleted now is left to remove_leftovers."""
+    with suppress(OSError):
+        _delete(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder so that no half of it is ever seen under its name. Nothing happens if it isn't there."""
+    if os.path.lexists(path):
+        temp = _beside(path, "tmp")
+        with disk.told(path):
+            disk.calls.rename(path, temp)
+            _delete(temp)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Clears what a killed writer left in `folder`; call it only with the run's lock held. Returns the names cleared.
+
+    A folder that was moved aside for a new one which never came is put back.
+    """
+    leftovers = sorted(folder.glob(".tmp-*")) + sorted(folder.glob(".old-*")) if folder.is_dir() else []
+    for path in leftovers:
+        home = path.with_name(path.name[len(".old-") : -len("-12345678")])
+        with disk.told(path):
+            if path.name.startswith(".old-") and not os.path.lexists(home):
+                disk.calls.rename(path, home)
+            else:
+                _delete(path)
+    return [path.name for path in leftovers]
+
+
+def move_aside(path: Path, to: Path) -> Path:
+    """Renames `path` to `to`, or to `to`-2, -3 ... where that is taken, and returns the place."""
+    make_folder(to.parent)
+    place, number = to, 2
+    while os.path.lexists(place):
+        place, number = to.with_name(f"{to.name}-{number}"), number + 1
+    with disk.told(path):
+        disk.calls.rename(path, place)
+        disk.sync_folder(place.parent)
+        disk.sync_folder(path.parent)
+    return place
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """The folders `step-<number>` of a folder by ascending step number; the clock and the files' times play no part."""
+    if not folder.is_dir():
+        return {}
+    found = [(match, path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return dict(sorted((int(match[1]), path) for match, path in found))
+
+
+def prune(folder: Path, keep: int, protect: Collection[int] = ()) -> None:
+    """Deletes all but the `keep` highest `step-*` folders (at least two) and the steps in `protect`."""
+    steps = step_folders(folder)
+    for step in list(steps)[: -max(2, keep)]:
+        if step not in protect:
+            remove_folder(steps[step])
+
+
+# Reading
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a folder, itself checked; the files it names are not read.
+
+    Raises UserError E-CKPT-{MANIFEST,VERSION,PATH,SIZE}.
+    """
+    place = path / MANIFEST
+    where = str(place)
+    if not os.path.lexists(place):
+        raise UserError("E-CKPT-MANIFEST", "has no manifest.json: it is not whole", where=str(path), hint=_HINT)
+    raw = _read_file(place)
+    try:
+        manifest = json.loads(raw)
+        version = manifest["version"]
+        if version != VERSION:
+            what = f"format version {version} can't be read here, only {VERSION}"
+            raise UserError("E-CKPT-VERSION", what, where=where, hint="use the release of Tetrad that wrote it")
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        whole = raw == _render(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError("E-CKPT-MANIFEST", "this is not a manifest", where=where, hint=_HINT) from error
+    for name in files:
+        if not _NAME.fullmatch(name) or name == MANIFEST:
+            raise UserError("E-CKPT-PATH", f"the manifest names {name!r:.80}, which is no plain file name", where=where)
+    if not whole:
+        raise UserError("E-CKPT-MANIFEST", "is damaged: its own checksum differs", where=where, hint=_HINT)
+    return dict(manifest)
+
+
+def verify_folder(path: Path) -> dict[str, Any]:
+    """Reads every file of a folder and compares it with the manifest. Returns the manifest.
+
+    Raises UserError E-CKPT-{MANIFEST,VERSION,PATH,MISSING,SIZE,HASH}; E-IO-READ if the disk refuses.
+    """
+    manifest = read_manifest(path)
+    for entry in sorted(path.iterdir()):
+        if entry.is_symlink():
+            raise UserError("E-CKPT-PATH", "is a link; a checkpoint holds files only", where=str(entry))
+        if entry.suffix in _READ_BY_LOADERS and entry.name not in {MANIFEST, *manifest["files"]}:
+            raise UserError("E-CKPT-MANIFEST", "is not named in the manifest", where=str(entry), hint="remove it")
+    for name, entry in manifest["files"].items():
+        _verify_file(path / name, entry["size"], entry["sha256"])
+    return manifest
+
+
+def _verify_file(path: Path, size: int, sha256: str) -> None:
+    if not os.path.lexists(path):
+        raise UserError("E-CKPT-MISSING", "is missing", where=str(path), hint=_HINT)
+    actual_size, actual = disk.scan(path)
+    if actual_size != size:
+        what = f"has {actual_size} bytes, the manifest says {size}"
+        raise UserError("E-CKPT-SIZE", what, where=str(path), hint=_HINT)
+    if actual != sha256:
+        what = f"is damaged: sha256 {actual}, the manifest says {sha256}"
+        raise UserError("E-CKPT-HASH", what, where=str(path), hint=_HINT)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal. Raises E-IO-READ."""
+    return disk.scan(path)[1]
+
+
+def free_space_check(path: Path, needed_bytes: int) -> None:
+    """Raises E-IO-SPACE, with both figures, if the disk of `path` (which need not exist) has less room than that."""
+    free = disk.free_bytes(path)
+    if free < needed_bytes:
+        what = f"the disk has too little room: needs {needed_bytes / 1e6:,.1f} MB, has {free / 1e6:,.1f} MB"
+        raise UserError("E-IO-SPACE", what, where=str(path), hint="free some space, or put the runs on a larger disk")
+
+
+def _read_file(path: Path) -> bytes:
+    """A small file as it is; no more than the largest manifest is ever read."""
+    if path.is_symlink():
+        raise UserError("E-CKPT-PATH", "is a link; a checkpoint holds files only", where=str(path))
+    raw = bytearray()
+    for chunk in disk.chunks(path):
+        raw += chunk
+        if len(raw) > _MANIFEST_BYTES:
+            raise UserError("E-CKPT-SIZE", f"is larger than any manifest ({_MANIFEST_BYTES} bytes)", where=str(path))
+    return bytes(raw)
+
+
+def _render(manifest: Mapping[str, Json]) -> bytes:
+    """The bytes of a manifest: one spelling only, so that a changed bit anywhere shows; `sha256` is over the rest."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, sort_keys=True, allow_nan=False, indent=1).encode() + b"\n"
+
+
+# Logs and the lock
+
+
+class LineLog:
+    """A file of JSON lines that grows. A line that a kill cut in two is removed when the log is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        make_folder(path.parent)
+        with disk.told(path):
+            self._descriptor = disk.calls.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._size = os.fstat(self._descriptor).st_size
+        whole = self._end_of_last_line()
+        if whole < self._size:
+            self.truncate(whole)
+
+    def _end_of_last_line(self) -> int:
+        end = self._size
+        while end:
+            start = max(0, end - _TAIL)
+            found = os.pread(self._descriptor, end - start, start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+        return 0
+
+    def append(self, record: Mapping[str, Json]) -> None:
+        """Adds one line, or raises E-NUM-NONFINITE (NaN, infinity), E-IO-SPACE, E-IO-WRITE and adds none."""
+        try:
+            text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+            line = text.encode(errors="backslashreplace") + b"\n"
+        except ValueError as error:
+            what = f"a number to be logged is not finite: {record!s:.200}"
+            raise UserError("E-NUM-NONFINITE", what, where=str(self.path)) from error
+        with disk.told(self.path):
+            try:
+                disk.write_all(self._descriptor, memoryview(line))
+            except OSError:
+                with suppress(OSError):
+                    disk.calls.truncate(self._descriptor, self._size)
+                raise
+        self._size += len(line)
+
+    def size(self) -> int:
+        """Bytes up to the end of the last line."""
+        return self._size
+
+    def truncate(self, size: int) -> None:
+        """Cuts the log to `size` bytes. Raises ValueError if it is shorter."""
+        if size > self._size:
+            raise ValueError(f"{self.path} has {self._size} bytes, not {size}")
+        with disk.told(self.path):
+            disk.calls.truncate(self._descriptor, size)
+        self._size = size
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk."""
+        with disk.told(self.path):
+            disk.calls.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """What must survive was flushed by `sync`, so a failure here is nobody's loss."""
+        with suppress(OSError):
+            disk.calls.close(self._descriptor)
+
+
+class RunLock:
+    """One writer per run folder: a lock on a file, held by the kernel for the process, so that it dies with it.
+
+    `note` says whose lock was taken over when the last holder died without leaving. Raises E-RUN-LOCKED on entering.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.note = ""
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        make_folder(self.path.parent)
+        with disk.told(self.path):
+            descriptor = disk.calls.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if before := os.pread(descriptor, 1000, 0).decode(errors="replace"):
+                    self.note = f"took over the lock of {before.strip()}, which ended without leaving it"
+                holder = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+                disk.calls.truncate(descriptor, 0)
+                disk.write_all(descriptor, memoryview(holder.encode()))
+            except BlockingIOError as error:
+                holder = self._holder(descriptor)
+                disk.calls.close(descriptor)
+                hint = "wait for it, stop it, or give this run another name"
+                what = f"the run folder is in use by {holder}"
+                raise UserError("E-RUN-LOCKED", what, where=str(self.path.parent), hint=hint) from error
+            except BaseException:
+                disk.calls.close(descriptor)
+                raise
+        self._descriptor = descriptor
+        return self
+
+    @staticmethod
+    def _holder(descriptor: int) -> str:
+        for _ in range(100):  # the holder writes its name right after it has the lock
+            if text := os.pread(descriptor, 1000, 0).decode(errors="replace").strip():
+                return text
+            time.sleep(0.01)
+        return "another process"
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            disk.calls.truncate(self._descriptor, 0)
+        with suppress(OSError):
+            disk.calls.close(self._descriptor)

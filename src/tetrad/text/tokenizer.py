@@ -1,0 +1,302 @@
+"""Text to ids and back, over a Hugging Face `tokenizer.json`.
+
+User text is encoded by a twin of the tokenizer that has no added tokens, so that `<|im_end|>` or `<think>` in it is
+plain text and never a control token; control tokens are placed by id (template.py). Nothing is put around a text.
+A tokenizer that exists as a sentencepiece model alone is refused. Chat templates of a folder are never run.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import tokenizers
+
+from tetrad.errors import UserError
+
+END, SEPARATOR, PAD = "<|endoftext|>", "<|sep|>", "<|pad|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+MAX_JSON_BYTES = 128 << 20
+_ENDS = (END, IM_END, "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+_PADS = ("pad", "reserved", "unused", "unk")
+_CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes tokenizer.json"
+
+
+class ChatFormat(Protocol):
+    """What an exported folder must know of a template."""
+
+    def end_id(self, tokenizer: "Tokenizer") -> int: ...
+    def jinja(self, tokenizer: "Tokenizer") -> str: ...
+    def record(self) -> dict[str, str]: ...
+
+
+class Tokenizer:
+    """A vocabulary with its control tokens. size: ids are below it. eos_ids: all ids that end a text.
+
+    pad_id: an id that is never an end token; not a control token only where there is none to spare (`pad_is_text`).
+    """
+
+    def __init__(
+        self, text: str, eos_ids: Sequence[int] = (), pad_id: int = -1, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """text: tokenizer.json. eos_ids, pad_id: looked for by name where missing. Errors: E-MODEL-TOKENIZER."""
+        spec = _load_spec(text)
+        self.text = text
+        self.config = dict(config or {})
+        self._special = {int(t["id"]) for t in spec.get("added_tokens") or () if t.get("special")}
+        twin = _twin_spec(spec)
+        added = {str(t["content"]): int(t["id"]) for t in spec.get("added_tokens") or ()}
+        texts = {str(t["content"]) for t in twin["added_tokens"]}
+        self._controls = {name: i for name, i in added.items() if name not in texts}
+        self._twin = _build(json.dumps(twin))
+        ids_of = self._twin.get_vocab()
+        self._moved = {ids_of[name]: added[name] for name in texts}
+        self._names = {self._moved.get(i, i): name for name, i in ids_of.items()}
+        self._names |= {i: name for name, i in self._controls.items()}
+        self.size = max(self._names) + 1
+        named = [self._controls[name] for name in _ENDS if name in self._controls][:1]
+        self.eos_ids: tuple[int, ...] = tuple(eos_ids) or tuple(named)
+        if not self.eos_ids:
+            hint = 'name one as "eos_token_id" in config.json'
+            raise UserError("E-MODEL-TOKENIZER", "no token ends a text", hint=hint)
+        self.pad_id = pad_id if pad_id >= 0 and pad_id not in self.eos_ids else self._spare_pad()
+        self.pad_is_text = self.pad_id not in self._controls.values()
+        self._byte_level = "ByteLevel" in json.dumps(spec.get("decoder") or {})
+        ordered = sorted(self._controls, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The tokenizer of a `tokenizer.json` text."""
+        return cls(text)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The tokenizer of a Hugging Face folder. End tokens: generation_config.json, else config.json, else its own.
+
+        Errors: E-MODEL-MISSING, E-MODEL-TOKENIZER.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            _no_tokenizer(folder)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            what = f"tokenizer.json is larger than {MAX_JSON_BYTES >> 20} MiB"
+            raise UserError("E-MODEL-TOKENIZER", what, where=str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+            controls = {t["content"]: int(t["id"]) for t in _load_spec(text).get("added_tokens") or ()}
+            config = _read_object(folder / "tokenizer_config.json")
+            return cls(text, _end_ids(folder, config, controls), _pad_id(folder, config, controls), config)
+        except UserError as error:
+            raise UserError(error.code, error.what, where=error.where or str(path), hint=error.hint) from None
+        except (UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError("E-MODEL-TOKENIZER", f"cannot be read: {error!r}", where=str(path)) from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of user text; never a control token."""
+        return self._placed(self._twin.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each user text, on all cores."""
+        return [self._placed(e.ids) for e in self._twin.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, keep_control: bool = False, partial: bool = False) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD. keep_control: special tokens are written out.
+
+        partial: more ids will follow, so an unfinished character at the end is left out.
+        """
+        ids = [int(i) for i in ids if int(i) in self._names and (keep_control or int(i) not in self._special)]
+        if not self._byte_level:
+            text = self._whole.decode(ids, skip_special_tokens=False)
+            return text.rstrip("\ufffd") if partial else text
+        raw = b"".join(self._bytes(i) for i in ids)
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(raw, final=not partial)
+
+    def control(self, name: str) -> int | None:
+        """The id of a control (added) token."""
+        return self._controls.get(name)
+
+    def name(self, token: int) -> str:
+        """The token as the vocabulary spells it."""
+        return self._names[token]
+
+    def control_strings(self, text: str) -> int:
+        """How often user text spells a control token."""
+        return len(self._control_pattern.findall(text))
+
+    @property
+    def separator_id(self) -> int | None:
+        """The control token <|sep|>; None on a foreign tokenizer."""
+        return self.control(SEPARATOR)
+
+    @property
+    def document_end(self) -> int:
+        """The id after each document of pre-training: <|endoftext|>, else the first end token."""
+        return self._controls.get(END, self.eos_ids[0])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of tokenizer.json."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def with_control(self, name: str) -> "Tokenizer":
+        """The same tokenizer with one more control token, at the id `size`; itself where it has it."""
+        if name in self._controls:
+            return self
+        spec = json.loads(self.text)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token = {"id": self.size, "content": name, **flags, "special": True}
+        spec["added_tokens"] = [*(spec.get("added_tokens") or ()), token]
+        return Tokenizer(json.dumps(spec, ensure_ascii=False), self.eos_ids, self.pad_id, self.config)
+
+    def files(self, template: ChatFormat | None = None) -> dict[str, bytes]:
+        """tokenizer.json, tokenizer_config.json and special_tokens_map.json, read by transformers with equal ids.
+
+        template: its end token becomes the eos token and its Jinja twin the chat template.
+        """
+        end = template.end_id(self) if template else self.eos_ids[0]
+        special = {"eos_token": self._names[end], "pad_token": self._names[self.pad_id]}
+        foreign = {k: v for k, v in self.config.items() if k not in ("chat_template", "tetrad", "auto_map")}
+        usual = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {**usual, **foreign, **special}
+        if template:
+            config |= {"chat_template": template.jinja(self), "tetrad": template.record()}
+        texts = {"tokenizer_config.json": config, "special_tokens_map.json": special}
+        written = {name: (json.dumps(v, ensure_ascii=False, indent=2) + "\n").encode() for name, v in texts.items()}
+        return {"tokenizer.json": self.text.encode(), **written}
+
+    @cached_property
+    def _whole(self) -> tokenizers.Tokenizer:
+        return _build(self.text)
+
+    def _placed(self, ids: list[int]) -> list[int]:
+        """The library numbers the twin's few added tokens anew: back to their own ids."""
+        return [self._moved.get(i, i) for i in ids] if self._moved else ids
+
+    def _bytes(self, token: int) -> bytes:
+        name = self._names[token]
+        if token in self._controls.values() or any(c not in _BYTE_OF for c in name):
+            return name.encode()
+        return bytes(_BYTE_OF[c] for c in name)
+
+    def _spare_pad(self) -> int:
+        """A control token that ends nothing, one named like a filler first; else the first id that is no end."""
+        spare = {name: i for name, i in self._controls.items() if i not in self.eos_ids and name not in _ENDS}
+        for word in (*_PADS, ""):
+            for name, i in spare.items():
+                if word in name.lower():
+                    return i
+        return next(i for i in sorted(self._names) if i not in self.eos_ids)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _load_spec(text: str) -> dict[str, Any]:
+    try:
+        spec = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError("E-MODEL-TOKENIZER", f"tokenizer.json is not JSON: {error}") from None
+    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise UserError("E-MODEL-TOKENIZER", "tokenizer.json describes no model")
+    return spec
+
+
+def _build(text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError("E-MODEL-TOKENIZER", f"tokenizer.json cannot be used: {error}") from None
+
+
+def _twin_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer without added tokens: user text can spell none of them.
+
+    Runs of spaces that some families add are text and stay. A control token that also stands in the model's own
+    vocabulary gets a name there that no text can know (a piece of Unigram or WordPiece would match it).
+    """
+    nonce = secrets.token_hex(16)
+    added = spec.get("added_tokens") or ()
+    text_like = [t for t in added if not t.get("special") and not t["content"].strip()]
+    hidden = {t["content"]: f"{nonce} {t['content']}" for t in added if t not in text_like}
+    model = dict(spec["model"])
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict) and not hidden.keys().isdisjoint(vocab):
+        model["vocab"] = {hidden.get(name, name): i for name, i in vocab.items()}
+    elif isinstance(vocab, list):
+        model["vocab"] = [[hidden.get(name, name), score] for name, score in vocab]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    nothing = dict.fromkeys(("post_processor", "truncation", "padding"))
+    return {**spec, **nothing, "model": model, "added_tokens": text_like}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A folder's JSON file; empty where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError("E-MODEL-TOKENIZER", f"not JSON: {error}", where=str(path)) from None
+    return value if isinstance(value, dict) else {}
+
+
+def _end_ids(folder: Path, config: Mapping[str, Any], controls: Mapping[str, int]) -> tuple[int, ...]:
+    for name in ("generation_config.json", "config.json"):
+        value = _read_object(folder / name).get("eos_token_id")
+        ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+        if ids:
+            return tuple(dict.fromkeys(ids))
+    named = controls.get(_token_name(config.get("eos_token")))
+    return () if named is None else (named,)
+
+
+def _pad_id(folder: Path, config: Mapping[str, Any], controls: Mapping[str, int]) -> int:
+    value = _read_object(folder / "config.json").get("pad_token_id")
+    return controls.get(_token_name(config.get("pad_token")), value if isinstance(value, int) else -1)
+
+
+def _token_name(value: Any) -> str:
+    return str(value.get("content", "") if isinstance(value, dict) else value or "")
+
+
+def _no_tokenizer(folder: Path) -> None:
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if any(name.endswith((".model", ".spm")) or name in ("vocab.json", "merges.txt", "vocab.txt") for name in there):
+        raise UserError("E-MODEL-TOKENIZER", "the folder has no tokenizer.json", where=str(folder), hint=_CONVERT)
+    what = f"tokenizer.json is missing; files there: {', '.join(there[:8]) or 'none'}"
+    raise UserError("E-MODEL-MISSING", what, where=str(folder))
+
+
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+_set_for_fork: list[bool] = []
+
+
+def _before_fork() -> None:
+    """A forked child has none of the parent's worker threads: it encodes on one, without tokenizers' warning."""
+    if _PARALLEL not in os.environ:
+        os.environ[_PARALLEL] = "false"
+        _set_for_fork.append(True)
+
+
+def _after_fork_in_parent() -> None:
+    if _set_for_fork:
+        _set_for_fork.clear()
+        del os.environ[_PARALLEL]
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_set_for_fork.clear)

@@ -1,0 +1,176 @@
+"""Was it worth it? The SFT model, best-of-N and PPO answer the same held-out prompts, and others judge.
+
+The reward model's own opinion is shown, but it is what PPO was paid by; judges are Python functions that no training
+saw. Every mean has a 95 % bootstrap interval over prompts, gains over SFT are paired by prompt, and what a cheater
+gives away stands beside: KL, length, share of ended replies, distinct-2, the commonest word, likelihood under another
+model.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tetrad.data.loader import order
+from tetrad.data.source import Counts
+from tetrad.engine.batches import reply_logprobs
+from tetrad.engine.context import StageContext
+from tetrad.engine.device import Device, choose
+from tetrad.engine.metrics import reply_figures
+from tetrad.engine.rollout import Question, Rollout, read_questions, roll_out
+from tetrad.engine.scoring import Reward, Sample, python_function, trained
+from tetrad.engine.stage import POLICY, figures_of, first_parent, frozen, template_for
+from tetrad.model.decoder import CausalLM
+from tetrad.model.weights import read_causal, read_scalar
+from tetrad.objectives.calibration import bootstrap_interval
+from tetrad.settings.common import Sampling
+from tetrad.storage import write_folder
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Tokens
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One system's answers to the prompts. kl: nats a reply against the SFT model."""
+
+    samples: tuple[Sample, ...]
+    ended: tuple[bool, ...]
+    kl: float
+
+
+def run(ctx: StageContext) -> None:
+    s, seed = ctx.recipe.evaluate, ctx.recipe.seed
+    device = choose(ctx.recipe.run)
+    folder = first_parent(ctx, *POLICY)
+    tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
+    sft = frozen(read_causal(folder)).to(device.place)
+    limit = sft.config.max_positions
+    questions = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new)
+    questions = [questions[i] for i in order(seed, 0, len(questions))[: s.samples]]
+    judges: dict[str, Reward] = {spec.rpartition(":")[2]: python_function(spec) for spec in s.judges}
+    if "reward" in ctx.parents:
+        model = read_scalar(ctx.parents["reward"]).to(device.place)
+        judges = {"reward": trained(model, device, ctx.recipe.run.micro_tokens), **judges}
+    systems = answers_of_all(ctx, sft, questions, tokenizer, judges.get("reward"), device)
+    referee = _referee(ctx, device)
+    table = {name: figures(answers, systems["sft"], judges, referee, seed) for name, answers in systems.items()}
+    stages = {name: figures_of(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")}
+    report = {
+        "prompts": len(questions),
+        "systems": table,
+        "stages": stages,
+        "samples": side_by_side(systems, s.side_by_side),
+    }
+    show(ctx, report)
+    files = {"report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode()}
+    write_folder(ctx.folder / "report", files, {"key": ctx.key, "lineage": dict(ctx.lineage)})
+
+
+def answers_of_all(
+    ctx: StageContext,
+    sft: CausalLM,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    reward: Reward | None,
+    device: Device,
+) -> dict[str, Answers]:
+    """One answer a question from the SFT model, from best-of-N where there is a reward, from PPO where there is one."""
+    s, key = ctx.recipe.evaluate, (ctx.recipe.seed, "evaluate", 0)
+    micro_tokens = ctx.recipe.run.micro_tokens
+    sampling = Sampling(
+        temperature=ctx.recipe.sampling.temperature,
+        top_k=ctx.recipe.sampling.top_k,
+        top_p=ctx.recipe.sampling.top_p,
+        max_new=s.max_new,
+        slots=ctx.recipe.sampling.slots,
+    )
+    copies = max(1, s.best_of if reward else 1)
+    repeated = [question for question in questions for _ in range(copies)]
+    many = roll_out(sft, repeated, range(len(repeated)), key, sampling, tokenizer, device)
+    systems = {"sft": _chosen(many, list(range(0, len(repeated), copies)), 0.0)}
+    if reward and copies > 1:
+        scores = np.array(reward(many.samples)).reshape(-1, copies)
+        best = [row * copies + int(column) for row, column in enumerate(scores.argmax(1))]
+        # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
+        systems[f"best of {copies}"] = _chosen(many, best, math.log(copies) - (copies - 1) / copies)
+    if "ppo" in ctx.parents:
+        actor = frozen(read_causal(ctx.parents["ppo"])).to(device.place)
+        rollout = roll_out(actor, questions, range(len(questions)), key, sampling, tokenizer, device)
+        new, old = (reply_logprobs(m, rollout.documents, micro_tokens, device) for m in (actor, sft))
+        kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
+        systems["ppo"] = _chosen(rollout, list(range(len(questions))), kl)
+    return systems
+
+
+def _chosen(rollout: Rollout, rows: list[int], kl: float) -> Answers:
+    ended = rollout.ended_B.tolist()
+    return Answers(tuple(rollout.samples[i] for i in rows), tuple(ended[i] for i in rows), kl)
+
+
+def figures(
+    answers: Answers, sft: Answers, judges: Mapping[str, Reward], referee: Reward | None, seed: int
+) -> dict[str, Any]:
+    """Means with intervals; "gain" is the paired difference to the SFT model's answers."""
+    found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.ended)}
+    for name, judge in judges.items():
+        scores, before = (torch.tensor(judge(a.samples), dtype=torch.float64) for a in (answers, sft))
+        found[name] = _interval(scores, seed)
+        found[f"{name}_gain"] = _interval(scores - before, seed)
+    if referee:
+        found["referee_nll"] = float(np.mean(referee(answers.samples)))
+    return found
+
+
+def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:
+    low, high = bootstrap_interval(values, seed=seed)
+    return {"mean": float(values.mean()), "low": low, "high": high}
+
+
+def _referee(ctx: StageContext, device: Device) -> Reward | None:
+    """Nats a token of a reply, after what was asked, under a language model trained apart, with its own tokenizer."""
+    if "referee" not in ctx.parents:
+        return None
+    folder: Path = ctx.parents["referee"]
+    model, tokenizer = frozen(read_causal(folder)).to(device.place), Tokenizer.load(folder)
+
+    def nll(samples: Sequence[Sample]) -> list[float]:
+        documents = []
+        for sample in samples:
+            asked, text = tokenizer.encode(sample.asked), tokenizer.encode(sample.text)
+            ids = np.asarray(asked + text + [tokenizer.document_end], np.int32)
+            documents.append(Tokens(ids, np.arange(len(ids)) >= max(1, len(asked))))
+        logprobs = reply_logprobs(model, documents, ctx.recipe.run.micro_tokens, device)
+        return [float(-part.mean()) for part in logprobs]
+
+    return nll
+
+
+def side_by_side(systems: Mapping[str, Answers], count: int) -> list[dict[str, str]]:
+    first = next(iter(systems.values())).samples[:count]
+    return [
+        {"prompt": sample.prompt, **{name: answers.samples[i].text for name, answers in systems.items()}}
+        for i, sample in enumerate(first)
+    ]
+
+
+def show(ctx: StageContext, report: Mapping[str, Any]) -> None:
+    """The tables of the report, and the answers side by side."""
+    stages = [(stage, name, value) for stage, found in report["stages"].items() for name, value in found.items()]
+    ctx.console.table("Stages, on held-out data", ("stage", "figure", "value"), stages)
+    systems: Mapping[str, Mapping[str, Any]] = report["systems"]
+    names = list(next(iter(systems.values())))
+    rows = [[name, *(_shown(found.get(name)) for found in systems.values())] for name in names]
+    ctx.console.table(f"Answers to {report['prompts']} held-out prompts", ("", *systems), rows)
+    for texts in report["samples"]:
+        ctx.console.say("\n".join(f"  {name}: {text}" for name, text in texts.items()))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{value['mean']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
+    return "" if value is None else f"{value:.3g}"

@@ -1,0 +1,88 @@
+"""Pre-training: next-token prediction on documents packed into rows without padding.
+
+Row k of an epoch is tokens [kT, (k+1)T) of that epoch's permuted stream, so seed and step alone say what is read.
+Documents in one row never see each other.
+"""
+
+import math
+
+from tetrad.data.loader import Rows
+from tetrad.data.records import read_documents
+from tetrad.data.source import Counts
+from tetrad.data.tokens import TokenStore, tokenize_documents
+from tetrad.engine import mesh
+from tetrad.engine.batches import language_micros, mean_nll
+from tetrad.engine.context import StageContext
+from tetrad.engine.device import Device, choose
+from tetrad.engine.optim import Optimizer, lr_factor
+from tetrad.engine.stage import Weights, finish, first_parent, report_counts, start
+from tetrad.engine.update import language_terms, update
+from tetrad.model.config import DecoderConfig
+from tetrad.model.decoder import CausalLM, initialise
+from tetrad.model.weights import read_causal
+from tetrad.seeds import seed_for
+from tetrad.text.tokenizer import Tokenizer
+
+
+def run(ctx: StageContext) -> None:
+    s, micro_tokens = ctx.recipe.pretrain, ctx.recipe.run.micro_tokens
+    device = choose(ctx.recipe.run)
+    tokenizer = Tokenizer.load(first_parent(ctx, "tokenizer", "base"))
+    counts = Counts()
+    documents = tokenize_documents(tokenizer, read_documents(ctx.files(s.text), counts), counts)
+    store = TokenStore.build(ctx.cache("pretrain"), documents, ctx.key)
+    report_counts(ctx, counts, len(store))
+    rows = Rows(store, s.row_tokens, ctx.recipe.seed)
+    batch = s.batch_tokens // s.row_tokens
+    steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.row_tokens) / s.batch_tokens))
+    model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
+    model.to(device.place)
+    optimizer = Optimizer(model, s.lr, ctx.recipe.optim, kind=s.optimizer)
+    with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
+        with ctx.console.progress("pretrain", steps, stage.step) as bar:
+            for step in stage.steps():
+                wanted = mesh.share(range(step * batch, (step + 1) * batch))
+                pieces = [piece for row in wanted for piece in rows.row(row)]
+                factor = lr_factor(step, steps, s.warmup, s.schedule)
+                micros = language_micros(pieces, micro_tokens, device)
+                model.train()
+                stats = update(
+                    model, optimizer, micros, language_terms, device, factor=factor, max_norm=ctx.recipe.optim.max_norm
+                )
+                stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
+                bar.advance(1, loss=stats.loss)
+        finish(ctx, stage, model, tokenizer, None, _held_out(ctx, model, tokenizer, device))
+
+
+def _new_model(ctx: StageContext, tokenizer: Tokenizer) -> CausalLM:
+    m = ctx.recipe.model
+    config = DecoderConfig(
+        family="qwen2",
+        vocab_size=tokenizer.size,
+        hidden_size=m.hidden_size,
+        layers=m.layers,
+        heads=m.heads,
+        kv_heads=m.kv_heads,
+        head_dim=m.hidden_size // m.heads,
+        ff=m.ff or 3 * m.hidden_size,
+        max_positions=m.max_positions,
+        rope_theta=m.rope_theta,
+        tied=m.tied,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    model = CausalLM(config)
+    initialise(model, seed_for(ctx.recipe.seed, "weights"))
+    return model
+
+
+def _held_out(ctx: StageContext, model: CausalLM, tokenizer: Tokenizer, device: Device) -> dict[str, float]:
+    files = ctx.recipe.pretrain.held_out
+    if not files:
+        return {}
+    documents = list(tokenize_documents(tokenizer, read_documents(ctx.files(files), Counts())))
+    loss, tokens = mean_nll(model, documents, ctx.recipe.run.micro_tokens, device)
+    ctx.console.say(
+        f"pretrain   held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}, {tokens} tokens"
+    )
+    return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": float(tokens)}

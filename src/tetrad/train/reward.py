@@ -1,0 +1,183 @@
+"""The reward model: one latent reward r from comparisons and scores, mixed in any proportion.
+
+A comparison says P(i over j) = sigmoid(rho (r_i - r_j)), all pairs of a list averaged (Ouyang et al. 2022, eq. 1) or
+the order as a whole (Plackett-Luce); a score says y = r in units of the scores' standard deviation. The likelihoods are
+added, each divided by its own count. rho is learned where both kinds meet, so that neither forces its scale on the
+other. Afterwards a temperature is fitted on held-out pairs, and gain and bias give mean 0 and standard deviation 1 on
+replies of the policy to held-out prompts (Ziegler et al. 2019). The figures go into the model's manifest.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tetrad.data.loader import batch_indices, order, steps_for
+from tetrad.data.records import answers, read_preferences
+from tetrad.data.source import Counts
+from tetrad.data.tokens import tokenize
+from tetrad.engine import mesh
+from tetrad.engine.context import StageContext
+from tetrad.engine.device import Device, choose
+from tetrad.engine.optim import Optimizer, lr_factor
+from tetrad.engine.preferences import Examples, Judgements, Pairs, preference_micros
+from tetrad.engine.rollout import read_questions, roll_out
+from tetrad.engine.scoring import python_function, score_tokens, trained
+from tetrad.engine.stage import POLICY, Weights, finish, first_parent, frozen, report_counts, start, template_for
+from tetrad.engine.update import Micro, Terms, update
+from tetrad.errors import UserError
+from tetrad.model.decoder import ScalarModel
+from tetrad.model.weights import read_causal, read_scalar
+from tetrad.objectives import preference
+from tetrad.seeds import seed_for
+from tetrad.settings.common import Sampling
+from tetrad.settings.reward import Reward
+from tetrad.text.template import Template
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Comparison, Score, Term
+
+Record = Comparison | Score
+
+
+class Latent(nn.Module):
+    """The reward model and rho, in one optimizer and one checkpoint."""
+
+    def __init__(self, reward: ScalarModel, learn_rho: bool) -> None:
+        super().__init__()
+        self.reward = reward
+        self.log_rho = nn.Parameter(torch.zeros(()), requires_grad=learn_rho)
+
+
+def run(ctx: StageContext) -> None:
+    s, seed, micro_tokens = ctx.recipe.reward, ctx.recipe.seed, ctx.recipe.run.micro_tokens
+    device = choose(ctx.recipe.run)
+    policy, folder = first_parent(ctx, *POLICY, "from"), first_parent(ctx, "from", *POLICY)
+    tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
+    model = read_scalar(folder, seed_for(seed, "head"))
+    counts = Counts()
+    examples = read_examples(ctx, s.data, form, tokenizer, model, counts)
+    report_counts(ctx, counts, len(examples.records))
+    mean, std = score_moments(examples.records)
+    kinds = {type(record) for record in examples.records}
+    latent = Latent(model, learn_rho=len(kinds) > 1).to(device.place)
+    model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
+    optimizer = Optimizer(latent, s.lr, ctx.recipe.optim)
+    steps = steps_for(len(examples.records), s.batch, s.epochs)
+    terms = preference_terms(s)
+    with start(ctx, device, steps, {"model": Weights(latent), "optimizer": optimizer}) as stage:
+        with ctx.console.progress("reward", steps, stage.step) as bar:
+            for step in stage.steps():
+                wanted = mesh.share(batch_indices(seed, len(examples.records), s.batch, step).tolist())
+                records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
+                micros = preference_micros(records, documents, micro_tokens, mean, std, device)
+                factor = lr_factor(step, steps, s.warmup, s.schedule)
+                latent.train()
+                torch.manual_seed(seed_for(seed, "dropout", step, mesh.rank()))
+                stats = update(
+                    latent, optimizer, micros, terms, device, factor=factor, max_norm=ctx.recipe.optim.max_norm
+                )
+                stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr, **stats.terms)
+                bar.advance(1, loss=stats.loss)
+        figures = judge(ctx, model, tokenizer, form, device)
+        figures |= normalise(ctx, model, policy, tokenizer, form, device)
+        finish(ctx, stage, model, tokenizer, form, figures)
+
+
+def preference_terms(s: Reward) -> Terms:
+    """The losses of a micro-batch of `preference_micros`, for a `Latent`."""
+
+    def terms(model: nn.Module, micro: Micro) -> list[Term]:
+        latent = cast(Latent, model)
+        found: Judgements = micro.data
+        r_D = latent.reward(micro.packed, "scores")
+        scaled = r_D * latent.log_rho.exp()
+        if s.comparison_loss == "pairs":
+            loss = preference.pair_loss_sum(scaled, found.winners_P, found.losers_P, found.weights_P, found.margins_P)
+        else:
+            loss = order_loss(scaled[found.ranked_N], found)
+        sums = r_D[found.winners_P] + r_D[found.losers_P]
+        error = (r_D[found.scored_S] - found.targets_S).square().sum()
+        return [
+            Term("comparisons", loss, "comparisons"),
+            Term("scores", error, "scores", s.score_weight),
+            Term("centre", (found.weights_P * sums.square()).sum(), "comparisons", s.center),
+        ]
+
+    return terms
+
+
+def order_loss(r_N: Tensor, found: Judgements) -> Tensor:
+    """Plackett-Luce, summed over lists with an order: ties exact up to ten, else Breslow's approximation."""
+    if not len(r_N):
+        return r_N.sum()
+    ranks = found.ranks_N.split(np.diff(found.bounds).tolist())
+    ordered = torch.tensor([bool((part != part[0]).any()) for part in ranks], device=r_N.device)
+    longest = max(int(part.unique(return_counts=True)[1].max()) for part in ranks)
+    losses = preference.plackett_luce_losses(r_N, found.ranks_N, found.bounds, "exact" if longest <= 10 else "breslow")
+    return torch.where(ordered, losses, 0).sum()
+
+
+def score_moments(records: Sequence[Record]) -> tuple[float, float]:
+    """Mean and standard deviation of the training scores; 0 and 1 without any (or where all are equal)."""
+    scores = np.array([record.score for record in records if isinstance(record, Score)])
+    spread = float(scores.std()) if len(scores) else 0.0
+    return (float(scores.mean()) if len(scores) else 0.0), spread or 1.0
+
+
+def read_examples(
+    ctx: StageContext, files: Sequence[str], form: Template, tokenizer: Tokenizer, model: ScalarModel, counts: Counts
+) -> Examples:
+    """The records of these files and their documents; over-long ones as `on_long` says, whole records at a time."""
+    s = ctx.recipe.reward
+    records = read_preferences(ctx.files(files), s.score_scale, counts)
+    conversations = (conversation for record in records for conversation in answers(record))
+    documents = list(tokenize(form, tokenizer, conversations, counts=counts))
+    return Examples.of(records, documents).fitted(s.max_tokens or model.config.max_positions, s.on_long, counts)
+
+
+def judge(
+    ctx: StageContext, model: ScalarModel, tokenizer: Tokenizer, form: Template, device: Device
+) -> dict[str, float]:
+    """Figures on held-out and test records: accuracy, rank correlation, calibration; those of the baselines beside."""
+    s = ctx.recipe.reward
+    if not s.held_out:
+        return {}
+    read = [read_examples(ctx, files, form, tokenizer, model, Counts()) for files in (s.held_out, s.test or s.held_out)]
+    scored = [score_tokens(model, e.tokens, device, ctx.recipe.run.micro_tokens) for e in read]
+    held_out, test = (Pairs.of(e, torch.tensor(r), s.pair_gap) for e, r in zip(read, scored, strict=True))
+    temperature = held_out.temperature()
+    figures = {"temperature": temperature, **test.figures(temperature)}
+    said = ", ".join(f"{name} {figures[name]:.3f}" for name in ("pair_accuracy", "spearman", "ece") if name in figures)
+    ctx.console.say(f"reward     on {len(test.gaps_P)} test pairs: {said}")
+    for spec in s.baselines:
+        samples = read[1].samples()
+        rated = torch.tensor(python_function(spec)(samples))
+        beside = Pairs.of(read[1], rated, s.pair_gap).figures(1.0)
+        name = spec.rpartition(":")[2]
+        figures |= {f"{name}_{key}": beside[key] for key in ("pair_accuracy", "spearman") if key in beside}
+    return figures
+
+
+def normalise(
+    ctx: StageContext, model: ScalarModel, policy: Path, tokenizer: Tokenizer, form: Template, device: Device
+) -> dict[str, float]:
+    """Sets gain and bias: mean 0 and standard deviation 1 on the policy's replies to the RM's held-out prompts."""
+    s, seed = ctx.recipe.reward, ctx.recipe.seed
+    actor = frozen(read_causal(policy)).to(device.place)
+    limit, files = actor.config.max_positions, ctx.files(s.held_out or s.data)
+    questions = read_questions(files, form, tokenizer, Counts(), limit, s.normalise_max_new)
+    chosen = [questions[i] for i in order(seed, 0, len(questions))[: s.normalise]]
+    sampling = Sampling(max_new=s.normalise_max_new, slots=ctx.recipe.sampling.slots)
+    rollout = roll_out(actor, chosen, range(len(chosen)), (seed, "normalise", 0), sampling, tokenizer, device)
+    scores = np.array(trained(model, device, ctx.recipe.run.micro_tokens)(rollout.samples))
+    mean, std = float(scores.mean()), float(scores.std())
+    if not std > 1e-6:
+        what = f"the reward of {len(chosen)} replies has standard deviation {std:.2g}: it tells none apart"
+        raise UserError("E-NUM-REWARD", what, where="reward", hint="train it longer, or look at its data with care")
+    with torch.no_grad():
+        model.score.weight /= std
+        model.bias.copy_((model.bias - mean) / std)
+    return {"policy_mean": mean, "policy_std": std}

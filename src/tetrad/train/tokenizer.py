@@ -1,0 +1,26 @@
+"""The tokenizer's stage: a byte-level BPE learned from text."""
+
+from tetrad.data.records import read_documents
+from tetrad.data.source import Counts
+from tetrad.engine.context import StageContext
+from tetrad.engine.device import choose
+from tetrad.engine.stage import report_counts, start
+from tetrad.text.bpe import learn, report
+
+
+def run(ctx: StageContext) -> None:
+    s = ctx.recipe.tokenizer
+    with start(ctx, choose(ctx.recipe.run), 0, {}) as stage:
+        counts = Counts()
+        texts, size = [], 0
+        for document in read_documents(ctx.files(s.text), counts):
+            size += len(document.text.encode())
+            if s.max_bytes and size > s.max_bytes:
+                break
+            texts.append(document.text)
+        report_counts(ctx, counts, len(texts))
+        tokenizer = learn(texts, s.vocab_size, s.min_frequency)
+        fit = report(tokenizer, texts)
+        figures = {"characters_per_token": fit.characters_per_token, "single_token_han_share": fit.single_han}
+        ctx.console.say(f"tokenizer  {tokenizer.size} tokens, {fit.characters_per_token:.2f} characters a token")
+        stage.finish(tokenizer.files(), {"key": ctx.key, "figures": figures, "lineage": dict(ctx.lineage)})

@@ -1,0 +1,123 @@
+"""What flows through Tetrad, from a line of a file to a training step: small frozen dataclasses, no string-keyed bags.
+
+Arrays are numpy arrays while text becomes tokens and torch tensors from the device on; the classes do not care which.
+Shapes: T tokens of a packed micro-batch, B rows, D documents of a pack.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Array = Any  # numpy.ndarray or torch.Tensor
+IGNORE = -100  # the target of a position that no loss reads, as in transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One piece of a conversation. role: system | user | assistant, or instruction | input of an Instruction record."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text of pre-training."""
+
+    text: str
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model answers."""
+
+    turns: tuple[Turn, ...]
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What SFT learns from; the last turn is the assistant's."""
+
+    turns: tuple[Turn, ...]
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Answers to one prompt in an order of preference: the lowest rank is best, equal ranks are ties."""
+
+    prompt: Prompt
+    answers: tuple[str, ...]
+    ranks: tuple[float, ...]
+    annotator: str = ""
+    margin: float = 0.0
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One answer with a number on the declared scale."""
+
+    prompt: Prompt
+    answer: str
+    score: float
+    annotator: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """ids: int32 [n]. train: bool [n], true where the token itself is a label (the answer and its end token)."""
+
+    ids: Array
+    train: Array
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Documents one after another, without padding; attention never crosses a bound.
+
+    ids_T; positions_T (from 0 in each document); bounds: the D + 1 offsets; targets_T: the next token of the same
+    document where it is a label, else IGNORE; where: the place of each document's record.
+    """
+
+    ids_T: Array
+    positions_T: Array
+    bounds: tuple[int, ...]
+    targets_T: Array
+    where: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One sampled answer. ids end with an end token when `ended`; else the reply was cut at its longest length.
+
+    logprobs: the sampler's own, one per id.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A part of a loss: coefficient * sum / (the whole batch's count named `per`). sum: a scalar tensor with gradient."""
+
+    name: str
+    sum: Array
+    per: str
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one optimizer step did. terms: each term's mean over the batch of all ranks, before its coefficient."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    terms: Mapping[str, float] = field(default_factory=dict)

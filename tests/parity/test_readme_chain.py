@@ -1,0 +1,105 @@
+"""A recipe of all stages is run small, and what README says about the result is done to it, in transformers too."""
+
+import io
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tetrad import cli
+
+pytestmark = pytest.mark.parity
+ROOT = Path(__file__).parents[2]
+INSTRUCTION, INPUT = "Continue this movie review.", "The plot is"
+RECIPE = """
+name = "reviews-en"
+model = { hidden_size = 32, layers = 2, heads = 4, kv_heads = 2, max_positions = 128 }
+tokenizer = { text = ["text.txt"], vocab_size = 500 }
+pretrain = { text = ["text.txt"], tokens = 2048, row_tokens = 32, batch_tokens = 256 }
+sft = { data = ["sft.jsonl"], batch = 16, epochs = 1 }
+reward = { data = ["ranked.jsonl", "scores.jsonl"], held_out = ["held_out.jsonl"], score_scale = [1, 5], batch = 16, \
+normalise = 16, normalise_max_new = 8 }
+ppo = { prompts = ["sft.jsonl"], steps = 2, batch = 8, max_new = 8, epochs = 1 }
+evaluate = { prompts = ["held_out.jsonl"], judges = ["judge.py:length"], samples = 8, best_of = 2, max_new = 8, \
+side_by_side = 1 }
+"""
+JUDGE = "def length(samples):\n    return [len(sample['text']) for sample in samples]\n"
+
+
+def write_data(folder: Path) -> None:
+    """Reviews of random words: 'good' ones are rated high."""
+    random = Random(0)
+    words = "the plot is a good bad film with some dull bright actors and no story in it".split()
+
+    def text(low: int = 4) -> str:
+        return " ".join(random.choices(words, k=random.randint(low, 12)))
+
+    def lines(name: str, records: list[dict[str, object]]) -> None:
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+    (folder / "text.txt").write_text("\n\n".join(f"{INSTRUCTION} {text()}" for _ in range(300)), encoding="utf-8")
+    (folder / "judge.py").write_text(JUDGE, encoding="utf-8")
+    prompt = {"Instruction": INSTRUCTION}
+    lines("sft.jsonl", [{**prompt, "Input": text(), "Output": text()} for _ in range(64)])
+    ranked = [[{"text": f"good {text()}", "rank": 1}, {"text": f"bad {text()}", "rank": 2}] for _ in range(64)]
+    lines("ranked.jsonl", [{"input": text(), "choices": choices} for choices in ranked])
+    scored = [(value, word) for value, word in ((4.5, "good"), (1.5, "bad")) for _ in range(32)]
+    lines("scores.jsonl", [{**prompt, "Input": text(), "output": f"{w} {text()}", "score": v} for v, w in scored])
+    lines("held_out.jsonl", [{**prompt, "Input": text(), "output": f"{w} {text()}", "score": v} for v, w in scored])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder in which the chain has run: `runs/reviews-en/...` is below it."""
+    path = tmp_path_factory.mktemp("chain")
+    write_data(path)
+    (path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        assert cli.main(["run", "recipe.toml"]) == 0
+        yield path
+
+
+def python_block() -> str:
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    return str(block)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {}
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(python_block(), "README.md", "exec"), names)
+    ids, prompt = names["output"][0].tolist(), names["inputs"]["input_ids"][0].tolist()  # type: ignore[index]
+    assert ids[: len(prompt)] == prompt
+    assert len(prompt) < len(ids) <= 30
+    words = ["generate", "runs/reviews-en/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--greedy"]
+    words += ["--max-new", str(30 - len(prompt)), "--out", "answers.jsonl"]
+    assert cli.main(words) == 0
+    (answer,) = map(json.loads, Path("answers.jsonl").read_text(encoding="utf-8").splitlines())
+    reply = names["tokenizer"].decode(ids[len(prompt) :], skip_special_tokens=True)  # type: ignore[attr-defined]
+    assert answer["text"] == reply
+    assert reply in printed.getvalue()
+
+
+def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")}
+    start = time.monotonic()
+    assert cli.main(["run", "recipe.toml"]) == 0
+    assert time.monotonic() - start < 5
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")} == before
+    assert len({path.parents[1].name for path in before}) == 5
+
+
+def test_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert cli.main(["score", "runs/reviews-en/reward", "--data", "held_out.jsonl", "--out", "scores.out.jsonl"]) == 0
+    assert len(Path("scores.out.jsonl").read_text(encoding="utf-8").splitlines()) == 64

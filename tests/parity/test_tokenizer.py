@@ -1,0 +1,113 @@
+"""An exported tokenizer gives transformers the ids that it gives us, with its chat template, in Chinese and English."""
+
+import json
+
+import pytest
+
+from tetrad.text import bpe
+from tetrad.text.template import TEMPLATES, Template
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Turn
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+
+TEXTS = [
+    "The film was long, but I'd watch it again: 10/10!",
+    "请帮我翻译一句话：你好，世界！今天是2024年。",
+    " leading and trailing  spaces \n\n and\tlines\r\n",
+    "café café 🦊 mixed 中英 text\u2028end",
+    "",
+]
+TOKENIZER = bpe.learn(TEXTS * 4, 420)
+CHATS = [
+    [("user", "Hello, what is this?")],
+    [("user", "请翻译：hello")],
+    [("system", "把这句话翻译成英语。"), ("user", " 你好，\n世界 \n")],
+    [("system", "Be brief."), ("user", "Hi there!\n"), ("assistant", " Hello.\n\n")],
+    [("user", "写一句话"), ("assistant", "今天天气很好。")],
+]
+LONG_CHAT = [("system", "s"), ("user", "你好 "), ("assistant", "b"), ("user", "\nc"), ("assistant", "d e")]
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+def exported(folder, tokenizer, template, config):
+    for name, content in tokenizer.files(template).items():
+        (folder / name).write_bytes(content)
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def jinja_ids(theirs, chat):
+    messages = [{"role": role, "content": text} for role, text in chat]
+    waits = chat[-1][0] != "assistant"
+    return theirs.apply_chat_template(messages, add_generation_prompt=waits, return_dict=False)
+
+
+def our_ids(template, tokenizer, chat):
+    return [int(i) for i in template.conversation(tokenizer, [Turn(*turn) for turn in chat]).ids]
+
+
+@pytest.mark.parametrize("config", [None, QWEN2, {"model_type": "llama"}], ids=["alone", "qwen2", "llama"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_exported_folder(tmp_path, name, config):
+    template = TEMPLATES[name]
+    theirs = exported(tmp_path, TOKENIZER, template, config)
+    for text in TEXTS:
+        ids = TOKENIZER.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == TOKENIZER.decode(ids)
+    assert len(theirs) == TOKENIZER.size
+    assert theirs.eos_token_id == template.end_id(TOKENIZER)
+    assert theirs.pad_token_id == TOKENIZER.pad_id
+    for chat in CHATS if name == "instruction" else [*CHATS, LONG_CHAT]:
+        assert jinja_ids(theirs, chat) == our_ids(template, TOKENIZER, chat), chat
+
+
+def test_instruction_refuses_several_turns_there_too(tmp_path):
+    theirs = exported(tmp_path, TOKENIZER, TEMPLATES["instruction"], QWEN2)
+    for chat in (LONG_CHAT, [("system", "a")], [("assistant", "a")], [("user", "a"), ("user", "b")]):
+        with pytest.raises(Exception, match="one question"):
+            jinja_ids(theirs, chat)
+
+
+def test_control_strings_differ_only_in_our_favour(tmp_path):
+    theirs = exported(tmp_path, TOKENIZER, TEMPLATES["chatml"], QWEN2)
+    text = "<|im_end|>\n<|im_start|>system"
+    controls = {TOKENIZER.control(name) for name in bpe.CONTROLS}
+    assert len(controls & set(theirs(text)["input_ids"])) == 2
+    assert not controls & set(TOKENIZER.encode(text))
+
+
+def test_a_separator_added_to_a_foreign_tokenizer(tmp_path):
+    foreign = Tokenizer.from_json(TOKENIZER.text.replace("<|sep|>", "<|other|>"))
+    for template, tokenizer in (
+        (TEMPLATES["instruction"], foreign.with_control("<|sep|>")),
+        (Template(separator="\n\n"), foreign),
+    ):
+        theirs = exported(tmp_path, tokenizer, template, QWEN2)
+        for chat in CHATS[:3]:  # prompts: around plain text an answer is encoded apart, as it is generated
+            assert jinja_ids(theirs, chat) == our_ids(template, tokenizer, chat)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_a_folder_that_transformers_wrote(tmp_path, kind):
+    """Their class saves, we load: equal ids, its end token, and a pad of our own choice where theirs is the end."""
+    spec = json.loads(TOKENIZER.text)["model"]
+    merges = [tuple(pair) for pair in spec["merges"]]
+    made = getattr(transformers, kind)(
+        vocab=spec["vocab"], merges=merges, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.save_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text) == made(text)["input_ids"]
+    assert ours.eos_ids == (made.eos_token_id,)
+    assert ours.pad_id not in ours.eos_ids
+    again = tmp_path / "again"
+    again.mkdir()
+    theirs = exported(again, ours, TEMPLATES["chatml"], None)
+    assert jinja_ids(theirs, CHATS[2]) == our_ids(TEMPLATES["chatml"], ours, CHATS[2])
+    assert theirs.pad_token_id == ours.pad_id

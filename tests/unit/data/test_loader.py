@@ -1,0 +1,110 @@
+"""Order is a pure function: each epoch reads each record once, and any step can be asked for on its own."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetrad.data.loader import Rows, batch_indices, micro_batches, order, steps_for
+from tetrad.data.tokens import TokenStore
+from tetrad.errors import UserError
+from tetrad.types import Tokens
+
+SEEDS = st.integers(0, 2**32)
+
+
+@given(SEEDS, st.integers(1, 40), st.integers(1, 60), st.integers(1, 30))
+def test_each_epoch_reads_each_record_once(seed, n, batch, steps):
+    stream = np.concatenate([batch_indices(seed, n, batch, step) for step in range(steps)])
+    assert len(stream) == steps * batch
+    for epoch in range(len(stream) // n):
+        part = stream[epoch * n : (epoch + 1) * n]
+        assert sorted(part) == list(range(n))
+        assert part.tolist() == order(seed, epoch, n).tolist()
+    rest = stream[len(stream) // n * n :]
+    assert len(set(rest.tolist())) == len(rest)
+
+
+@given(SEEDS, st.integers(1, 40), st.integers(1, 20), st.integers(0, 50))
+def test_a_step_needs_no_other_step(seed, n, batch, step):
+    straight = [batch_indices(seed, n, batch, s).tolist() for s in range(step + 1)][-1]
+    order.cache_clear()
+    assert batch_indices(seed, n, batch, step).tolist() == straight
+
+
+def test_order_depends_on_seed_and_epoch_and_stays_as_it_is():
+    assert order(0, 0, 10).tolist() == order(0, 0, 10).tolist()
+    assert len({tuple(order(seed, epoch, 50)) for seed in range(3) for epoch in range(3)}) == 9
+    assert order(0, 0, 10).dtype == np.int64
+    with pytest.raises(ValueError, match="read-only"):
+        order(0, 0, 10)[0] = 1
+
+
+def test_order_is_that_of_every_release():
+    """Changing this changes every run that is resumed."""
+    assert order(0, 0, 10).tolist() == [3, 1, 8, 4, 5, 2, 7, 0, 6, 9]
+    assert batch_indices(7, 5, 3, 1).tolist() == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "epochs", "steps"), [(10, 5, 1, 2), (10, 4, 1, 3), (10, 4, 0.5, 2), (3, 8, 0.1, 1), (10, 1, 0.3, 3)]
+)
+def test_steps_for(n, batch, epochs, steps):
+    assert steps_for(n, batch, epochs) == steps
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Documents of 1 to 12 tokens; token = 100 * document + place."""
+    lengths = [(5 * i) % 12 + 1 for i in range(30)]
+    documents = [
+        Tokens(np.arange(n, dtype=np.int32) + 100 * i, np.arange(n) % 2 == 0, f"f:{i + 1}")
+        for i, n in enumerate(lengths)
+    ]
+    return TokenStore.build(tmp_path_factory.mktemp("rows") / "t", documents, "k")
+
+
+@pytest.mark.parametrize("row_tokens", [1, 4, 7, 32, 189])
+def test_rows_are_the_permuted_documents_end_to_end(store, row_tokens):
+    rows = Rows(store, row_tokens, seed=3)
+    assert (rows.per_epoch, rows.left_out) == divmod(store.total, row_tokens)
+    for epoch in range(3):
+        stream = np.concatenate([store[int(i)].ids for i in order(3, epoch, len(store))])
+        found = [rows.row(epoch * rows.per_epoch + k) for k in range(rows.per_epoch)]
+        ids = np.concatenate([piece.ids for row in found for piece in row])
+        assert ids.tolist() == stream[: rows.per_epoch * row_tokens].tolist()
+        assert all(sum(len(p.ids) for p in row) == row_tokens for row in found)
+
+
+def test_a_piece_is_of_one_document_and_all_trained(store):
+    rows = Rows(store, 7, seed=0)
+    for k in range(rows.per_epoch):
+        for piece in rows.row(k):
+            document = piece.ids[0] // 100
+            assert (piece.ids // 100 == document).all() and (np.diff(piece.ids) == 1).all()
+            assert piece.where == f"f:{document + 1}" and piece.train.all() and piece.train.dtype == np.bool_
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=6))
+def test_any_row_on_its_own(store, wanted):
+    straight, jumping = Rows(store, 5, seed=1), Rows(store, 5, seed=1)
+    expected = {k: straight.row(k) for k in sorted(wanted)}
+    for k in wanted:
+        assert [p.ids.tolist() for p in jumping.row(k)] == [p.ids.tolist() for p in expected[k]]
+
+
+def test_too_little_text_for_a_row(store):
+    with pytest.raises(UserError, match=rf"E-DATA-EMPTY.*{store.total} tokens, less than one row of 10000"):
+        Rows(store, 10_000, seed=0)
+
+
+@given(st.lists(st.integers(1, 12), max_size=20), st.integers(1, 15))
+def test_micro_batches(lengths, micro_tokens):
+    documents = [Tokens(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in lengths]
+    groups = micro_batches(documents, micro_tokens)
+    assert [i for group in groups for i in group] == list(range(len(lengths)))
+    sizes = [[lengths[i] for i in group] for group in groups]
+    assert all(sum(size) <= micro_tokens or len(size) == 1 for size in sizes)
+    assert all(sum(a) + b[0] > micro_tokens for a, b in pairwise(sizes))  # no group is cut early

@@ -1,0 +1,267 @@
+"""Every form of record, in any letter case, and one named error for each way to get it wrong."""
+
+import json
+
+import pytest
+
+from tetrad.data.records import (
+    answers,
+    content_key,
+    read_conversations,
+    read_documents,
+    read_preferences,
+    read_prompts,
+    refuse_overlap,
+)
+from tetrad.data.source import Counts
+from tetrad.errors import UserError
+from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
+
+ASKED = (Turn("instruction", "Translate."), Turn("input", "hello"))
+ALONE = (Turn("instruction", "hello"), Turn("input", ""))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*records, name="f.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+        return [path]
+
+    return write
+
+
+def strip(records):
+    return [r.turns for r in records]
+
+
+def test_documents(write):
+    counts = Counts()
+    paths = [*write({"text": "a\nb"}, {"TEXT": " c "}), *write("one\n\ntwo\nlines\n", name="f.txt")]
+    found = list(read_documents(paths, counts))
+    assert [d.text for d in found] == ["a\nb", " c ", "one", "two\nlines"]
+    assert [d.where.split("/")[-1] for d in found] == ["f.jsonl:1", "f.jsonl:2", "f.txt:1", "f.txt:3"]
+    assert (counts.read, counts.kept) == (4, 4)
+    with pytest.raises(UserError, match=r'E-DATA-MISSING.*needs "text"; fields seen: "body"'):
+        list(read_documents(write({"body": "a"})))
+
+
+@pytest.mark.parametrize("case", [str.lower, str.upper, str.title])
+def test_instruction_records_in_any_letter_case(write, case):
+    record = {case("instruction"): "Translate.", case("input"): "hello", case("output"): "你好"}
+    assert strip(read_conversations(write(record))) == [(*ASKED, Turn("assistant", "你好"))]
+
+
+@pytest.mark.parametrize("extra", [{}, {"Input": ""}, {"Input": None}])
+def test_input_may_be_missing(write, extra):
+    record = {"Instruction": "hello", **extra, "Output": "x"}
+    assert strip(read_conversations(write(record))) == [(*ALONE, Turn("assistant", "x"))]
+
+
+def test_prompt_and_completion(write):
+    record = {"prompt": "hello", "completion": "x"}
+    assert strip(read_conversations(write(record))) == [(*ALONE, Turn("assistant", "x"))]
+
+
+def test_messages(write):
+    talk = [("system", ""), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    record = {"messages": [{"role": role, "content": text} for role, text in talk]}
+    assert strip(read_conversations(write(record))) == [tuple(Turn(*pair) for pair in talk)]
+    assert strip(read_prompts(write(record))) == [tuple(Turn(*pair) for pair in talk[:-1])]
+
+
+@pytest.mark.parametrize(
+    ("roles", "turn"),
+    [
+        ("user user assistant", 2),
+        ("usr assistant", 1),
+        ("user system assistant", 2),
+        ("system system user assistant", 2),
+        ("assistant", 1),
+        ("system assistant", 2),
+        ("user", 1),
+        ("user assistant user", 3),
+        ("system", 1),
+        ("", 0),
+    ],
+)
+def test_bad_chats(write, roles, turn):
+    record = {"messages": [{"role": role, "content": "x"} for role in roles.split()]}
+    with pytest.raises(UserError, match=rf"E-DATA-CHAT.*:1: turn {turn}:"):
+        list(read_conversations(write(record)))
+
+
+PROMPTS = [
+    ({"Instruction": "Translate.", "Input": "hello"}, ASKED),
+    ({"instruction": "Translate.", "input": "hello", "output": "x"}, ASKED),
+    ({"input": "hello"}, ALONE),
+    ({"prompt": "hello"}, ALONE),
+    ({"prompt": "hello", "completion": "x"}, ALONE),
+    ({"prompt": "hello", "chosen": "x", "rejected": "y"}, ALONE),
+    ({"input": "hello", "choices": [{"text": "a", "rank": 1}]}, ALONE),
+    ({"input": "hello", "output": "x", "score": 3}, ALONE),
+    ({"messages": [{"role": "user", "content": "a"}]}, (Turn("user", "a"),)),
+]
+
+
+@pytest.mark.parametrize(("record", "turns"), PROMPTS)
+def test_prompts_of_any_file(write, record, turns):
+    counts = Counts()
+    assert strip(read_prompts(write(record), counts)) == [turns]
+    assert counts.notes == []
+
+
+def test_a_prompt_that_waits_for_nothing(write):
+    with pytest.raises(UserError, match="E-DATA-CHAT"):
+        read_prompts(write({"messages": [{"role": "system", "content": "a"}]}))
+
+
+def test_comparisons(write):
+    counts = Counts()
+    ranked = {
+        "input": "hello",
+        "choices": [{"text": "a", "rank": 1}, {"text": "b", "rank": 1}, {"TEXT": "c", "Rank": 4}],
+    }
+    pair = {"prompt": "hello", "chosen": "a", "rejected": "b", "margin": 0.5, "annotator": 2**70}
+    tied = {
+        "Instruction": "Translate.",
+        "Input": "hello",
+        "choices": [{"text": "a", "rank": 2}] * 2,
+        "annotator": "kim",
+    }
+    first, second, third = read_preferences(write(ranked, pair, tied), (), counts)
+    assert first == Comparison(Prompt(ALONE, first.where), ("a", "b", "c"), (1, 1, 4), where=first.where)
+    assert (second.answers, second.ranks) == (("a", "b"), (1, 2))
+    assert (second.annotator, second.margin) == (str(2**70), 0.5)
+    assert third.prompt.turns == ASKED and third.annotator == "kim"
+    assert (counts.read, counts.kept, counts.tied) == (3, 3, 1)
+    assert first.where.endswith("f.jsonl:1") and third.prompt.where.endswith("f.jsonl:3")
+
+
+def test_scores(write):
+    record = {"input": "hello", "output": "x", "score": 4.5, "annotator": 7}
+    (score,) = read_preferences(write(record), (1, 5))
+    assert score == Score(Prompt(ALONE, score.where), "x", 4.5, "7", score.where)
+    mixed = read_preferences(write(record, {"prompt": "p", "chosen": "a", "rejected": "b"}), (1, 5))
+    assert [type(r) for r in mixed] == [Score, Comparison]
+
+
+def test_a_missing_scale_says_the_range_and_the_line(write):
+    paths = write(*({"input": "a", "output": "b", "score": s} for s in (2, -1.5, 4)))
+    with pytest.raises(UserError, match=r"E-DATA-SCALE.*:1: 3 records.*-1.5 to 4.*score_scale = \[-1.5, 4\]"):
+        read_preferences(paths)
+    with pytest.raises(UserError, match=r"E-DATA-NUMBER.*:3: .*4, outside the scale -2 to 3"):
+        read_preferences(paths, (-2, 3))
+
+
+def choices(*pairs):
+    return {"input": "q", "choices": [{"text": text, "rank": rank} for text, rank in pairs]}
+
+
+def instruction(**fields):
+    return {"instruction": "q", "output": "a", **fields}
+
+
+def chat(**fields):
+    return {"messages": [{"role": "user", "content": "a", **fields}, {"role": "assistant", "content": "b"}]}
+
+
+BAD = [
+    (read_conversations, "hello", "E-DATA-TYPE", "object with named fields, got text"),
+    (read_conversations, None, "E-DATA-TYPE", "got null"),
+    (read_conversations, 5, "E-DATA-TYPE", "got a number"),
+    (read_conversations, {"question": "a", "answer": "b"}, "E-DATA-MISSING", '"Output".*seen: "question", "answer"'),
+    (read_conversations, {}, "E-DATA-MISSING", "seen: none"),
+    (read_conversations, {"input": "a", "output": "b"}, "E-DATA-MISSING", '"Instruction"'),
+    (read_conversations, {"prompt": "a"}, "E-DATA-MISSING", '"completion"'),
+    (read_conversations, {"prompt": None, "completion": "b"}, "E-DATA-NULL", '"prompt"'),
+    (read_conversations, {"prompt": ["p"], "completion": "b"}, "E-DATA-TYPE", '"prompt" must be text, got a list'),
+    (read_conversations, {"prompt": "p", "completion": True}, "E-DATA-TYPE", "got true or false"),
+    (read_conversations, {"prompt": "p", "completion": {}}, "E-DATA-TYPE", "got an object"),
+    (read_conversations, {"prompt": "", "completion": "b"}, "E-DATA-BLANK", '"prompt" is empty'),
+    (read_conversations, {"prompt": "p", "completion": ""}, "E-DATA-BLANK", '"completion" is empty'),
+    (read_conversations, instruction(output=" \n"), "E-DATA-BLANK", '"output"'),
+    (read_conversations, instruction(instruction="", input=" "), "E-DATA-BLANK", '"instruction"'),
+    (read_conversations, instruction(input=3), "E-DATA-TYPE", '"input"'),
+    (read_conversations, instruction(Output="b"), "E-DATA-DUPKEY", '"output" stands twice'),
+    (read_conversations, {"messages": None}, "E-DATA-NULL", "messages"),
+    (read_conversations, {"messages": "x"}, "E-DATA-TYPE", "a list of turns"),
+    (read_conversations, {"messages": ["x"]}, "E-DATA-TYPE", r"messages\[1\]"),
+    (read_conversations, {"messages": [{"from": "human", "value": "x"}]}, "E-DATA-MISSING", '"role".*turn 1'),
+    (read_conversations, chat(content=None), "E-DATA-NULL", "content"),
+    (read_conversations, chat(content=""), "E-DATA-BLANK", "content"),
+    (read_conversations, chat(content=[{"type": "text"}]), "E-DATA-TYPE", "content"),
+    (read_prompts, {"output": "a"}, "E-DATA-MISSING", '"Instruction"'),
+    (read_prompts, {"input": None}, "E-DATA-NULL", '"input"'),
+    (read_prompts, {"text": "a"}, "E-DATA-MISSING", '"text"'),
+    (read_preferences, {"input": "a", "output": "b"}, "E-DATA-MISSING", '"choices"'),
+    (read_preferences, {"choices": [{"text": "a", "rank": 1}] * 2}, "E-DATA-MISSING", '"input"'),
+    (read_preferences, {"input": "a", "choices": None}, "E-DATA-NULL", "choices"),
+    (read_preferences, {"input": "a", "choices": {}}, "E-DATA-TYPE", "a list of answers"),
+    (read_preferences, {"input": "a", "choices": ["x", "y"]}, "E-DATA-TYPE", r"choices\[1\]"),
+    (read_preferences, {"input": "a", "choices": [{"text": "x"}] * 2}, "E-DATA-MISSING", '"rank" in answer 1'),
+    (read_preferences, choices(), "E-DATA-RANK", "two or more"),
+    (read_preferences, choices(("x", 1)), "E-DATA-RANK", "two or more"),
+    (read_preferences, choices(("x", 1), ("y", 2), ("x", 3)), "E-DATA-RANK", "different ranks"),
+    (read_preferences, choices(("x", "1"), ("y", 2)), "E-DATA-TYPE", '"rank"'),
+    (read_preferences, choices(("x", True), ("y", 2)), "E-DATA-TYPE", '"rank"'),
+    (read_preferences, choices(("x", None), ("y", 2)), "E-DATA-NULL", '"rank"'),
+    (read_preferences, choices(("x", 2**64), ("y", 2)), "E-DATA-NUMBER", "too large"),
+    (read_preferences, choices(("", 1), ("y", 2)), "E-DATA-BLANK", '"text"'),
+    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "a"}, "E-DATA-RANK", "different ranks"),
+    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}, "E-DATA-NUMBER", "margin"),
+    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "annotator": ["k"]}, "E-DATA-TYPE", "annotator"),
+    (read_preferences, {"prompt": "p", "chosen": [], "rejected": []}, "E-DATA-TYPE", "chosen"),
+    (read_preferences, {"input": "a", "output": "b", "score": "4"}, "E-DATA-TYPE", "score"),
+    (read_preferences, '{"input": "a", "output": "b", "score": 1e999}\n', "E-DATA-NUMBER", "score"),
+    (read_documents, {"text": " "}, "E-DATA-BLANK", "text"),
+]
+
+
+@pytest.mark.parametrize(("reader", "record", "code", "words"), BAD)
+def test_bad_records(write, reader, record, code, words):
+    good = {"text": "x", "prompt": "p", "completion": "x", "chosen": "a", "rejected": "b"}
+    bad = record if isinstance(record, str) and record.startswith("{") else json.dumps(record) + "\n"
+    with pytest.raises(UserError, match=words) as caught:
+        list(reader(write(good, bad)))
+    assert (caught.value.code, caught.value.where.rpartition(":")[2]) == (code, "2")
+
+
+def test_unknown_fields_are_noted_once(write):
+    counts = Counts()
+    paths = write(instruction(x=1), instruction(X=2, score=3), chat())
+    assert len(list(read_conversations(paths, counts))) == 3
+    (note,) = counts.notes
+    assert '"score" (first at' in note and '"x" (first at' in note and note.count('"') == 4
+    assert "f.jsonl:2" in note.partition('"x"')[0]
+    counts = Counts()
+    read_preferences(write(choices(("a", 1), ("b", 2)) | {"score": 3, "margin": None, "Annotator": "k"}), (), counts)
+    assert [note.partition(" (")[0] for note in counts.notes] == ['fields that are not read: "score"']
+
+
+def test_nothing_is_read_before_the_first_record_is_asked_for(write):
+    records = read_conversations(write(instruction(), "{\n"))
+    assert next(records).turns[-1].text == "a"
+    with pytest.raises(UserError, match="E-DATA-SYNTAX"):
+        next(records)
+
+
+def test_answers(write):
+    (record,) = read_preferences(write(choices(("a", 2), ("b", 1))))
+    assert [c.turns[-1] for c in answers(record)] == [Turn("assistant", "a"), Turn("assistant", "b")]
+    assert all(c.turns[:-1] == record.prompt.turns and c.where == record.where for c in answers(record))
+    score = Score(record.prompt, "x", 1.0)
+    assert [c.turns[-1].text for c in answers(score)] == ["x"]
+
+
+def test_overlap():
+    train = [Conversation((Turn("user", t), Turn("assistant", "x")), f"a:{t}") for t in "abc"]
+    held = [Conversation((Turn("user", t), Turn("assistant", "x")), f"b:{t}") for t in "dbc"]
+    refuse_overlap(train, held[:1])
+    with pytest.raises(UserError, match=r"E-DATA-OVERLAP. b:b: 2 of 3"):
+        refuse_overlap(train, held)
+    assert content_key(Document("a", "x")) == content_key(Document("a", "y")) != content_key(Document("b", "x"))
+    prompt = Prompt(ALONE, "p")
+    ranked = [Comparison(Prompt(ALONE, "q"), ("a", "b"), ranks, where="w") for ranks in ((1.0, 2.0), (2.0, 1.0))]
+    assert len({content_key(r) for r in ranked}) == 2
+    assert content_key(Comparison(prompt, ("a", "b"), (1.0, 2.0))) == content_key(ranked[0])

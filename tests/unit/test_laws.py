@@ -1,0 +1,172 @@
+"""Every law of scripts/laws.py, broken on purpose in a tree of its own, is found; what looks like a breach is not."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_laws() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("laws", ROOT / "scripts" / "laws.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["laws"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+laws = load_laws()
+
+BREACHES = {
+    "backward": ("loss.backward()", "only update calls .backward()"),
+    "step": ("optimizer.step()", "only update steps an optimizer"),
+    "multinomial": ("import torch\nids = torch.multinomial(shares, 1)", "only generate draws tokens"),
+    "categorical": ("from torch.distributions import Categorical", "only generate draws tokens"),
+    "draw": ("from tetrad.engine.sampling import draw", "only generate draws tokens"),
+    "distributed": ("import torch.distributed as dist", "only mesh communicates"),
+    "distributed-from": ("from torch import distributed", "only mesh communicates"),
+    "distributed-use": ("import torch\ntorch.distributed.barrier()", "only mesh communicates"),
+    "sdpa": (
+        "import torch.nn.functional as F\nF.scaled_dot_product_attention(q, k, v)",
+        "only attention knows kernels",
+    ),
+    "varlen": ("from torch.nn.attention.varlen import varlen_attn", "only attention knows kernels"),
+    "open-w": ('open(path, "w")', "only storage writes files"),
+    "open-mode": ('open(path, mode="ab")', "only storage writes files"),
+    "path-open": ('path.open("x")', "only storage writes files"),
+    "memmap": ('import numpy as np\nnp.memmap(path, mode="r+")', "only storage writes files"),
+    "write_text": ('path.write_text("a")', "only storage writes files"),
+    "write_bytes": ('path.write_bytes(b"a")', "only storage writes files"),
+    "os-replace": ("import os\nos.replace(a, b)", "only storage writes files"),
+    "path-replace": ("path.replace(target)", "only storage writes files"),
+    "unlink": ("path.unlink()", "only storage writes files"),
+    "mkdir": ("path.mkdir(parents=True)", "only storage writes files"),
+    "rmtree": ("import shutil\nshutil.rmtree(path)", "only storage writes files"),
+    "save_file": ("import safetensors.torch\nsafetensors.torch.save_file(t, p)", "only storage writes files"),
+    "tempfile": ("from tempfile import mkdtemp", "only storage writes files"),
+    "os-open": ("import os\nos.open(path, os.O_WRONLY)", "only storage writes files"),
+    "memmap-3": ('import numpy as np\nnp.memmap(path, np.uint8, "w+")', "only storage writes files"),
+    "stdout": ('import sys\nsys.stdout.write("hello")', "only the console and the command line print"),
+    "print": ('print("hello")', "only the console and the command line print"),
+    "pickle": ("import pickle", "pickles are never read"),
+    "torch-load": ("import torch\ntorch.load(path)", "torch.load and torch.save are pickles"),
+    "torch-save": ("from torch import save", "torch.load and torch.save are pickles"),
+    "eval": ("eval(text)", "no text becomes code"),
+    "exec": ("exec(text)", "no text becomes code"),
+    "os-system": ('import os\nos.system("ls")', "no shell"),
+    "subprocess": ("import subprocess", "no shell"),
+    "transformers": ("from transformers import AutoTokenizer", "transformers and its kin stay out"),
+    "peft": ("import peft.tuners", "transformers and its kin stay out"),
+}
+
+HARMLESS = """
+import dataclasses
+import os.path
+import torch
+
+text = "a b".replace("a", "b")
+record = dataclasses.replace(record, step=3)
+with open(path) as file, path.open("rb") as other, open(path, "r", encoding="utf-8") as third:
+    names.remove(file.read())
+model.eval()
+step = run.step
+keys = model(ids, cache.step(positions))
+null = os.open(os.devnull, os.O_WRONLY)
+ids = np.memmap(path, np.uint8, "r")
+with tempfile.TemporaryFile() as spool:
+    spool.write(b"a")
+weights = torch.randn(3).exponential()
+loaded = module.load_state(torch.zeros(1))
+class Log:
+    def backward(self): ...
+    def step(self): ...
+"""
+
+
+def plant(root: Path, name: str, source: str) -> None:
+    path = root / "src" / "tetrad" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source, encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", BREACHES)
+def test_each_breach_is_found(tmp_path: Path, case: str) -> None:
+    source, law = BREACHES[case]
+    plant(tmp_path, "engine/thing.py", source + "\n")
+    line = len(source.splitlines())
+    assert laws.check(tmp_path)[1] == [f"src/tetrad/engine/thing.py:{line}: {law}"]
+
+
+@pytest.mark.parametrize(
+    ("home", "case"),
+    [
+        ("engine/update.py", "backward"),
+        ("engine/update.py", "step"),
+        ("engine/generate.py", "multinomial"),
+        ("engine/sampling.py", "multinomial"),
+        ("engine/mesh.py", "distributed"),
+        ("model/attention.py", "sdpa"),
+        ("storage.py", "open-w"),
+        ("engine/console.py", "print"),
+        ("cli.py", "print"),
+    ],
+)
+def test_home_of_a_law_may(tmp_path: Path, home: str, case: str) -> None:
+    plant(tmp_path, home, BREACHES[case][0])
+    assert laws.check(tmp_path)[1] == []
+
+
+def test_what_only_looks_like_a_breach(tmp_path: Path) -> None:
+    plant(tmp_path, "engine/thing.py", HARMLESS)
+    assert laws.check(tmp_path)[1] == []
+
+
+def test_lines_of_code_leave_out_blanks_comments_and_docstrings(tmp_path: Path) -> None:
+    source = (
+        '"""Two\nlines."""\n\n# why\nx = 1  # counted once\n"""A field\'s docstring."""\ny = """text\nthat counts"""\n'
+    )
+    source += 'def f(\n    a,\n):\n    """Doc."""\n    # no\n    return a\n'
+    plant(tmp_path, "a.py", source)
+    figures, _ = laws.check(tmp_path)
+    assert figures.files == {"src/tetrad/a.py": 7}
+    assert figures.functions == {"src/tetrad/a.py:9 f": 4}
+
+
+def test_budgets(tmp_path: Path) -> None:
+    body = "".join(f"    x = {number}\n" for number in range(39))
+    plant(tmp_path, "fits.py", "def f():\n" + body + "y = 0\n" * 260)
+    assert laws.check(tmp_path)[1] == []
+    plant(tmp_path, "long.py", "def f():\n" + body + "    x = 39\n" + "y = 0\n" * 260)
+    assert laws.check(tmp_path)[1] == [
+        "src/tetrad/long.py:1: 301 lines of code, over 300 a file",
+        "src/tetrad/long.py:1: f has 41 lines of code, over 40",
+    ]
+
+
+def test_total_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(laws, "TOTAL_BUDGET", 4)
+    plant(tmp_path, "a.py", "x = 0\n" * 2)
+    plant(tmp_path, "b.py", "x = 0\n" * 3)
+    assert laws.check(tmp_path)[1] == ["src: 5 lines of code, over 4"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "src/tetrad/a.py", ".ci/run", "examples/x/recipe.toml", "docs/a.md"])
+def test_places_of_one_machine_are_found(tmp_path: Path, name: str) -> None:
+    for text in laws.FOREIGN_TEXTS:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# fine\n# see {text}x\n", encoding="utf-8")
+        assert laws.check(tmp_path)[1] == [f"{name}:2: names a place of one machine, {text}"]
+
+
+def test_exit_status_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(tmp_path, "a.py", "x = 0\n")
+    assert laws.main(tmp_path) == 0
+    assert "src: 1 lines of code in 1 files (budget 7,000)" in capsys.readouterr().out
+    plant(tmp_path, "a.py", "eval(x)\n")
+    assert laws.main(tmp_path) == 1
+    assert "src/tetrad/a.py:1: no text becomes code" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""What both READMEs show is true: recipe, records, commands, exit codes; and the two say the same."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tetrad import cli, errors, pipeline, recipe
+from tetrad.data import records
+from tetrad.types import Comparison, Score
+
+ROOT = Path(__file__).parents[2]
+READMES = ("README.md", "README.zh-CN.md")
+READERS: dict[str, Callable[[list[Path]], Any]] = {
+    "pre-training": lambda paths: list(records.read_documents(paths)),
+    "SFT": lambda paths: list(records.read_conversations(paths)),
+    "reward: ranked": lambda paths: records.read_preferences(paths, ()),
+    "reward: pair": lambda paths: records.read_preferences(paths, ()),
+    "reward: score": lambda paths: records.read_preferences(paths, (1, 5)),
+    "PPO, evaluate": records.read_prompts,
+}
+CHINESE = {
+    "预训练": "pre-training",
+    "奖励:排序": "reward: ranked",
+    "奖励:成对": "reward: pair",
+    "奖励:打分": "reward: score",
+}
+CHINESE |= {"PPO、评估": "PPO, evaluate"}
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(name), re.DOTALL | re.MULTILINE)
+
+
+def table_records() -> list[tuple[str, str, str]]:
+    """(file, what it is for, record) of every record in the tables."""
+    found = []
+    for name in READMES:
+        for use, cell in re.findall(r"^\| ([^|`]+) \| (`\{.*) \|$", text_of(name), re.MULTILINE):
+            found += [(name, CHINESE.get(use, use), text) for text in re.findall(r"`(\{.*?\})`", cell)]
+    return found
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_recipe_is_read(name: str, tmp_path: Path) -> None:
+    (block,) = blocks(name, "toml")
+    path = tmp_path / "recipe.toml"
+    path.write_text(block, encoding="utf-8")
+    read = recipe.read(path, ["--ppo.actor-lr", "1e-6", "--ppo.steps", "100"])
+    assert (read.name, read.ppo.actor_lr, read.ppo.steps, read.reward.score_scale) == (
+        "reviews",
+        1e-6,
+        100,
+        (-4.0, 4.0),
+    )
+    assert read.evaluate.judges[0].endswith("judge.py:ridge")
+
+
+def test_tables_hold_every_form() -> None:
+    assert len(table_records()) == 2 * 10
+
+
+@pytest.mark.parametrize(("name", "use", "text"), table_records())
+def test_record_is_read(name: str, use: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    if "[...]" in text:
+        text = text.replace("[...]", '[{"role": "user", "content": "Hi"}]')
+    assert isinstance(json.loads(text), dict)
+    path.write_text(text + "\n", encoding="utf-8")
+    (record,) = READERS[use]([path])
+    if use.startswith("reward"):
+        assert isinstance(record, Score if "score" in use else Comparison)
+
+
+def test_both_say_the_same() -> None:
+    for language in ("bash", "python"):
+        english, chinese = (re.sub(r"<.*?>|#.*", "", "\n".join(blocks(name, language))) for name in READMES)
+        assert english == chinese
+    english, chinese = (re.sub(r"#.*", "", blocks(name, "toml")[0]) for name in READMES)
+    assert [line.rstrip() for line in english.splitlines()] == [line.rstrip() for line in chinese.splitlines()]
+    first = (re.findall(r"^\| `(tetrad .*?)` \|", text_of(name), re.MULTILINE) for name in READMES)
+    assert len({tuple(commands) for commands in first}) == 1
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_exit_codes(name: str) -> None:
+    cells = re.findall(r"\| (\d+) \| ([^|]+)", text_of(name))
+    codes = {int(code) for code, _ in cells}
+    families = ("CONF", "DATA", "CKPT", "MODEL", "NUM", "IO", "MEM", "RUN")
+    raised = {errors.UserError(f"E-{family}-X", "x").exit_code for family in families}
+    assert codes == raised | {0, errors.EXIT_STOPPED}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    helped = set(re.findall(r"^  ([a-z]+) ", capsys.readouterr().out, re.MULTILINE))
+    rows = re.findall(r"^\| `tetrad ([a-z|\\]+).*?` \|", text_of(name), re.MULTILINE)
+    assert {verb for row in rows for verb in row.replace("\\", "").split("|")} == helped
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_stages(name: str) -> None:
+    stages = re.search(r"`tetrad (tokenizer[a-z|\\]+) RECIPE.toml` \|", text_of(name))
+    assert stages and stages[1].replace("\\", "").split("|") == list(pipeline.STAGES)

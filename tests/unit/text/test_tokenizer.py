@@ -1,0 +1,228 @@
+"""User text never becomes a control token; folders are read by their own end and pad tokens; text decodes whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from tetrad.errors import UserError
+from tetrad.text import bpe
+from tetrad.text.template import TEMPLATES
+from tetrad.text.tokenizer import Tokenizer
+
+LEARNED = bpe.learn(["hello world, 你好世界 <think> ends </s> [CLS] <|im_end|>"] * 5, 400)
+CONTROL_IDS = set(range(LEARNED.size - 5, LEARNED.size))
+
+
+def added(identity, content, special=True):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": identity, "content": content, "special": special, **flags}
+
+
+def foreign(*names, special=True):
+    """A byte-level vocabulary with these control tokens after it."""
+    spec = json.loads(LEARNED.text)
+    size = LEARNED.size - 5
+    spec["added_tokens"] = [added(size + i, name, special) for i, name in enumerate(names)]
+    return json.dumps(spec)
+
+
+def folder(path, text, **files):
+    path.mkdir(exist_ok=True)
+    (path / "tokenizer.json").write_text(text)
+    for name, value in files.items():
+        (path / f"{name}.json").write_text(json.dumps(value))
+    return path
+
+
+@given(st.lists(st.sampled_from([*bpe.CONTROLS, "<|", "|>", "im_end", "hello", " ", "\n", "你"]), max_size=8))
+def test_user_text_is_never_a_control_token(parts):
+    text = "".join(parts)
+    ids = LEARNED.encode(text)
+    assert not CONTROL_IDS & set(ids)
+    assert LEARNED.decode(ids) == text
+    assert LEARNED.encode_batch([text, ""]) == [ids, []]
+    assert LEARNED.control_strings(text) == sum(text.count(name) for name in bpe.CONTROLS)
+
+
+def test_added_tokens_that_are_not_special_are_plain_text_too():
+    tokenizer = Tokenizer.from_json(foreign("<|endoftext|>", "<think>", special=False))
+    assert tokenizer.control("<think>") is not None
+    assert tokenizer.control("<think>") not in tokenizer.encode("<think>so</think>")
+    assert tokenizer.decode([tokenizer.control("<think>")]) == "<think>"  # as transformers' skip_special_tokens
+
+
+def test_runs_of_spaces_added_as_tokens_stay_text():
+    base = LEARNED.size - 5
+    spec = json.loads(LEARNED.text) | {"added_tokens": [added(base, "</s>"), added(base + 1, "   ", special=False)]}
+    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    assert tokenizer.encode("a   b</s>")[1] == base + 1
+    assert tokenizer.encode_batch(["a   b</s>"]) == [tokenizer.encode("a   b</s>")]
+    assert base not in tokenizer.encode("a   b</s>")
+    assert tokenizer.decode(tokenizer.encode("a   b</s>")) == "a   b</s>"
+    assert tokenizer.size == base + 2
+    assert tokenizer.control("   ") is None and tokenizer.control_strings("a   b</s>") == 1
+    assert tokenizer.pad_id != base + 1
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordlevel", "wordpiece"])
+def test_control_tokens_inside_the_vocabulary_are_not_matched(kind):
+    vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3, "<": 4, "/": 5, "s": 6, ">": 7}
+    core = {
+        "unigram": lambda: models.Unigram([(name, -1.0) for name in vocab], unk_id=0),
+        "wordlevel": lambda: models.WordLevel(vocab, unk_token="<unk>"),
+        "wordpiece": lambda: models.WordPiece(vocab, unk_token="<unk>"),
+    }[kind]()
+    made = tokenizers.Tokenizer(core)
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer.from_json(made.to_str())
+    assert made.encode("a </s> b").ids == [2, 1, 3]
+    assert 1 not in tokenizer.encode("a </s> b")
+    assert tokenizer.eos_ids == (1,)
+
+
+def test_decode_joins_characters_split_over_tokens():
+    ids = LEARNED.encode("🦊鑫")
+    assert len(ids) > 2  # bytes
+    assert LEARNED.decode(ids) == "🦊鑫"
+    grown = [LEARNED.decode(ids[:n], partial=True) for n in range(len(ids) + 1)]
+    assert all("\ufffd" not in text and "🦊鑫".startswith(text) for text in grown)
+    assert LEARNED.decode(ids[:1]).endswith("\ufffd")
+    assert LEARNED.decode([*ids[:2], *LEARNED.encode("x")], partial=True) == "\ufffdx"
+
+
+def test_decode_of_control_and_unknown_ids():
+    end = LEARNED.eos_ids[0]
+    ids = [*LEARNED.encode("hi"), end, 10**6]
+    assert LEARNED.decode(ids) == "hi"
+    assert LEARNED.decode(ids, keep_control=True) == "hi<|endoftext|>"
+
+
+@given(st.lists(st.integers(0, LEARNED.size - 1), max_size=30))
+def test_decode_equals_the_library(ids):
+    core = tokenizers.Tokenizer.from_str(LEARNED.text)
+    assert LEARNED.decode(ids) == core.decode(ids, skip_special_tokens=True)
+    assert LEARNED.decode(ids, keep_control=True) == core.decode(ids, skip_special_tokens=False)
+
+
+def test_decode_of_another_kind_goes_through_the_library():
+    core = tokenizers.Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "</s>": 2}, unk_token="▁a"))
+    core.decoder = decoders.Metaspace()
+    core.add_special_tokens(["</s>"])
+    assert Tokenizer.from_json(core.to_str()).decode([0, 1, 2]) == "a b"
+
+
+def test_export_and_load_agree(tmp_path):
+    for template in (None, *TEMPLATES.values()):
+        path = tmp_path / (template.name if template else "none")
+        path.mkdir()
+        for name, content in LEARNED.files(template).items():
+            (path / name).write_bytes(content)
+        loaded = Tokenizer.load(path)
+        assert loaded.fingerprint == LEARNED.fingerprint
+        assert loaded.pad_id == LEARNED.pad_id
+        assert loaded.eos_ids == ((template.end_id(LEARNED),) if template else LEARNED.eos_ids)
+        assert loaded.document_end == LEARNED.control("<|endoftext|>")
+
+
+def test_end_ids_come_from_generation_config_then_config_then_the_tokenizer(tmp_path):
+    text, base = foreign("<|a|>", "<|b|>", "<|c|>"), LEARNED.size - 5
+    path = folder(tmp_path / "m", text, tokenizer_config={"eos_token": {"content": "<|c|>"}})
+    assert Tokenizer.load(path).eos_ids == (base + 2,)
+    folder(path, text, config={"eos_token_id": base + 1})
+    assert Tokenizer.load(path).eos_ids == (base + 1,)
+    folder(path, text, generation_config={"eos_token_id": [base + 1, base]})
+    assert Tokenizer.load(path).eos_ids == (base + 1, base)
+    with pytest.raises(UserError, match=r"E-MODEL-TOKENIZER.*no token ends a text"):
+        Tokenizer.load(folder(tmp_path / "none", text))
+
+
+@pytest.mark.parametrize(
+    ("names", "pad", "expected"),
+    [
+        (("<|endoftext|>", "<|x|>", "<|pad|>"), "<|x|>", "<|x|>"),  # a pad token of its own stays
+        (("<|endoftext|>", "<|x|>", "<|fim_pad|>"), "<|endoftext|>", "<|fim_pad|>"),  # Qwen2.5 base: pad = eos
+        (("<|endoftext|>", "<|x|>", "<|im_end|>"), None, "<|x|>"),
+        (("<|x|>", "<|reserved_1|>", "<|endoftext|>"), None, "<|reserved_1|>"),
+    ],
+)
+def test_pad_is_never_an_end_token(tmp_path, names, pad, expected):
+    path = folder(tmp_path / "m", foreign(*names), tokenizer_config={"eos_token": "<|endoftext|>", "pad_token": pad})
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.name(tokenizer.pad_id) == expected
+    assert tokenizer.pad_id not in tokenizer.eos_ids and not tokenizer.pad_is_text
+    written = json.loads(tokenizer.files()["tokenizer_config.json"])
+    assert (written["pad_token"], written["eos_token"]) == (expected, "<|endoftext|>")
+
+
+def test_pad_falls_back_to_text_and_says_so():
+    tokenizer = Tokenizer.from_json(foreign("<|endoftext|>"))
+    assert tokenizer.pad_is_text and tokenizer.pad_id not in tokenizer.eos_ids
+
+
+def test_with_control_adds_one_id(tmp_path):
+    tokenizer = Tokenizer.from_json(foreign("<|endoftext|>"))
+    grown = tokenizer.with_control("<|sep|>")
+    assert grown.separator_id == tokenizer.size and grown.size == tokenizer.size + 1
+    assert grown.with_control("<|sep|>") is grown
+    assert grown.encode("a <|sep|> b") == tokenizer.encode("a <|sep|> b")
+    assert tokenizer.separator_id is None
+
+
+def test_files_drop_what_would_run(tmp_path):
+    config = {
+        "chat_template": "{{ ''.__class__ }}",
+        "auto_map": {"AutoTokenizer": "x.py"},
+        "eos_token": "<|endoftext|>",
+    }
+    tokenizer = Tokenizer.load(folder(tmp_path / "m", foreign("<|endoftext|>"), tokenizer_config=config))
+    written = json.loads(tokenizer.files()["tokenizer_config.json"])
+    assert "chat_template" not in written and "auto_map" not in written
+
+
+def test_bad_folders(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"E-MODEL-MISSING.*none"):
+        Tokenizer.load(empty)
+    with pytest.raises(UserError, match="E-MODEL-MISSING"):
+        Tokenizer.load(tmp_path / "nowhere")
+    (empty / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"E-MODEL-TOKENIZER.*save_pretrained"):
+        Tokenizer.load(empty)
+    cyclic = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}, "added_tokens": []})
+    for text in ("{", "[]", '{"model": {"type": "BPE"}}', "[" * 10**5, cyclic, '{"model": {}, "added_tokens": [{}]}'):
+        with pytest.raises(UserError, match=r"E-MODEL-TOKENIZER.*tokenizer\.json"):
+            Tokenizer.load(folder(tmp_path / "bad", text))
+    (tmp_path / "bad" / "tokenizer.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="E-MODEL-TOKENIZER"):
+        Tokenizer.load(tmp_path / "bad")
+    folder(tmp_path / "bad", LEARNED.text)
+    (tmp_path / "bad" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"E-MODEL-TOKENIZER.*tokenizer_config\.json"):
+        Tokenizer.load(tmp_path / "bad")
+
+
+def test_a_forked_child_encodes_without_a_warning():
+    """tokenizers warns and may hang when a process forks after it has used its threads."""
+    program = (
+        "import os, sys\n"
+        "from tetrad.text import bpe\n"
+        "t = bpe.learn(['hello world'] * 50, 270)\n"
+        "ids = t.encode_batch(['hello world'] * 500)\n"
+        "if (child := os.fork()) == 0:\n"
+        "    os._exit(t.encode_batch(['hello world'] * 500) != ids)\n"
+        "code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+        "sys.exit(code or 'TOKENIZERS_PARALLELISM' in os.environ)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
