@@ -1,11 +1,13 @@
-"""What every test shares: no network, one thread, tests that repeat; a warning is an error (pyproject.toml).
+"""What every test shares: no network, one thread, checked types in the mathematics, tests that repeat.
 
 The environment is set here, before any test imports torch, so that tests without torch stay quick and child processes
-inherit it.
+inherit it. A warning is an error (pyproject.toml).
 """
 
 import os
 
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
 from hypothesis import settings
 
 os.environ |= {
@@ -19,3 +21,6 @@ os.environ |= {
 
 settings.register_profile("tetrad", deadline=None, derandomize=True, max_examples=50, database=None)
 settings.load_profile("tetrad")
+
+# Arguments and results are held against their types while tests run; an int passes as a float.
+beartype_packages(("tetrad.objectives", "tetrad.model"), conf=BeartypeConf(is_pep484_tower=True))

@@ -1,91 +1,102 @@
-"""Small random models, tokenizers and documents for the tests that need one; nothing here is trained."""
+"""A recipe that runs all stages in seconds: generated text in which some words are liked and others not."""
 
-from collections.abc import Mapping, Sequence
+import json
+import random
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+GOOD, BAD = ("warm", "funny", "bright", "moving"), ("dull", "flat", "slow", "empty")
+THINGS = ("film", "story", "scene", "score", "actor", "ending")
 
-from tetrad.engine.device import Device
-from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import CausalLM, ScalarModel
-from tetrad.model.weights import model_files
-from tetrad.storage import Content
-from tetrad.types import Packed, Tokens
+RECIPE = """\
+name = "tiny"
+seed = 3
+[model]
+hidden_size = 32
+layers = 1
+heads = 2
+kv_heads = 1
+ff = 48
+max_positions = 64
+[tokenizer]
+text = ["text.txt"]
+vocab_size = 320
+[pretrain]
+text = ["text.txt"]
+held_out = ["text.txt"]
+tokens = 10_240
+row_tokens = 32
+batch_tokens = 512
+optimizer = "muon"
+[sft]
+data = ["sft.jsonl"]
+held_out = ["sft.jsonl"]
+epochs = 1.5
+batch = 16
+[reward]
+data = ["scores.jsonl", "ranked.jsonl"]
+held_out = ["held_out.jsonl"]
+score_scale = [-1, 1]
+epochs = 2
+batch = 16
+token_dropout = 0.1
+normalise = 16
+normalise_max_new = 8
+[ppo]
+prompts = ["sft.jsonl"]
+steps = 8
+batch = 8
+max_new = 8
+epochs = 2
+mini_batches = 2
+actor_lr = 1e-3
+critic_lr = 1e-3
+kl_target = 2.0
+kl_horizon = 100.0
+[evaluate]
+prompts = ["held_out.jsonl"]
+judges = ["judge.py:liked"]
+samples = 8
+best_of = 2
+max_new = 8
+[run]
+save_every = 2
+"""
 
-CPU = Device(torch.device("cpu"), torch.float32)
-EOS, PAD = 1, 2
-
-
-def config(family: str = "qwen2", **changes: Any) -> DecoderConfig:
-    """Two layers, four query heads, two key and value heads, 40 tokens of which 1 ends and 2 pads."""
-    given: dict[str, Any] = {
-        "family": family,
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 8,
-        "ff": 48,
-        "max_positions": 128,
-        "eos_ids": (EOS,),
-        "pad_id": PAD,
-    }
-    return DecoderConfig(**{**given, **changes})
-
-
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0, std: float = 0.15) -> None:
-    """Every parameter random, biases and norms too: a zero bias would hide that it isn't read."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.3 * noise if name.endswith("norm.weight") else std * noise)
-
-
-def causal(seed: int = 0, std: float = 0.15, **changes: Any) -> CausalLM:
-    model = CausalLM(config(**changes))
-    randomise(model, seed, std)
-    return model
-
-
-def scalar(seed: int = 0, bias: float = 0.0, **changes: Any) -> ScalarModel:
-    model = ScalarModel(config(reward_bias=bias, **changes))
-    randomise(model, seed)
-    return model
-
-
-def ids(length: int, seed: int = 0, low: int = 3, high: int = 40) -> list[int]:
-    """Random tokens, none of which ends or pads."""
-    return torch.randint(low, high, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def document(tokens: Sequence[int], prompt: int = 1, where: str = "") -> Tokens:
-    """All tokens after the first `prompt` are labels."""
-    return Tokens(np.asarray(tokens, np.int32), np.arange(len(tokens)) >= prompt, where)
-
-
-def documents(count: int, seed: int = 0) -> list[Tokens]:
-    """Of 4 to 17 tokens, the last an end token; labels from the second or third on."""
-    return [document([*ids(3 + (7 * i + seed) % 14, seed * 1000 + i), EOS], 1 + i % 2, f"{i}") for i in range(count)]
+JUDGE = f'''\
+def liked(samples):
+    return [sum(w in s["text"] for w in {GOOD}) - sum(w in s["text"] for w in {BAD}) for s in samples]
+'''
 
 
-def packed(found: Sequence[Tokens]) -> Packed:
-    from tetrad.data.pack import pack
+def write_tiny(folder: Path) -> Path:
+    """The recipe with its data in `folder`; returns the recipe's path."""
+    draw = random.Random(0)
 
-    return CPU.put(pack(found))
+    def sentence() -> tuple[str, str, float]:
+        good = draw.random() < 0.5
+        word = draw.choice(GOOD if good else BAD)
+        return f"the {draw.choice(THINGS)}", f"was {word} and {draw.choice(THINGS)} too", 1.0 if good else -1.0
 
+    def lines(name: str, records: list[dict[str, object]]) -> None:
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
-def write(folder: Path, files: Mapping[str, Content]) -> Path:
-    """The files of a model in a folder."""
+    def asked(first: str) -> dict[str, object]:
+        return {"Instruction": "Go on.", "Input": first}
+
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else b"".join(bytes(c) for c in content))
-    return folder
-
-
-def saved(folder: Path, model: CausalLM | ScalarModel, **how: Any) -> Path:
-    return write(folder, model_files(model, **how))
+    made = [sentence() for _ in range(160)]
+    (folder / "text.txt").write_text("\n\n".join(f"{first} {rest}" for first, rest, _ in made))
+    lines("sft.jsonl", [{**asked(a), "Output": b} for a, b, _ in made])
+    lines("scores.jsonl", [{**asked(a), "output": b, "score": s} for a, b, s in made[:80]])
+    lines("held_out.jsonl", [{**asked(a), "output": b, "score": s} for a, b, s in (sentence() for _ in range(24))])
+    ranked = []
+    for first, rest, score in made[80:110]:
+        others = [sentence() for _ in range(2)]
+        answers = {rest: score} | {text: value for _, text, value in others}
+        choices = [{"text": text, "rank": 1 if value > 0 else 2} for text, value in answers.items()]
+        ranked.append({**asked(first), "choices": choices})
+    lines("ranked.jsonl", [record for record in ranked if len(record["choices"]) > 1])  # type: ignore[arg-type]
+    (folder / "judge.py").write_text(JUDGE)
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE)
+    return path

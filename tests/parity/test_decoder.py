@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import toys
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import model_files, read_causal
 from tetrad.types import IGNORE, Tokens
@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("Llama", {**HEADS, "rope_parameters": LLAMA3, "eos_token_id": [1, 5], "head_dim": 8}),
 }
 DOCUMENTS = [
-    tiny.document(tiny.ids(length, length, 3, 99), prompt) for length, prompt in ((40, 3), (7, 1), (1, 1), (90, 30))
+    toys.document(toys.ids(length, length, 3, 99), prompt) for length, prompt in ((40, 3), (7, 1), (1, 1), (90, 30))
 ]
 
 
@@ -54,13 +54,13 @@ def theirs_of(kind: str) -> Any:
     name, changes = KINDS[kind]
     made = getattr(transformers, f"{name}Config")(**{**SIZES, **changes})
     model = getattr(transformers, f"{name}ForCausalLM")(made).float().eval()
-    tiny.randomise(model, seed=3, std=0.2)
+    toys.randomise(model, seed=3, std=0.2)
     return model
 
 
 def assert_equal(ours: CausalLM, theirs: Any, documents: list[Tokens] = DOCUMENTS) -> None:
     """Logits of a packed batch against each document alone, and the loss of the labels."""
-    packed = tiny.packed(documents)
+    packed = toys.packed(documents)
     ours.eval()
     with torch.no_grad():
         logits = ours(packed, "logits")
@@ -72,7 +72,7 @@ def assert_equal(ours: CausalLM, theirs: Any, documents: list[Tokens] = DOCUMENT
         ]
         long = max(range(len(documents)), key=lambda i: len(documents[i].ids))
         loss = float(theirs(alone[long], labels=labels[long]).loss)
-        one = tiny.packed([documents[long]])
+        one = toys.packed([documents[long]])
         ours_one = float(ours(one, "nll")) / int((one.targets_T != IGNORE).sum())
     assert logits.std() > 0.3  # else closeness would say nothing
     assert (logits - torch.cat(expected)).abs().max() <= 1e-4
@@ -99,7 +99,7 @@ def test_our_folder_read_by_them(tmp_path: Path, kind: str, shards: bool) -> Non
     theirs = theirs_of(kind)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = read_causal(tmp_path / "theirs")
-    tiny.write(tmp_path / "ours", model_files(ours, 20_000 if shards else 1 << 30))
+    toys.write(tmp_path / "ours", model_files(ours, 20_000 if shards else 1 << 30))
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1 or not shards
     read, told = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, output_loading_info=True
@@ -150,7 +150,7 @@ def test_gradients_are_theirs(tmp_path: Path) -> None:
     theirs = theirs_of("qwen3")
     theirs.save_pretrained(tmp_path)
     ours, document = read_causal(tmp_path), DOCUMENTS[0]
-    packed = tiny.packed([document])
+    packed = toys.packed([document])
     (ours(packed, "nll") / int((packed.targets_T != IGNORE).sum())).backward()
     ids = torch.as_tensor(document.ids)[None].long()
     theirs(ids, labels=torch.where(torch.as_tensor(document.train)[None], ids, IGNORE)).loss.backward()

@@ -85,7 +85,7 @@ def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch
     assert cli.main(words) == 0
     (answer,) = map(json.loads, Path("answers.jsonl").read_text(encoding="utf-8").splitlines())
     reply = names["tokenizer"].decode(ids[len(prompt) :], skip_special_tokens=True)  # type: ignore[attr-defined]
-    assert answer["text"] == reply
+    assert (answer["reply"], answer["tokens"]) == (reply, len(ids) - len(prompt))
     assert reply in printed.getvalue()
 
 

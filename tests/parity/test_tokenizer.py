@@ -16,7 +16,7 @@ TEXTS = [
     "The film was long, but I'd watch it again: 10/10!",
     "请帮我翻译一句话：你好，世界！今天是2024年。",
     " leading and trailing  spaces \n\n and\tlines\r\n",
-    "café café 🦊 mixed 中英 text\u2028end",
+    "cafe\u0301 café 🦊 mixed 中英 text\u2028end",
     "",
 ]
 TOKENIZER = bpe.learn(TEXTS * 4, 420)
@@ -47,6 +47,12 @@ def jinja_ids(theirs, chat):
 
 def our_ids(template, tokenizer, chat):
     return [int(i) for i in template.conversation(tokenizer, [Turn(*turn) for turn in chat]).ids]
+
+
+def test_pre_tokenisation_is_theirs():
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    assert bpe.QWEN2 == PRETOKENIZE_REGEX
 
 
 @pytest.mark.parametrize("config", [None, QWEN2, {"model_type": "llama"}], ids=["alone", "qwen2", "llama"])

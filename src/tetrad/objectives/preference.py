@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 PairTies = Literal["skip", "half"]
-OrderTies = Literal["exact", "breslow"]
+OrderTies = Literal["exact", "breslow", "auto"]
 LARGEST_EXACT_TIE = 10  # 2^10 subsets
 
 
@@ -87,12 +87,12 @@ def plackett_luce_losses(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int
     """-log probability of each list's order under Plackett-Luce, [lists].
 
     breslow: each of a tie is chosen from all not yet placed, its own tie included. exact: the sum over the orders of
-    the tie; a tie at the bottom then contributes 0. Raises ValueError for a longer exact tie than 10 that is not at
-    the bottom.
+    the tie; one at the bottom then contributes 0, and one of more than 10 above others raises ValueError. auto: exact,
+    but Breslow for such a long tie.
     """
     index, real = _padded(bounds, scores_N.device)
     scores = torch.where(real, scores_N[index], 0)
-    ranks = torch.where(real, ranks_N[index], ranks_N.max() + 1)
+    ranks = ranks_N[index]
     tied = (ranks[:, :, None] == ranks[:, None, :]) & real[:, None, :]
     worse = (ranks[:, None, :] > ranks[:, :, None]) & real[:, None, :]
     self_or_padding = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
@@ -101,10 +101,11 @@ def plackett_luce_losses(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int
     if ties == "breslow":
         return torch.where(real, losses, 0).sum(1)
     size = tied.sum(2)
-    bottom = real & ~worse.any(2)
-    alone = real & (size == 1) & ~bottom
-    leader = real & (size > 1) & ~bottom & (tied.int().argmax(2) == torch.arange(scores.shape[1], device=scores.device))
+    above = real & worse.any(2)
+    alone = above & ((size == 1) | ((size > LARGEST_EXACT_TIE) & (ties == "auto")))
     total = torch.where(alone, losses, 0).sum(1)
+    first = tied.int().argmax(2) == torch.arange(scores.shape[1], device=scores.device)
+    leader = above & ~alone & first
     for width in size[leader].unique().tolist():
         lists, rows = (leader & (size == width)).nonzero().unbind(1)
         members = tied[lists, rows].nonzero()[:, 1].view(-1, width)

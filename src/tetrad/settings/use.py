@@ -1,7 +1,7 @@
 """Arguments of the commands that use a model: generate, chat, score, doctor."""
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from tetrad.errors import UserError
 from tetrad.settings.base import Count, NotNegative, Seed, Share, Whole, settings
@@ -25,6 +25,8 @@ class Sample:
     """Longest reply, in tokens."""
     seed: Seed = 0
     """Start of the random numbers: the same seed gives the same replies."""
+    template: Literal["", "instruction", "chatml"] = ""
+    """How a prompt becomes text, where the model's folder doesn't say."""
 
 
 @settings
@@ -64,9 +66,12 @@ class ScoreFile:
     model: str = ""
     """The reward model's folder ("runs/NAME/reward")."""
     data: str = ""
-    """A jsonl file with a prompt and an answer a line: `input` and `output`, or Instruction, Input and Output."""
+    """A jsonl file with a prompt and an answer a line: `input` and `output`, or Instruction, Input and Output, or
+    messages; or what `generate` wrote, whose `reply` is scored."""
     out: str = ""
     """Write the scores to this jsonl file; without it they are printed."""
+    template: Literal["", "instruction", "chatml"] = ""
+    """How a prompt becomes text, where the model's folder doesn't say."""
 
 
 @settings

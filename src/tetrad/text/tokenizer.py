@@ -8,13 +8,12 @@ A tokenizer that exists as a sentencepiece model alone is refused. Chat template
 import codecs
 import hashlib
 import json
-import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import tokenizers
 
@@ -274,29 +273,9 @@ def _token_name(value: Any) -> str:
     return str(value.get("content", "") if isinstance(value, dict) else value or "")
 
 
-def _no_tokenizer(folder: Path) -> None:
+def _no_tokenizer(folder: Path) -> NoReturn:
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if any(name.endswith((".model", ".spm")) or name in ("vocab.json", "merges.txt", "vocab.txt") for name in there):
         raise UserError("E-MODEL-TOKENIZER", "the folder has no tokenizer.json", where=str(folder), hint=_CONVERT)
     what = f"tokenizer.json is missing; files there: {', '.join(there[:8]) or 'none'}"
     raise UserError("E-MODEL-MISSING", what, where=str(folder))
-
-
-_PARALLEL = "TOKENIZERS_PARALLELISM"
-_set_for_fork: list[bool] = []
-
-
-def _before_fork() -> None:
-    """A forked child has none of the parent's worker threads: it encodes on one, without tokenizers' warning."""
-    if _PARALLEL not in os.environ:
-        os.environ[_PARALLEL] = "false"
-        _set_for_fork.append(True)
-
-
-def _after_fork_in_parent() -> None:
-    if _set_for_fork:
-        _set_for_fork.clear()
-        del os.environ[_PARALLEL]
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_set_for_fork.clear)

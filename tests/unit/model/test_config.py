@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import tiny
 
+import toys
 from tetrad.errors import UserError
 from tetrad.model.config import RopeScaling, config_json, read_config
 
@@ -17,7 +17,7 @@ LLAMA3 = {
 
 
 def folder(tmp_path, base=None, drop=(), **values):
-    raw = {**config_json(base or tiny.config(), "CausalLM"), **values}
+    raw = {**config_json(base or toys.config(), "CausalLM"), **values}
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}))
     return tmp_path
 
@@ -84,10 +84,10 @@ def test_no_config(tmp_path):
 def test_what_is_written_is_read(tmp_path, family, kind):
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192) if family == "llama" else None
     bias = 0.5 if kind == "SequenceClassification" else 0.0
-    config = tiny.config(
+    config = toys.config(
         family, head_dim=16, rope_theta=5e5, rope_scaling=scaling, norm_eps=1e-5, tied=False, eos_ids=(1, 7), bos_id=0
     )
-    config = tiny.config(**{**{f: getattr(config, f) for f in config.__dataclass_fields__}, "reward_bias": bias})
+    config = toys.config(**{**{f: getattr(config, f) for f in config.__dataclass_fields__}, "reward_bias": bias})
     (tmp_path / "config.json").write_text(json.dumps(config_json(config, kind)))
     assert read_config(tmp_path) == config
 
@@ -101,7 +101,7 @@ def test_forms_of_rope(tmp_path):
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}}
     new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}
     both = ("rope_theta", "rope_scaling", "rope_parameters")
-    base = config_json(tiny.config("llama"), "CausalLM")
+    base = config_json(toys.config("llama"), "CausalLM")
     for form in (old, new, {**old, **new}):
         raw = {k: v for k, v in base.items() if k not in both} | form
         (tmp_path / "config.json").write_text(json.dumps(raw))

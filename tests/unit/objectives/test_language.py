@@ -83,7 +83,7 @@ def test_gradients_by_finite_differences(temperature):
     for take in (slice(0, 1), slice(1, 2), slice(0, 2)):
 
         def outputs(h, w, take=take):
-            return language.token_logprobs(h, w, targets, temperature, 3)[take]
+            return [-2 * x for x in language.token_logprobs(h, w, targets, temperature, 3)[take]]
 
         assert torch.autograd.gradcheck(outputs, (hidden, weight))
 
@@ -151,17 +151,17 @@ def test_extreme_logits_stay_finite():
 
 
 def test_sixteen_bit_states_keep_a_float32_loss_and_weight_gradient():
-    hidden, weight, targets = head(rows=64, width=16, dtype=torch.float32)
+    hidden, weight, targets = head(rows=512, width=16, dtype=torch.float32)
     exact = torch.autograd.grad(language.nll_sum(hidden, weight, targets), (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = language.nll_sum(hidden, weight, targets, 16)
-        logprobs, _ = language.token_logprobs(hidden, weight, targets, chunk=16)
+        loss = language.nll_sum(hidden, weight, targets, 1)
+        logprobs, _ = language.token_logprobs(hidden, weight, targets, chunk=1)
     for total in (loss, -logprobs.sum()):
         assert total.dtype == torch.float32
         rough = torch.autograd.grad(total, (hidden, weight))
         assert [g.dtype for g in rough] == [torch.float32, torch.float32]
-        assert all((a - b).norm() < 0.02 * b.norm() for a, b in zip(rough, exact, strict=True))
-        assert not torch.equal(rough[1], exact[1])
+        assert all((a - b).norm() < 0.006 * b.norm() for a, b in zip(rough, exact, strict=True))
+        assert all((a - b).norm() > 1e-4 * b.norm() for a, b in zip(rough, exact, strict=True))  # it was in 16 bits
 
 
 def test_no_targets_sum_to_zero_and_wrong_shapes_are_refused():

@@ -86,7 +86,10 @@ def test_ten_tied_above_others_are_summed_and_eleven_are_refused():
     assert float(ten) == pytest.approx(math.log(11))  # the last place is one of eleven
     with pytest.raises(ValueError, match="breslow"):
         preference.plackett_luce_loss(scores, torch.tensor([1] * 11 + [2]))
-    assert preference.plackett_luce_loss(scores, torch.tensor([1] * 11 + [2]), "breslow").isfinite()
+    breslow = preference.plackett_luce_loss(scores, torch.tensor([1] * 11 + [2]), "breslow")
+    assert torch.equal(preference.plackett_luce_loss(scores, torch.tensor([1] * 11 + [2]), "auto"), breslow)
+    assert torch.equal(preference.plackett_luce_loss(scores[:11], torch.tensor([1] * 10 + [2]), "auto"), ten)
+    assert preference.plackett_luce_loss(scores, torch.ones(12), "auto") == 0
 
 
 def test_only_the_order_of_ranks_and_differences_of_rewards_count():

@@ -3,7 +3,7 @@
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tetrad.errors import UserError
@@ -36,6 +36,7 @@ def test_learning_repeats(learned):
 
 
 @given(st.text())
+@example("cafe\u0301 ㍿")
 def test_any_text_comes_back(text):
     tokenizer = bpe.learn(TEXTS, 300)
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)

@@ -1,0 +1,251 @@
+"""Finished models by the name of a stage or folder: with their tokenizer and template, ready to answer or to score.
+
+A reply's random numbers follow from (seed, number of the prompt, number of the copy): neither the batch around it nor
+the count of copies changes it. A reward model reads the sampled ids themselves where it shares tokenizer and template
+with the model that wrote them, else the text; a reply that was cut is read without an end token.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tetrad.data.tokens import tokenize
+from tetrad.engine.device import Device, choose
+from tetrad.engine.generate import generate as sample_replies
+from tetrad.engine.generate import noise
+from tetrad.engine.rollout import Question
+from tetrad.engine.scoring import Sample, joined, score_tokens
+from tetrad.engine.stage import frozen
+from tetrad.errors import UserError
+from tetrad.model.config import read_config
+from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.model.weights import read_causal, read_scalar
+from tetrad.settings import use
+from tetrad.settings.check import build
+from tetrad.settings.common import Run, Sampling
+from tetrad.text.template import TEMPLATES, Template, of_folder
+from tetrad.text.template import template as template_of
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Prompt, Tokens, Turn
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model in use. template: None where the folder names none, as after pre-training."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    template: Template | None
+    device: Device
+    folder: Path
+
+    @property
+    def form(self) -> Template:
+        """The template. Errors: E-MODEL-TEMPLATE."""
+        return _needed(self.template, self.folder)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All ids that end a reply."""
+        named = (self.form.end_id(self.tokenizer), *self.tokenizer.eos_ids, *self.model.config.eos_ids)
+        return tuple(dict.fromkeys(named))
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model in use."""
+
+    model: ScalarModel
+    tokenizer: Tokenizer
+    form: Template
+    device: Device
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled reply. ended: with an end token, else it was cut at its longest length."""
+
+    sample: Sample
+    ended: bool
+
+
+def load(folder: str | Path, template: str = "") -> Model:
+    """The language model of a run's stage ("runs/NAME/ppo") or of a Hugging Face folder.
+
+    template: "instruction" or "chatml", where the folder names none. Errors: E-MODEL-*, E-CKPT-*.
+    """
+    path = model_folder(folder)
+    if _role(path) == "reward":
+        hint = "name a language model; `tetrad score` uses reward models"
+        raise UserError("E-CKPT-ROLE", "this is a reward model: it writes no text", where=str(path), hint=hint)
+    device = choose(Run())
+    model, tokenizer = frozen(read_causal(path)).to(device.place), Tokenizer.load(path)
+    _refuse_small_vocabulary(model, tokenizer, path)
+    return Model(model, tokenizer, _template(path, template), device, path)
+
+
+def load_reward(folder: str | Path, template: str = "") -> RewardModel:
+    """The reward model of a run's stage ("runs/NAME/reward") or of a folder. Errors: E-MODEL-*, E-CKPT-*."""
+    path = model_folder(folder)
+    if _role(path) != "reward":
+        hint = 'name a reward model, such as "runs/NAME/reward"'
+        raise UserError("E-CKPT-ROLE", "this is a language model: it has no reward", where=str(path), hint=hint)
+    device = choose(Run())
+    model, tokenizer = read_scalar(path), Tokenizer.load(path)
+    model.requires_grad_(False).eval().to(device.place)
+    _refuse_small_vocabulary(model, tokenizer, path)
+    return RewardModel(model, tokenizer, _needed(_template(path, template), path), device, path)
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of the files: that of a stage of a run, or itself. Errors: E-MODEL-MISSING."""
+    path = Path(name)
+    for place in (path / "model", path):
+        if (place / "config.json").is_file():
+            return place
+    stages = sorted(p.parent.parent.name for p in path.glob("*/model/config.json"))
+    if not path.is_dir():
+        what, hint = "there is no such folder", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
+    elif stages:
+        what, hint = f"this is a run; its models are {', '.join(stages)}", f"name one: {path / stages[-1]}"
+    elif (path / "lineage.json").is_file():
+        what, hint = "this stage has no finished language or reward model", "run its recipe to the end"
+    else:
+        what, hint = "there is no config.json", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
+    raise UserError("E-MODEL-MISSING", what, where=str(path), hint=hint)
+
+
+def question(model: Model, prompt: Prompt) -> Question:
+    """The prompt's ids. Errors: E-DATA-CHAT, E-DATA-ENCODING, E-MODEL-*."""
+    for turn in prompt.turns:
+        check_text(turn.text, prompt.where)
+    return Question(tuple(model.form.prompt(model.tokenizer, prompt.turns, prompt.where)), prompt)
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuses what Python makes of words and lines that are not UTF-8. Errors: E-DATA-ENCODING."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("E-DATA-ENCODING", "this is not UTF-8", where=where, hint="set a UTF-8 locale") from None
+
+
+def answers(
+    model: Model, questions: Sequence[Question], first: int, settings: use.Sample, copies: int = 1
+) -> list[Answer]:
+    """`copies` replies to each question, one after another. first: the number of the first question, for its random
+    numbers. Errors: E-DATA-LONG."""
+    sampling = Sampling(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        max_new=settings.max_new,
+    )
+    numbers = range(first, first + len(questions))
+    rows = [noise(settings.seed, "generate", copy, numbers, settings.max_new) for copy in range(copies)]
+    asked = [question for question in questions for _ in range(copies)]
+    uniforms = torch.stack(rows, 1).flatten(0, 1)
+    replies = sample_replies(model.model, [q.ids for q in asked], uniforms, sampling, model.ends, model.device)
+    found = []
+    for q, reply in zip(asked, replies, strict=True):
+        text = model.tokenizer.decode(reply.ids)
+        found.append(Answer(Sample(q.ids, reply.ids, q.prompt.turns, text, q.prompt.where), reply.ended))
+    return found
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str | tuple[str, str]],
+    *,
+    max_new: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Texts that answer these prompts, each an Instruction or (Instruction, Input): those of `tetrad generate`.
+
+    max_new: longest reply, in tokens. temperature: 0 is greedy. Errors: E-CONF-RANGE, E-DATA-LONG, E-MODEL-TEMPLATE.
+    """
+    values = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings = build(use.Sample, values, {name: name for name in values})
+    pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
+    questions = [question(model, asked(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)]
+    return [answer.sample.text for answer in answers(model, questions, 0, settings)] if questions else []
+
+
+def asked(instruction: str, extra: str = "", *, where: str = "") -> Prompt:
+    """A prompt of Instruction and Input."""
+    return Prompt((Turn("instruction", instruction), Turn("input", extra)), where)
+
+
+def rate_answers(judge: RewardModel, model: Model, found: Sequence[Answer]) -> list[float]:
+    """The reward of each answer of `model`. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
+    samples = [answer.sample for answer in found]
+    if judge.tokenizer.fingerprint == model.tokenizer.fingerprint and judge.form == model.form:
+        named = zip(joined(samples), samples, strict=True)
+        return rate(judge, [replace(document, where=sample.where) for document, sample in named])
+    prompts = [Prompt(sample.turns, sample.where) for sample in samples]
+    return rate(judge, written(judge, prompts, [s.text for s in samples], [answer.ended for answer in found]))
+
+
+def written(judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]) -> list[Tokens]:
+    """Prompts and answers as the judge's documents; those that ended have their end token."""
+    heads = tokenize(judge.form, judge.tokenizer, prompts)
+    end = judge.form.end_id(judge.tokenizer)
+    documents = []
+    for head, body, whole in zip(heads, judge.tokenizer.encode_batch(texts), ended, strict=True):
+        ids = np.array([*head.ids.tolist(), *body, *([end] if whole else [])], np.int32)
+        documents.append(Tokens(ids, np.zeros(len(ids), np.bool_), head.where))
+    return documents
+
+
+def rate(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:
+    """The reward at each document's last token. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
+    limit = judge.model.config.max_positions
+    for document in documents:
+        if len(document.ids) > limit:
+            what = f"prompt and answer have {len(document.ids)} tokens, the reward model reads {limit}"
+            raise UserError("E-DATA-LONG", what, where=document.where, hint="shorten the answer")
+    found = score_tokens(judge.model, documents, judge.device, Run().micro_tokens)
+    for score, document in zip(found, documents, strict=True):
+        if not math.isfinite(score):
+            what = f"the reward model gives {score}"
+            raise UserError("E-NUM-NONFINITE", what, where=document.where, hint="it is damaged: train it again")
+    return found
+
+
+def _role(folder: Path) -> str:
+    """reward | language, from config.json. Errors: E-MODEL-*."""
+    read_config(folder)
+    named: str = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    return "reward" if named.endswith("ForSequenceClassification") else "language"
+
+
+def _template(folder: Path, choice: str) -> Template | None:
+    """The template that the user chose, else the folder's own."""
+    try:
+        own = of_folder(folder)
+    except UserError:
+        own = None
+    return own if own and choice in ("", own.name) else template_of(choice) if choice else None
+
+
+def _needed(form: Template | None, folder: Path) -> Template:
+    if form is None:
+        hint = "choose --template " + " or --template ".join(TEMPLATES)
+        raise UserError("E-MODEL-TEMPLATE", "the folder names no template", where=str(folder), hint=hint)
+    return form
+
+
+def _refuse_small_vocabulary(model: CausalLM | ScalarModel, tokenizer: Tokenizer, folder: Path) -> None:
+    rows = model.config.vocab_size
+    if tokenizer.size > rows:
+        what = f"the tokenizer has {tokenizer.size} tokens, the model {rows}"
+        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="put the model's own tokenizer.json there")

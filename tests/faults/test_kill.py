@@ -1,0 +1,83 @@
+"""kill -9 at ten random moments of each stage, then the same command: the models are bit-equal to the uninterrupted run's.
+
+Each kill hits the run that the kill before left behind. Children are forked from a parent that has torch loaded, so that
+a kill costs no import.
+"""
+
+import hashlib
+import io
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny
+
+import tetrad.train.evaluate
+import tetrad.train.ppo
+import tetrad.train.pretrain
+import tetrad.train.reward
+import tetrad.train.sft
+import tetrad.train.tokenizer  # noqa: F401  (loaded before the forks)
+from tetrad import pipeline, recipe
+from tetrad.engine.console import Console
+
+KILLS = 10
+STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
+
+
+def run(path: Path, out: Path, only: str) -> None:
+    """In this process: one stage of the recipe."""
+    silent = Console(out=io.StringIO(), err=io.StringIO())
+    pipeline.run(recipe.read(path, ["--run.out", str(out)]), silent, only=only)
+
+
+def forked(path: Path, out: Path, only: str, kill_after: float | None = None) -> float:
+    """The same in a child; its seconds, or -1 if it was killed."""
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(path, out, only)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return -1.0
+    assert os.waitstatus_to_exitcode(status) == 0, f"{only} failed"
+    return time.monotonic() - began
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of all that the stage left and that a resumed run must repeat."""
+    found = sorted((folder / "model").glob("*.*")) + [folder / "metrics.jsonl", folder / "samples.jsonl"]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found if p.exists() and p.name != "manifest.json"}
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # os.fork in a process with threads: the child starts none
+def test_killed_stages_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "data")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    seconds = {stage: forked(path, whole, stage) for stage in STAGES}
+    draw = random.Random(1)
+    for stage in STAGES:
+        kills = resumed = 0
+        while kills < KILLS:
+            folder = broken / "tiny" / stage
+            if (folder / "model").exists():
+                shutil.rmtree(folder)
+            if forked(path, broken, stage, draw.uniform(0.0, 0.8) * seconds[stage]) < 0:
+                kills += 1
+                resumed += (folder / "checkpoints").is_dir()
+        forked(path, broken, stage)
+        assert digests(broken / "tiny" / stage) == digests(whole / "tiny" / stage), stage
+        assert stage == "tokenizer" or resumed > 1, f"no kill hit the loop of {stage}"
