@@ -48,7 +48,7 @@ def by_ids(score: Callable[[tuple[int, ...]], float]) -> Reward:
 def sampled(
     four: FourModels, asked: Sequence[Question], s: Ppo, key: tuple[int, int], numbers: Sequence[int] | None = None
 ) -> Rollout:
-    sampling = Sampling(temperature=s.temperature, max_new=s.max_new)
+    sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=len(asked))
     places = range(len(asked)) if numbers is None else numbers
     return roll_out(four.actor, asked, places, (key[0], "rollout", key[1]), sampling, TOKENIZER, toys.CPU)
 

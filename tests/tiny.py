@@ -29,7 +29,7 @@ batch_tokens = 512
 optimizer = "muon"
 [sft]
 data = ["sft.jsonl"]
-held_out = ["sft.jsonl"]
+held_out = ["held_out.jsonl"]
 epochs = 1.5
 batch = 16
 [reward]
@@ -86,9 +86,10 @@ def write_tiny(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     made = [sentence() for _ in range(160)]
     (folder / "text.txt").write_text("\n\n".join(f"{first} {rest}" for first, rest, _ in made))
+    fresh = [s for s in (sentence() for _ in range(200)) if s not in made]
     lines("sft.jsonl", [{**asked(a), "Output": b} for a, b, _ in made])
     lines("scores.jsonl", [{**asked(a), "output": b, "score": s} for a, b, s in made[:80]])
-    lines("held_out.jsonl", [{**asked(a), "output": b, "score": s} for a, b, s in (sentence() for _ in range(24))])
+    lines("held_out.jsonl", [{**asked(a), "output": b, "score": s} for a, b, s in fresh[:24]])
     ranked = []
     for first, rest, score in made[80:110]:
         others = [sentence() for _ in range(2)]

@@ -185,7 +185,8 @@ def _roles(recipe: Recipe, stage: str, on: list[str]) -> list[str]:
     roles = start + policy if start else _needed(stage, "a model to start from", policy, add)
     if stage == "evaluate":
         referee = ["referee"] if recipe.evaluate.referee else []
-        return roles + reward + [role for role in ("ppo",) if role in on] + referee
+        told = [role for role in ("pretrain", "ppo") if role in on and role not in roles]
+        return roles + reward + told + referee
     if stage == "ppo" and not recipe.ppo.rewards:
         roles = roles + _needed(
             stage, "a reward", reward, '[reward] data = ["FILE"], or [ppo] rewards = ["FILE.py:NAME"]'

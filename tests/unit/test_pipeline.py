@@ -108,7 +108,7 @@ def test_parents(shop: Workshop) -> None:
         "sft": ["pretrain"],
         "reward": ["sft"],
         "ppo": ["sft", "reward"],
-        "evaluate": ["sft", "reward", "ppo"],
+        "evaluate": ["sft", "reward", "pretrain", "ppo"],
     }
     assert shop.contexts["ppo"].parents["sft"] == shop.home / "sft" / "model"
 

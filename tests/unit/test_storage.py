@@ -176,6 +176,16 @@ def test_prune_goes_by_number_and_keeps_two(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000100", "step-1000000"]
 
 
+def test_no_half_of_a_deleted_folder_keeps_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(path: Path) -> None:
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(disk.Calls, "unlink", staticmethod(refuses))
+    with pytest.raises(UserError, match="E-IO-WRITE"):
+        storage.remove_folder(folder)
+    assert not folder.exists()
+
+
 def test_move_aside_never_overwrites(tmp_path: Path) -> None:
     for number, name in ((1, "old/sft"), (2, "old/sft-2"), (3, "old/sft-3")):
         storage.write_file(tmp_path / "sft/f", str(number).encode())

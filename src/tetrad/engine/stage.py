@@ -126,7 +126,7 @@ def frozen(model: CausalLM) -> CausalLM:
 
 def report_counts(ctx: StageContext, counts: Counts, kept: int) -> None:
     """Says what was read and what became of it; nothing is dropped or cut in silence."""
-    said = [f"{counts.read} records read", f"{kept} kept"]
+    said = [f"{counts.read} records read", f"{kept} kept"] if counts.read else [f"{kept} records, tokenised before"]
     said += [f"{n} {name}" for name in ("blank", "cut", "dropped", "tied") if (n := getattr(counts, name))]
     ctx.console.say(f"{ctx.folder.name:<10} {', '.join(said)}")
     for note in counts.notes:

@@ -30,10 +30,9 @@ def forward(
         if given is not None and given.shape != input_ids_BL.shape:
             raise ValueError(f"{name} is {list(given.shape)}, input_ids is {list(input_ids_BL.shape)}")
     mask = mask.bool()
-    lengths = mask.sum(1)
-    if input_ids_BL.dim() != 2 or not lengths.numel() or not bool(lengths.all()):
+    if input_ids_BL.dim() != 2 or not len(mask) or not bool(mask.any(1).all()):
         raise ValueError("input_ids must be [B, L] with a token in every row")
-    packed = _packed(input_ids_BL, mask, lengths, labels_BL)
+    packed = _packed(input_ids_BL, mask, mask.sum(1), labels_BL)
     logits_TV = model(packed, "logits")
     logits = logits_TV.new_zeros((*mask.shape, logits_TV.shape[-1]))
     logits[mask] = logits_TV

@@ -95,8 +95,7 @@ def plackett_luce_losses(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int
     ranks = ranks_N[index]
     tied = (ranks[:, :, None] == ranks[:, None, :]) & real[:, None, :]
     worse = (ranks[:, None, :] > ranks[:, :, None]) & real[:, None, :]
-    self_or_padding = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
-    left = _log_sum(scores[:, None, :], tied | worse | self_or_padding)
+    left = _log_sum(scores[:, None, :], tied | worse)
     losses = left - scores
     if ties == "breslow":
         return torch.where(real, losses, 0).sum(1)
@@ -158,9 +157,7 @@ def crowd_bt_loss(s: Tensor, eta: Tensor, i: Tensor, j: Tensor, k: Tensor, lam: 
     _require_values(i)
     gap = s[i] - s[j]
     right = eta[k]
-    agree, oppose = torch.where(gap >= 0, right, 1 - right), torch.where(gap >= 0, 1 - right, right)
-    far = gap.abs()
-    likelihood = logsigmoid(far) + torch.log(agree + oppose * torch.exp(-far))
+    likelihood = torch.log(right * torch.sigmoid(gap) + (1 - right) * torch.sigmoid(-gap))
     prior = (softplus(s) + softplus(-s)).sum()
     return (lam * prior - likelihood.sum()) / len(i)
 

@@ -61,7 +61,7 @@ def generate_file(settings: Generate, console: Console) -> None:
             return
     _deliver(_with_replies(model, judge, questions, records, settings, console), settings.out, console)
     if settings.out:
-        console.say(f"{len(questions)} answers: {settings.out}")
+        console.say(f"{len(questions)} answer{'s' * (len(questions) > 1)}: {settings.out}")
 
 
 def score_file(settings: ScoreFile, console: Console) -> None:

@@ -75,7 +75,7 @@ def answer(model: Model, turns: list[Turn], number: int, settings: Chat, console
         longest = min(settings.max_new, room)
         (found,) = answers(model, [asked], number, replace(settings, max_new=longest))
     except UserError as error:
-        console.say(str(error))
+        console.say(f"[{error.code}] {error.what}" + (f": {error.hint}" if error.hint else ""))
         return None
     except KeyboardInterrupt:
         console.say("(stopped)")

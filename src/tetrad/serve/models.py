@@ -113,7 +113,8 @@ def model_folder(name: str | Path) -> Path:
     if not path.is_dir():
         what, hint = "there is no such folder", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
     elif stages:
-        what, hint = f"this is a run; its models are {', '.join(stages)}", f"name one: {path / stages[-1]}"
+        best = "ppo" if "ppo" in stages else stages[-1]
+        what, hint = f"this is a run; its models are {', '.join(stages)}", f"name one: {path / best}"
     elif (path / "lineage.json").is_file():
         what, hint = "this stage has no finished language or reward model", "run its recipe to the end"
     else:

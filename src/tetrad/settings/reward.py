@@ -32,8 +32,10 @@ class Reward:
     """Lowest and highest possible score, as [1, 5]; needed as soon as a record has a score."""
     comparison_loss: Literal["pairs", "plackett-luce"] = "pairs"
     """pairs: all pairs of a list, averaged (Ouyang et al. 2022); plackett-luce: the whole order."""
+    comparison_weight: NotNegative = 1.0
+    """Weight of the mean loss of a batch's comparisons; lower it where they are few, or their noise drowns the scores."""
     score_weight: NotNegative = 0.5
-    """Weight of the scores' squared error beside the comparisons' loss."""
+    """Weight of the mean squared error of a batch's scores."""
     center: NotNegative = 0.0
     """Weight of the centring penalty, mean of (r_chosen + r_rejected)^2."""
     baselines: Functions = ()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tetrad.data.loader import batch_indices, order, steps_for
-from tetrad.data.records import answers, read_preferences
+from tetrad.data.records import answers, read_preferences, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize
 from tetrad.engine import mesh
@@ -60,6 +60,7 @@ def run(ctx: StageContext) -> None:
     counts = Counts()
     examples = read_examples(ctx, s.data, form, tokenizer, model, counts)
     report_counts(ctx, counts, len(examples.records))
+    refuse_overlap(examples.records, read_preferences(ctx.files((*s.held_out, *s.test)), s.score_scale))
     mean, std = score_moments(examples.records)
     kinds = {type(record) for record in examples.records}
     latent = Latent(model, learn_rho=len(kinds) > 1).to(device.place)
@@ -101,7 +102,7 @@ def preference_terms(s: Reward) -> Terms:
         sums = r_D[found.winners_P] + r_D[found.losers_P]
         error = (r_D[found.scored_S] - found.targets_S).square().sum()
         return [
-            Term("comparisons", loss, "comparisons"),
+            Term("comparisons", loss, "comparisons", s.comparison_weight),
             Term("scores", error, "scores", s.score_weight),
             Term("centre", (found.weights_P * sums.square()).sum(), "comparisons", s.center),
         ]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from tetrad.data.loader import batch_indices, steps_for
-from tetrad.data.records import read_conversations
+from tetrad.data.records import read_conversations, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.tokens import TokenStore, fit, tokenize
 from tetrad.engine import mesh
@@ -34,6 +34,7 @@ def run(ctx: StageContext) -> None:
         grow_vocabulary(model, tokenizer.size)
     model.to(device.place)
     form = template(s.template, s.separator)
+    refuse_overlap(*(read_conversations(ctx.files(files)) for files in (s.data, s.held_out)))
     counts = Counts()
     store = TokenStore.build(ctx.cache("sft"), _records(ctx, s.data, form, tokenizer, model, counts), ctx.key)
     report_counts(ctx, counts, len(store))

@@ -262,6 +262,19 @@ def test_a_fresh_start_empties_old_logs(tmp_path: Path, calm: dict[str, str]) ->
     assert result(tmp_path) == calm
 
 
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    stop(tmp_path, 3)
+    (tmp_path / "checkpoints/.tmp-step-000006-0a1b2c3d").mkdir()
+    (tmp_path / ".tmp-model-0a1b2c3d").mkdir()
+    (tmp_path / "checkpoints/step-000004").rename(tmp_path / "checkpoints/.old-step-000004-0a1b2c3d")
+    stage = Stage(tmp_path, at(4, die))
+    with pytest.raises(DiedError):
+        stage.run()
+    assert stage.began == 4
+    assert saved(tmp_path) == [2, 4]
+    assert not list(tmp_path.rglob(".*"))
+
+
 def test_lost_log_lines_are_told(tmp_path: Path) -> None:
     stop(tmp_path, 3)
     (tmp_path / "metrics.jsonl").unlink()

@@ -8,9 +8,9 @@ from tetrad.objectives import calibration
 
 
 def test_ece_is_the_weighted_gap_of_bins():
-    confidence, correct = torch.tensor([0.95, 0.95, 0.55, 1.0]), torch.tensor([1.0, 0.0, 1.0, 1.0])
-    # bin 9: confidence 2.9 of 3, correct 2; bin 5: 0.55 against 1
-    assert float(calibration.ece(confidence, correct, 10)) == pytest.approx((0.9 + 0.45) / 4)
+    confidence, correct = torch.tensor([0.95, 0.85, 0.55, 1.0]), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    # bin 9: two right, 1.95 said; bin 8: none right, 0.85 said; bin 5: one right, 0.55 said
+    assert float(calibration.ece(confidence, correct, 10)) == pytest.approx((0.05 + 0.85 + 0.45) / 4)
     assert float(calibration.ece(torch.full((4,), 0.75), torch.tensor([1, 1, 1, 0]))) == pytest.approx(0, abs=1e-7)
     for bad in (torch.tensor([]), torch.tensor([1.2]), torch.tensor([float("nan")])):
         with pytest.raises(ValueError, match="confidences"):

@@ -51,8 +51,9 @@ def test_beta_moves_toward_the_target_and_never_faster_than_a_fifth():
 
 
 def test_the_missing_end_costs_after_the_clip():
-    scores = policy.normalize_scores(torch.tensor([100.0, 100.0]), 0.0, 1.0, 5.0, torch.tensor([True, False]), 1.0)
-    assert scores.tolist() == [4, 5]
+    cut = torch.tensor([True, False, True])
+    scores = policy.normalize_scores(torch.tensor([100.0, 100.0, -100.0]), 0.0, 1.0, 5.0, cut, 1.0)
+    assert scores.tolist() == [4, 5, -6]
     assert policy.normalize_scores(torch.tensor([9.0]), 1.0, 2.0, None, torch.tensor([False]), 1.0).tolist() == [4]
 
 
@@ -72,6 +73,7 @@ def test_gae_without_discount_is_reward_to_go():
     assert returns.tolist() == [[6, 5, 3]] and advantages.tolist() == [[5.5, 4.5, 2.5]]
     assert policy.gae(rewards, values, mask, 1.0, 1.0, torch.tensor([10.0]))[1].tolist() == [[16, 15, 13]]
     assert policy.gae(rewards, values, mask, 0.5, 0.0)[0].tolist() == [[0.75, 1.75, 2.5]]
+    assert policy.gae(rewards, values, mask, 0.5, 0.5)[0].tolist() == [[0.75 + 0.25 * 2.375, 2.375, 2.5]]
 
 
 @given(st.integers(0, 1000))

@@ -1,0 +1,115 @@
+"""generate, chat and score from the command line: words in, replies and exit codes out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from served import write_model
+from tetrad.cli import main
+
+ROOT = Path(__file__).parents[2]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    write_model(folder / "sft", seed=1)
+    write_model(folder / "reward", reward=True)
+    write_model(folder / "pretrain", "")
+    return folder
+
+
+def test_one_prompt(run: Path, capsys: Capture) -> None:
+    words = ["generate", str(run / "sft"), "--instruction", "Go on.", "--input", "这部电影", "--max-new", "9"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert main([*words, "--seed", "0"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*words, "--seed", "1"]) == 0
+    assert capsys.readouterr().out != first
+
+
+def test_generate_then_score(run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of eight by the reward model has a higher mean than the first of one; both files can be scored."""
+    monkeypatch.chdir(tmp_path)
+    records = [{"Instruction": "Go on.", "Input": text} for text in ("the plot", "a film", "电影")]
+    Path("p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sft, reward = str(run / "sft"), str(run / "reward")
+    words = ["generate", sft, "--prompts", "p.jsonl", "--max-new", "8"]
+    assert main([*words, "--out", "one.jsonl"]) == 0
+    assert main([*words, "--out", "best.jsonl", "--best-of", "8", "--reward", reward]) == 0
+    means = []
+    for name in ("one.jsonl", "best.jsonl"):
+        assert main(["score", reward, "--data", name, "--out", f"scored-{name}"]) == 0
+        lines = [json.loads(line) for line in Path(f"scored-{name}").read_text().splitlines()]
+        assert [{k: line[k] for k in ("Instruction", "Input")} for line in lines] == records
+        means.append(sum(line["score"] for line in lines) / 3)
+    assert means[1] > means[0]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["score", "sft", "--data", "s.jsonl"], 4, "E-CKPT-ROLE"),
+        (["generate", "reward", "--instruction", "x"], 4, "E-CKPT-ROLE"),
+        (["generate", "pretrain", "--instruction", "x"], 4, "choose --template instruction or --template chatml"),
+        (["generate", "pretrain", "--instruction", "x", "--template", "alpaca"], 2, "E-CONF"),
+        (["generate", "none", "--instruction", "x"], 4, "E-MODEL-MISSING"),
+        (["chat", ".", "--system", "x"], 4, "its models are pretrain, reward, sft"),
+        (["generate", "sft", "--prompts", "none.jsonl"], 3, "E-DATA-PATH"),
+        (["generate", "sft", "--instruction", "x", "--max-new", "96"], 3, "E-DATA-LONG"),
+        (["score", "reward", "--data", "s.jsonl", "--out", "s.jsonl"], 2, "E-CONF-CONFLICT"),
+        (["score", "reward", "--data", "bad.jsonl"], 3, "bad.jsonl:2"),
+    ],
+)
+def test_mistakes(
+    run: Path, words: list[str], status: int, said: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    Path("s.jsonl").write_text('{"input": "x", "output": "y"}\n')
+    Path("bad.jsonl").write_text('{"input": "x", "output": "y"}\n{"input": "x", "output": 5}\n')
+    assert main(words) == status
+    out, err = capsys.readouterr()
+    assert said in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_chat_in_a_process_of_its_own(run: Path) -> None:
+    """Exit 0 at the end of the input; wide characters in and out as UTF-8."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tetrad", "chat", str(run / "sft"), "--max-new", "4"],
+        input="这部电影\n/quit\nnever\n".encode(),
+        capture_output=True,
+        timeout=60,
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "PYTHONUTF8": "1"},
+        check=False,
+    )
+    said = done.stdout.decode().splitlines()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert said[1].startswith("This model answers one question at a time")
+    assert len(said) >= 3
+
+
+def test_public_names_are_lazy() -> None:
+    script = (
+        "import sys, tetrad\n"
+        "print(sorted({'torch', 'numpy', 'tokenizers', 'rich', 'pydantic'} & set(sys.modules)), tetrad.__version__)\n"
+        "tetrad.load, tetrad.generate, tetrad.forward\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"},
+        check=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("[] ")
+    assert second == "True"

@@ -1,0 +1,151 @@
+"""PPO works: it finds an optimum that is known, learns a rule, and stays put where it should (three seeds each)."""
+
+from copy import deepcopy
+
+import ppo_toys
+import pytest
+import toys
+import torch
+
+from tetrad.engine.batches import reply_logprobs
+from tetrad.engine.rollout import Question
+from tetrad.model.decoder import CausalLM
+from tetrad.settings.ppo import Ppo
+from tetrad.train.ppo import FourModels
+from tetrad.types import Prompt
+
+pytestmark = pytest.mark.learn
+SEEDS = range(3)
+
+
+def asked(count: int, prompt: tuple[int, ...] = (3, 4)) -> list[Question]:
+    return [Question(prompt, Prompt(()))] * count
+
+
+# (i) a vocabulary of 6, replies of exactly 2 tokens: all 36 can be counted.
+WORDS = 6
+REPLIES = [(a, b) for a in range(WORDS) for b in range(WORDS)]
+
+
+def log_chances(model: CausalLM) -> torch.Tensor:
+    """Of all 36 replies."""
+    documents = [toys.document([3, 4, *reply], 2) for reply in REPLIES]
+    found = torch.tensor([part.sum() for part in reply_logprobs(model, documents, 4096, toys.CPU)])
+    assert float(found.exp().sum()) == pytest.approx(1, abs=1e-4)
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_finds_the_enumerated_optimum(seed):
+    """pi_ref exp(r / beta) / Z is what reward - beta KL is maximal at."""
+    beta = 1.0
+    s = Ppo(
+        batch=128,
+        max_new=2,
+        steps=40,
+        actor_lr=3e-3,
+        critic_lr=1e-2,
+        kl_coefficient=beta,
+        score_clip=0.0,
+        missing_eos_penalty=0.0,
+    )
+    shape = {"vocab_size": WORDS, "layers": 1, "tied": False, "eos_ids": (WORDS,)}  # no token ends a reply
+    actor, critic = toys.causal(seed, 0.2, **shape), toys.scalar(seed + 100, **shape)
+    rewards = torch.randn(WORDS, WORDS, generator=torch.Generator().manual_seed(seed))
+    four = ppo_toys.four_models(s, actor, critic, ppo_toys.by_ids(lambda ids: float(rewards[ids])))
+    reference = log_chances(four.reference)
+
+    def distance(price: float) -> float:
+        """KL(learned policy || optimum at this beta), in nats."""
+        optimum = torch.log_softmax(reference + rewards.flatten() / price, 0)
+        learned = log_chances(actor)
+        return float((learned.exp() * (learned - optimum)).sum())
+
+    assert distance(beta) > 0.1
+    for step in range(s.steps):
+        made, _ = ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
+        assert made.rollout.mask_BT.all()
+    assert distance(beta) <= 0.05
+    assert distance(beta / 2) > 0.05
+    assert distance(beta * 2) > 0.05
+
+
+# (ii) and (iii): a reply is right when it holds one of the liked words.
+def rule(liked: set[int]) -> ppo_toys.Reward:
+    return ppo_toys.by_ids(lambda ids: float(bool(liked & set(ids))))
+
+
+def some_models(s: Ppo, seed: int, reward: ppo_toys.Reward) -> FourModels:
+    return ppo_toys.four_models(s, toys.causal(seed), toys.scalar(seed + 100), reward)
+
+
+def share_right(four: FourModels, s: Ppo, seed: int, liked: set[int]) -> float:
+    """Of 200 replies with random numbers that no training used."""
+    rollout = ppo_toys.sampled(four, asked(200), s, (seed, 10_000))
+    return sum(bool(liked & set(sample.reply_ids)) for sample in rollout.samples) / 200
+
+
+def nats(four: FourModels, s: Ppo, seed: int) -> float:
+    """KL to the reference of a reply, from 200 of them (k3: never negative)."""
+    made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, asked(200), s, (seed, 10_000)), s)
+    gap = made.ref - made.old
+    return float((torch.expm1(gap) - gap).sum(1).mean())
+
+
+LEARNS = Ppo(batch=64, max_new=4, steps=60, actor_lr=3e-3, critic_lr=3e-3, kl_coefficient=0.02, missing_eos_penalty=0.0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_learns_a_rule(seed):
+    """From about one reply in ten to nine in ten, within 60 steps."""
+    liked = {20}
+    four = some_models(LEARNS, seed, rule(liked))
+    assert 0.03 <= share_right(four, LEARNS, seed, liked) <= 0.17
+    for step in range(LEARNS.steps):
+        made, _ = ppo_toys.iterate(four, asked(LEARNS.batch), LEARNS, (seed, step))
+        if sum(four.reward(made.rollout.samples)) >= 0.97 * LEARNS.batch:
+            break
+    assert share_right(four, LEARNS, seed, liked) >= 0.9
+
+
+LIKED = set(range(20, 28))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_sign_of_the_reward_decides(seed, sign):
+    right = rule(LIKED)
+    s = Ppo(**{**LEARNS.__dict__, "steps": 25}) if hasattr(LEARNS, "__dict__") else LEARNS
+    four = some_models(s, seed, lambda samples: [sign * score for score in right(samples)])
+    before = share_right(four, s, seed, LIKED)
+    assert 0.3 <= before <= 0.8
+    for step in range(s.steps):
+        ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
+    after = share_right(four, s, seed, LIKED)
+    assert after > 0.9 if sign > 0 else after < 0.1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_learning_rate_no_change(seed):
+    s = Ppo(**{**LEARNS.__dict__, "actor_lr": 0.0, "critic_lr": 0.0})
+    four = some_models(s, seed, rule(LIKED))
+    before = [deepcopy(model.state_dict()) for model in (four.actor, four.critic)]
+    for step in range(3):
+        _, learned = ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
+        assert learned["actor_grad_norm"] > 0
+        assert learned["critic_grad_norm"] > 0
+    for model, kept in zip((four.actor, four.critic), before, strict=True):
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_huge_price_holds_it_back(seed):
+    found = {}
+    for beta in (0.02, 100.0):
+        s = Ppo(**{**LEARNS.__dict__, "kl_coefficient": beta, "steps": 25})
+        four = some_models(s, seed, rule(LIKED))
+        for step in range(s.steps):
+            ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
+        found[beta] = nats(four, s, seed)
+    assert found[100.0] < 0.05
+    assert found[0.02] > 0.3

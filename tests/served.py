@@ -1,0 +1,36 @@
+"""Model folders as a run leaves them, untrained: a learned tokenizer, Chinese text included, and random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import toys
+from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.model.weights import model_files
+from tetrad.storage import write_folder
+from tetrad.text.bpe import learn
+from tetrad.text.template import TEMPLATES
+from tetrad.text.tokenizer import Tokenizer
+
+TEXT = [
+    "the plot is a warm and funny story with a dull ending",
+    "what a bright film, slow but moving",
+    "请帮我翻译一句话:这部电影很好看",
+]
+
+
+def tokenizer(size: int = 300) -> Tokenizer:
+    return learn(TEXT * 3, size)
+
+
+def write_model(
+    folder: Path, form: str = "instruction", *, reward: bool = False, size: int = 300, seed: int = 0, **changes: Any
+) -> Path:
+    """A stage's folder with `model` in it, manifest included. form: empty for a folder that names no template."""
+    words, template = tokenizer(size), TEMPLATES.get(form)
+    end = template.end_id(words) if template else words.document_end
+    given = {"vocab_size": words.size, "eos_ids": (end,), "pad_id": words.pad_id, "max_positions": 96, **changes}
+    kind = ScalarModel if reward else CausalLM
+    model = kind(toys.config(**given))
+    toys.randomise(model, seed, std=0.25)
+    write_folder(folder / "model", {**model_files(model), **words.files(template)}, {"key": "k"})
+    return folder

@@ -1,0 +1,208 @@
+"""Folders are found and told apart; replies depend on seed and number alone; rewards read what was sampled."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tetrad
+from served import tokenizer, write_model
+from tetrad.engine.rollout import Question
+from tetrad.engine.scoring import score_tokens
+from tetrad.errors import UserError
+from tetrad.model.decoder import CausalLM
+from tetrad.serve import models
+from tetrad.serve.models import answers, asked, load, load_reward, model_folder, question, rate, rate_answers, written
+from tetrad.settings import use
+from tetrad.types import Prompt, Tokens, Turn
+
+
+def code_of(function: object, *arguments: object) -> UserError:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)  # type: ignore[operator]
+    return caught.value
+
+
+def questions(model: models.Model, *inputs: str) -> list[Question]:
+    return [question(model, asked("Go on.", text, where=text)) for text in inputs]
+
+
+def test_a_stage_or_its_model_or_a_folder(run: Path, tmp_path: Path) -> None:
+    assert model_folder(run / "sft") == run / "sft" / "model"
+    assert model_folder(str(run / "sft" / "model")) == run / "sft" / "model"
+    plain = shutil.copytree(run / "sft" / "model", tmp_path / "hf")
+    (plain / "manifest.json").unlink()
+    assert load(plain).form == load(run / "sft").form
+
+
+def test_what_is_no_model_says_what_to_name(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "lineage.json").write_text("{}")
+    for path, said in (
+        (run, f"name one: {run / 'ppo'}"),
+        (tmp_path / "none", "there is no such folder"),
+        (tmp_path / "begun", "no finished"),
+        (tmp_path, "no config.json"),
+    ):
+        error = code_of(model_folder, path)
+        assert error.code == "E-MODEL-MISSING"
+        assert said in str(error)
+
+
+def test_roles(run: Path) -> None:
+    assert code_of(load, run / "reward").code == "E-CKPT-ROLE"
+    error = code_of(load_reward, run / "sft")
+    assert (error.code, error.exit_code) == ("E-CKPT-ROLE", 4)
+    assert "runs/NAME/reward" in error.hint
+    assert isinstance(load(run / "ppo").model, CausalLM)
+
+
+def test_template(run: Path) -> None:
+    """The folder's own, or the chosen one; none is needed until something is asked."""
+    base = load(run / "pretrain")
+    error = code_of(question, base, asked("x"))
+    assert error.code == "E-MODEL-TEMPLATE"
+    assert "--template instruction or --template chatml" in error.hint
+    assert load(run / "pretrain", "chatml").form.name == "chatml"
+    assert load(run / "sft", "chatml").form.name == "chatml"
+    assert load(run / "chat").form.name == "chatml"
+
+
+def test_a_plain_separator_stays(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "sft" / "model", tmp_path / "hf")
+    (folder / "manifest.json").unlink()
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"separator": "<|sep|>"', '"separator": "##"'))
+    assert load(folder, "instruction").form.separator == "##"
+
+
+def test_damage_is_noticed(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "sft", tmp_path / "sft")
+    path = folder / "model" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert code_of(load, folder).code == "E-CKPT-HASH"
+
+
+def test_a_vocabulary_beyond_the_embedding(tmp_path: Path) -> None:
+    write_model(tmp_path / "sft", vocab_size=290)
+    assert code_of(load, tmp_path / "sft").code == "E-MODEL-TOKENIZER"
+
+
+def test_ends(run: Path) -> None:
+    model = load(run / "chat")
+    assert model.ends == (model.tokenizer.control("<|im_end|>"),)
+    base = load(run / "pretrain", "chatml")
+    assert base.ends == (base.tokenizer.control("<|im_end|>"), base.tokenizer.control("<|endoftext|>"))
+
+
+def test_replies_follow_from_seed_number_and_copy(run: Path) -> None:
+    """Not from the questions beside, the copies beside, or the longest length."""
+    model, settings = load(run / "sft"), use.Sample(max_new=12, seed=5)
+    four = questions(model, "the plot", "a film", "这部电影", "slow")
+    found = answers(model, four, 0, settings, copies=3)
+    ids = [answer.sample.reply_ids for answer in found]
+    assert len(set(ids)) == 12
+    assert [answer.sample.where for answer in found[::3]] == ["the plot", "a film", "这部电影", "slow"]
+    assert [a.sample.reply_ids for a in answers(model, four[2:], 2, settings, copies=3)] == ids[6:]
+    assert [a.sample.reply_ids for a in answers(model, four, 0, settings)] == ids[::3]
+    short = answers(model, four, 0, replace(settings, max_new=4), copies=3)
+    assert [a.sample.reply_ids for a in short] == [i[:4] for i in ids]
+    other = answers(model, four, 0, replace(settings, seed=6), copies=3)
+    assert all(a.sample.reply_ids != i for a, i in zip(other, ids, strict=True))
+
+
+def test_public_names(run: Path) -> None:
+    model = tetrad.load(run / "sft")
+    texts = tetrad.generate(model, ["Go on.", ("Go on.", "the plot")], max_new=8, temperature=0.0)
+    ids = model.form.prompt(model.tokenizer, (Turn("instruction", "Go on."), Turn("input", "the plot")))
+    first = []
+    for _ in range(8):
+        _, logits = tetrad.forward(model.model, torch.tensor([[*ids, *first]]))
+        first.append(int(logits[0, -1].argmax()))
+        if first[-1] in model.ends:
+            break
+    assert texts[1] == model.tokenizer.decode(first)
+    assert texts[0] != texts[1]
+    assert tetrad.generate(model, []) == []
+    assert tetrad.generate(model, ["x"], max_new=5) == tetrad.generate(model, ["x"], max_new=5)
+    assert tetrad.generate(model, ["x"], max_new=5) != tetrad.generate(model, ["x"], max_new=5, seed=1)
+    assert {"load", "generate", "forward"} <= set(dir(tetrad))
+    with pytest.raises(AttributeError, match="nothing"):
+        tetrad.nothing  # noqa: B018
+    with pytest.raises(UserError, match="E-CONF-RANGE"):
+        tetrad.generate(model, ["x"], temperature=-1.0)
+
+
+def test_too_long(run: Path) -> None:
+    model = load(run / "sft")
+    assert code_of(answers, model, questions(model, "plot " * 90), 0, use.Sample(max_new=8)).code == "E-DATA-LONG"
+
+
+def test_broken_text(run: Path) -> None:
+    error = code_of(question, load(run / "sft"), asked("Go on.", "\udcff", where="--instruction"))
+    assert (error.code, error.where) == ("E-DATA-ENCODING", "--instruction")
+
+
+def test_written_documents_are_those_of_training(run: Path) -> None:
+    judge = load_reward(run / "reward")
+    prompts = [Prompt((Turn("instruction", "Go on."), Turn("input", "the plot")), "f:1"), Prompt((Turn("user", "x"),))]
+    whole, cut = written(judge, prompts, ["is warm", "is warm"], [True, False])
+    turns = (*prompts[0].turns, Turn("assistant", "is warm"))
+    assert whole.ids.tolist() == judge.form.conversation(judge.tokenizer, turns).ids.tolist()
+    assert whole.where == "f:1"
+    asked_ids = judge.form.prompt(judge.tokenizer, prompts[1].turns)
+    assert cut.ids.tolist() == [*asked_ids, *judge.tokenizer.encode("is warm")]
+
+
+def test_rewards_read_the_sampled_ids(run: Path) -> None:
+    """Cut replies without an end token, ended ones with it, nothing tokenised anew."""
+    model, judge = load(run / "sft"), load_reward(run / "reward")
+    found = answers(model, questions(model, *["the plot"] * 64), 0, use.Sample(max_new=40))
+    assert len({answer.ended for answer in found}) == 2
+    whole = [np.array(a.sample.prompt_ids + a.sample.reply_ids, np.int32) for a in found]
+    documents = [Tokens(ids, np.zeros(len(ids), np.bool_)) for ids in whole]
+    assert rate_answers(judge, model, found) == score_tokens(judge.model, documents, judge.device, 10_000)
+    written_anew = written(
+        judge, [Prompt(a.sample.turns) for a in found], [a.sample.text for a in found], [a.ended for a in found]
+    )
+    again = [d.ids.tolist() for d in written_anew]
+    assert again != [ids.tolist() for ids in whole]  # so the test would notice
+
+
+def test_another_tokenizer_reads_the_text(run: Path) -> None:
+    model, judge = load(run / "sft"), load_reward(run / "judge")
+    assert judge.tokenizer.fingerprint != model.tokenizer.fingerprint
+    found = answers(model, questions(model, "the plot", "a film"), 0, use.Sample(max_new=6))
+    prompts = [Prompt(a.sample.turns) for a in found]
+    documents = written(judge, prompts, [a.sample.text for a in found], [a.ended for a in found])
+    assert rate_answers(judge, model, found) == rate(judge, documents)
+
+
+def test_another_template_reads_the_text(run: Path) -> None:
+    model, judge = load(run / "chat"), load_reward(run / "reward")
+    found = answers(model, questions(model, "the plot"), 0, use.Sample(max_new=6))
+    documents = written(judge, [Prompt(found[0].sample.turns)], [found[0].sample.text], [found[0].ended])
+    assert judge.tokenizer.fingerprint == model.tokenizer.fingerprint
+    assert rate_answers(judge, model, found) == rate(judge, documents)
+
+
+def test_rate_refuses_what_it_cannot_read(run: Path) -> None:
+    judge = load_reward(run / "reward")
+    long = written(judge, [asked("x", where="f:3")], ["plot " * 90], [True])
+    error = code_of(rate, judge, long)
+    assert (error.code, error.where) == ("E-DATA-LONG", "f:3")
+    with torch.no_grad():
+        judge.model.score.weight.fill_(float("nan"))
+    error = code_of(rate, judge, written(judge, [asked("x", where="f:4")], ["warm"], [True]))
+    assert (error.code, error.where) == ("E-NUM-NONFINITE", "f:4")
+
+
+def test_text_is_learned_with_chinese() -> None:
+    """The other tests need tokens that hold half a character."""
+    words = tokenizer()
+    assert len(words.encode("电影")) > 1
