@@ -62,10 +62,10 @@ max_new = 8
 save_every = 2
 """
 
-JUDGE = f'''\
+JUDGE = f"""\
 def liked(samples):
     return [sum(w in s["text"] for w in {GOOD}) - sum(w in s["text"] for w in {BAD}) for s in samples]
-'''
+"""
 
 
 def write_tiny(folder: Path) -> Path:

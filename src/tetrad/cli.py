@@ -68,7 +68,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         case Stopped():
             return f"stopped: {error}", EXIT_STOPPED
         case KeyboardInterrupt():
-            return "interrupted; the same command goes on from the last checkpoint", 130
+            return "interrupted; a stage that was running goes on from its last checkpoint", 130
         case Exception():
             frames = traceback.extract_tb(error.__traceback__)
             place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""

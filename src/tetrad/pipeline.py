@@ -82,6 +82,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
     for step in steps[-1:] if only else steps:
         found = state(step, hashes)
         if found == "done":
+            storage.remove_folder(step.folder / "checkpoints")  # left where a kill came between the result and this
             console.say(f"{step.stage:<10} unchanged, skipped")
             continue
         todo += 1

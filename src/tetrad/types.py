@@ -105,7 +105,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A part of a loss: coefficient * sum / (the whole batch's count named `per`). sum: a scalar tensor with gradient."""
+    """A part of a loss: coefficient * sum / (the whole batch's count named `per`). sum: a scalar with gradient."""
 
     name: str
     sum: Array

@@ -1,7 +1,7 @@
-"""kill -9 at ten random moments of each stage, then the same command: the models are bit-equal to the uninterrupted run's.
+"""kill -9 at ten random moments of each stage, then the same command: the models equal those of a run in peace.
 
-Each kill hits the run that the kill before left behind. Children are forked from a parent that has torch loaded, so that
-a kill costs no import.
+Each kill hits the run that the kill before left behind. Children are forked from a parent that has torch loaded, so
+that a kill costs no import.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import write_tiny
 
 import tetrad.train.evaluate
 import tetrad.train.ppo
@@ -24,6 +23,7 @@ import tetrad.train.sft
 import tetrad.train.tokenizer  # noqa: F401  (loaded before the forks)
 from tetrad import pipeline, recipe
 from tetrad.engine.console import Console
+from tiny import write_tiny
 
 KILLS = 10
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
@@ -57,7 +57,7 @@ def forked(path: Path, out: Path, only: str, kill_after: float | None = None) ->
 
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of all that the stage left and that a resumed run must repeat."""
-    found = sorted((folder / "model").glob("*.*")) + [folder / "metrics.jsonl", folder / "samples.jsonl"]
+    found = [*sorted((folder / "model").glob("*.*")), folder / "metrics.jsonl", folder / "samples.jsonl"]
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found if p.exists() and p.name != "manifest.json"
     }

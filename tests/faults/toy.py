@@ -25,6 +25,9 @@ class Part:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"numbers": self.numbers}
 
+    def full_bytes(self) -> int:
+        return 16
+
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         self.numbers = tensors["numbers"].clone()
 

@@ -100,6 +100,15 @@ class Optimizer:
                     found[f"{name}/{key}"] = torch.as_tensor(value)
         return found
 
+    def full_bytes(self) -> int:
+        """AdamW keeps two numbers a weight, Muon one."""
+        return sum(
+            p.nbytes * (1 if isinstance(part, Muon) else 2)
+            for part in self.parts
+            for group in part.param_groups
+            for p in group["params"]
+        )
+
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Errors: E-CKPT-KEYS where the state isn't this model's."""
         owners = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}

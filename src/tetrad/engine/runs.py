@@ -31,7 +31,7 @@ import torch
 
 from tetrad import storage
 from tetrad.errors import Stopped, UserError
-from tetrad.model.safetensors_io import file_bytes, read_tensors, tensor_chunks
+from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.storage import Content, Json, LineLog
 
 _SAVES_A_STAGE = 10
@@ -47,6 +47,9 @@ class Stateful(Protocol):
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes the state back; raises UserError E-CKPT-KEYS or E-CKPT-SHAPE if it isn't its own."""
+
+    def full_bytes(self) -> int:
+        """What the state takes on disk once the first step has filled it."""
 
 
 class Run:
@@ -134,7 +137,11 @@ class Run:
         if differences := _differences(state, ours):
             raise UserError("E-CKPT-SETTINGS", f"is of another run: {differences}", where=str(path))
         for name, part in self._parts.items():
-            part.load_tensors(read_tensors(path / _file_of(name)))
+            file = path / _file_of(name)
+            try:
+                part.load_tensors(read_tensors(file))
+            except UserError as error:
+                raise UserError(error.code, error.what, where=error.where or str(file), hint=error.hint) from error
         return state
 
     def _set_aside(self, failures: list[tuple[Path, UserError]]) -> None:
@@ -209,7 +216,7 @@ class Run:
         return f"stopped in step {self.step} of {self.total_steps}, which didn't end in time: {lost}"
 
     def _check_space(self) -> None:
-        size = sum(file_bytes(part.tensors()) for part in self._parts.values())
+        size = sum(part.full_bytes() for part in self._parts.values())
         copies = max(2, min(self._keep + 1, self.total_steps // self._every))
         if self._logs and self.step < self.total_steps:
             there = len(storage.step_folders(self.checkpoints))

@@ -16,6 +16,7 @@ from tetrad.engine.device import Device
 from tetrad.engine.runs import Run, Stateful, open_run
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.model.safetensors_io import file_bytes
 from tetrad.model.weights import model_files
 from tetrad.storage import Content, Json
 from tetrad.text.template import Template, of_folder, template
@@ -32,6 +33,9 @@ class Weights:
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def full_bytes(self) -> int:
+        return file_bytes(self.tensors())
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""

@@ -239,7 +239,7 @@ def initialise(model: CausalLM, seed: int) -> None:
 def initial_head(hidden_size: int, seed: int) -> Tensor:
     """A scalar head [1, hidden] with std 1/sqrt(hidden + 1) (Ziegler et al. 2019)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
+    return nn.init.normal_(torch.empty(1, hidden_size), 0.0, (hidden_size + 1) ** -0.5, generator=generator)
 
 
 @torch.no_grad()

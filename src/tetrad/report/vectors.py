@@ -41,6 +41,8 @@ def read_cases(path: Path) -> list[Case]:
     """Every case of a file. Errors: E-DATA-PATH, E-DATA-FORMAT."""
     if not path.is_file():
         raise UserError("E-DATA-PATH", "there is no such file", where=str(path), hint="name an npz of test vectors")
+    if not zipfile.is_zipfile(path):
+        raise _unreadable("not an npz file", str(path))
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             cases = list(_cases(arrays))

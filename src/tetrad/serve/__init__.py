@@ -1,1 +1,1 @@
-"""A finished model in use: answers, conversations and scores. Nothing here trains."""
+"""A finished model in use: generate, score, chat."""

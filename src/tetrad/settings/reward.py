@@ -33,7 +33,7 @@ class Reward:
     comparison_loss: Literal["pairs", "plackett-luce"] = "pairs"
     """pairs: all pairs of a list, averaged (Ouyang et al. 2022); plackett-luce: the whole order."""
     comparison_weight: NotNegative = 1.0
-    """Weight of the mean loss of a batch's comparisons; lower it where they are few, or their noise drowns the scores."""
+    """Weight of the mean loss of a batch's comparisons; where they are few, a low one keeps their noise small."""
     score_weight: NotNegative = 0.5
     """Weight of the mean squared error of a batch's scores."""
     center: NotNegative = 0.0

@@ -3,7 +3,7 @@
 One iteration: sample replies, score them, read them with actor, reference and critic, turn scores and KL into rewards
 and those into advantages, then a few epochs of clipped updates (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et
 al. 2022). Old log-probabilities come from the training forward, not from the sampler. Reply arrays are [B, T] and
-already shifted: a value stands before its token, the score lands on the last token of the reply, and its end is terminal.
+already shifted: a value stands before its token, the score lands on the last token of the reply, its end is terminal.
 """
 
 import math
