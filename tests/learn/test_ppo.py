@@ -52,7 +52,7 @@ def test_finds_the_enumerated_optimum(seed):
         missing_eos_penalty=0.0,
     )
     shape = {"vocab_size": WORDS, "layers": 1, "tied": False, "eos_ids": (WORDS,)}  # no token ends a reply
-    actor, critic = toys.causal(seed, 0.2, **shape), toys.scalar(seed + 100, **shape)
+    actor, critic = toys.causal(seed, **shape), toys.scalar(seed + 100, **shape)
     rewards = torch.randn(WORDS, WORDS, generator=torch.Generator().manual_seed(seed))
     four = ppo_toys.four_models(s, actor, critic, ppo_toys.by_ids(lambda ids: float(rewards[ids])))
     reference = log_chances(four.reference)
@@ -68,8 +68,7 @@ def test_finds_the_enumerated_optimum(seed):
         made, _ = ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
         assert made.rollout.mask_BT.all()
     assert distance(beta) <= 0.05
-    assert distance(beta / 2) > 0.05
-    assert distance(beta * 2) > 0.05
+    assert min(distance(beta / 2), distance(beta * 2)) > 3 * distance(beta)  # it is this beta's optimum
 
 
 # (ii) and (iii): a reply is right when it holds one of the liked words.
@@ -148,4 +147,4 @@ def test_a_huge_price_holds_it_back(seed):
         way = [nats(ppo_toys.iterate(four, asked(s.batch), s, (seed, step))[0]) for step in range(s.steps)]
         found[beta] = max(way)
     assert found[100.0] < 0.05
-    assert found[0.02] > 0.3
+    assert found[0.02] > 0.1

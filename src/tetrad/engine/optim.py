@@ -59,11 +59,11 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), with Muon beside it where `kind` is "muon"."""
+    """AdamW (Loshchilov and Hutter 2019), with Muon for the matrices of the blocks where `muon_lr` is given."""
 
-    def __init__(self, model: nn.Module, lr: float, settings: Optim, *, kind: str = "adamw", eps: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, lr: float, settings: Optim, *, muon_lr: float = 0.0) -> None:
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        hidden = {n for n, p in self.names.items() if kind == "muon" and p.dim() == 2 and ".layers." in n}
+        hidden = {n for n, p in self.names.items() if muon_lr and p.dim() == 2 and ".layers." in n}
         matrices = [p for n, p in self.names.items() if n not in hidden and p.dim() > 1]
         vectors = [p for p in self.names.values() if p.dim() < 2]
         groups = [
@@ -72,11 +72,11 @@ class Optimizer:
         ]
         betas = (settings.beta1, settings.beta2)
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps or settings.eps, fused=True)
+            torch.optim.AdamW(groups, lr=lr, betas=betas, eps=settings.eps, fused=True)
         ]
         if hidden:
             parameters = [self.names[n] for n in self.names if n in hidden]
-            self.parts.append(Muon(parameters, settings.muon_lr, settings.muon_momentum, settings.weight_decay))
+            self.parts.append(Muon(parameters, muon_lr, settings.muon_momentum, settings.weight_decay))
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
         self.lr = lr
 

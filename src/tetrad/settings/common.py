@@ -45,8 +45,6 @@ class Optim:
     """Decoupled decay of matrices, per step and unit of learning rate (norms and biases have none)."""
     max_norm: NotNegative = 1.0
     """Gradients are scaled to at most this global norm; 0 turns it off."""
-    muon_lr: NotNegative = 0.02
-    """Learning rate of Muon where a stage says `optimizer = "muon"` (matrices; AdamW takes the rest)."""
     muon_momentum: Below1 = 0.95
     """Muon: momentum."""
 

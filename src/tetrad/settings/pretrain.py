@@ -23,6 +23,8 @@ class Pretrain:
     """muon: Muon on the matrices, AdamW on embeddings, head, norms and biases."""
     lr: Rate = 1e-3
     """Highest learning rate of AdamW."""
+    muon_lr: Rate = 0.02
+    """Highest learning rate of Muon."""
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"

@@ -54,8 +54,12 @@ class Reward:
     """Times the records are read."""
     batch: Count = 32
     """Records of an optimizer step, on all machines together."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon on the matrices, AdamW on the rest."""
     lr: Rate = 5e-4
     """Highest learning rate of AdamW."""
+    muon_lr: Rate = 0.02
+    """Highest learning rate of Muon."""
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -33,6 +33,8 @@ class Sft:
     """muon: Muon on the matrices, AdamW on the rest."""
     lr: Rate = 5e-4
     """Highest learning rate of AdamW."""
+    muon_lr: Rate = 0.02
+    """Highest learning rate of Muon."""
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

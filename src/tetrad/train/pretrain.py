@@ -37,7 +37,7 @@ def run(ctx: StageContext) -> None:
     steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.row_tokens) / s.batch_tokens))
     model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
     model.to(device.place)
-    optimizer = Optimizer(model, s.lr, ctx.recipe.optim, kind=s.optimizer)
+    optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("pretrain", steps, stage.step) as bar:
             for step in stage.steps():

@@ -65,7 +65,7 @@ def run(ctx: StageContext) -> None:
     kinds = {type(record) for record in examples.records}
     latent = Latent(model, learn_rho=len(kinds) > 1).to(device.place)
     model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
-    optimizer = Optimizer(latent, s.lr, ctx.recipe.optim)
+    optimizer = Optimizer(latent, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
     steps = steps_for(len(examples.records), s.batch, s.epochs)
     terms = preference_terms(s)
     with start(ctx, device, steps, {"model": Weights(latent), "optimizer": optimizer}) as stage:

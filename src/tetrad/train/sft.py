@@ -39,7 +39,7 @@ def run(ctx: StageContext) -> None:
     store = TokenStore.build(ctx.cache("sft"), _records(ctx, s.data, form, tokenizer, model, counts), ctx.key)
     report_counts(ctx, counts, len(store))
     steps = steps_for(len(store), s.batch, s.epochs)
-    optimizer = Optimizer(model, s.lr, ctx.recipe.optim, kind=s.optimizer)
+    optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("sft", steps, stage.step) as bar:
             for step in stage.steps():

@@ -166,12 +166,12 @@ def test_the_grace_never_ends_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyP
     real = os.fsync
 
     def slow(descriptor: int) -> None:
-        time.sleep(0.02)
+        time.sleep(0.3)
         real(descriptor)
 
     monkeypatch.setattr(disk.Calls, "fsync", staticmethod(slow))
     with pytest.raises(Stopped, match="after 1 of 7 steps, all saved"):
-        Stage(tmp_path, at(0, kill(signal.SIGTERM))).run(grace=0.02)
+        Stage(tmp_path, at(0, kill(signal.SIGTERM))).run(grace=0.3)
     assert saved(tmp_path) == [1]
 
 

@@ -1,0 +1,128 @@
+"""The losses of TRL's trainers for the same records: each side reads the text with its own code, from an exported folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toys
+import torch
+
+from tetrad.data.records import answers
+from tetrad.data.tokens import tokenize
+from tetrad.engine.batches import language_micros
+from tetrad.engine.optim import Optimizer
+from tetrad.engine.preferences import preference_micros
+from tetrad.engine.update import language_terms, update
+from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.model.weights import model_files
+from tetrad.settings.common import Optim
+from tetrad.settings.reward import Reward
+from tetrad.text import bpe
+from tetrad.text.template import TEMPLATES
+from tetrad.train.reward import Latent, preference_terms
+from tetrad.types import Comparison, Conversation, Prompt, Turn
+
+datasets = pytest.importorskip("datasets")
+trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.parity
+
+PLOTS = ["the plot is long", "剧情很长，但是好看", "", "it has no story in it and nobody minds"]
+GOOD = ["a good film", "很好的电影！", "fine", "I would watch it again and again"]
+BAD = ["bad", "不好", "a long dull film that never ends", "no"]
+INSTRUCTION, FORM = "Continue this review.", TEMPLATES["instruction"]
+TOKENIZER = bpe.learn([INSTRUCTION, *PLOTS, *GOOD, *BAD] * 3, 360)
+PROMPTS = [(Turn("instruction", INSTRUCTION), Turn("input", plot)) for plot in PLOTS]
+TEXTS = [f"{INSTRUCTION}<|sep|>{plot}<|sep|>" for plot in PLOTS]
+SHAPE: dict[str, Any] = {
+    "vocab_size": TOKENIZER.size,
+    "eos_ids": TOKENIZER.eos_ids,
+    "pad_id": TOKENIZER.pad_id,
+}
+
+
+def exported(folder: Path, model: CausalLM | ScalarModel) -> str:
+    return str(toys.write(folder, {**model_files(model), **TOKENIZER.files(FORM)}))
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": len(PLOTS),
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "activation_checkpointing": False,
+        "model_init_kwargs": {"dtype": torch.float32},
+    }
+
+
+def their_loss(trainer: Any) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Loss, gradients by name, and the one batch."""
+    (batch,) = trainer.get_train_dataloader()
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), gradients, batch
+
+
+def assert_gradients(ours: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> None:
+    found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert found.keys() == theirs.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_sft(tmp_path: Path) -> None:
+    model = toys.causal(seed=1, **SHAPE)
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(TEXTS, GOOD, strict=True)]
+    trainer = trl.SFTTrainer(
+        exported(tmp_path, model),
+        args=trl.SFTConfig(**settings(tmp_path)),
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    loss, gradients, batch = their_loss(trainer)
+    conversations = [Conversation((*p, Turn("assistant", answer))) for p, answer in zip(PROMPTS, GOOD, strict=True)]
+    documents = list(tokenize(FORM, TOKENIZER, conversations))
+    theirs = sorted(
+        row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    )
+    assert theirs == sorted(d.ids.tolist() for d in documents)
+    assert int((batch["labels"] >= 0).sum()) == sum(int(d.train.sum()) for d in documents)
+    micros = language_micros(documents, 40, toys.CPU)
+    stats = update(model, Optimizer(model, 0.0, Optim()), micros, language_terms, toys.CPU)
+    assert stats.loss == pytest.approx(loss, abs=1e-5)
+    assert_gradients(model, gradients)
+
+
+@pytest.mark.parametrize("center", [0.0, 0.05])
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_reward(tmp_path: Path, center: float, margin: float) -> None:
+    model = toys.scalar(seed=2, **SHAPE)
+    margins = [margin * i for i in range(len(PLOTS))]
+    rows = [
+        {"prompt": prompt, "chosen": good, "rejected": bad, **({"margin": m} if margin else {})}
+        for prompt, good, bad, m in zip(TEXTS, GOOD, BAD, margins, strict=True)
+    ]
+    trainer = trl.RewardTrainer(
+        exported(tmp_path, model),
+        args=trl.RewardConfig(**settings(tmp_path), center_rewards_coefficient=center or None),
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    loss, gradients, batch = their_loss(trainer)
+    records = [
+        Comparison(Prompt(p), (bad, good), (2, 1), margin=m)
+        for p, good, bad, m in zip(PROMPTS, GOOD, BAD, margins, strict=True)
+    ]
+    documents = [list(tokenize(FORM, TOKENIZER, answers(record))) for record in records]
+    theirs = sorted(
+        row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    )
+    assert theirs == sorted(d.ids.tolist() for both in documents for d in both)
+    latent = Latent(model, learn_rho=False)
+    micros = preference_micros(records, documents, 60, 0.0, 1.0, toys.CPU)
+    assert len(micros) > 1
+    stats = update(latent, Optimizer(latent, 0.0, Optim()), micros, preference_terms(Reward(center=center)), toys.CPU)
+    assert stats.loss == pytest.approx(loss, abs=1e-5)
+    assert_gradients(model, gradients)
