@@ -1,12 +1,12 @@
-"""The losses of TRL's trainers for the same records: each side reads the text with its own code, from an exported folder."""
+"""The losses of TRL's trainers for the same records: each side reads the text with its own code and one folder."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import toys
 import torch
 
+import toys
 from tetrad.data.records import answers
 from tetrad.data.tokens import tokenize
 from tetrad.engine.batches import language_micros

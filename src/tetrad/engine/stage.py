@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -97,9 +97,28 @@ def finish(
     end = form.end_id(tokenizer) if form else tokenizer.document_end
     ends = (end, *(i for i in model.config.eos_ids if i != end))
     model.config = replace(model.config, eos_ids=ends, pad_id=tokenizer.pad_id)
-    files = {**model_files(model), **tokenizer.files(form), **(extra or {})}
+    files = {**model_files(model), **tokenizer.files(form), **(extra or {}), "README.md": _card(ctx, model, figures)}
     run.finish(files, {"key": ctx.key, "figures": dict(figures), "lineage": dict(ctx.lineage)})
     mesh.wait()
+
+
+def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str, Json]) -> bytes:
+    """The folder's README: what this is, what it was made from, how good it was, and how to load it."""
+    auto = "AutoModelForCausalLM"
+    lines = [f"# {ctx.recipe.name}: {ctx.folder.name}", ""]
+    if isinstance(model, ScalarModel):
+        auto = "AutoModelForSequenceClassification"
+        lines += [
+            f"Reward = logit + {float(model.bias):.6g} (`tetrad.reward_bias` in config.json), read at the last token."
+        ]
+    lines += [f"Loads in transformers with `{auto}.from_pretrained(folder)` and `AutoTokenizer`.", ""]
+    lines += [f"- {name}: {value}" for name, value in figures.items()]
+    lines += ["", "Made from (all of it in manifest.json):", ""]
+    parents = cast(Mapping[str, Mapping[str, str]], ctx.lineage.get("parents", {}))
+    lines += [f"- {role}: {parent['folder']} (key {parent['key'][:8]})" for role, parent in parents.items()]
+    data = cast(Mapping[str, list[Mapping[str, str]]], ctx.lineage.get("data", {}))
+    lines += [f"- {item['path']} (sha256 {item['sha256'][:8]})" for items in data.values() for item in items]
+    return ("\n".join(lines) + "\n").encode()
 
 
 def figures_of(folder: Path) -> dict[str, Any]:
