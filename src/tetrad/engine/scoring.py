@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ def _load(spec: str) -> Callable[[list[dict[str, Any]]], Sequence[float]]:
     if module_spec is None or module_spec.loader is None:
         raise UserError("E-CONF-FUNCTION", "the file isn't Python", where=spec, hint=hint)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up by name
     try:
         module_spec.loader.exec_module(module)
         found: Callable[[list[dict[str, Any]]], Sequence[float]] = getattr(module, attribute)

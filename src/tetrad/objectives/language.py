@@ -59,6 +59,9 @@ def nll_sum(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk: int 
     Products are taken in `hidden`'s dtype or autocast's; the gradient of `weight` is summed in at least float32.
     """
     sizes = _chunks(hidden_NH, weight_VH, targets_N, chunk)
+    if not torch.is_grad_enabled():  # a Function is not told, and would make gradients that no one takes
+        weight_VH = weight_VH.detach()
+        hidden_NH = hidden_NH.detach()
     with _own_precision(hidden_NH) as hidden:
         return _apply_nll(hidden, weight_VH, targets_N, sizes)
 

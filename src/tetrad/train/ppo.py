@@ -240,6 +240,8 @@ def policy_terms(s: Ppo) -> Terms:
 
     def terms(actor: nn.Module, micro: Micro) -> list[Term]:
         logprobs, entropy = actor(micro.packed, "logprobs", s.temperature)
+        if not s.entropy_bonus:
+            entropy = entropy.detach()  # a weight of 0 would still pay for its backward
         every = torch.ones_like(logprobs, dtype=torch.bool)
         sums = policy.policy_loss_sum(logprobs, micro.data.old, micro.data.advantages, every, s.clip, s.clip)
         return [

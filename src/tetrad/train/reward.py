@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tetrad.data.loader import batch_indices, order, steps_for
 from tetrad.data.records import answers, read_preferences, refuse_overlap
@@ -95,10 +95,10 @@ def preference_terms(s: Reward) -> Terms:
         found: Judgements = micro.data
         r_D = latent.reward(micro.packed, "scores")
         scaled = r_D * latent.log_rho.exp()
-        if s.comparison_loss == "pairs":
+        if s.comparison_loss == "pairs" or not len(found.ranked_N):  # without lists, a sum of no pairs
             loss = preference.pair_loss_sum(scaled, found.winners_P, found.losers_P, found.weights_P, found.margins_P)
         else:
-            loss = order_loss(scaled[found.ranked_N], found)
+            loss = preference.plackett_luce_losses(scaled[found.ranked_N], found.ranks_N, found.bounds, "auto").sum()
         sums = r_D[found.winners_P] + r_D[found.losers_P]
         error = (r_D[found.scored_S] - found.targets_S).square().sum()
         return [
@@ -108,17 +108,6 @@ def preference_terms(s: Reward) -> Terms:
         ]
 
     return terms
-
-
-def order_loss(r_N: Tensor, found: Judgements) -> Tensor:
-    """Plackett-Luce, summed over lists with an order: ties exact up to ten, else Breslow's approximation."""
-    if not len(r_N):
-        return r_N.sum()
-    ranks = found.ranks_N.split(np.diff(found.bounds).tolist())
-    ordered = torch.tensor([bool((part != part[0]).any()) for part in ranks], device=r_N.device)
-    longest = max(int(part.unique(return_counts=True)[1].max()) for part in ranks)
-    losses = preference.plackett_luce_losses(r_N, found.ranks_N, found.bounds, "exact" if longest <= 10 else "breslow")
-    return torch.where(ordered, losses, 0).sum()
 
 
 def score_moments(records: Sequence[Record]) -> tuple[float, float]:

@@ -17,16 +17,19 @@ def head(rows: int = 7, width: int = 3, vocabulary: int = 11, dtype: torch.dtype
     ]
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operation made."""
+class Made(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation made, and counts matrix products."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.largest = self.products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         for made in result if isinstance(result, tuple | list) else (result,):
             if isinstance(made, torch.Tensor):
-                self.elements = max(self.elements, made.numel())
+                self.largest = max(self.largest, made.numel())
         return result
 
 
@@ -96,17 +99,24 @@ def test_only_the_needed_gradients_are_made(needed):
     for loss in (language.nll_sum(*inputs, targets), -language.token_logprobs(*inputs, targets)[0].sum()):
         assert loss.requires_grad == any(needed)
         if any(needed):
+            with Made() as watch:
+                language.nll_sum(*inputs, targets)
+            assert watch.products == 2
             place = needed.index(True)
             assert torch.allclose(torch.autograd.grad(loss, inputs[place])[0], both[place])
 
 
 def test_without_gradients_the_values_are_the_same():
     hidden, weight, targets = head()
-    with torch.no_grad():
-        quiet = language.nll_sum(hidden, weight, targets)
+    with torch.no_grad(), Made() as watch:
+        quiet = language.nll_sum(hidden, weight, targets, 3)
         logprobs, _ = language.token_logprobs(hidden, weight, targets)
+    assert watch.products == 3 + 1  # one for each chunk
+    with Made() as watch:
+        loud = language.nll_sum(hidden, weight, targets, 3)
+    assert watch.products == 3 * 3
     assert not quiet.requires_grad
-    assert torch.equal(quiet, language.nll_sum(hidden, weight, targets))
+    assert torch.equal(quiet, loud)
     assert torch.allclose(-logprobs.sum(), quiet)
 
 
@@ -126,9 +136,9 @@ def test_the_whole_matrix_of_logits_never_exists():
         language.nll_sum,
         lambda h, w, t, chunk: sum(x.sum() for x in language.token_logprobs(h, w, t, 0.9, chunk)),
     ):
-        with LargestTensor() as watch:
+        with Made() as watch:
             function(hidden, weight, targets, chunk=8).backward()
-        assert 8 * 50 <= watch.elements < 2 * 8 * 50
+        assert 8 * 50 <= watch.largest < 2 * 8 * 50
 
 
 def test_default_chunks_bound_the_memory():
