@@ -1,0 +1,192 @@
+"""The same training on one process or on two: what `test_gloo.py` runs here and in its workers.
+
+Each job trains for five steps on the whole batch, of which `mesh.share` gives each process its part (batches of 13: the
+parts differ in size), and returns every step's figures and the final weights. As a program: `jobs.py FOLDER`, with the
+environment that torchrun sets.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import ppo_toys
+import toys
+from tetrad.data.loader import batch_indices
+from tetrad.engine import mesh
+from tetrad.engine.batches import language_micros
+from tetrad.engine.optim import Optimizer
+from tetrad.engine.preferences import preference_micros
+from tetrad.engine.rollout import Rollout
+from tetrad.engine.update import language_terms, update
+from tetrad.settings.common import Optim
+from tetrad.settings.ppo import Ppo
+from tetrad.settings.reward import Reward
+from tetrad.train.ppo import learn
+from tetrad.train.reward import Latent, preference_terms
+from tetrad.types import Comparison, Prompt, Score, StepStats
+
+Found = dict[str, torch.Tensor]
+STEPS, BATCH, SEED = 5, 13, 3
+
+
+def weights(*models: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+
+
+def found(stats: list[StepStats], *models: nn.Module) -> Found:
+    rows = [[s.loss, s.grad_norm, *(s.terms[name] for name in sorted(s.terms))] for s in stats]
+    return {"figures": torch.tensor(rows, dtype=torch.float64), "weights": weights(*models)}
+
+
+def sft(muon_lr: float = 0.0) -> Found:
+    model = toys.causal(seed=1)
+    optimizer = Optimizer(model, 1e-3, Optim(weight_decay=0.1), muon_lr=muon_lr)
+    documents = toys.documents(31)
+    stats = []
+    for step in range(STEPS):
+        wanted = mesh.share(batch_indices(SEED, len(documents), BATCH, step).tolist())
+        micros = language_micros([documents[i] for i in wanted], 64, toys.CPU)
+        stats.append(update(model, optimizer, micros, language_terms, toys.CPU, max_norm=0.5))
+    return found(stats, model)
+
+
+def reward() -> Found:
+    """Lists of one to four answers, with ties, and scores; the ranks get different numbers of each."""
+    prompt = Prompt(())
+    sizes = [1 + i % 4 for i in range(26)]
+    ranks = [tuple(float((3 * i + j) % 3) for j in range(size)) for i, size in enumerate(sizes)]
+    records = [
+        Score(prompt, "", float(i % 5)) if size == 1 else Comparison(prompt, ("",) * size, ranks[i])
+        for i, size in enumerate(sizes)
+    ]
+    answers = [
+        [toys.document(toys.ids(3 + (5 * i + j) % 9, 10 * i + j)) for j in range(n)] for i, n in enumerate(sizes)
+    ]
+    latent = Latent(toys.scalar(seed=1), learn_rho=True)
+    optimizer = Optimizer(latent, 1e-3, Optim())
+    stats = []
+    for step in range(STEPS):
+        wanted = mesh.share(batch_indices(SEED, len(records), BATCH, step).tolist())
+        chosen = [records[i] for i in wanted], [answers[i] for i in wanted]
+        micros = preference_micros(*chosen, 48, 2.0, 1.5, toys.CPU)
+        terms = preference_terms(Reward(center=0.01))
+        stats.append(update(latent, optimizer, micros, terms, toys.CPU, max_norm=0.5))
+    return found(stats, latent)
+
+
+def own_rows(rollout: Rollout) -> Rollout:
+    """This process's rows of a rollout that all have."""
+    rows = mesh.share(range(len(rollout.samples)))
+    index = torch.tensor(list(rows))
+    return Rollout(
+        tuple(rollout.samples[i] for i in rows),
+        tuple(rollout.documents[i] for i in rows),
+        rollout.mask_BT[index],
+        rollout.ended_B[index],
+        rollout.sampled_BT[index],
+    )
+
+
+def four(s: Ppo) -> ppo_toys.FourModels:
+    reward = ppo_toys.by_ids(lambda ids: (sum(ids) % 7) / 2 - 1)
+    models = toys.causal(seed=1, vocab_size=12), toys.scalar(seed=2, vocab_size=12)
+    return ppo_toys.four_models(s, *models, reward, toys.causal(seed=3, vocab_size=12))
+
+
+PPO = Ppo(batch=BATCH, max_new=6, epochs=2, actor_lr=1e-3, critic_lr=1e-3, steps=10, whiten_rewards=True)
+
+
+def ppo(s: Ppo = PPO) -> Found:
+    """Five iterations of two epochs on replies that a third model wrote: both sides learn from the same."""
+    asked = ppo_toys.questions(BATCH, 12)
+    models = four(s)
+    writers = replace(models, actor=toys.causal(seed=5, vocab_size=12))
+    figures, whitened = [], []
+    for step in range(STEPS):
+        rollout = own_rows(ppo_toys.sampled(writers, asked, s, (SEED, step)))
+        made, _ = ppo_toys.experience(models, rollout, s, 64)
+        learned = learn(models, made, s, (SEED, step), 64, toys.CPU)
+        figures.append([learned[name] for name in sorted(learned)])
+        whitened.append(made.advantages)
+    found = {"figures": torch.tensor(figures, dtype=torch.float64), "weights": weights(models.actor, models.critic)}
+    rows = [mesh.gather(list(part)) for part in whitened]
+    return found | {"advantages": torch.stack([torch.stack(row) for row in rows])}
+
+
+def ppo_sampled(s: Ppo = PPO) -> Found:
+    """Five iterations that write their own replies: each prompt keeps its random numbers wherever it is answered."""
+    asked = ppo_toys.questions(BATCH, 12)
+    models = four(s)
+    replies = []
+    for step in range(STEPS):
+        mine, numbers = mesh.share(asked), mesh.share(range(BATCH))
+        rollout = ppo_toys.sampled(models, mine, s, (SEED, step), numbers)
+        made, _ = ppo_toys.experience(models, rollout, s, 64)
+        learn(models, made, s, (SEED, step), 64, toys.CPU)
+        for sample in mesh.gather(list(rollout.samples)):
+            replies.append(torch.tensor([*sample.reply_ids, *[-1] * (s.max_new - len(sample.reply_ids))]))
+    return {"replies": torch.stack(replies), "weights": weights(models.actor, models.critic)}
+
+
+JOBS: dict[str, Callable[[], Found]] = {
+    "sft": sft,
+    "muon": lambda: sft(0.02),
+    "reward": reward,
+    "ppo": ppo,
+    "ppo_sampled": ppo_sampled,
+}
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """`mesh` with one collective that does nothing."""
+    kept = getattr(mesh, name)
+    setattr(mesh, name, lambda given, *_: dict(given) if name == "sum_counts" else given)
+    try:
+        yield
+    finally:
+        setattr(mesh, name, kept)
+
+
+def collectives() -> Found:
+    """What each function of `mesh` gives on this process."""
+    rank, model = mesh.rank(), toys.causal(seed=mesh.rank())
+    counts = mesh.sum_counts({"b": 10.0 + rank, "a": 1.0}, torch.device("cpu"))
+    mesh.same_weights(model)
+    mesh.wait()
+    missing = nn.Linear(2, 1, bias=False)
+    if rank == 0:
+        missing.weight.grad = torch.tensor([[3.0, 4.0]])
+    mesh.sum_gradients(missing.parameters())
+    assert missing.weight.grad is not None
+    return {
+        "share": torch.tensor(list(mesh.share(range(5)))),
+        "gather": torch.tensor(mesh.gather(mesh.share(range(5)))),
+        "counts": torch.tensor([counts["a"], counts["b"]]),
+        "sum": mesh.sum_tensor(torch.tensor([1.0, float(rank)])),
+        "any": torch.tensor([mesh.on_any(False), mesh.on_any(rank == 1), mesh.on_any(True)]),
+        "gradient": missing.weight.grad,
+        "weights": weights(model),
+        "rank": torch.tensor([rank, mesh.size(), int(mesh.is_main())]),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    mesh.start("cpu")
+    results = {name: job() for name, job in JOBS.items()} | {"mesh": collectives()}
+    for name in ("sum_gradients", "sum_counts", "sum_tensor"):
+        with without(name):
+            broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "ppo")
+            results |= {f"{job} without {name}": JOBS[job]() for job in broken}
+    torch.save(results, folder / f"{mesh.rank()}.pt")
+    mesh.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""Two processes make the same steps as one, and only because they really speak to each other."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import toys
+from dist.jobs import BATCH, JOBS, STEPS, Found, weights
+
+pytestmark = pytest.mark.dist
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
+    """What both processes found."""
+    folder = tmp_path_factory.mktemp("gloo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join((str(ROOT / "src"), str(ROOT / "tests")))
+    given = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "tests/dist/jobs.py"), str(folder)]
+    workers = [
+        subprocess.Popen(command, env={**os.environ, **given, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=120)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_are_one(ranks: list[dict[str, Found]], job: str) -> None:
+    """Losses, terms and gradient norms of every step, and the weights after five: 1e-5 relative."""
+    alone = JOBS[job]()
+    for found in ranks:
+        together = found[job]
+        assert together.keys() == alone.keys()
+        assert relative(together["weights"], alone["weights"]) <= 1e-5
+        if "figures" in alone:
+            assert len(alone["figures"]) == STEPS
+            torch.testing.assert_close(together["figures"], alone["figures"], rtol=1e-5, atol=1e-6)
+        if "replies" in alone:
+            assert torch.equal(together["replies"], alone["replies"])
+    assert torch.equal(ranks[0][job]["weights"], ranks[1][job]["weights"])
+
+
+def test_five_steps_are_a_long_way(ranks: list[dict[str, Found]]) -> None:
+    """The weights move by far more than the tolerance, else equality would say nothing."""
+    assert relative(weights(toys.causal(seed=1)), ranks[0]["sft"]["weights"]) > 1e-2
+
+
+def test_whitening_spans_the_ranks(ranks: list[dict[str, Found]]) -> None:
+    """Advantages have mean 0 and variance 1 over the rows of both, not of each."""
+    alone = JOBS["ppo"]()["advantages"]
+    assert alone.shape[:2] == (STEPS, BATCH)
+    for found in ranks:
+        torch.testing.assert_close(found["ppo"]["advantages"], alone, rtol=1e-4, atol=1e-5)
+    mine = [alone[0, rank::2][alone[0, rank::2] != 0] for rank in range(2)]
+    assert abs(float(torch.cat(mine).mean())) < 1e-6
+    assert max(abs(float(part.mean())) for part in mine) > 1e-2
+    apart = ranks[0]["ppo without sum_tensor"]["advantages"]
+    assert (apart - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("broken", ["sum_gradients", "sum_counts"])
+@pytest.mark.parametrize("job", ["sft", "reward", "ppo"])
+def test_without_its_collectives_it_goes_wrong(ranks: list[dict[str, Found]], job: str, broken: str) -> None:
+    """The gradients are really summed: where they are not, the processes part, or leave the one process's way."""
+    alone = JOBS[job]()["weights"]
+    found = [rank[f"{job} without {broken}"]["weights"] for rank in ranks]
+    assert max(relative(part, alone) for part in found) > 1e-4
+    if broken == "sum_gradients":
+        assert relative(*found) > 1e-4
+
+
+def test_collectives(ranks: list[dict[str, Found]]) -> None:
+    first, second = (rank["mesh"] for rank in ranks)
+    assert first["rank"].tolist() == [0, 2, 1]
+    assert second["rank"].tolist() == [1, 2, 0]
+    assert first["share"].tolist() == [0, 2, 4]
+    assert second["share"].tolist() == [1, 3]
+    assert torch.equal(first["weights"], weights(toys.causal(seed=0)))
+    for found in (first, second):
+        assert found["gather"].tolist() == [0, 1, 2, 3, 4]
+        assert found["counts"].tolist() == [2.0, 21.0]
+        assert found["sum"].tolist() == [2.0, 1.0]
+        assert found["any"].tolist() == [False, True, True]
+        assert found["gradient"].tolist() == [[3.0, 4.0]]
+        assert torch.equal(found["weights"], first["weights"])
