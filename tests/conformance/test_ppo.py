@@ -53,6 +53,25 @@ def test_first_mini_batch(temperature, dropout):
             assert float(terms["approx_kl"].sum) <= 1e-8
 
 
+def test_dropout_is_off_in_all_four():
+    """Each function that reads with a model sees to it itself."""
+    four = some_models()
+    rollout = ppo_toys.sampled(four, ASKED, S, (0, 0))
+    scorer = toys.scalar(seed=2, vocab_size=VOCAB)
+    found = []
+    for dropout in (0.0, 0.5):
+        for model in (four.actor, four.reference, four.critic, scorer):
+            model.model.dropout = dropout
+            model.train()
+        scores = torch.tensor(trained(scorer, toys.CPU, 256)(rollout.samples))
+        made, _ = ppo_toys.experience(four, rollout, S)
+        four.actor.train()
+        again = ppo_toys.sampled(four, ASKED, S, (0, 0)).sampled_BT
+        found.append((scores, made.old, made.ref, made.values, again))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("micro_tokens", [1, 40, 4096])
 def test_kl_to_the_reference_starts_at_exactly_nothing(micro_tokens):
     four = some_models()
