@@ -115,7 +115,8 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """What one optimizer step did. terms: each term's mean over the batch of all ranks, before its coefficient."""
+    """What one optimizer step did. terms: each term's mean over the batch of all ranks, before its coefficient;
+    a term that the batch had nothing for is absent."""
 
     loss: float
     grad_norm: float

@@ -39,7 +39,8 @@ def weights(*models: nn.Module) -> torch.Tensor:
 
 
 def found(stats: list[StepStats], *models: nn.Module) -> Found:
-    rows = [[s.loss, s.grad_norm, *(s.terms[name] for name in sorted(s.terms))] for s in stats]
+    names = sorted({name for s in stats for name in s.terms})
+    rows = [[s.loss, s.grad_norm, *(s.terms.get(name, -1.0) for name in names)] for s in stats]
     return {"figures": torch.tensor(rows, dtype=torch.float64), "weights": weights(*models)}
 
 
@@ -156,7 +157,7 @@ def without(name: str) -> Iterator[None]:
 def collectives() -> Found:
     """What each function of `mesh` gives on this process."""
     rank, model = mesh.rank(), toys.causal(seed=mesh.rank())
-    counts = mesh.sum_counts({"b": 10.0 + rank, "a": 1.0}, torch.device("cpu"))
+    counts = mesh.sum_counts({"b": 10.0 + rank, "a": 1.0})
     mesh.same_weights(model)
     mesh.wait()
     missing = nn.Linear(2, 1, bias=False)

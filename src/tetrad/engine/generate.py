@@ -98,11 +98,11 @@ def generate(
         point = uniforms[rows.owner, rows.used.clamp(max=max_new - 1)]
         ids, logprobs = draw(logits, point, sampling)
         rows.write(ids, logprobs, eos)
-        ids = _leave(cache, rows, ids, waiting < len(prompts))
+        ids = _leave(cache, rows, ids)
         logits = _step(model, cache, rows, ids, longest, device) if len(ids) else logits[:0]
 
 
-def _leave(cache: Cache, rows: _Rows, ids: Tensor, others_wait: bool) -> Tensor:
+def _leave(cache: Cache, rows: _Rows, ids: Tensor) -> Tensor:
     """Ended rows go when they are worth moving the cache for: an eighth of the rows, or all."""
     total, alive = len(rows.alive), int(rows.alive.sum())
     if total - alive < max(1, total // 8) and alive:

@@ -6,7 +6,7 @@ summed once an update, so that accumulation and ranks add up to the same step. N
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,13 +50,22 @@ def sum_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sum_counts(counts: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Sums by name. Every rank must bring the same names."""
+def everyone(value: T) -> list[T]:
+    """Each rank's value, in the order of ranks."""
     if not dist.is_initialized():
-        return dict(counts)
-    names = sorted(counts)
-    total = sum_tensor(torch.tensor([counts[n] for n in names], dtype=torch.float64, device=device))
-    return dict(zip(names, total.tolist(), strict=True))
+        return [value]
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
+    """Sums by name over ranks, in their order; a rank without work may lack names."""
+    total: dict[str, float] = {}
+    for part in everyone(dict(counts)):
+        for name, count in part.items():
+            total[name] = total.get(name, 0.0) + count
+    return total
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -78,10 +87,7 @@ def same_weights(model: nn.Module) -> None:
 
 def gather(items: Sequence[T]) -> list[T]:
     """Every rank's items, undoing `share`: item i of the batch at place i."""
-    if not dist.is_initialized():
-        return list(items)
-    parts: list[list[T]] = [[] for _ in range(size())]
-    dist.all_gather_object(parts, list(items))
+    parts = everyone(list(items))
     longest = max(map(len, parts))
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 

@@ -51,23 +51,25 @@ def update(
     for micro in micros:
         for name, count in micro.counts.items():
             counts[name] += count
-    totals = mesh.sum_counts(counts, device.place)
+    totals = mesh.sum_counts(counts)
     optimizer.clear()
     sums: dict[str, Tensor] = {}
-    shares: dict[str, tuple[str, float]] = {}
+    scales: dict[str, tuple[str, float]] = {}
     for micro in micros:
         with device.compute():
             parts = terms(model, micro)
         _backward([t.coefficient / totals[t.per] * t.sum for t in parts if t.coefficient and totals[t.per]])
         for t in parts:
             sums[t.name] = sums.get(t.name, 0) + t.sum.detach().double()
-            shares[t.name] = (t.per, t.coefficient)
+            scales[t.name] = (t.per, t.coefficient)
     parameters = [p for p in model.parameters() if p.requires_grad]
     mesh.sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
-    summed = mesh.sum_counts({name: float(value) for name, value in sums.items()}, device.place)
-    means = {name: value / max(totals[shares[name][0]], 1e-30) for name, value in summed.items()}
-    loss = math.fsum(means[name] * shares[name][1] for name in means)
+    summed = mesh.sum_counts({name: float(value) for name, value in sums.items()})
+    for others in mesh.everyone(scales):  # a rank without rows knows no terms of its own
+        scales |= others
+    means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
+    loss = math.fsum(means[name] * scales[name][1] for name in means)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _stop(loss, norm, micros)
     optimizer.step(factor)

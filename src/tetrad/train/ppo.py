@@ -42,6 +42,9 @@ from tetrad.types import StepStats, Term
 def run(ctx: StageContext) -> None:
     s, seed, micro_tokens = ctx.recipe.ppo, ctx.recipe.seed, ctx.recipe.run.micro_tokens
     device = choose(ctx.recipe.run)
+    if s.batch % mesh.size():
+        what = f"batch = {s.batch} can't be shared by {mesh.size()} processes"
+        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {mesh.size()}")
     tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
     four = four_models(ctx, tokenizer, device)
     questions = questions_of(ctx, four.actor, tokenizer)
@@ -66,7 +69,7 @@ def run(ctx: StageContext) -> None:
             advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)
             experience = Experience(rollout, old, ref, values, advantages, returns)
             learned = learn(four, experience, s, (seed, step), micro_tokens, device)
-            figures = figures_of_step(experience, scores, rewards, kl.beta, device) | learned
+            figures = figures_of_step(experience, scores, rewards, kl.beta) | learned
             kl.follow(figures["kl"], s.batch)
             stage.log(step, **figures)
             if step % max(1, s.eval_every) == 0 or step == s.steps - 1:
@@ -215,13 +218,14 @@ def learn(
 def mini_batches(
     experience: Experience, s: Ppo, key: tuple[int, int], micro_tokens: int, device: Device
 ) -> Iterator[list[Micro]]:
-    """Each epoch's rows in a fresh permutation, in `mini_batches` equal parts; a part as micro-batches."""
+    """Each epoch's batch in a fresh permutation, in `mini_batches` equal parts; this rank's rows as micro-batches."""
     rollout = experience.rollout
-    rows = len(rollout.documents)
+    batch = len(rollout.documents) * mesh.size()
+    row_of = {number: row for row, number in enumerate(mesh.share(range(batch)))}
     for epoch in range(s.epochs):
-        shuffled = generator_for(key[0], "mini-batches", key[1], epoch, mesh.rank()).permutation(rows)
+        shuffled = generator_for(key[0], "mini-batches", key[1], epoch).permutation(batch)
         for part in range(s.mini_batches):
-            chosen = sorted(shuffled[part :: s.mini_batches].tolist())
+            chosen = sorted(row_of[n] for n in shuffled[part :: s.mini_batches].tolist() if n in row_of)
             groups = micro_batches([rollout.documents[i] for i in chosen], micro_tokens)
             yield [_micro(experience, [chosen[i] for i in group], device) for group in groups]
 
@@ -267,9 +271,7 @@ def value_terms(s: Ppo) -> Terms:
     return terms
 
 
-def figures_of_step(
-    experience: Experience, scores: Tensor, rewards: Tensor, beta: float, device: Device
-) -> dict[str, float]:
+def figures_of_step(experience: Experience, scores: Tensor, rewards: Tensor, beta: float) -> dict[str, float]:
     """What the iteration sampled, a reply on average over all ranks. kl: nats against the reference (k1, k3)."""
     rollout, mask = experience.rollout, experience.rollout.mask_BT
     k1, k3 = (policy.kl_tokens(experience.old, experience.ref, mask, kind) for kind in ("k1", "k3"))
@@ -284,7 +286,7 @@ def figures_of_step(
         "sampler_gap": float(gap) * n,
         **{name: value * n for name, value in reply_figures(rollout.samples, rollout.ended_B.tolist()).items()},
     }
-    total = mesh.sum_counts({**sums, "replies": float(n)}, device.place)
+    total = mesh.sum_counts({**sums, "replies": float(n)})
     replies = total.pop("replies")
     found = {name: value / replies for name, value in total.items()}
     defined = {"explained_variance": float(variance)} if math.isfinite(variance) else {}
