@@ -1,0 +1,110 @@
+"""All stages of the tiny recipe: what they leave, what a change redoes, and that the reward is normalised."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tetrad import pipeline, recipe
+from tetrad.data.loader import order
+from tetrad.data.source import Counts
+from tetrad.engine.console import Console
+from tetrad.engine.device import Device
+from tetrad.engine.rollout import read_questions, roll_out
+from tetrad.engine.scoring import trained
+from tetrad.model.safetensors_io import read_tensors
+from tetrad.model.weights import read_causal, read_scalar
+from tetrad.settings.common import Sampling
+from tetrad.text.template import template
+from tetrad.text.tokenizer import Tokenizer
+from tiny import write_tiny
+
+STAGES = ["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
+
+
+class Chain:
+    """The recipe in a folder, and what running it said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.runs = write_tiny(folder / "data"), folder / "runs"
+        self.home = self.runs / "tiny"
+
+    def run(self, *overrides: str) -> list[str]:
+        """The stages that were done, not skipped."""
+        said = io.StringIO()
+        read = recipe.read(self.path, ["--run.out", str(self.runs), *overrides])
+        pipeline.run(read, Console(out=said, err=io.StringIO()))
+        return [stage for stage in STAGES if f"{stage:<10} done in" in said.getvalue()]
+
+    def lines(self, stage: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.home / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    chain = Chain(tmp_path_factory.mktemp("chain"))
+    assert chain.run() == STAGES
+    return chain
+
+
+def test_every_stage_leaves_a_model_and_every_step_a_line(chain: Chain) -> None:
+    for stage, steps in (("pretrain", 20), ("sft", 15), ("reward", 14), ("ppo", 8)):
+        lines = chain.lines(stage)
+        assert [line["step"] for line in lines] == list(range(steps)), stage
+        assert (chain.home / stage / "model" / "model.safetensors").is_file()
+        assert not (chain.home / stage / "checkpoints").exists()
+    assert chain.lines("pretrain")[-1]["loss"] < chain.lines("pretrain")[0]["loss"] - 0.5
+
+
+def test_ppo_starts_at_the_reference_and_moves_beta(chain: Chain) -> None:
+    lines = chain.lines("ppo")
+    assert lines[0]["kl"] == 0 and lines[0]["kl_k3"] == 0
+    assert lines[-1]["kl"] > 0
+    assert len({line["beta"] for line in lines}) > 1
+    actor, sft = (read_causal(chain.home / stage / "model") for stage in ("ppo", "sft"))
+    assert not torch.equal(actor.model.norm.weight, sft.model.norm.weight)
+    critic, reward = (
+        read_tensors(chain.home / stage / "model" / name)
+        for stage, name in (("ppo", "critic.safetensors"), ("reward", "model.safetensors"))
+    )
+    assert critic.keys() == reward.keys()
+    assert not torch.equal(critic["score.weight"], reward["score.weight"])
+
+
+def test_the_reward_is_normalised_on_replies_to_its_held_out_prompts(chain: Chain) -> None:
+    folder = chain.home / "sft" / "model"
+    actor, tokenizer = read_causal(folder), Tokenizer.load(folder)
+    device = Device(torch.device("cpu"), torch.float32)
+    files = [chain.path.parent / "held_out.jsonl"]
+    questions = read_questions(files, template("instruction"), tokenizer, Counts(), 64, 8)
+    chosen = [questions[i] for i in order(3, 0, len(questions))[:16]]
+    sampling = Sampling(max_new=8)
+    rollout = roll_out(actor, chosen, range(16), (3, "normalise", 0), sampling, tokenizer, device)
+    scores = np.array(trained(read_scalar(chain.home / "reward" / "model"), device, 512)(rollout.samples))
+    assert scores.mean() == pytest.approx(0, abs=1e-4)
+    assert scores.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_report_holds_the_systems_against_each_other(chain: Chain) -> None:
+    report = json.loads((chain.home / "evaluate" / "report" / "report.json").read_text())
+    assert list(report["systems"]) == ["sft", "best of 2", "ppo"]
+    sft, best = report["systems"]["sft"], report["systems"]["best of 2"]
+    assert sft["kl"] == 0 and best["kl"] == pytest.approx(np.log(2) - 0.5)
+    assert best["reward"]["mean"] >= sft["reward"]["mean"]
+    assert sft["liked_gain"]["mean"] == 0
+    assert report["stages"].keys() == {"pretrain", "sft", "reward"}
+    assert 0.5 < report["stages"]["reward"]["pair_accuracy"] <= 1
+
+
+def test_a_change_redoes_what_depends_on_it(chain: Chain) -> None:
+    assert chain.run() == []
+    assert chain.run("--run.micro-tokens", "100", "--run.log-every", "3") == []
+    assert chain.run("--ppo.kl-coefficient", "0.2") == ["ppo", "evaluate"]
+    assert len(list((chain.home / "old").iterdir())) == 2
+    scores = chain.path.parent / "scores.jsonl"
+    scores.write_text(scores.read_text().replace("1.0}\n", "0.5}\n", 1))
+    assert chain.run("--ppo.kl-coefficient", "0.2") == ["reward", "ppo", "evaluate"]
