@@ -5,7 +5,6 @@ LF or CRLF only, so that U+2028 and its kin stay inside their text. Compressed a
 """
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tetrad import storage
 from tetrad.errors import UserError
 
 MAX_LINE_BYTES = 64 << 20
@@ -74,12 +72,6 @@ def files(patterns: Iterable[str | Path]) -> list[Path]:
             raise UserError("E-DATA-OVERLAP", "the same file is given twice", where=str(path), hint="name it once")
         seen.add((status.st_dev, status.st_ino))
     return found
-
-
-def content_sha256(paths: Iterable[str | Path]) -> str:
-    """One sha256 for the contents of these files, in their order; names do not count."""
-    digests = [storage.sha256_file(path) for path in files(paths)]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def rows(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:

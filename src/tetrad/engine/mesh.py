@@ -4,6 +4,7 @@ Data parallel: each rank holds the whole model and its share of every batch; cou
 summed once an update, so that accumulation and ranks add up to the same step. No collective happens inside generation.
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ def start(device: str) -> None:
     """Joins the group that torchrun announced; does nothing on one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(stop)
 
 
 def stop() -> None:

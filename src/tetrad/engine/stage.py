@@ -77,6 +77,9 @@ def start(
         saved = run.resume(parts)
         if saved is not None and restore:
             restore(saved)
+        for part in parts.values():
+            if isinstance(part, Weights):
+                mesh.same_weights(part.model)
         for note in run.notes:
             ctx.console.say(f"note: {note}")
         if run.step:

@@ -16,10 +16,6 @@ class Cache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.layers)]
 
-    @staticmethod
-    def bytes_needed(c: DecoderConfig, slots: int, positions: int, dtype: torch.dtype) -> int:
-        return 2 * c.layers * slots * c.kv_heads * positions * c.head_dim * dtype.itemsize
-
     def fill(self, packed: Packed, slots_D: Tensor, plan: Plan) -> Attend:
         """The `attend` of a prefill: attention inside each prompt, keys and values kept in the prompts' slots."""
         lengths = torch.tensor(packed.bounds, device=slots_D.device).diff()

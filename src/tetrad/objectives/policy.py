@@ -63,13 +63,6 @@ def kl_tokens(
     return gap.square() / 2 if kind == "k2" else torch.expm1(-gap) + gap
 
 
-def exact_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(actor || reference) of the whole distributions [..., V] at each position, in nats; 0 where masked."""
-    sides = (select(side, mask[..., None]) / temperature for side in (logits, ref_logits))
-    ours, theirs = (torch.log_softmax(side.to(torch.promote_types(side.dtype, torch.float32)), -1) for side in sides)
-    return select((ours.exp() * (ours - theirs)).sum(-1), mask)
-
-
 def adaptive_kl(beta: float, kl: float, sequences: int, target: float, horizon: float) -> float:
     """The next beta: beta * (1 + e * sequences / horizon), e = kl / target - 1 clipped to 0.2.
 

@@ -23,7 +23,7 @@ class Reward:
     data: Files = ()
     """Files of comparisons and scores."""
     held_out: Files = ()
-    """Records for early stopping, the temperature and the report; never trained on."""
+    """Records for the temperature, the prompts of the normalisation, and the report; never trained on."""
     test: Files = ()
     """Records read once, at the end, for the reported figures; `held_out` where none are given."""
     from_: str = ""

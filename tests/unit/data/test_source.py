@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tetrad.data import source
-from tetrad.data.source import Counts, content_sha256, files, paragraphs, parse, rows
+from tetrad.data.source import Counts, files, paragraphs, parse, rows
 from tetrad.errors import UserError
 
 GOOD = '{"a": 1}\n{"a": 2}\n'
@@ -183,15 +183,6 @@ def test_globs_are_sorted_and_a_file_counts_once(tmp_path):
     for twice in (["a.jsonl", "*.jsonl"], ["c.txt", "again.txt"]):
         with pytest.raises(UserError, match="E-DATA-OVERLAP"):
             files([tmp_path / name for name in twice])
-
-
-def test_content_sha256(tmp_path):
-    a, b = write(tmp_path, "ab", "a.txt"), write(tmp_path, "c", "b.txt")
-    assert content_sha256([a, b]) == content_sha256([str(a), str(b)]) != content_sha256([b, a])
-    before = content_sha256([a, b])
-    assert before != content_sha256([write(tmp_path, "a", "a.txt"), write(tmp_path, "bc", "b.txt")])
-    write(tmp_path, "ab", "a.txt"), write(tmp_path, "c", "b.txt")
-    assert content_sha256([a.rename(tmp_path / "z.txt"), b]) == before
 
 
 def test_parse_is_strict():

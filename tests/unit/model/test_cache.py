@@ -62,10 +62,3 @@ def test_rows_leave_and_others_enter():
     hidden = model.model(ids, position, cache.step(position, int(position.max()) + 1))
     for place, (row, t) in enumerate(((0, 2), (2, 2), (1, 0))):
         torch.testing.assert_close(hidden[place], whole(model, row, t), rtol=0, atol=1e-5)
-
-
-def test_bytes_needed():
-    config = toys.config()
-    cache = Cache(config, 3, 20, torch.float32, torch.device("cpu"))
-    held = sum(t.nbytes for t in (*cache.keys, *cache.values))
-    assert Cache.bytes_needed(config, 3, 20, torch.float32) == held

@@ -30,14 +30,11 @@ def test_kl_estimators():
 
 def test_estimators_average_to_the_exact_kl():
     logits, ref = torch.randn(1, 1, 6, dtype=torch.float64), torch.randn(1, 1, 6, dtype=torch.float64)
-    mask = torch.ones(1, 1, dtype=torch.bool)
     ours, theirs = torch.log_softmax(logits, -1)[0], torch.log_softmax(ref, -1)[0]
-    exact = float(policy.exact_kl(logits, ref, mask))
+    exact = float((ours.exp() * (ours - theirs)).sum())
     for kind in ("k1", "k3"):
         tokens = policy.kl_tokens(ours, theirs, torch.ones(1, 6, dtype=torch.bool), kind)
         assert float((ours.exp() * tokens).sum()) == pytest.approx(exact, abs=1e-12)
-    assert float(policy.exact_kl(logits, logits, mask)) == 0
-    assert policy.exact_kl(torch.full_like(logits, NAN), ref, ~mask).tolist() == [[0]]
 
 
 def test_beta_moves_toward_the_target_and_never_faster_than_a_fifth():
