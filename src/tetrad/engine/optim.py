@@ -117,7 +117,7 @@ class Optimizer:
             if name not in self.names:
                 raise UserError("E-CKPT-KEYS", f"the optimizer's state names {name!r}, which isn't trained", where=key)
             parameter = self.names[name]
-            owners[id(parameter)].state[parameter][slot] = value.to(parameter.device if value.dim() else "cpu")
+            owners[id(parameter)].state[parameter][slot] = value.to(parameter.device)
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:

@@ -92,7 +92,7 @@ class Pairs:
         found = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
         rewards_D = rewards_D.double()
         lists = rewards_D[found.winners_P] - rewards_D[found.losers_P]
-        rewards, scores = rewards_D[found.scored_S], found.targets_S.double()
+        rewards, scores = rewards_D[found.scored_S], _scores(examples.records)
         better, worse = _scored_pairs(scores, gap)
         gaps = torch.cat((lists, rewards[better] - rewards[worse]))
         of_list = torch.searchsorted(torch.tensor(found.bounds), found.places_P, right=True) - 1
@@ -120,6 +120,10 @@ class Pairs:
             rank = calibration.spearman(self.rewards_S, self.scores_S)
             found |= {"spearman": rank} if math.isfinite(rank) else {}
         return found
+
+
+def _scores(records: Sequence[Record]) -> Tensor:
+    return torch.tensor([record.score for record in records if isinstance(record, Score)], dtype=torch.float64)
 
 
 def _scored_pairs(scores_S: Tensor, gap: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """What every stage does around its loop: open its folder, take up where it stopped, leave a model that others load."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tetrad.data.source import Counts
+from tetrad.data.tokens import TokenStore
 from tetrad.engine import mesh
+from tetrad.engine.batches import mean_nll
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
 from tetrad.engine.runs import Run, Stateful, open_run
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.safetensors_io import file_bytes
-from tetrad.model.weights import model_files
+from tetrad.model.weights import model_files, read_causal
 from tetrad.storage import Content, Json
 from tetrad.text.template import Template, of_folder, template
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Tokens
 
 POLICY = ("sft", "pretrain", "base")  # roles of the model that the last stages start from, the latest first
 
@@ -68,7 +72,12 @@ def start(
         total_steps=total_steps,
         save_every=settings.save_every,
         keep=settings.keep,
-        environment={"device": device.place.type, "dtype": str(device.dtype), "processes": mesh.size()},
+        environment={
+            "device": device.place.type,
+            "dtype": str(device.dtype),
+            "processes": mesh.size(),
+            "micro_tokens": settings.micro_tokens,
+        },
         grace=grace,
         main=mesh.is_main(),
         agree=mesh.on_any,
@@ -135,6 +144,31 @@ def first_parent(ctx: StageContext, *roles: str) -> Path:
     return next(ctx.parents[role] for role in roles if role in ctx.parents)
 
 
+def read_policy(folder: Path, tokenizer: Tokenizer, form: Template) -> CausalLM:
+    """The model that answers; its replies end at the template's end token too."""
+    model = read_causal(folder)
+    end = form.end_id(tokenizer)
+    ends = (end, *(i for i in model.config.eos_ids if i != end))
+    model.config = replace(model.config, eos_ids=ends)
+    return model
+
+
+def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """A reward model reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
+    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+        what = "the reward model and the model that answers have different tokenizers"
+        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="train it from this recipe's SFT model")
+
+
+def token_store(ctx: StageContext, stream: Iterable[Tokens]) -> TokenStore:
+    """The stage's token store: written by one rank, opened by all."""
+    folder = ctx.cache(ctx.folder.name)
+    if mesh.is_main():
+        TokenStore.build(folder, stream, ctx.key)
+    mesh.wait()
+    return TokenStore.build(folder, stream, ctx.key)
+
+
 def template_for(ctx: StageContext, folder: Path) -> Template:
     """The template that a folder written by Tetrad names, else the recipe's."""
     try:
@@ -150,9 +184,23 @@ def frozen(model: CausalLM) -> CausalLM:
     return model
 
 
-def report_counts(ctx: StageContext, counts: Counts, kept: int) -> None:
+def held_out_figures(
+    ctx: StageContext, model: CausalLM, documents: Sequence[Tokens], device: Device
+) -> dict[str, float]:
+    """Loss and perplexity of a language model on documents that it never trained on; nothing without any."""
+    if not documents:
+        return {}
+    loss, tokens = mean_nll(model, documents, ctx.recipe.run.micro_tokens, device)
+    said = f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}, {tokens} tokens"
+    ctx.console.say(f"{ctx.folder.name:<10} {said}")
+    return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": float(tokens)}
+
+
+def report_counts(ctx: StageContext, counts: Counts, kept: int, which: str = "") -> None:
     """Says what was read and what became of it; nothing is dropped or cut in silence."""
-    said = [f"{counts.read} records read", f"{kept} kept"] if counts.read else [f"{kept} records, tokenised before"]
+    said = (
+        [f"{counts.read} {which}records read", f"{kept} kept"] if counts.read else [f"{kept} records, tokenised before"]
+    )
     said += [f"{n} {name}" for name in ("blank", "cut", "dropped", "tied") if (n := getattr(counts, name))]
     ctx.console.say(f"{ctx.folder.name:<10} {', '.join(said)}")
     for note in counts.notes:

@@ -20,7 +20,7 @@ class Run:
     threads: Whole = unkeyed(0)
     """CPU threads; 0 leaves the choice to torch."""
     micro_tokens: Count = unkeyed(4096)
-    """Tokens of one forward and backward: memory and speed; results differ by rounding only."""
+    """Tokens of one forward and backward: memory and speed; results differ by rounding (and by dropout's masks)."""
     save_every: Whole = unkeyed(0)
     """Steps between checkpoints; 0 picks about ten a stage."""
     keep: Count = unkeyed(2)

@@ -10,7 +10,7 @@ class Evaluate:
     prompts: Files = ()
     """Files of held-out prompts."""
     judges: Functions = ()
-    """Python functions `file.py:name`: a list of {prompt, text} dicts in, one number each out."""
+    """Python functions `file.py:name`: dicts with text, input, prompt in, a number each out. Only the file is keyed."""
     referee: str = ""
     """A language model trained apart ("runs/other/pretrain"): the replies' nats a token under it are reported."""
     samples: Count = 256

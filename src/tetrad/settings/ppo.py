@@ -54,7 +54,7 @@ class Ppo:
     value_clip: NotNegative = 0.2
     """Range of the value around the old one; 0 is off."""
     score_clip: NotNegative = 5.0
-    """Scores are cut to this many standard deviations; 0 is off."""
+    """The reward model's scores are cut to this many standard deviations; 0 is off. Functions' scores are not cut."""
     missing_eos_penalty: NotNegative = 1.0
     """Taken from the score of a cut reply, in standard deviations, after the clip."""
     whiten_rewards: bool = False
@@ -64,4 +64,4 @@ class Ppo:
     max_norm: NotNegative = 1.0
     """Gradients of actor and critic are scaled to at most this norm; 0 turns it off."""
     eval_every: Whole = unkeyed(20)
-    """Iterations between samples on the log."""
+    """Iterations between samples on the log; 0 shows those of the last."""

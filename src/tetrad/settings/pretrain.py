@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from tetrad.settings.base import Count, Files, Rate, Share, Whole, settings, unkeyed
+from tetrad.settings.base import Count, Files, Rate, Share, Whole, settings
 
 
 @settings
@@ -29,5 +29,3 @@ class Pretrain:
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls afterwards; linear and cosine end at 0."""
-    eval_every: Whole = unkeyed(0)
-    """Steps between held-out losses; 0 is at the end only."""

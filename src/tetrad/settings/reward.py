@@ -31,7 +31,7 @@ class Reward:
     score_scale: tuple[float, float] | tuple[()] = ()
     """Lowest and highest possible score, as [1, 5]; needed as soon as a record has a score."""
     comparison_loss: Literal["pairs", "plackett-luce"] = "pairs"
-    """pairs: all pairs of a list, averaged (Ouyang et al. 2022); plackett-luce: the whole order."""
+    """pairs: all pairs of a list, averaged (Ouyang et al. 2022), less the margin; plackett-luce: the whole order."""
     comparison_weight: NotNegative = 1.0
     """Weight of the mean loss of a batch's comparisons; where they are few, a low one keeps their noise small."""
     score_weight: NotNegative = 0.5

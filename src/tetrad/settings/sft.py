@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from tetrad.settings.base import Count, Files, Positive, Rate, Share, Whole, settings, unkeyed
+from tetrad.settings.base import Count, Files, Positive, Rate, Share, Whole, settings
 
 
 @settings
@@ -39,5 +39,3 @@ class Sft:
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls afterwards."""
-    eval_every: Whole = unkeyed(0)
-    """Steps between held-out losses; 0 is at the end only."""

@@ -8,7 +8,7 @@ model.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from tetrad.engine.device import Device, choose
 from tetrad.engine.metrics import reply_figures
 from tetrad.engine.rollout import Question, Rollout, read_questions, roll_out
 from tetrad.engine.scoring import Reward, Sample, python_function, trained
-from tetrad.engine.stage import POLICY, figures_of, first_parent, frozen, template_for
+from tetrad.engine.stage import POLICY, figures_of, first_parent, frozen, read_policy, require_tokenizer, template_for
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import read_causal, read_scalar
 from tetrad.objectives.calibration import bootstrap_interval
 from tetrad.settings.common import Sampling
-from tetrad.storage import write_folder
+from tetrad.storage import RunLock, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
 
@@ -43,29 +43,35 @@ class Answers:
     kl: float
 
 
+Referee = Callable[[Answers], float]
+
+
 def run(ctx: StageContext) -> None:
+    with RunLock(ctx.folder / "lock"):
+        remove_leftovers(ctx.folder)
+        _run(ctx)
+
+
+def _run(ctx: StageContext) -> None:
     s, seed = ctx.recipe.evaluate, ctx.recipe.seed
     device = choose(ctx.recipe.run)
     folder = first_parent(ctx, *POLICY)
     tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
-    sft = frozen(read_causal(folder)).to(device.place)
+    sft = frozen(read_policy(folder, tokenizer, form)).to(device.place)
     limit = sft.config.max_positions
     questions = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new)
     questions = [questions[i] for i in order(seed, 0, len(questions))[: s.samples]]
     judges: dict[str, Reward] = {spec.rpartition(":")[2]: python_function(spec) for spec in s.judges}
     if "reward" in ctx.parents:
+        require_tokenizer(ctx.parents["reward"], tokenizer)
         model = read_scalar(ctx.parents["reward"]).to(device.place)
         judges = {"reward": trained(model, device, ctx.recipe.run.micro_tokens), **judges}
     systems = answers_of_all(ctx, sft, questions, tokenizer, judges.get("reward"), device)
     referee = _referee(ctx, device)
     table = {name: figures(answers, systems["sft"], judges, referee, seed) for name, answers in systems.items()}
     stages = {name: figures_of(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")}
-    report = {
-        "prompts": len(questions),
-        "systems": table,
-        "stages": stages,
-        "samples": side_by_side(systems, s.side_by_side),
-    }
+    samples = side_by_side(systems, s.side_by_side)
+    report = {"prompts": len(questions), "systems": table, "stages": stages, "samples": samples}
     show(ctx, report)
     files = {"report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode()}
     write_folder(ctx.folder / "report", files, {"key": ctx.key, "lineage": dict(ctx.lineage)})
@@ -99,9 +105,12 @@ def answers_of_all(
         # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
         systems[f"best of {copies}"] = _chosen(many, best, math.log(copies) - (copies - 1) / copies)
     if "ppo" in ctx.parents:
-        actor = frozen(read_causal(ctx.parents["ppo"])).to(device.place)
+        actor = frozen(read_policy(ctx.parents["ppo"], tokenizer, template_for(ctx, ctx.parents["ppo"]))).to(
+            device.place
+        )
         rollout = roll_out(actor, questions, range(len(questions)), key, sampling, tokenizer, device)
-        new, old = (reply_logprobs(m, rollout.documents, micro_tokens, device) for m in (actor, sft))
+        heat = sampling.temperature or 1.0
+        new, old = (reply_logprobs(m, rollout.documents, micro_tokens, device, heat) for m in (actor, sft))
         kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
         systems["ppo"] = _chosen(rollout, list(range(len(questions))), kl)
     return systems
@@ -113,7 +122,7 @@ def _chosen(rollout: Rollout, rows: list[int], kl: float) -> Answers:
 
 
 def figures(
-    answers: Answers, sft: Answers, judges: Mapping[str, Reward], referee: Reward | None, seed: int
+    answers: Answers, sft: Answers, judges: Mapping[str, Reward], referee: Referee | None, seed: int
 ) -> dict[str, Any]:
     """Means with intervals; "gain" is the paired difference to the SFT model's answers."""
     found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.ended)}
@@ -122,7 +131,7 @@ def figures(
         found[name] = _interval(scores, seed)
         found[f"{name}_gain"] = _interval(scores - before, seed)
     if referee:
-        found["referee_nll"] = float(np.mean(referee(answers.samples)))
+        found["referee_nll"] = referee(answers)
     return found
 
 
@@ -131,21 +140,24 @@ def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:
     return {"mean": float(values.mean()), "low": low, "high": high}
 
 
-def _referee(ctx: StageContext, device: Device) -> Reward | None:
-    """Nats a token of a reply, after what was asked, under a language model trained apart, with its own tokenizer."""
+def _referee(ctx: StageContext, device: Device) -> Referee | None:
+    """Nats a token of all replies, after what was asked, under a language model trained apart, with its own tokenizer.
+
+    A reply that ended by itself is charged its end; a cut one is not.
+    """
     if "referee" not in ctx.parents:
         return None
     folder: Path = ctx.parents["referee"]
     model, tokenizer = frozen(read_causal(folder)).to(device.place), Tokenizer.load(folder)
 
-    def nll(samples: Sequence[Sample]) -> list[float]:
-        documents = []
-        for sample in samples:
-            asked, text = tokenizer.encode(sample.asked), tokenizer.encode(sample.text)
-            ids = np.asarray(asked + text + [tokenizer.document_end], np.int32)
-            documents.append(Tokens(ids, np.arange(len(ids)) >= max(1, len(asked))))
-        logprobs = reply_logprobs(model, documents, ctx.recipe.run.micro_tokens, device)
-        return [float(-part.mean()) for part in logprobs]
+    def nll(answers: Answers) -> float:
+        documents, end = [], tokenizer.document_end
+        for sample, ended in zip(answers.samples, answers.ended, strict=True):
+            asked = [end, *tokenizer.encode(sample.asked)]
+            ids = np.asarray(asked + tokenizer.encode(sample.text) + [end] * ended, np.int32)
+            documents.append(Tokens(ids, np.arange(len(ids)) >= len(asked)))
+        logprobs = np.concatenate(reply_logprobs(model, documents, ctx.recipe.run.micro_tokens, device))
+        return float(-logprobs.mean()) if len(logprobs) else 0.0
 
     return nll
 

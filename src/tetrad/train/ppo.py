@@ -25,12 +25,23 @@ from tetrad.engine.metrics import reply_figures
 from tetrad.engine.optim import Optimizer, lr_factor
 from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questions, read_values, roll_out
 from tetrad.engine.scoring import Reward, python_function, trained
-from tetrad.engine.stage import POLICY, Weights, finish, first_parent, frozen, report_counts, start, template_for
+from tetrad.engine.stage import (
+    POLICY,
+    Weights,
+    finish,
+    first_parent,
+    frozen,
+    read_policy,
+    report_counts,
+    require_tokenizer,
+    start,
+    template_for,
+)
 from tetrad.engine.update import Micro, Terms, update
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.safetensors_io import tensor_chunks
-from tetrad.model.weights import read_causal, read_scalar
+from tetrad.model.weights import read_scalar
 from tetrad.objectives import policy
 from tetrad.seeds import generator_for, seed_for
 from tetrad.settings.common import Sampling
@@ -72,11 +83,11 @@ def run(ctx: StageContext) -> None:
             figures = figures_of_step(experience, scores, rewards, kl.beta) | learned
             kl.follow(figures["kl"], s.batch)
             stage.log(step, **figures)
-            if step % max(1, s.eval_every) == 0 or step == s.steps - 1:
+            if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0):
                 show(ctx, stage.sample, step, experience, scores)
             bar.advance(1, **{name: figures[name] for name in ("score", "kl", "length", "ended")})
         form = template_for(ctx, first_parent(ctx, *POLICY))
-        kept = {"critic.safetensors": tensor_chunks(Weights(four.critic).tensors())}
+        kept = {"critic.safetensors": tensor_chunks({**Weights(four.critic).tensors(), "bias": four.critic.bias})}
         finish(ctx, stage, four.actor, tokenizer, form, {}, kept)
 
 
@@ -145,7 +156,11 @@ class Replies:
 def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> FourModels:
     """Actor and reference from the SFT model, critic and reward from the reward model (or as the recipe says)."""
     s, folder = ctx.recipe.ppo, first_parent(ctx, *POLICY)
-    actor, reference = read_causal(folder).to(device.place), frozen(read_causal(folder)).to(device.place)
+    form = template_for(ctx, folder)
+    actor = read_policy(folder, tokenizer, form).to(device.place)
+    reference = frozen(read_policy(folder, tokenizer, form)).to(device.place)
+    if "reward" in ctx.parents:
+        require_tokenizer(ctx.parents["reward"], tokenizer)
     critic_folder = ctx.parents["reward"] if s.critic == "reward" else folder
     critic = read_scalar(critic_folder, seed_for(ctx.recipe.seed, "critic")).to(device.place)
     optim = replace(ctx.recipe.optim, eps=s.adam_eps)
@@ -160,14 +175,11 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
 
 
 def reward_of(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Reward:
-    """The recipe's reward model, or the sum of its Python functions. Errors: E-MODEL-TOKENIZER, E-CONF-FUNCTION."""
+    """The recipe's reward model, or the sum of its Python functions. Errors: E-CONF-FUNCTION."""
     if ctx.recipe.ppo.rewards:
         functions = [python_function(spec) for spec in ctx.recipe.ppo.rewards]
         return lambda samples: [math.fsum(parts) for parts in zip(*(f(samples) for f in functions), strict=True)]
     folder = ctx.parents["reward"]
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-        what = "the reward model has another tokenizer than the actor"
-        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="train it from this recipe's SFT model")
     return trained(read_scalar(folder).requires_grad_(False).to(device.place), device, ctx.recipe.run.micro_tokens)
 
 
@@ -182,7 +194,9 @@ def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> li
 
 def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, beta: float) -> Tensor:
     """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a cut reply."""
-    scores = policy.normalize_scores(scores, 0.0, 1.0, s.score_clip or None, ~rollout.ended_B, s.missing_eos_penalty)
+    scores = policy.normalize_scores(
+        scores, 0.0, 1.0, None if s.rewards else s.score_clip or None, ~rollout.ended_B, s.missing_eos_penalty
+    )
     kl = policy.kl_tokens(old, ref, rollout.mask_BT)
     return policy.shape_rewards(scores, kl, rollout.mask_BT, beta)
 

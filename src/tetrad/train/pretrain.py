@@ -9,19 +9,20 @@ import math
 from tetrad.data.loader import Rows
 from tetrad.data.records import read_documents
 from tetrad.data.source import Counts
-from tetrad.data.tokens import TokenStore, tokenize_documents
+from tetrad.data.tokens import tokenize_documents
 from tetrad.engine import mesh
-from tetrad.engine.batches import language_micros, mean_nll
+from tetrad.engine.batches import language_micros
 from tetrad.engine.context import StageContext
-from tetrad.engine.device import Device, choose
+from tetrad.engine.device import choose
 from tetrad.engine.optim import Optimizer, lr_factor
-from tetrad.engine.stage import Weights, finish, first_parent, report_counts, start
+from tetrad.engine.stage import Weights, finish, first_parent, held_out_figures, report_counts, start, token_store
 from tetrad.engine.update import language_terms, update
 from tetrad.model.config import DecoderConfig
 from tetrad.model.decoder import CausalLM, initialise
 from tetrad.model.weights import read_causal
 from tetrad.seeds import seed_for
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Tokens
 
 
 def run(ctx: StageContext) -> None:
@@ -30,7 +31,7 @@ def run(ctx: StageContext) -> None:
     tokenizer = Tokenizer.load(first_parent(ctx, "tokenizer", "base"))
     counts = Counts()
     documents = tokenize_documents(tokenizer, read_documents(ctx.files(s.text), counts), counts)
-    store = TokenStore.build(ctx.cache("pretrain"), documents, ctx.key)
+    store = token_store(ctx, documents)
     report_counts(ctx, counts, len(store))
     rows = Rows(store, s.row_tokens, ctx.recipe.seed)
     batch = s.batch_tokens // s.row_tokens
@@ -38,6 +39,7 @@ def run(ctx: StageContext) -> None:
     model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
     model.to(device.place)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
+    held_out = _held_out(ctx, tokenizer)
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("pretrain", steps, stage.step) as bar:
             for step in stage.steps():
@@ -51,7 +53,7 @@ def run(ctx: StageContext) -> None:
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
                 bar.advance(1, loss=stats.loss)
-        finish(ctx, stage, model, tokenizer, None, _held_out(ctx, model, tokenizer, device))
+        finish(ctx, stage, model, tokenizer, None, held_out_figures(ctx, model, held_out, device))
 
 
 def _new_model(ctx: StageContext, tokenizer: Tokenizer) -> CausalLM:
@@ -76,13 +78,12 @@ def _new_model(ctx: StageContext, tokenizer: Tokenizer) -> CausalLM:
     return model
 
 
-def _held_out(ctx: StageContext, model: CausalLM, tokenizer: Tokenizer, device: Device) -> dict[str, float]:
-    files = ctx.recipe.pretrain.held_out
-    if not files:
-        return {}
-    documents = list(tokenize_documents(tokenizer, read_documents(ctx.files(files), Counts())))
-    loss, tokens = mean_nll(model, documents, ctx.recipe.run.micro_tokens, device)
-    ctx.console.say(
-        f"pretrain   held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}, {tokens} tokens"
-    )
-    return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": float(tokens)}
+def _held_out(ctx: StageContext, tokenizer: Tokenizer) -> list[Tokens]:
+    """The held-out documents in pieces of a row at most: longer contexts were never trained."""
+    s = ctx.recipe.pretrain
+    documents = tokenize_documents(tokenizer, read_documents(ctx.files(s.held_out)))
+    return [
+        Tokens(tokens.ids[at : at + s.row_tokens], tokens.train[at : at + s.row_tokens], tokens.where)
+        for tokens in documents
+        for at in range(0, len(tokens.ids), s.row_tokens)
+    ]

@@ -7,7 +7,7 @@ other. Afterwards a temperature is fitted on held-out pairs, and gain and bias g
 replies of the policy to held-out prompts (Ziegler et al. 2019). The figures go into the model's manifest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -25,12 +25,24 @@ from tetrad.engine.device import Device, choose
 from tetrad.engine.optim import Optimizer, lr_factor
 from tetrad.engine.preferences import Examples, Judgements, Pairs, preference_micros
 from tetrad.engine.rollout import read_questions, roll_out
+from tetrad.engine.scoring import Reward as RewardFunction
 from tetrad.engine.scoring import python_function, score_tokens, trained
-from tetrad.engine.stage import POLICY, Weights, finish, first_parent, frozen, report_counts, start, template_for
+from tetrad.engine.stage import (
+    POLICY,
+    Weights,
+    finish,
+    first_parent,
+    frozen,
+    read_policy,
+    report_counts,
+    require_tokenizer,
+    start,
+    template_for,
+)
 from tetrad.engine.update import Micro, Terms, update
 from tetrad.errors import UserError
 from tetrad.model.decoder import ScalarModel
-from tetrad.model.weights import read_causal, read_scalar
+from tetrad.model.weights import read_scalar
 from tetrad.objectives import preference
 from tetrad.seeds import seed_for
 from tetrad.settings.common import Sampling
@@ -56,11 +68,14 @@ def run(ctx: StageContext) -> None:
     device = choose(ctx.recipe.run)
     policy, folder = first_parent(ctx, *POLICY, "from"), first_parent(ctx, "from", *POLICY)
     tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
+    require_tokenizer(policy, tokenizer)
     model = read_scalar(folder, seed_for(seed, "head"))
     counts = Counts()
     examples = read_examples(ctx, s.data, form, tokenizer, model, counts)
     report_counts(ctx, counts, len(examples.records))
     refuse_overlap(examples.records, read_preferences(ctx.files((*s.held_out, *s.test)), s.score_scale))
+    tests = [read_examples(ctx, f, form, tokenizer, model, Counts()) for f in (s.held_out, s.test or s.held_out) if f]
+    baselines = {spec.rpartition(":")[2]: python_function(spec) for spec in s.baselines}
     mean, std = score_moments(examples.records)
     kinds = {type(record) for record in examples.records}
     latent = Latent(model, learn_rho=len(kinds) > 1).to(device.place)
@@ -82,8 +97,8 @@ def run(ctx: StageContext) -> None:
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr, **stats.terms)
                 bar.advance(1, loss=stats.loss)
-        figures = judge(ctx, model, tokenizer, form, device)
-        figures |= normalise(ctx, model, policy, tokenizer, form, device)
+        figures = normalise(ctx, model, policy, tokenizer, form, device)
+        figures |= judge(ctx, model, tests, baselines, device) if tests else {}
         finish(ctx, stage, model, tokenizer, form, figures)
 
 
@@ -129,24 +144,26 @@ def read_examples(
 
 
 def judge(
-    ctx: StageContext, model: ScalarModel, tokenizer: Tokenizer, form: Template, device: Device
+    ctx: StageContext,
+    model: ScalarModel,
+    read: Sequence[Examples],
+    baselines: Mapping[str, RewardFunction],
+    device: Device,
 ) -> dict[str, float]:
-    """Figures on held-out and test records: accuracy, rank correlation, calibration; those of the baselines beside."""
+    """Figures on test records, at the temperature that fits held-out ones: accuracy, rank correlation, calibration.
+
+    read: held-out and test examples. The baselines' accuracy stands beside.
+    """
     s = ctx.recipe.reward
-    if not s.held_out:
-        return {}
-    read = [read_examples(ctx, files, form, tokenizer, model, Counts()) for files in (s.held_out, s.test or s.held_out)]
     scored = [score_tokens(model, e.tokens, device, ctx.recipe.run.micro_tokens) for e in read]
     held_out, test = (Pairs.of(e, torch.tensor(r), s.pair_gap) for e, r in zip(read, scored, strict=True))
     temperature = held_out.temperature()
     figures = {"temperature": temperature, **test.figures(temperature)}
     said = ", ".join(f"{name} {figures[name]:.3f}" for name in ("pair_accuracy", "spearman", "ece") if name in figures)
     ctx.console.say(f"reward     on {len(test.gaps_P)} test pairs: {said}")
-    for spec in s.baselines:
-        samples = read[1].samples()
-        rated = torch.tensor(python_function(spec)(samples))
+    for name, function in baselines.items():
+        rated = torch.tensor(function(read[1].samples()))
         beside = Pairs.of(read[1], rated, s.pair_gap).figures(1.0)
-        name = spec.rpartition(":")[2]
         figures |= {f"{name}_{key}": beside[key] for key in ("pair_accuracy", "spearman") if key in beside}
     return figures
 
@@ -156,7 +173,7 @@ def normalise(
 ) -> dict[str, float]:
     """Sets gain and bias: mean 0 and standard deviation 1 on the policy's replies to the RM's held-out prompts."""
     s, seed = ctx.recipe.reward, ctx.recipe.seed
-    actor = frozen(read_causal(policy)).to(device.place)
+    actor = frozen(read_policy(policy, tokenizer, form)).to(device.place)
     limit, files = actor.config.max_positions, ctx.files(s.held_out or s.data)
     questions = read_questions(files, form, tokenizer, Counts(), limit, s.normalise_max_new)
     chosen = [questions[i] for i in order(seed, 0, len(questions))[: s.normalise]]

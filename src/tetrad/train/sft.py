@@ -3,19 +3,18 @@
 A batch is a number of records; which ones is a function of seed and step.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 
 from tetrad.data.loader import batch_indices, steps_for
 from tetrad.data.records import read_conversations, refuse_overlap
 from tetrad.data.source import Counts
-from tetrad.data.tokens import TokenStore, fit, tokenize
+from tetrad.data.tokens import fit, tokenize
 from tetrad.engine import mesh
-from tetrad.engine.batches import language_micros, mean_nll
+from tetrad.engine.batches import language_micros
 from tetrad.engine.context import StageContext
-from tetrad.engine.device import Device, choose
+from tetrad.engine.device import choose
 from tetrad.engine.optim import Optimizer, lr_factor
-from tetrad.engine.stage import Weights, finish, first_parent, report_counts, start
+from tetrad.engine.stage import Weights, finish, first_parent, held_out_figures, report_counts, start, token_store
 from tetrad.engine.update import language_terms, update
 from tetrad.model.decoder import CausalLM, grow_vocabulary
 from tetrad.model.weights import read_causal
@@ -36,8 +35,12 @@ def run(ctx: StageContext) -> None:
     form = template(s.template, s.separator)
     refuse_overlap(*(read_conversations(ctx.files(files)) for files in (s.data, s.held_out)))
     counts = Counts()
-    store = TokenStore.build(ctx.cache("sft"), _records(ctx, s.data, form, tokenizer, model, counts), ctx.key)
+    store = token_store(ctx, _records(ctx, s.data, form, tokenizer, model, counts))
     report_counts(ctx, counts, len(store))
+    held_counts = Counts()
+    held_out = list(_records(ctx, s.held_out, form, tokenizer, model, held_counts))
+    if held_out:
+        report_counts(ctx, held_counts, len(held_out), "held-out ")
     steps = steps_for(len(store), s.batch, s.epochs)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
@@ -52,7 +55,7 @@ def run(ctx: StageContext) -> None:
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
                 bar.advance(1, loss=stats.loss)
-        finish(ctx, stage, model, tokenizer, form, _held_out(ctx, model, tokenizer, form, device))
+        finish(ctx, stage, model, tokenizer, form, held_out_figures(ctx, model, held_out, device))
 
 
 def _records(
@@ -62,17 +65,3 @@ def _records(
     conversations = read_conversations(ctx.files(files), counts)
     stream = tokenize(form, tokenizer, conversations, train_on_prompt=s.train_on_prompt, counts=counts)
     return fit(stream, s.max_tokens or model.config.max_positions, s.on_long, counts)
-
-
-def _held_out(
-    ctx: StageContext, model: CausalLM, tokenizer: Tokenizer, form: Template, device: Device
-) -> dict[str, float]:
-    files = ctx.recipe.sft.held_out
-    if not files:
-        return {}
-    documents = list(_records(ctx, files, form, tokenizer, model, Counts()))
-    loss, tokens = mean_nll(model, documents, ctx.recipe.run.micro_tokens, device)
-    ctx.console.say(
-        f"sft        held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}, {tokens} tokens"
-    )
-    return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": float(tokens)}

@@ -2,6 +2,7 @@
 
 from tetrad.data.records import read_documents
 from tetrad.data.source import Counts
+from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import choose
 from tetrad.engine.stage import report_counts, start
@@ -24,3 +25,4 @@ def run(ctx: StageContext) -> None:
         figures = {"characters_per_token": fit.characters_per_token, "single_token_han_share": fit.single_han}
         ctx.console.say(f"tokenizer  {tokenizer.size} tokens, {fit.characters_per_token:.2f} characters a token")
         stage.finish(tokenizer.files(), {"key": ctx.key, "figures": figures, "lineage": dict(ctx.lineage)})
+        mesh.wait()
