@@ -115,7 +115,7 @@ def finish(
 
 
 def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str, Json]) -> bytes:
-    """The folder's README: what this is, what it was made from, how good it was, and how to load it."""
+    """The folder's README: what this is, how to load it, how good it was, and what it was made from, without paths."""
     auto = "AutoModelForCausalLM"
     lines = [f"# {ctx.recipe.name}: {ctx.folder.name}", ""]
     if isinstance(model, ScalarModel):
@@ -127,9 +127,9 @@ def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str
     lines += [f"- {name}: {value}" for name, value in figures.items()]
     lines += ["", "Made from (all of it in manifest.json):", ""]
     parents = cast(Mapping[str, Mapping[str, str]], ctx.lineage.get("parents", {}))
-    lines += [f"- {role}: {parent['folder']} (key {parent['key'][:8]})" for role, parent in parents.items()]
+    lines += [f"- {role}: key {parent['key'][:8]}" for role, parent in parents.items()]
     data = cast(Mapping[str, list[Mapping[str, str]]], ctx.lineage.get("data", {}))
-    lines += [f"- {item['path']} (sha256 {item['sha256'][:8]})" for items in data.values() for item in items]
+    lines += [f"- {Path(item['path']).name}: sha256 {item['sha256'][:8]}" for items in data.values() for item in items]
     return ("\n".join(lines) + "\n").encode()
 
 
