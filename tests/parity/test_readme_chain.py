@@ -65,18 +65,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
-def python_block() -> str:
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
-    return str(block)
+def run_python_block(word: str) -> tuple[dict[str, object], str]:
+    """Runs the README's Python lines that name this import: their names, and what they printed."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    (block,) = (block for block in blocks if f"import {word}" in block)
+    names: dict[str, object] = {}
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(block, "README.md", "exec"), names)
+    return names, printed.getvalue()
+
+
+def test_python_lines_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    _, printed = run_python_block("tetrad")
+    words = ["generate", "runs/reviews-en/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--max-new", "40"]
+    assert cli.main([*words, "--out", "one.jsonl"]) == 0
+    assert printed == f"{[json.loads(Path('one.jsonl').read_text(encoding='utf-8'))['reply']]}\n"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    names: dict[str, object] = {}
-    with redirect_stdout(io.StringIO()) as printed:
-        exec(compile(python_block(), "README.md", "exec"), names)
+    names, printed = run_python_block("AutoTokenizer")
     ids, prompt = names["output"][0].tolist(), names["inputs"]["input_ids"][0].tolist()  # type: ignore[index]
     assert ids[: len(prompt)] == prompt
     assert len(prompt) < len(ids) <= 30
@@ -86,7 +97,7 @@ def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch
     (answer,) = map(json.loads, Path("answers.jsonl").read_text(encoding="utf-8").splitlines())
     reply = names["tokenizer"].decode(ids[len(prompt) :], skip_special_tokens=True)  # type: ignore[attr-defined]
     assert (answer["reply"], answer["tokens"]) == (reply, len(ids) - len(prompt))
-    assert reply in printed.getvalue()
+    assert reply in printed
 
 
 def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
