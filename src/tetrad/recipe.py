@@ -240,6 +240,10 @@ def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
         what = f"reward.score_scale = [{scale[0]:g}, {scale[1]:g}] must go from the lowest to the highest score"
         hint = f"write score_scale = [{min(scale):g}, {max(scale):g}]" if scale[0] > scale[1] else "give two numbers"
         raise UserError("E-CONF-RANGE", what, where=places.get("reward.score_scale", ""), hint=hint)
+    if recipe.reward.test and not recipe.reward.held_out:
+        what = "reward.test has no held-out records beside it, on which the temperature is fitted"
+        where = places.get("reward.test", "")
+        raise UserError("E-CONF-MISSING", what, where=where, hint='add held_out = ["FILE"] to [reward]')
     if recipe.model.from_ and recipe.tokenizer.text:
         what = "model.from brings its own tokenizer, and [tokenizer] learns another"
         hint = "remove [tokenizer] text, or model.from"

@@ -18,6 +18,7 @@ from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
 from tetrad.engine.runs import Run, Stateful, open_run
 from tetrad.errors import UserError
+from tetrad.model.config import DecoderConfig
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.safetensors_io import file_bytes
 from tetrad.model.weights import model_files, read_causal
@@ -106,9 +107,8 @@ def finish(
     extra: Mapping[str, Content] | None = None,
 ) -> None:
     """Writes <stage>/model: what transformers loads, with the figures and the lineage in its manifest."""
-    end = form.end_id(tokenizer) if form else tokenizer.document_end
-    ends = (end, *(i for i in model.config.eos_ids if i != end))
-    model.config = replace(model.config, eos_ids=ends, pad_id=tokenizer.pad_id)
+    model.config = _ending_at(model.config, form.end_id(tokenizer) if form else tokenizer.document_end)
+    model.config = replace(model.config, pad_id=tokenizer.pad_id)
     files = {**model_files(model), **tokenizer.files(form), **(extra or {}), "README.md": _card(ctx, model, figures)}
     run.finish(files, {"key": ctx.key, "figures": dict(figures), "lineage": dict(ctx.lineage)})
     mesh.wait()
@@ -147,10 +147,13 @@ def first_parent(ctx: StageContext, *roles: str) -> Path:
 def read_policy(folder: Path, tokenizer: Tokenizer, form: Template) -> CausalLM:
     """The model that answers; its replies end at the template's end token too."""
     model = read_causal(folder)
-    end = form.end_id(tokenizer)
-    ends = (end, *(i for i in model.config.eos_ids if i != end))
-    model.config = replace(model.config, eos_ids=ends)
+    model.config = _ending_at(model.config, form.end_id(tokenizer))
     return model
+
+
+def _ending_at(config: DecoderConfig, end: int) -> DecoderConfig:
+    """With this end token before the others."""
+    return replace(config, eos_ids=(end, *(i for i in config.eos_ids if i != end)))
 
 
 def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
+from tetrad.engine import mesh
 from tetrad.engine.batches import reply_logprobs
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
@@ -43,18 +44,20 @@ class Answers:
     kl: float
 
 
-Referee = Callable[[Answers], float]
+Referee = Callable[[Answers], float | None]
 
 
 def run(ctx: StageContext) -> None:
-    with RunLock(ctx.folder / "lock"):
-        remove_leftovers(ctx.folder)
-        _run(ctx)
-
-
-def _run(ctx: StageContext) -> None:
-    s, seed = ctx.recipe.evaluate, ctx.recipe.seed
     device = choose(ctx.recipe.run)
+    if mesh.is_main():  # one process answers and writes
+        with RunLock(ctx.folder / "lock"):
+            remove_leftovers(ctx.folder)
+            _run(ctx, device)
+    mesh.wait()
+
+
+def _run(ctx: StageContext, device: Device) -> None:
+    s, seed = ctx.recipe.evaluate, ctx.recipe.seed
     folder = first_parent(ctx, *POLICY)
     tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
     sft = frozen(read_policy(folder, tokenizer, form)).to(device.place)
@@ -150,14 +153,14 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
     folder: Path = ctx.parents["referee"]
     model, tokenizer = frozen(read_causal(folder)).to(device.place), Tokenizer.load(folder)
 
-    def nll(answers: Answers) -> float:
+    def nll(answers: Answers) -> float | None:
         documents, end = [], tokenizer.document_end
         for sample, ended in zip(answers.samples, answers.ended, strict=True):
             asked = [end, *tokenizer.encode(sample.asked)]
             ids = np.asarray(asked + tokenizer.encode(sample.text) + [end] * ended, np.int32)
             documents.append(Tokens(ids, np.arange(len(ids)) >= len(asked)))
         logprobs = np.concatenate(reply_logprobs(model, documents, ctx.recipe.run.micro_tokens, device))
-        return float(-logprobs.mean()) if len(logprobs) else 0.0
+        return float(-logprobs.mean()) if len(logprobs) else None
 
     return nll
 

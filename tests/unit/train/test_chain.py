@@ -16,6 +16,7 @@ from tetrad.engine.console import Console
 from tetrad.engine.device import Device
 from tetrad.engine.rollout import read_questions, roll_out
 from tetrad.engine.scoring import trained
+from tetrad.errors import UserError
 from tetrad.model.safetensors_io import read_tensors
 from tetrad.model.weights import read_causal, read_scalar
 from tetrad.settings.common import Sampling
@@ -98,6 +99,11 @@ def test_the_report_holds_the_systems_against_each_other(chain: Chain) -> None:
     assert sft["liked_gain"]["mean"] == 0
     assert report["stages"].keys() == {"pretrain", "sft", "reward"}
     assert 0.5 < report["stages"]["reward"]["pair_accuracy"] <= 1
+
+
+def test_test_records_need_held_out_ones(chain: Chain) -> None:
+    with pytest.raises(UserError, match="E-CONF-MISSING"):
+        chain.run("--reward.held-out", "[]", "--reward.test", '["held_out.jsonl"]')
 
 
 def test_a_change_redoes_what_depends_on_it(chain: Chain) -> None:
