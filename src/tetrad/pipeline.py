@@ -22,6 +22,7 @@ from typing import Any
 
 from tetrad import storage
 from tetrad.data import source
+from tetrad.engine import prepare
 from tetrad.engine.console import Console
 from tetrad.engine.context import StageContext
 from tetrad.engine.hashes import Hashes
@@ -89,10 +90,11 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         if is_first():
             _prepare(step, found, recipe, console)
         context = StageContext(recipe, step.folder, step.key, step.parents, step.lineage, console)
-        stage = stages[step.stage] if stages else importlib.import_module(f"tetrad.train.{step.stage}").run
         began = time.monotonic()
         with explained(step.stage):
-            stage(context)
+            if is_first() and step.stage in prepare.STAGES and not stages:
+                prepare.STAGES[step.stage](context)
+            (stages[step.stage] if stages else importlib.import_module(f"tetrad.train.{step.stage}").run)(context)
         if state(step, hashes) != "done":
             raise RuntimeError(f"the stage {step.stage} ended without a result that has its key")
         console.say(f"{step.stage:<10} done in {time.monotonic() - began:.1f} s: {step.result}")
@@ -233,7 +235,7 @@ def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, tuple
     prefixes = [stage, *filter(None, [_SHARED.get(stage)])]
     prefixes += ["model"] if stage == "pretrain" and "base" not in parents else []
     names = [name for name in _KNOBS(Recipe) if name.partition(".")[0] in prefixes]
-    names += ["seed", "run.dtype"] if stage != "tokenizer" else []
+    names += ["data.rename", *(["seed", "run.dtype"] if stage != "tokenizer" else [])]
     names += _TEMPLATE if stage in ("reward", "ppo", "evaluate") and not has_sft else ()
     settings: dict[str, Json] = {}
     data: dict[str, list[dict[str, str]]] = {}

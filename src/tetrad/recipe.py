@@ -151,12 +151,14 @@ def _path(knob: Knob, value: Any, folder: Path) -> Any:
     if knob.mark:
         return tuple(str(_from(folder, text)) for text in value)
     if knob.name in ("model.from", "reward.from", "evaluate.referee") and value:
-        beside = _from(folder, value)
+        beside = folder / os.path.expanduser(value)
         return str(beside if beside.exists() else Path(value))  # a run's stage is given as from the current folder
     return value
 
 
-def _from(folder: Path, text: str) -> Path:
+def _from(folder: Path, text: str) -> str | Path:
+    if text.startswith("hf://"):  # a dataset of the hub is no path
+        return text
     return folder / os.path.expanduser(text)
 
 
@@ -248,6 +250,19 @@ def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
         what = "model.from brings its own tokenizer, and [tokenizer] learns another"
         hint = "remove [tokenizer] text, or model.from"
         raise UserError("E-CONF-CONFLICT", what, where=places.get("tokenizer.text", ""), hint=hint)
+    for name, files in (("pretrain", "text"), ("sft", "data"), ("reward", "data"), ("ppo", "prompts")):
+        table = getattr(recipe, name)
+        entries, weights = len(getattr(table, files)), table.weights
+        if weights and (len(weights) != entries or not any(weights)):
+            what = f"{name}.weights has {len(weights)} numbers for {entries} entries of {name}.{files}"
+            what = what if any(weights) else f"{name}.weights leaves nothing to read"
+            hint = "write one number, at least 0, for each"
+            raise UserError("E-CONF-CONFLICT", what, where=places.get(f"{name}.weights", ""), hint=hint)
+    for pair in recipe.data.rename:
+        if not re.fullmatch(r"\s*[^\s=][^=]*=\s*[^\s=][^=]*", pair):
+            what = f'data.rename has "{pair}", which is no pair of names'
+            hint = 'write rename = ["question=Instruction"]'
+            raise UserError("E-CONF-RANGE", what, where=places.get("data.rename", ""), hint=hint)
     if recipe.ppo.kl_target and not recipe.ppo.kl_coefficient:
         what = "ppo.kl_target adapts kl_coefficient, which starts at 0 and would stay there"
         hint = "write kl_coefficient = 0.05, or kl_target = 0"

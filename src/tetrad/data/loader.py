@@ -4,18 +4,21 @@ Nothing is replayed on resume and no state is kept; permutations are cached only
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from tetrad.data.tokens import TokenStore
+from tetrad.data.store import TokenStore
 from tetrad.errors import UserError
-from tetrad.seeds import generator_for
+from tetrad.seeds import generator_for, seed_for
 from tetrad.types import Tokens
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
+Mixture = tuple[tuple[int, float], ...]
+"""Runs of records in the order of the store: how many, and how often an epoch reads each."""
 
 
 @lru_cache(maxsize=4)
@@ -26,12 +29,49 @@ def order(seed: int, epoch: int, n: int) -> Indices:
     return permutation
 
 
-def batch_indices(seed: int, n: int, batch: int, step: int) -> Indices:
+def mixed(seed: int, epoch: int, mixture: Mixture) -> Indices:
+    """The records of this epoch in their order, read-only. A weight of 2 reads each record of its run twice; of a
+    weight below 1 every epoch reads another share, so that all have their turn."""
+    if all(weight == 1 for _, weight in mixture):
+        return order(seed, epoch, sum(n for n, _ in mixture))
+    return _mixed(seed, epoch, mixture)
+
+
+@lru_cache(maxsize=4)
+def _mixed(seed: int, epoch: int, mixture: Mixture) -> Indices:
+    first, chosen = 0, []
+    for number, (n, weight) in enumerate(mixture):
+        copies, rest = divmod(round(n * weight), n)
+        some = _cycle(seed_for(seed, "mixture", number), ((n, 1.0),), epoch * rest, (epoch + 1) * rest)
+        chosen.append(first + np.concatenate([np.tile(np.arange(n), copies), some]))
+        first += n
+    found = np.concatenate(chosen)[order(seed, epoch, epoch_size(mixture))]
+    found.flags.writeable = False
+    return found
+
+
+def whole(n: int) -> Mixture:
+    """n records, each read once an epoch."""
+    return ((n, 1.0),)
+
+
+def epoch_size(mixture: Mixture) -> int:
+    """Records that an epoch reads."""
+    return sum(round(n * weight) for n, weight in mixture)
+
+
+def batch_indices(seed: int, mixture: Mixture, batch: int, step: int) -> Indices:
     """The `batch` records of a step (int64). A short rest of an epoch is filled from the next epoch's start, so that
-    every record is read exactly once an epoch."""
-    places = np.arange(step * batch, (step + 1) * batch)
+    every record is read exactly once an epoch (or as often as its weight says)."""
+    return _cycle(seed, mixture, step * batch, (step + 1) * batch)
+
+
+def _cycle(seed: int, mixture: Mixture, start: int, stop: int) -> Indices:
+    """Places start to stop of the epochs laid end to end."""
+    places, n = np.arange(start, stop), epoch_size(mixture)
     epochs = places // n
-    return np.concatenate([order(seed, int(e), n)[places[epochs == e] % n] for e in np.unique(epochs)])
+    parts = [mixed(seed, int(e), mixture)[places[epochs == e] % n] for e in np.unique(epochs)]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def steps_for(n: int, batch: int, epochs: float) -> int:
@@ -42,24 +82,26 @@ def steps_for(n: int, batch: int, epochs: float) -> int:
 class Rows:
     """Rows of `row_tokens` tokens for pre-training, cut from the documents of an epoch laid end to end.
 
-    Each epoch's stream is a permutation of its own; it gives `per_epoch` = total // row_tokens rows, and the
-    `left_out` tokens after them are not read in that epoch. Row k belongs to epoch k // per_epoch.
+    Each epoch's stream is a permutation of its own (of the documents that the mixture gives it); what is left after
+    its last whole row is not read in that epoch. per_epoch, left_out: rows and tokens left of the first epoch.
     """
 
-    def __init__(self, store: TokenStore, row_tokens: int, seed: int) -> None:
+    def __init__(self, store: TokenStore, row_tokens: int, seed: int, mixture: Mixture | None = None) -> None:
         """Errors: E-DATA-EMPTY where the text is shorter than one row."""
         self.store, self.row_tokens, self.seed = store, row_tokens, seed
-        self.per_epoch, self.left_out = divmod(store.total, row_tokens)
+        self._mixture = mixture or whole(len(store))
+        self._ends = [0]  # rows before each epoch that was entered
         self._epoch, self._documents, self._starts = -1, np.zeros(0, np.int64), np.zeros(1, np.int64)
+        self._enter(0)
+        self.per_epoch, self.left_out = divmod(int(self._starts[-1]), row_tokens)
         if not self.per_epoch:
-            what = f"the text has {store.total} tokens, less than one row of {row_tokens}"
+            what = f"the text has {int(self._starts[-1])} tokens, less than one row of {row_tokens}"
             raise UserError("E-DATA-EMPTY", what, where=store.where(0), hint="give more text or lower row_tokens")
 
     def row(self, k: int) -> list[Tokens]:
         """The pieces of documents in row k, together `row_tokens` tokens, all of them labels of what precedes them in
         the same piece. A piece that continues a document from another row starts afresh."""
-        epoch, index = divmod(k, self.per_epoch)
-        self._enter(epoch)
+        index = k - self._find(k)
         at, end = index * self.row_tokens, (index + 1) * self.row_tokens
         number = int(np.searchsorted(self._starts, at, side="right")) - 1
         pieces = []
@@ -70,10 +112,21 @@ class Rows:
             at, number = stop, number + 1
         return pieces
 
+    def _find(self, k: int) -> int:
+        """Enters the epoch of row k and gives its first row."""
+        while k >= self._ends[-1]:
+            self._enter(len(self._ends) - 1)
+        epoch = bisect_right(self._ends, k) - 1
+        self._enter(epoch)
+        return self._ends[epoch]
+
     def _enter(self, epoch: int) -> None:
-        if epoch != self._epoch:
-            self._epoch, self._documents = epoch, order(self.seed, epoch, len(self.store))
-            self._starts = np.concatenate([[0], np.cumsum(self.store.lengths[self._documents])])
+        if epoch == self._epoch:
+            return
+        self._epoch, self._documents = epoch, mixed(self.seed, epoch, self._mixture)
+        self._starts = np.concatenate([[0], np.cumsum(self.store.lengths[self._documents])])
+        if epoch == len(self._ends) - 1:
+            self._ends.append(self._ends[-1] + int(self._starts[-1]) // self.row_tokens)
 
 
 def micro_batches(documents: Sequence[Tokens], micro_tokens: int) -> list[list[int]]:

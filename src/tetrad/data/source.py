@@ -1,24 +1,28 @@
-"""Opens data files and gives their rows: txt (paragraphs), jsonl (one object a line), json (an array, or objects).
+"""Which files a setting names, and their lines: globs, gzip, datasets of a hub, weights, and parts of large files.
 
-Everything that could be wrong with a file has one error that names the file, the line and the way out. Lines end at
-LF or CRLF only, so that U+2028 and its kin stay inside their text. Compressed and tabular files are not read yet.
+Everything that could be wrong with a file has one error that names the file, the line and the way out. A file is looked
+at before it is opened, because opening a pipe would wait for ever, and memory stays within one line.
 """
 
 import glob
+import gzip
 import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, Self
 
+from tetrad.data import hub
 from tetrad.errors import UserError
 
 MAX_LINE_BYTES = 64 << 20
-MAX_JSON_BYTES = 512 << 20  # a .json file is held whole
-SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json")
+LINES = (".txt", ".jsonl", ".ndjson")  # formats that can be cut into parts at a line
+SUFFIXES = (*LINES, ".json", ".csv", ".tsv", ".parquet")
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\x89PNG": "a PNG picture",
@@ -30,240 +34,212 @@ _MAGIC = {
     b"%PDF": "PDF",
 }
 _CSV = re.compile(rb'^[^{}\[\]]*[\w"][,\t][\w"][^{}\[\]]*$')
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SCAN = 1 << 24
 
 
 @dataclass(slots=True)
 class Counts:
     """What became of the rows of one reading, so that nothing is lost in silence.
 
-    read: rows seen. kept: rows that came out. blank: blank lines. cut, dropped: over-long records. tied: comparisons
-    without an order. control_strings: places where user text spells a control token (it stays plain text).
+    read: rows seen; of them kept came out and refused were set aside. blank: blank lines. cut, dropped: over-long
+    records. tied: comparisons without an order. control_strings: places where user text spells a control token (it
+    stays plain text). long: over-long records that are refused, the longest and the first. forms: how each record was
+    read. unknown: fields that no form reads, each with its first place.
     """
 
     read: int = 0
     kept: int = 0
+    refused: int = 0
     blank: int = 0
     cut: int = 0
     dropped: int = 0
     tied: int = 0
     control_strings: int = 0
-    notes: list[str] = field(default_factory=list)
+    long: int = 0
+    longest: int = 0
+    first_long: str = ""
+    forms: Counter[str] = field(default_factory=Counter)
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: "Counts | Mapping[str, Any]") -> None:
+        """Adds another reading's figures, or those that a file of JSON kept."""
+        for name in (f.name for f in fields(self)):
+            mine, new = getattr(self, name), other[name] if isinstance(other, Mapping) else getattr(other, name)
+            if name == "longest":
+                self.longest = max(mine, new)
+            elif name == "first_long":
+                self.first_long = mine or new
+            elif name == "unknown":
+                self.unknown = {**new, **mine}
+            elif name == "forms":
+                self.forms += Counter(new)
+            else:
+                setattr(self, name, mine + new)
+
+    def told(self) -> dict[str, Any]:
+        """The figures as JSON."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "forms": dict(self.forms)}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know: forms that were recognised, and fields that are not read."""
+        found = []
+        if self.forms:
+            found.append("read as " + ", ".join(f"{form} ({n})" for form, n in self.forms.most_common()))
+        if self.unknown:
+            listed = ", ".join(f'"{name}" (first at {where})' for name, where in sorted(self.unknown.items()))
+            found.append(f"fields that are not read: {listed}")
+        return found
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of one setting. entry: the place in the setting that named each; weights: how often an epoch reads the
+    records of each place; rename: other names of fields, as {"question": "instruction"}."""
+
+    paths: tuple[Path, ...]
+    entry: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    rename: Mapping[str, str] = field(default_factory=dict)
+
+    def only(self, number: int) -> Self:
+        """The same with one of its files."""
+        return type(self)(self.paths[number : number + 1], rename=self.rename)
+
+    def mixture(self, where: Iterable[str]) -> tuple[tuple[int, float], ...]:
+        """(records, weight) of each run of records that share a weight. where: the places of the records, in order."""
+        if all(weight == 1 for weight in self.weights):
+            return ((sum(1 for _ in where), 1.0),)
+        entry_of = {str(p): e for p, e in zip(self.paths, self.entry, strict=True)}
+        found = Counter(entry_of[place.rpartition(":")[0]] for place in where)
+        return tuple((found[entry], self.weights[entry]) for entry in sorted(found))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes start to stop of a file (stop 0: to its end); `line` is the number of its first line."""
+
+    path: Path
+    start: int = 0
+    stop: int = 0
+    line: int = 1
 
 
 def files(patterns: Iterable[str | Path]) -> list[Path]:
-    """The files named, globs (`data/*.jsonl`, `**`) expanded in the order of their names.
+    """The files named, globs (`data/*.jsonl`, `**`) expanded in the order of their names, `hf://` names downloaded.
 
-    A name is taken literally where such a file exists. Errors: E-DATA-PATH, E-DATA-OVERLAP (a file named twice).
+    A name is taken literally where such a file exists. Errors: E-DATA-PATH, E-DATA-HUB, E-DATA-OVERLAP (named twice).
     """
-    found: list[Path] = []
-    for pattern in map(str, patterns):
-        if any(c in pattern for c in "*?[") and not os.path.lexists(pattern):
-            matches = sorted(glob.glob(pattern, recursive=True))
-            if not matches:
-                raise UserError("E-DATA-PATH", "no file matches", where=repr(pattern))
-            found += [Path(m) for m in matches if not os.path.isdir(m)]
-        else:
-            found.append(Path(pattern))
+    return list(sources(patterns).paths)
+
+
+def sources(
+    patterns: Iterable[str | Path], weights: Sequence[float] = (), rename: Mapping[str, str] | None = None
+) -> Sources:
+    """The same with each file's place in the setting, its weight, and other names of fields. weights: one a pattern."""
+    found: list[tuple[Path, int]] = []
+    given = list(map(str, patterns))
+    for number, pattern in enumerate(given):
+        found += [(path, number) for path in _matches(pattern)]
     seen: set[tuple[int, int]] = set()
-    for path in found:
-        status = _check_file(path)
+    for path, _ in found:
+        status = check_file(path)
         if (status.st_dev, status.st_ino) in seen:
             raise UserError("E-DATA-OVERLAP", "the same file is given twice", where=str(path), hint="name it once")
         seen.add((status.st_dev, status.st_ino))
+    weights = tuple(weights) or (1.0,) * len(given)
+    return Sources(tuple(p for p, _ in found), tuple(n for _, n in found), weights, dict(rename or {}))
+
+
+def _matches(pattern: str) -> list[Path]:
+    if pattern.startswith(hub.SCHEME):
+        return hub.fetch(pattern, SUFFIXES)
+    if not any(c in pattern for c in "*?[") or os.path.lexists(pattern):
+        return [Path(pattern)]
+    matches = [Path(m) for m in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(m)]
+    if not matches:
+        raise UserError("E-DATA-PATH", "no file matches", where=repr(pattern))
+    return matches
+
+
+def kind(path: Path) -> str:
+    """The ending that says how a file is read, `.gz` aside."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def spans(path: Path, size: int) -> list[Span]:
+    """Parts of about `size` bytes that can be read apart; a file whose parts can't be is one part.
+
+    A part ends at a line's end, of a txt file at a blank line. Errors: E-DATA-PATH.
+    """
+    total = check_file(path).st_size
+    if kind(path) not in LINES or path.suffix.lower() == ".gz" or total <= size:
+        return [Span(path)]
+    found: list[Span] = []
+    at, line = 0, 1
+    with path.open("rb") as file:
+        while at < total:
+            stop = _boundary(file, min(at + size, total), blank=kind(path) == ".txt")
+            found.append(Span(path, at, stop, line))
+            line += _newlines(file, at, stop) if stop < total else 0
+            at = stop
     return found
 
 
-def rows(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, JSON value) of each row of a .jsonl or .json file. Errors: E-DATA-*."""
-    _check_format(path)
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        raise UserError("E-DATA-FORMAT", "a txt file holds documents, not records", where=str(path), hint="use jsonl")
-    before, blank = counts.read, counts.blank
-    for where, value in _json_values(path) if suffix == ".json" else _json_lines(path, counts):
-        counts.read += 1
-        yield where, value
-    if counts.read == before:
-        _empty(path, counts.blank - blank)
-
-
-def paragraphs(path: Path, counts: Counts) -> Iterator[tuple[str, str]]:
-    """(`file:line`, text) of each paragraph of a txt file: lines up to a blank one, joined by LF."""
-    _check_format(path)
-    before, blank, first = counts.read, 0, 0
-    held: list[str] = []
-    for number, raw in _lines(path):
-        for part in _decode(raw, path, number).rstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n").split("\n"):
-            if part.strip():
-                first = first if held else number
-                held.append(part)
-                continue
-            blank += 1
-            if held:
-                counts.read += 1
-                yield f"{path}:{first}", "\n".join(held)
-                held = []
-    if held:
-        counts.read += 1
-        yield f"{path}:{first}", "\n".join(held)
-    if counts.read == before:
-        _empty(path, blank)
-
-
-def parse(text: str, where: str, *, ends_file: bool = False) -> Any:
-    """One JSON value, strictly: no duplicate keys, NaN, lone surrogates, comments or raw control characters.
-
-    ends_file: no newline follows, so that a half row may be told from a pretty-printed one.
-    """
-    try:
-        value = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        _syntax(error, where, ends_file)
-    except (ValueError, RecursionError) as error:
-        _not_a_value(error, where)
-    return _whole_text(value, text, where)
-
-
-class _Refused(ValueError):
-    """A JSON value that is legal for Python's parser and not here: (code, what)."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Refused("E-DATA-DUPKEY", f'the key "{twice}" stands twice in one object')
-    return value
-
-
-def _constant(name: str) -> NoReturn:
-    raise _Refused("E-DATA-NUMBER", f"{name} is not a number that can be learned from")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
-def _not_a_value(error: Exception, where: str) -> NoReturn:
-    if isinstance(error, _Refused):
-        raise UserError(error.args[0], error.args[1], where=where) from None
-    if isinstance(error, RecursionError):
-        raise UserError("E-DATA-SYNTAX", "brackets nest too deeply", where=where) from None
-    raise UserError("E-DATA-NUMBER", "a number has too many digits", where=where) from None
-
-
-def _whole_text(value: Any, text: str, where: str) -> Any:
-    """Refuses half of a surrogate pair: it cannot be written as UTF-8 nor turned into tokens."""
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError("E-DATA-ENCODING", "half of a surrogate pair (\\ud800 to \\udfff)", where=where) from None
-    return value
-
-
-def _syntax(error: json.JSONDecodeError, where: str, ends_file: bool) -> NoReturn:
-    """Says what people usually did when a row is not JSON."""
-    text, at = error.doc, error.pos
-    rest = text[at:].lstrip()
-    broken_off = not rest or error.msg.startswith("Unterminated string")
-    what, hint = f"not JSON: {error.msg} (column {error.colno})", "write one JSON object per line"
-    if rest.startswith(("//", "/*", "#")):
-        column = error.colno + len(text[at:]) - len(rest)
-        what, hint = "JSON has no comments", f"delete the comment that starts at column {column}"
-    elif rest.startswith("'"):
-        hint = "JSON needs double quotes"
-    elif error.msg == "Extra data" and "\r" in text:
-        what, hint = "1 line with 2 objects; CR line ends", "save the file with LF line ends"
-    elif error.msg == "Extra data":
-        what, hint = f"1 line with 2 values (the second at column {error.colno})", "write one row per line"
-    elif broken_off and ends_file:
-        what, hint = "file ends inside a row", "was the copy complete?"
-    elif broken_off:
-        what, hint = "the line ends inside an object", "write one row per line (or name a JSON array .json)"
-    elif "trailing comma" in error.msg or rest.startswith(("}", "]")):
-        hint = "delete the comma before the bracket"
-    elif "control character" in error.msg:
-        hint = 'write it as an escape ("\\t", "\\u0000")'
-    raise UserError("E-DATA-SYNTAX", what, where=where, hint=hint) from None
-
-
-def _json_lines(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
-    for number, raw in _lines(path):
-        if not raw.strip():
-            counts.blank += 1
-            continue
-        where, ends_file = f"{path}:{number}", not raw.endswith(b"\n")
-        value = parse(_decode(raw, path, number).strip(), where, ends_file=ends_file)
-        if isinstance(value, list):
-            hint = "name the file .json, or write one row per line"
-            raise UserError("E-DATA-SYNTAX", "a JSON array in a .jsonl file", where=where, hint=hint)
-        yield where, value
-
-
-def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """The elements of an array, or objects one after another, each with the line that it starts on."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        what, hint = f"over {MAX_JSON_BYTES >> 20} MiB of JSON in one piece", "write jsonl: it is read line by line"
-        raise UserError("E-DATA-HUGE", what, where=str(path), hint=hint)
-    text = "".join(_decode(raw, path, number) for number, raw in _lines(path))
-    at, line, counted = _skip(text, 0), 1, 0
-    inside = text[at : at + 1] == "["
-    at = _skip(text, at + 1) if inside else at
-    first = True
-    while inside or at < len(text):
-        if inside and first and text[at : at + 1] == "]":
+def _boundary(file: IO[bytes], at: int, *, blank: bool) -> int:
+    """The first place from `at` on where a part may end."""
+    file.seek(max(at - 1, 0))
+    raw = file.readline()
+    while blank and raw:
+        raw = file.readline()
+        if raw and not raw.strip():
             break
-        line, counted, first = line + text.count("\n", counted, at), at, False
-        where = f"{path}:{line}"
-        try:
-            value, end = _DECODER.raw_decode(text, at)
-            yield where, _whole_text(value, text[at:end], where)
-            at = _skip(text, end)
-            if inside and text[at : at + 1] == "]":
-                break
-            if inside and text[at : at + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-            at = _skip(text, at + 1) if inside else at
-        except json.JSONDecodeError as error:
-            _syntax(error, f"{path}:{error.lineno}", ends_file=True)
-        except (_Refused, ValueError, RecursionError) as error:
-            _not_a_value(error, where)
-    if inside and _skip(text, at + 1) < len(text):
-        _syntax(json.JSONDecodeError("Extra data", text, _skip(text, at + 1)), f"{path}:{line}", ends_file=True)
+    return file.tell()
 
 
-def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+def _newlines(file: IO[bytes], start: int, stop: int) -> int:
+    file.seek(start)
+    found = 0
+    while start < stop:
+        raw = file.read(min(_SCAN, stop - start))
+        if not raw:
+            break
+        found, start = found + raw.count(b"\n"), start + len(raw)
+    return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes with the line end) of each line; memory stays within one line."""
+def lines(span: Span) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes with the line end) of each line of a part. Errors: E-DATA-HUGE, E-DATA-PATH, E-DATA-FORMAT."""
+    path, number = span.path, span.line - 1
+    left = span.stop - span.start if span.stop else -1
     try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            file.seek(span.start)
+            while left and (raw := file.readline(MAX_LINE_BYTES + 1)):
+                number, left = number + 1, left - len(raw)
                 if len(raw) > MAX_LINE_BYTES:
                     what = f"a line of more than {MAX_LINE_BYTES >> 20} MiB"
                     raise UserError("E-DATA-HUGE", what, where=f"{path}:{number}", hint="split it into several records")
                 yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        what = f"the gzip file is damaged or cut off after line {number} ({error})"
+        raise UserError("E-DATA-FORMAT", what, where=str(path), hint="was the copy complete?") from None
     except OSError as error:
         raise UserError("E-DATA-PATH", f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
-def _decode(raw: bytes, path: Path, number: int) -> str:
+def decode(raw: bytes, where: str) -> str:
+    """UTF-8 text of a line. Errors: E-DATA-ENCODING with the byte."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         what = f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
-        raise UserError("E-DATA-ENCODING", what, where=f"{path}:{number}", hint="save the file as UTF-8") from None
+        raise UserError("E-DATA-ENCODING", what, where=where, hint="save the file as UTF-8") from None
 
 
-def _check_file(path: Path) -> os.stat_result:
-    """A regular file that may be read; asks before opening, because opening a FIFO would wait for ever."""
+def check_file(path: Path) -> os.stat_result:
+    """A regular file that may be read. Errors: E-DATA-PATH."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -278,35 +254,52 @@ def _check_file(path: Path) -> os.stat_result:
     return status
 
 
-def _check_format(path: Path) -> None:
-    """Looks at the name and the first bytes, so that a wrong kind of file is called by its name."""
-    _check_file(path)
-    with path.open("rb") as file:
-        head = file.read(4096)
+def check_format(path: Path) -> None:
+    """Looks at the name and the first bytes, so that a wrong kind of file is called by its name. Errors: E-DATA-*."""
+    check_file(path)
+    head = _head(path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[1:2] == b"\0" or head[:1] == b"\0":
         raise UserError("E-DATA-ENCODING", "this is UTF-16", where=str(path), hint="save as UTF-8")
-    kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
-    if not kind and path.suffix.lower() not in SUFFIXES:
-        kind = f"a file of the kind {path.suffix!r}" if path.suffix else "a file without an ending"
-    if not kind and path.suffix.lower() != ".txt":
-        first = head.lstrip().partition(b"\n")[0].strip()
-        if first.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-            kind = "HTML"
-        elif first[:1] not in b"'/#" and _CSV.match(first) and not _is_json(first):
-            kind = "CSV"
-    if kind:
-        hint = "convert it to jsonl (one object per line), .json or .txt"
-        raise UserError("E-DATA-FORMAT", f"this is {kind}", where=str(path), hint=hint)
+    found = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+    if kind(path) == ".parquet":
+        found = "" if found == "parquet" else found or "not parquet"
+    if not found and kind(path) not in SUFFIXES:
+        found = f"a file of the kind {path.suffix!r}" if path.suffix else "a file without an ending"
+    if not found and kind(path) not in (".txt", ".parquet"):
+        found = _other_text(head, table=kind(path) in (".csv", ".tsv"))
+    if found:
+        hint = f"name it {path.name}.gz" if found == "gzip" else f"give it its own ending ({' '.join(SUFFIXES)})"
+        raise UserError("E-DATA-FORMAT", f"this is {found}", where=str(path), hint=hint)
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file, of a gzip file those inside."""
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            return file.read(4096)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError("E-DATA-FORMAT", f"this is no gzip file ({error})", where=str(path)) from None
+    except OSError as error:
+        raise UserError("E-DATA-PATH", f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def _other_text(head: bytes, *, table: bool) -> str:
+    """What a text file is that should hold records; empty where it may hold them."""
+    first = head.lstrip().partition(b"\n")[0].strip()
+    if first.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "HTML"
+    return "CSV" if not table and first[:1] not in b"'/#" and _CSV.match(first) and not _is_json(first) else ""
 
 
 def _is_json(raw: bytes) -> bool:
     try:
         json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
-def _empty(path: Path, blank: int) -> NoReturn:
+def empty(path: Path, blank: int) -> NoReturn:
+    """Errors: E-DATA-EMPTY."""
     seen = f" ({blank} blank lines seen)" if blank else ""
     raise UserError("E-DATA-EMPTY", f"no rows{seen}", where=str(path))

@@ -1,13 +1,21 @@
 """What the pipeline hands to a stage."""
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from tetrad.data import source
 from tetrad.engine.console import Console
 from tetrad.settings.recipe import Recipe
 from tetrad.storage import Json
+
+
+def renamed(pairs: Iterable[str]) -> dict[str, str]:
+    """Other names of fields by lower-case name: "question=Instruction" as {"question": "instruction"}."""
+    split = (pair.partition("=") for pair in pairs)
+    return {other.strip().lower(): name.strip().lower() for other, _, name in split}
 
 
 @dataclass(frozen=True)
@@ -26,9 +34,19 @@ class StageContext:
     lineage: Mapping[str, Json]
     console: Console
 
-    def files(self, patterns: Iterable[str]) -> list[Path]:
+    def files(self, patterns: Iterable[str], weights: Sequence[float] = ()) -> source.Sources:
         """The files that a setting names, globs expanded. Raises UserError E-DATA-PATH."""
-        return source.files(patterns)
+        return source.sources(patterns, weights, renamed(self.recipe.data.rename))
+
+    def digests(self, name: str) -> list[str]:
+        """The sha256 of each file of a setting, as its stage's key has them."""
+        data = cast(Mapping[str, list[Mapping[str, str]]], self.lineage["data"])
+        return [item["sha256"] for item in data[name]]
+
+    @property
+    def workers(self) -> int:
+        """Processes that may tokenise."""
+        return self.recipe.run.workers or len(os.sched_getaffinity(0))
 
     def cache(self, name: str) -> Path:
         """A folder for what can be made again; its maker checks that it is still right."""

@@ -6,7 +6,6 @@ is flat, in the order of rows and tokens, and `spread` puts it in place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
-from tetrad.data.records import read_prompts
+from tetrad.data.records import Paths, read_prompts
 from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize
 from tetrad.engine.device import Device
@@ -111,7 +110,7 @@ def read_values(critic: ScalarModel, rollout: Rollout, micro_tokens: int, device
 
 
 def read_questions(
-    paths: Sequence[Path], form: Template, tokenizer: Tokenizer, counts: Counts, limit: int, room: int
+    paths: Paths, form: Template, tokenizer: Tokenizer, counts: Counts, limit: int, room: int
 ) -> list[Question]:
     """The prompts of record files. limit: the model's positions; room: tokens that the reply needs.
 

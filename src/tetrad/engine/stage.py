@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +11,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tetrad.data.source import Counts
-from tetrad.data.tokens import TokenStore
 from tetrad.engine import mesh
 from tetrad.engine.batches import mean_nll
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
+from tetrad.engine.prepare import Prepared
 from tetrad.engine.runs import Run, Stateful, open_run
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig
@@ -139,11 +139,6 @@ def figures_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads(manifest.read_bytes()).get("figures", {})) if manifest.is_file() else {}
 
 
-def first_parent(ctx: StageContext, *roles: str) -> Path:
-    """The folder of the first of these roles that the recipe has."""
-    return next(ctx.parents[role] for role in roles if role in ctx.parents)
-
-
 def read_policy(folder: Path, tokenizer: Tokenizer, form: Template) -> CausalLM:
     """The model that answers; its replies end at the template's end token too."""
     model = read_causal(folder)
@@ -163,13 +158,14 @@ def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="train it from this recipe's SFT model")
 
 
-def token_store(ctx: StageContext, stream: Iterable[Tokens]) -> TokenStore:
-    """The stage's token store: written by one rank, opened by all."""
-    folder = ctx.cache(ctx.folder.name)
+def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Prepared:
+    """The stage's tokens: made by one rank, opened by all."""
     if mesh.is_main():
-        TokenStore.build(folder, stream, ctx.key)
+        make(ctx)
     mesh.wait()
-    return TokenStore.build(folder, stream, ctx.key)
+    found = make(ctx)
+    report_counts(ctx, found.counts, len(found.store))
+    return found
 
 
 def template_for(ctx: StageContext, folder: Path) -> Template:
@@ -201,9 +197,7 @@ def held_out_figures(
 
 def report_counts(ctx: StageContext, counts: Counts, kept: int, which: str = "") -> None:
     """Says what was read and what became of it; nothing is dropped or cut in silence."""
-    said = (
-        [f"{counts.read} {which}records read", f"{kept} kept"] if counts.read else [f"{kept} records, tokenised before"]
-    )
+    said = [f"{counts.read} {which}records read", f"{kept} kept"]
     said += [f"{n} {name}" for name in ("blank", "cut", "dropped", "tied") if (n := getattr(counts, name))]
     ctx.console.say(f"{ctx.folder.name:<10} {', '.join(said)}")
     for note in counts.notes:

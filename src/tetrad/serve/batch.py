@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from tetrad.data.records import read_prompts
-from tetrad.data.source import Counts, files, rows
+from tetrad.data.rows import rows
+from tetrad.data.source import Counts, files
 from tetrad.engine.console import Console
 from tetrad.engine.rollout import Question, read_questions
 from tetrad.errors import UserError
@@ -125,7 +126,7 @@ def _with_replies(
 
 def _records(paths: Iterable[Path]) -> list[Fields]:
     """The records of files that were read once, field by field as they stand there."""
-    return [value for path in paths for _, value in rows(path, Counts())]
+    return [row.read() for path in paths for row in rows(path, Counts())]
 
 
 def _extended(record: Fields, new: Fields) -> Fields:

@@ -27,6 +27,8 @@ Rate = Annotated[float, Gt(0), Le(1)]
 Below1 = Annotated[float, Ge(0), Lt(1)]
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
+Weights = tuple[NotNegative, ...]
+"""One number for each file or pattern beside it; empty means that all count the same."""
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Files = Annotated[tuple[str, ...], FILES]
 """Paths, globs allowed, from the recipe's folder; the content of the files is part of a stage's key."""
@@ -48,7 +50,8 @@ def unkeyed(default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Knob:
-    """One setting. kind: truth | whole | number | text | choice | list | numbers; mark: files, functions or empty."""
+    """One setting. kind: truth | whole | number | text | choice | list | numbers | series. mark: files, functions or
+    empty."""
 
     name: str
     default: Any
@@ -77,6 +80,7 @@ class Knob:
             "text": "text",
             "list": "a list of text",
             "numbers": "two numbers, the lowest and the highest",
+            "series": "a list of numbers, each at least 0",
         }[self.kind]
         return f"{noun}, {self.limits}" if self.limits else noun
 
@@ -120,6 +124,8 @@ def _kind(hint: Any) -> str:
     simple = {bool: "truth", int: "whole", float: "number", str: "text"}
     if hint in simple:
         return simple[hint]
+    if get_origin(hint) is tuple and get_args(hint)[0] is not str:
+        return "series"
     kinds = {Literal: "choice", tuple: "list", UnionType: "numbers"}
     return kinds[get_origin(hint)]
 

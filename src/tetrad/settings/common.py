@@ -19,6 +19,8 @@ class Run:
     """On a GPU: only kernels that repeat bit for bit (slower). A CPU always repeats."""
     threads: Whole = unkeyed(0)
     """CPU threads; 0 leaves the choice to torch."""
+    workers: Whole = unkeyed(0)
+    """Processes that read and tokenise; 0 is one a core."""
     micro_tokens: Count = unkeyed(4096)
     """Tokens of one forward and backward: memory and speed; results differ by rounding (and by dropout's masks)."""
     save_every: Whole = unkeyed(0)
@@ -29,6 +31,14 @@ class Run:
     """Steps between lines on a log (metrics.jsonl holds every step)."""
     grace: NotNegative = unkeyed(60.0)
     """Seconds that a PPO iteration may still take after SIGTERM."""
+
+
+@settings
+class Data:
+    """How records are read, in every stage."""
+
+    rename: tuple[str, ...] = ()
+    """Other names of fields, as ["question=Instruction", "answer=Output"]."""
 
 
 @settings

@@ -2,7 +2,19 @@
 
 from typing import Literal
 
-from tetrad.settings.base import Count, Files, Functions, NotNegative, Positive, Rate, Share, Whole, settings, unkeyed
+from tetrad.settings.base import (
+    Count,
+    Files,
+    Functions,
+    NotNegative,
+    Positive,
+    Rate,
+    Share,
+    Weights,
+    Whole,
+    settings,
+    unkeyed,
+)
 
 
 @settings
@@ -11,6 +23,8 @@ class Ppo:
 
     prompts: Files = ()
     """Files of prompts; SFT and RM files are legal, their answers are ignored."""
+    weights: Weights = ()
+    """How often an epoch reads the records of each entry of `prompts`, as [1, 0.5]; empty reads all once."""
     rewards: Functions = ()
     """Python functions `file.py:name` as the reward instead of the reward model; their sum."""
     critic: Literal["reward", "actor"] = "reward"

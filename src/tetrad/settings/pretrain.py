@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from tetrad.settings.base import Count, Files, Rate, Share, Whole, settings
+from tetrad.settings.base import Count, Files, Rate, Share, Weights, Whole, settings
 
 
 @settings
@@ -11,6 +11,8 @@ class Pretrain:
 
     text: Files = ()
     """Files of documents: txt (one a paragraph between blank lines) or jsonl with `text`."""
+    weights: Weights = ()
+    """How often an epoch reads the records of each entry of `text`, as [1, 0.5]; empty reads all once."""
     held_out: Files = ()
     """Documents for the held-out perplexity; never trained on."""
     tokens: Whole = 0

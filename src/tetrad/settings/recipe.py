@@ -1,7 +1,7 @@
 """A recipe: the settings of all stages, joined. Reading and writing the file is `tetrad.recipe`'s."""
 
 from tetrad.settings.base import Seed, settings
-from tetrad.settings.common import Optim, Run, Sampling
+from tetrad.settings.common import Data, Optim, Run, Sampling
 from tetrad.settings.evaluate import Evaluate
 from tetrad.settings.model import Model
 from tetrad.settings.ppo import Ppo
@@ -26,6 +26,7 @@ class Recipe:
     reward: Reward = Reward()
     ppo: Ppo = Ppo()
     evaluate: Evaluate = Evaluate()
+    data: Data = Data()
     run: Run = Run()
     optim: Optim = Optim()
     sampling: Sampling = Sampling()

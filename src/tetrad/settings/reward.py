@@ -11,6 +11,7 @@ from tetrad.settings.base import (
     Positive,
     Rate,
     Share,
+    Weights,
     Whole,
     settings,
 )
@@ -22,6 +23,8 @@ class Reward:
 
     data: Files = ()
     """Files of comparisons and scores."""
+    weights: Weights = ()
+    """How often an epoch reads the records of each entry of `data`, as [1, 0.5]; empty reads all once."""
     held_out: Files = ()
     """Records for the temperature, the prompts of the normalisation, and the report; never trained on."""
     test: Files = ()

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from tetrad.settings.base import Count, Files, Positive, Rate, Share, Whole, settings
+from tetrad.settings.base import Count, Files, Positive, Rate, Share, Weights, Whole, settings
 
 
 @settings
@@ -11,6 +11,8 @@ class Sft:
 
     data: Files = ()
     """Files of Instruction, messages or prompt/completion records."""
+    weights: Weights = ()
+    """How often an epoch reads the records of each entry of `data`, as [1, 0.5]; empty reads all once."""
     held_out: Files = ()
     """Records for the held-out loss; never trained on."""
     template: Literal["instruction", "chatml"] = "instruction"

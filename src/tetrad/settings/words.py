@@ -14,6 +14,8 @@ from tetrad.errors import UserError
 from tetrad.settings.base import Knob, knobs, tables
 from tetrad.settings.names import shown, unknown
 
+_MANY = ("list", "numbers", "series")
+
 
 def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], dict[str, Any], dict[str, str]]:
     """Words that are no flag or its value, in order; values by dotted name; and the flag that gave each value.
@@ -69,7 +71,7 @@ def _take(knob: Knob, rest: list[str], negated: bool) -> list[str]:
         return [rest.pop(0)] if rest and not negated and rest[0] in ("true", "false") else []
     while rest and not rest[0].startswith("--"):
         taken.append(rest.pop(0))
-        if knob.kind not in ("list", "numbers") or taken[0].startswith("["):
+        if knob.kind not in _MANY or taken[0].startswith("["):
             break
     return taken
 
@@ -79,7 +81,7 @@ def _value(knob: Knob, given: Sequence[str], flag: str, negated: bool) -> Any:
         return not negated if not given else {"true": True, "false": False}.get(given[0], given[0])
     if not given and knob.kind != "list":
         raise UserError("E-CONF-MISSING", f"{flag} has no value.", where=flag, hint=f"give it {knob.wanted}")
-    if given and given[0].startswith("[") and knob.kind in ("list", "numbers"):
+    if given and given[0].startswith("[") and knob.kind in _MANY:
         try:
             return tomllib.loads("value = " + given[0])["value"]
         except tomllib.TOMLDecodeError:
@@ -88,7 +90,7 @@ def _value(knob: Knob, given: Sequence[str], flag: str, negated: bool) -> Any:
     if knob.kind in ("text", "choice"):
         return given[0]
     items = [_number(word) if knob.kind != "list" else word for word in given]
-    return items if knob.kind in ("list", "numbers") else items[0]
+    return items if knob.kind in _MANY else items[0]
 
 
 def _number(word: str) -> Any:

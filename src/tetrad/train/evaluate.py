@@ -23,9 +23,10 @@ from tetrad.engine.batches import reply_logprobs
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
 from tetrad.engine.metrics import reply_figures
+from tetrad.engine.prepare import first_parent
 from tetrad.engine.rollout import Question, Rollout, read_questions, roll_out
 from tetrad.engine.scoring import Reward, Sample, python_function, trained
-from tetrad.engine.stage import POLICY, figures_of, first_parent, frozen, read_policy, require_tokenizer, template_for
+from tetrad.engine.stage import POLICY, figures_of, frozen, read_policy, require_tokenizer, template_for
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import read_causal, read_scalar
 from tetrad.objectives.calibration import bootstrap_interval

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tetrad.data.loader import batch_indices, micro_batches
+from tetrad.data.loader import Mixture, batch_indices, micro_batches
 from tetrad.data.pack import pack
 from tetrad.data.source import Counts
 from tetrad.engine import mesh
@@ -23,13 +23,13 @@ from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
 from tetrad.engine.metrics import reply_figures
 from tetrad.engine.optim import Optimizer, lr_factor
+from tetrad.engine.prepare import first_parent
 from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questions, read_values, roll_out
 from tetrad.engine.scoring import Reward, python_function, trained
 from tetrad.engine.stage import (
     POLICY,
     Weights,
     finish,
-    first_parent,
     frozen,
     read_policy,
     report_counts,
@@ -58,7 +58,7 @@ def run(ctx: StageContext) -> None:
         raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {mesh.size()}")
     tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
     four = four_models(ctx, tokenizer, device)
-    questions = questions_of(ctx, four.actor, tokenizer)
+    questions, mixture = questions_of(ctx, four.actor, tokenizer)
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=ctx.recipe.sampling.slots)
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
     with (
@@ -66,7 +66,7 @@ def run(ctx: StageContext) -> None:
         ctx.console.progress("ppo", s.steps, stage.step) as bar,
     ):
         for step in stage.steps():
-            asked = [questions[i] for i in mesh.share(batch_indices(seed, len(questions), s.batch, step).tolist())]
+            asked = [questions[i] for i in mesh.share(batch_indices(seed, mixture, s.batch, step).tolist())]
             numbers = mesh.share(range(s.batch))
             rollout = roll_out(four.actor, asked, numbers, (seed, "rollout", step), sampling, tokenizer, device)
             scores = torch.tensor(four.reward(rollout.samples), dtype=torch.float32)
@@ -183,13 +183,15 @@ def reward_of(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Reward
     return trained(read_scalar(folder).requires_grad_(False).to(device.place), device, ctx.recipe.run.micro_tokens)
 
 
-def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> list[Question]:
+def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tuple[list[Question], Mixture]:
+    """The prompts, and how often each is asked."""
     s, counts = ctx.recipe.ppo, Counts()
     form = template_for(ctx, first_parent(ctx, *POLICY))
     limit = min(s.max_prompt + s.max_new if s.max_prompt else math.inf, actor.config.max_positions)
-    questions = read_questions(ctx.files(s.prompts), form, tokenizer, counts, int(limit), s.max_new)
+    given = ctx.files(s.prompts, s.weights)
+    questions = read_questions(given, form, tokenizer, counts, int(limit), s.max_new)
     report_counts(ctx, counts, len(questions))
-    return questions
+    return questions, given.mixture(question.prompt.where for question in questions)
 
 
 def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, beta: float) -> Tensor:

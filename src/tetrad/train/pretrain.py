@@ -8,14 +8,14 @@ import math
 
 from tetrad.data.loader import Rows
 from tetrad.data.records import read_documents
-from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize_documents
 from tetrad.engine import mesh
 from tetrad.engine.batches import language_micros
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import choose
 from tetrad.engine.optim import Optimizer, lr_factor
-from tetrad.engine.stage import Weights, finish, first_parent, held_out_figures, report_counts, start, token_store
+from tetrad.engine.prepare import documents
+from tetrad.engine.stage import Weights, finish, held_out_figures, prepared, start
 from tetrad.engine.update import language_terms, update
 from tetrad.model.config import DecoderConfig
 from tetrad.model.decoder import CausalLM, initialise
@@ -28,12 +28,9 @@ from tetrad.types import Tokens
 def run(ctx: StageContext) -> None:
     s, micro_tokens = ctx.recipe.pretrain, ctx.recipe.run.micro_tokens
     device = choose(ctx.recipe.run)
-    tokenizer = Tokenizer.load(first_parent(ctx, "tokenizer", "base"))
-    counts = Counts()
-    documents = tokenize_documents(tokenizer, read_documents(ctx.files(s.text), counts), counts)
-    store = token_store(ctx, documents)
-    report_counts(ctx, counts, len(store))
-    rows = Rows(store, s.row_tokens, ctx.recipe.seed)
+    found = prepared(ctx, documents)
+    tokenizer = found.tokenizer
+    rows = Rows(found.store, s.row_tokens, ctx.recipe.seed, found.mixture)
     batch = s.batch_tokens // s.row_tokens
     steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.row_tokens) / s.batch_tokens))
     model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
@@ -81,9 +78,9 @@ def _new_model(ctx: StageContext, tokenizer: Tokenizer) -> CausalLM:
 def _held_out(ctx: StageContext, tokenizer: Tokenizer) -> list[Tokens]:
     """The held-out documents in pieces of a row at most: longer contexts were never trained."""
     s = ctx.recipe.pretrain
-    documents = tokenize_documents(tokenizer, read_documents(ctx.files(s.held_out)))
+    held_out = tokenize_documents(tokenizer, read_documents(ctx.files(s.held_out)))
     return [
         Tokens(tokens.ids[at : at + s.row_tokens], tokens.train[at : at + s.row_tokens], tokens.where)
-        for tokens in documents
+        for tokens in held_out
         for at in range(0, len(tokens.ids), s.row_tokens)
     ]

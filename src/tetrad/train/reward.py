@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tetrad.data.loader import batch_indices, order, steps_for
+from tetrad.data.loader import batch_indices, epoch_size, order, steps_for
 from tetrad.data.records import answers, read_preferences, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize
@@ -24,6 +24,7 @@ from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
 from tetrad.engine.optim import Optimizer, lr_factor
 from tetrad.engine.preferences import Examples, Judgements, Pairs, preference_micros
+from tetrad.engine.prepare import first_parent
 from tetrad.engine.rollout import read_questions, roll_out
 from tetrad.engine.scoring import Reward as RewardFunction
 from tetrad.engine.scoring import python_function, score_tokens, trained
@@ -31,7 +32,6 @@ from tetrad.engine.stage import (
     POLICY,
     Weights,
     finish,
-    first_parent,
     frozen,
     read_policy,
     report_counts,
@@ -81,12 +81,13 @@ def run(ctx: StageContext) -> None:
     latent = Latent(model, learn_rho=len(kinds) > 1).to(device.place)
     model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
     optimizer = Optimizer(latent, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
-    steps = steps_for(len(examples.records), s.batch, s.epochs)
+    mixture = ctx.files(s.data, s.weights).mixture(record.where for record in examples.records)
+    steps = steps_for(epoch_size(mixture), s.batch, s.epochs)
     terms = preference_terms(s)
     with start(ctx, device, steps, {"model": Weights(latent), "optimizer": optimizer}) as stage:
         with ctx.console.progress("reward", steps, stage.step) as bar:
             for step in stage.steps():
-                wanted = mesh.share(batch_indices(seed, len(examples.records), s.batch, step).tolist())
+                wanted = mesh.share(batch_indices(seed, mixture, s.batch, step).tolist())
                 records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
                 micros = preference_micros(records, documents, micro_tokens, mean, std, device)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)

@@ -1,5 +1,7 @@
 """The tokenizer's stage: a byte-level BPE learned from text."""
 
+from itertools import islice
+
 from tetrad.data.records import read_documents
 from tetrad.data.source import Counts
 from tetrad.engine import mesh
@@ -8,20 +10,18 @@ from tetrad.engine.device import choose
 from tetrad.engine.stage import report_counts, start
 from tetrad.text.bpe import learn, report
 
+REPORTED = 20_000  # documents on which the tokenizer's fit is measured
+
 
 def run(ctx: StageContext) -> None:
     s = ctx.recipe.tokenizer
     with start(ctx, choose(ctx.recipe.run), 0, {}) as stage:
         counts = Counts()
-        texts, size = [], 0
-        for document in read_documents(ctx.files(s.text), counts):
-            size += len(document.text.encode())
-            if s.max_bytes and size > s.max_bytes:
-                break
-            texts.append(document.text)
-        report_counts(ctx, counts, len(texts))
-        tokenizer = learn(texts, s.vocab_size, s.min_frequency)
-        fit = report(tokenizer, texts)
+        given = ctx.files(s.text)
+        texts = (document.text for document in read_documents(given, counts))
+        tokenizer = learn(texts, s.vocab_size, s.min_frequency, s.max_bytes)
+        report_counts(ctx, counts, counts.kept)
+        fit = report(tokenizer, islice((document.text for document in read_documents(given)), REPORTED))
         figures = {"characters_per_token": fit.characters_per_token, "single_token_han_share": fit.single_han}
         ctx.console.say(f"tokenizer  {tokenizer.size} tokens, {fit.characters_per_token:.2f} characters a token")
         stage.finish(tokenizer.files(), {"key": ctx.key, "figures": figures, "lineage": dict(ctx.lineage)})

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrad.data.loader import Rows, batch_indices, micro_batches, order, steps_for
-from tetrad.data.tokens import TokenStore
+from tetrad.data.loader import Rows, batch_indices, epoch_size, micro_batches, mixed, order, steps_for, whole
+from tetrad.data.source import Counts
+from tetrad.data.store import TokenStore, write_part
 from tetrad.errors import UserError
 from tetrad.types import Tokens
 
@@ -17,7 +18,7 @@ SEEDS = st.integers(0, 2**32)
 
 @given(SEEDS, st.integers(1, 40), st.integers(1, 60), st.integers(1, 30))
 def test_each_epoch_reads_each_record_once(seed, n, batch, steps):
-    stream = np.concatenate([batch_indices(seed, n, batch, step) for step in range(steps)])
+    stream = np.concatenate([batch_indices(seed, whole(n), batch, step) for step in range(steps)])
     assert len(stream) == steps * batch
     for epoch in range(len(stream) // n):
         part = stream[epoch * n : (epoch + 1) * n]
@@ -29,9 +30,9 @@ def test_each_epoch_reads_each_record_once(seed, n, batch, steps):
 
 @given(SEEDS, st.integers(1, 40), st.integers(1, 20), st.integers(0, 50))
 def test_a_step_needs_no_other_step(seed, n, batch, step):
-    straight = [batch_indices(seed, n, batch, s).tolist() for s in range(step + 1)][-1]
+    straight = [batch_indices(seed, whole(n), batch, s).tolist() for s in range(step + 1)][-1]
     order.cache_clear()
-    assert batch_indices(seed, n, batch, step).tolist() == straight
+    assert batch_indices(seed, whole(n), batch, step).tolist() == straight
 
 
 def test_order_depends_on_seed_and_epoch_and_stays_as_it_is():
@@ -45,7 +46,7 @@ def test_order_depends_on_seed_and_epoch_and_stays_as_it_is():
 def test_order_is_that_of_every_release():
     """Changing this changes every run that is resumed."""
     assert order(0, 0, 10).tolist() == [3, 1, 8, 4, 5, 2, 7, 0, 6, 9]
-    assert batch_indices(7, 5, 3, 1).tolist() == [2, 1, 3]
+    assert batch_indices(7, whole(5), 3, 1).tolist() == [2, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,9 @@ def store(tmp_path_factory):
         Tokens(np.arange(n, dtype=np.int32) + 100 * i, np.arange(n) % 2 == 0, f"f:{i + 1}")
         for i, n in enumerate(lengths)
     ]
-    return TokenStore.build(tmp_path_factory.mktemp("rows") / "t", documents, "k")
+    folder = tmp_path_factory.mktemp("rows") / "t"
+    write_part(folder, documents, Counts())
+    return TokenStore([folder])
 
 
 @pytest.mark.parametrize("row_tokens", [1, 4, 7, 32, 189])
@@ -98,6 +101,45 @@ def test_any_row_on_its_own(store, wanted):
 def test_too_little_text_for_a_row(store):
     with pytest.raises(UserError, match=rf"E-DATA-EMPTY.*{store.total} tokens, less than one row of 10000"):
         Rows(store, 10_000, seed=0)
+
+
+MIXTURES = st.lists(
+    st.tuples(st.integers(1, 12), st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 2.5])), min_size=1, max_size=4
+)
+
+
+@given(SEEDS, MIXTURES.filter(epoch_size), st.integers(0, 5))
+def test_a_mixture_reads_each_run_as_often_as_its_weight_says(seed, runs, epoch):
+    mixture = tuple(runs)
+    found = mixed(seed, epoch, mixture)
+    assert len(found) == epoch_size(mixture)
+    first = 0
+    for n, weight in mixture:
+        times = np.bincount(found[(found >= first) & (found < first + n)] - first, minlength=n)
+        assert times.sum() == round(n * weight)
+        assert times.max() - times.min() <= 2  # one more where a share ends one permutation and begins the next
+        first += n
+    steps = [batch_indices(seed, mixture, 3, step) for step in range(5)]
+    laid = np.concatenate([mixed(seed, e, mixture) for e in range(16)])
+    assert np.concatenate(steps).tolist() == laid[:15].tolist()
+
+
+def test_a_share_changes_from_epoch_to_epoch_until_all_were_read():
+    mixture = ((8, 0.25), (3, 1.0))
+    epochs = [set(mixed(0, epoch, mixture).tolist()) - {8, 9, 10} for epoch in range(4)]
+    assert all(len(epoch) == 2 for epoch in epochs) and set().union(*epochs) == set(range(8))
+    assert mixed(5, 2, ((4, 1.0), (6, 1.0))).tolist() == order(5, 2, 10).tolist()
+
+
+def test_rows_of_a_mixture(store):
+    half = (len(store) // 2, 0.5), (len(store) - len(store) // 2, 2.0)
+    rows = Rows(store, 7, seed=1, mixture=half)
+    lengths = [int(store.lengths[mixed(1, epoch, half)].sum()) // 7 for epoch in range(3)]
+    assert rows.per_epoch == lengths[0]
+    for epoch in range(3):
+        stream = np.concatenate([store[int(i)].ids for i in mixed(1, epoch, half)])
+        found = [rows.row(sum(lengths[:epoch]) + k) for k in range(lengths[epoch])]
+        assert np.concatenate([p.ids for row in found for p in row]).tolist() == stream[: lengths[epoch] * 7].tolist()
 
 
 @given(st.lists(st.integers(1, 12), max_size=20), st.integers(1, 15))

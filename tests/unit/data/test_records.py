@@ -13,7 +13,7 @@ from tetrad.data.records import (
     read_prompts,
     refuse_overlap,
 )
-from tetrad.data.source import Counts
+from tetrad.data.source import Counts, sources
 from tetrad.errors import UserError
 from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
 
@@ -108,7 +108,98 @@ PROMPTS = [
 def test_prompts_of_any_file(write, record, turns):
     counts = Counts()
     assert strip(read_prompts(write(record), counts)) == [turns]
-    assert counts.notes == []
+    assert counts.unknown == {}
+
+
+SHARE = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+SAID = (Turn("user", "a"), Turn("assistant", "b"))
+SYSTEM = Turn("system", "be kind")
+DIALECTS = [
+    ("sharegpt conversations", {"conversations": SHARE}, SAID),
+    ("sharegpt conversations", {"system": "be kind", "conversations": SHARE}, (SYSTEM, *SAID)),
+    ("sharegpt conversations", {"conversations": [{"from": "system", "value": "be kind"}, *SHARE]}, (SYSTEM, *SAID)),
+    (
+        "alpaca with system or history",
+        {"instruction": "c", "input": "d", "output": "e", "system": "be kind", "history": [["a", "b"]]},
+        (SYSTEM, *SAID, Turn("user", "c\nd"), Turn("assistant", "e")),
+    ),
+    ("instruction and output", {"instruction": "c", "input": "", "output": "e", "system": "", "history": []}, None),
+    (
+        "prompt and completion",
+        {
+            "prompt": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        },
+        (SYSTEM, *SAID),
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "record", "turns"), DIALECTS)
+def test_dialects_are_recognised_and_said(write, form, record, turns):
+    counts = Counts()
+    (found,) = read_conversations(write(record), counts)
+    assert found.turns == (turns or (Turn("instruction", "c"), Turn("input", ""), Turn("assistant", "e")))
+    assert counts.forms == {form: 1} and counts.unknown == {} and counts.notes == [f"read as {form} (1)"]
+
+
+def talk(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": talk("a"), "chosen": talk("", "x")[1:], "rejected": talk("", "y")[1:]},
+        {"chosen": talk("a", "x"), "rejected": talk("a", "y")},
+        {"prompt": "a", "chosen": talk("a", "x"), "rejected": talk("a", "y")},
+        {
+            "conversations": SHARE[:1],
+            "chosen": {"from": "gpt", "value": "x"},
+            "rejected": {"from": "gpt", "value": "y"},
+        },
+        {"messages": talk("a"), "choices": [{"text": "y", "rank": 2}, {"text": "x", "rank": 1}]},
+    ],
+)
+def test_preferences_as_conversations(write, record):
+    (found,) = read_preferences(write(record))
+    assert found.prompt.turns == (Turn("user", "a"),)
+    assert dict(zip(found.answers, found.ranks, strict=True)) == {"x": 1, "y": 2}
+
+
+def test_pairs_of_different_conversations(write):
+    for record in (
+        {"chosen": talk("a", "x"), "rejected": talk("b", "y")},
+        {"chosen": talk("a", "x", "c"), "rejected": talk("a", "x", "d")},
+        {"prompt": "a", "chosen": talk("a", "x", "c", "d"), "rejected": "y"},
+    ):
+        with pytest.raises(UserError, match="E-DATA-CHAT"):
+            read_preferences(write(record))
+
+
+def test_fields_of_other_names(write):
+    given = sources(write({"Question": "hello", "ANSWER": "x"}), rename={"question": "instruction", "answer": "output"})
+    (found,) = read_conversations(given)
+    assert found.turns == (*ALONE, Turn("assistant", "x"))
+    with pytest.raises(UserError, match=r'E-DATA-DUPKEY.*"output" stands twice.*two names'):
+        list(read_conversations(sources(write({"answer": "x", "output": "y"}), rename={"answer": "output"})))
+
+
+def test_bad_rows_can_be_set_aside(write):
+    counts, aside = Counts(), []
+    bad = ['{"instruction": 5, "output": "x"}\n', "{'a': 1}\n", "\n"]
+    paths = write(instruction(), *bad, instruction(), '{"instruction": "a\n')
+    found = list(read_conversations(paths, counts, lambda error, text: aside.append((error.code, error.where, text))))
+    assert len(found) == 2 and (counts.read, counts.kept, counts.refused, counts.blank) == (5, 2, 3, 1)
+    assert [(code, where[-2:]) for code, where, _ in aside] == [
+        ("E-DATA-TYPE", ":2"),
+        ("E-DATA-SYNTAX", ":3"),
+        ("E-DATA-SYNTAX", ":6"),
+    ]
+    assert [text for *_, text in aside] == [bad[0].strip(), bad[1].strip(), '{"instruction": "a']
+    array = write(json.dumps([instruction(), {"instruction": "q"}, instruction()]), name="f.json")
+    assert len(list(read_conversations(array, counts, lambda error, text: aside.append(text)))) == 2
+    assert json.loads(aside[-1]) == {"instruction": "q"}
 
 
 def test_a_prompt_that_waits_for_nothing(write):
@@ -187,7 +278,13 @@ BAD = [
     (read_conversations, {"messages": None}, "E-DATA-NULL", "messages"),
     (read_conversations, {"messages": "x"}, "E-DATA-TYPE", "a list of turns"),
     (read_conversations, {"messages": ["x"]}, "E-DATA-TYPE", r"messages\[1\]"),
-    (read_conversations, {"messages": [{"from": "human", "value": "x"}]}, "E-DATA-MISSING", '"role".*turn 1'),
+    (read_conversations, {"messages": [{"who": "human", "value": "x"}]}, "E-DATA-MISSING", '"role".*turn 1'),
+    (read_conversations, {"messages": [{"from": "human"}]}, "E-DATA-MISSING", '"from" and "value" in turn 1'),
+    (read_conversations, {"conversations": [{"from": "bot", "value": "x"}]}, "E-DATA-CHAT", '"bot" is no role'),
+    (read_conversations, {"prompt": "p", "completion": [{"role": "user", "content": "x"}]}, "E-DATA-CHAT", "turn 1"),
+    (read_conversations, instruction(history="x"), "E-DATA-TYPE", '"history" must be a list of pairs'),
+    (read_conversations, instruction(history=[["x"]]), "E-DATA-TYPE", r"history\[1\]"),
+    (read_conversations, instruction(history=[["x", ""]]), "E-DATA-BLANK", '"answer"'),
     (read_conversations, chat(content=None), "E-DATA-NULL", "content"),
     (read_conversations, chat(content=""), "E-DATA-BLANK", "content"),
     (read_conversations, chat(content=[{"type": "text"}]), "E-DATA-TYPE", "content"),
@@ -231,12 +328,14 @@ def test_unknown_fields_are_noted_once(write):
     counts = Counts()
     paths = write(instruction(x=1), instruction(X=2, score=3), chat())
     assert len(list(read_conversations(paths, counts))) == 3
-    (note,) = counts.notes
+    assert counts.forms == {"instruction and output": 2, "messages": 1}
+    form, note = counts.notes
+    assert form == "read as instruction and output (2), messages (1)"
     assert '"score" (first at' in note and '"x" (first at' in note and note.count('"') == 4
     assert "f.jsonl:2" in note.partition('"x"')[0]
     counts = Counts()
     read_preferences(write(choices(("a", 1), ("b", 2)) | {"score": 3, "margin": None, "Annotator": "k"}), (), counts)
-    assert [note.partition(" (")[0] for note in counts.notes] == ['fields that are not read: "score"']
+    assert list(counts.unknown) == ["score"]
 
 
 def test_nothing_is_read_before_the_first_record_is_asked_for(write):

@@ -3,12 +3,17 @@
 import gzip
 import json
 import os
+import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tetrad.data import rows as rows_module
 from tetrad.data import source
-from tetrad.data.source import Counts, files, paragraphs, parse, rows
+from tetrad.data.rows import paragraphs, parse, rows
+from tetrad.data.source import Counts, Span, files, lines, sources, spans
 from tetrad.errors import UserError
 
 GOOD = '{"a": 1}\n{"a": 2}\n'
@@ -22,7 +27,7 @@ def write(tmp_path, content, name="f.jsonl"):
 
 def read(path):
     counts = Counts()
-    return [(where.rpartition(":")[2], value) for where, value in rows(path, counts)], counts
+    return [(row.where.rpartition(":")[2], row.read()) for row in rows(path, counts)], counts
 
 
 BAD = {
@@ -129,7 +134,7 @@ def test_bad_json(tmp_path, content, code, words):
 
 
 def test_a_json_file_is_held_whole_up_to_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(rows_module, "MAX_JSON_BYTES", 10)
     with pytest.raises(UserError, match=r"E-DATA-HUGE.*jsonl"):
         read(write(tmp_path, "[" + GOOD, "f.json"))
 
@@ -149,10 +154,103 @@ def test_paragraphs(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("name", ["f.csv", "f.parquet", "f.jsonl.gz", "f"])
+@pytest.mark.parametrize("name", ["f.parquet", "f.jsonl.gz", "f", "f.xlsx", "f.tar.gz"])
 def test_other_kinds_are_refused_by_name(tmp_path, name):
-    with pytest.raises(UserError, match=r"E-DATA-FORMAT.*jsonl"):
+    with pytest.raises(UserError, match=r"E-DATA-FORMAT. \S*f\S*: this is"):
         read(write(tmp_path, GOOD, name))
+
+
+def test_gzip(tmp_path):
+    assert read(write(tmp_path, gzip.compress(GOOD.encode()), "f.jsonl.gz"))[0] == [("1", {"a": 1}), ("2", {"a": 2})]
+    array = gzip.compress(b'[{"a": 1},\n{"a": 2}]')
+    assert read(write(tmp_path, array, "f.json.gz"))[0] == [("1", {"a": 1}), ("2", {"a": 2})]
+    whole = gzip.compress(os.urandom(9000).hex().encode() + b"\n" + GOOD.encode() * 900)
+    for damaged in (whole[:-9], whole[:4000], whole[:3000] + b"\0" * 9 + whole[3009:]):
+        with pytest.raises(UserError, match=r"E-DATA-(FORMAT|SYNTAX)"):
+            read(write(tmp_path, damaged, "f.jsonl.gz"))
+
+
+TABLE = 'Instruction,Output,score,choices\r\n"say ""hi"",\nthen go",x,4.5,\n\n你好,y,,"[{""rank"": 1}]"\n'
+
+
+def test_csv(tmp_path):
+    found, counts = read(write(tmp_path, TABLE, "f.csv"))
+    assert found == [
+        ("2", {"Instruction": 'say "hi",\nthen go', "Output": "x", "score": 4.5}),
+        ("5", {"Instruction": "你好", "Output": "y", "choices": [{"rank": 1}]}),
+    ]
+    assert (counts.read, counts.blank) == (2, 1)
+    tabs = "\ufeffprompt\tcompletion\na, b\t007\n"
+    assert read(write(tmp_path, tabs, "f.tsv"))[0] == [("2", {"prompt": "a, b", "completion": "007"})]
+    assert read(write(tmp_path, gzip.compress(tabs.encode()), "f.tsv.gz"))[1].read == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        ("a,b\n1,2,3\n", "E-DATA-SYNTAX", ":2: 3 cells.* 2 columns"),
+        ("a;b\n1;2\n", "E-DATA-FORMAT", ":1: .*separated by ';'"),
+        ("a,A\n1,2\n", "E-DATA-DUPKEY", ':1: the column "a"'),
+        ('a,b\n1,"2\n', "E-DATA-SYNTAX", ":2: not a table: unexpected end"),
+        ('a,b\n1,"2"x\n', "E-DATA-SYNTAX", ":2: not a table"),
+        ("a,choices\n1,[\n", "E-DATA-SYNTAX", ":2: "),
+        ("a,b\n", "E-DATA-EMPTY", "no rows"),
+        (b"a,b\n1,\xff\n", "E-DATA-ENCODING", ":2: .*0xff"),
+        ("<!DOCTYPE html>\n", "E-DATA-FORMAT", "HTML"),
+    ],
+)
+def test_bad_csv(tmp_path, content, code, words):
+    with pytest.raises(UserError, match=words) as caught:
+        read(write(tmp_path, content, "f.csv"))
+    assert caught.value.code == code
+
+
+def test_parquet(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": "a"}, {"text": None, "messages": [{"role": "user", "content": "你好"}]}, {"score": 1.5}]
+    path = tmp_path / "f.parquet"
+    parquet.write_table(arrow.Table.from_pylist(rows, schema=arrow.schema(
+        [("text", arrow.string()), ("score", arrow.float64()),
+         ("messages", arrow.list_(arrow.struct([("role", arrow.string()), ("content", arrow.string())])))]
+    )), path)  # fmt: skip
+    assert read(path)[0] == [
+        ("1", {"text": "a"}),
+        ("2", {"messages": [{"role": "user", "content": "你好"}]}),
+        ("3", {"score": 1.5}),
+    ]
+    whole = path.read_bytes()
+    for damaged in (whole[:-20], whole[:60] + b"\xff" * 40 + whole[100:], b"PAR1" + b"\0" * 40 + b"PAR1"):
+        with pytest.raises(UserError, match="E-DATA-FORMAT"):
+            read(write(tmp_path, damaged, "f.parquet"))
+
+
+def test_parquet_without_its_wheel(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"E-DATA-FORMAT.*tetrad\[parquet\]"):
+        read(write(tmp_path, b"PAR1....", "f.parquet"))
+
+
+def test_weights_and_places(tmp_path):
+    for name in ("a1.jsonl", "a2.jsonl", "b.jsonl"):
+        write(tmp_path, GOOD, name)
+    given = sources([str(tmp_path / "a*"), str(tmp_path / "b.jsonl")], (2, 0.5))
+    assert [p.name for p in given.paths] == ["a1.jsonl", "a2.jsonl", "b.jsonl"] and given.entry == (0, 0, 1)
+    places = [f"{path}:{line}" for path in given.paths for line in (1, 2)]
+    assert given.mixture(places) == ((4, 2), (2, 0.5))
+    assert sources(given.paths).mixture(places) == ((6, 1.0),)
+
+
+@given(st.lists(st.sampled_from([b"{}", b"", b"  ", b'"\xe4\xbd\xa0"', b"x" * 30]), max_size=30), st.integers(1, 60))
+@pytest.mark.parametrize("name", ["f.txt", "f.jsonl"])
+def test_spans_give_the_lines_of_the_whole(tmp_path_factory, name, parts, size):
+    path = tmp_path_factory.mktemp("spans") / name
+    path.write_bytes(b"\n".join(parts))
+    found = spans(path, size)
+    assert [line for span in found for line in lines(span)] == list(lines(Span(path)))
+    if name == "f.txt" and path.read_bytes().strip():
+        whole, cut = Counts(), Counts()
+        assert [p for s in found for p in paragraphs(s, cut)] == list(paragraphs(path, whole))
 
 
 def test_paths(tmp_path):

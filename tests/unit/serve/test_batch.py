@@ -124,7 +124,7 @@ def test_best_of_keeps_the_highest_reward(run: Path, here: Path) -> None:
         generated(run, **with_reward, best_of=n, out=f"{n}.jsonl")
     scores = [[record["score"] for record in read(f"{n}.jsonl")] for n in (1, 2, 4, 8)]
     for fewer, more in pairwise(scores):
-        assert all(a <= b for a, b in zip(fewer, more, strict=True))
+        assert all(a <= b + 1e-6 for a, b in zip(fewer, more, strict=True))  # one reply, two sizes of batch
     assert all(a < b for a, b in zip(scores[0], scores[3], strict=True))
     generated(run, prompts="p.jsonl", out="first.jsonl")
     assert [r["reply"] for r in read("first.jsonl")] == [r["reply"] for r in read("1.jsonl")]

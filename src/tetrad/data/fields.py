@@ -1,0 +1,137 @@
+"""A record's fields by lower-case name, and the one error for each way in which a field can be wrong.
+
+Errors name the place, the field and what was seen, and say what to write.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from tetrad.errors import UserError
+from tetrad.types import Turn
+
+Fields = dict[str, Any]
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_USUAL = {  # other names that people give to fields, for a hint
+    "instruction": ("question", "query", "ask", "problem", "prompt", "q", "input"),
+    "output": ("answer", "response", "reply", "completion", "target", "solution", "a"),
+    "text": ("content", "body", "document", "passage", "paragraph", "article"),
+    "chosen": ("preferred", "better", "accepted", "winner"),
+    "rejected": ("dispreferred", "worse", "loser"),
+    "score": ("rating", "label", "stars", "value"),
+}
+
+
+def fold(value: Any, where: str, name: str = "", rename: Mapping[str, str] | None = None) -> Fields:
+    """The fields of an object. rename: other names of fields, in lower case. Errors: E-DATA-TYPE, E-DATA-DUPKEY."""
+    if not isinstance(value, dict):
+        wrong_type(name, "an object with named fields", value, where)
+    names = [str(key).lower() for key in value]
+    if rename:
+        names = [rename.get(folded, folded) for folded in names]
+    fields = dict(zip(names, value.values(), strict=True))
+    if len(fields) < len(value):
+        twice = Counter(names).most_common(1)[0][0]
+        how = "under two names" if rename else "in different letter case"
+        raise UserError("E-DATA-DUPKEY", f'the key "{twice}" stands twice in one object, {how}', where=where)
+    return fields
+
+
+def text(fields: Fields, name: str, where: str, *, blank: bool = False) -> str:
+    """A text; blank: it may be empty. Errors: E-DATA-NULL, E-DATA-TYPE, E-DATA-BLANK."""
+    value = fields[name]
+    if value is None:
+        null(name, where)
+    if not isinstance(value, str):
+        wrong_type(name, "text", value, where)
+    if not blank and not value.strip():
+        hint = "write the text or delete the record"
+        raise UserError("E-DATA-BLANK", f'"{name}" is empty', where=where, hint=hint)
+    return value
+
+
+def number(fields: Fields, name: str, where: str) -> float:
+    """A finite number. Errors: E-DATA-NULL, E-DATA-TYPE, E-DATA-NUMBER."""
+    value = fields[name]
+    if value is None:
+        null(name, where)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        wrong_type(name, "a number", value, where)
+    if abs(value) >= 2**63 or not math.isfinite(value):
+        raise UserError("E-DATA-NUMBER", f'"{name}" is too large', where=where)
+    return float(value)
+
+
+def turns(value: Any, name: str, where: str, *, answer: bool = False) -> tuple[Turn, ...]:
+    """An optional system turn, then user and assistant in turn. answer: the turns go on after a prompt's.
+
+    A turn is {"role", "content"}, or {"from", "value"} as in ShareGPT. Errors: E-DATA-CHAT with the turn's number.
+    """
+    if value is None:
+        null(name, where)
+    if not isinstance(value, list):
+        wrong_type(name, "a list of turns", value, where)
+    found: list[Turn] = []
+    for place, item in enumerate(value, 1):
+        turn = fold(item, where, f"{name}[{place}]")
+        share = "from" in turn and "role" not in turn
+        who, what, known = ("from", "value", SHAREGPT_ROLES) if share else ("role", "content", ROLES)
+        if who not in turn or what not in turn:
+            missing(f'"{who}" and "{what}" in turn {place}', turn, where)
+        spelt = text(turn, who, where)
+        role = known.get(spelt)
+        if role is None:
+            chat(f'"{spelt}" is no role ({", ".join(known)})', place, where)
+        _check_order(role, found[-1].role if found else "user" if answer else "", place, where)
+        found.append(Turn(role, text(turn, what, where, blank=role == "system")))
+    if not found:
+        chat("there is no turn", 0, where)
+    return tuple(found)
+
+
+def _check_order(role: str, last: str, place: int, where: str) -> None:
+    if role == "system" and last:
+        chat("a system turn stands first or nowhere", place, where)
+    wanted = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}[last]
+    if role not in wanted:
+        chat(f"{role} after {last or 'nothing'}: user and assistant take turns", place, where)
+
+
+def missing(needed: str, fields: Fields, where: str) -> NoReturn:
+    """Errors: E-DATA-MISSING, with the line of a recipe that would name the fields where that can be guessed."""
+    seen = ", ".join(f'"{name}"' for name in fields) or "none"
+    wanted = [name for name in _USUAL if f'"{name}"' in needed.lower() and name not in fields]
+    pairs = [f'"{other}={name}"' for name in wanted for other in _USUAL[name] if other in fields][: len(wanted)]
+    hint = "rename the fields (letter case does not matter)"
+    if pairs:
+        hint += f", or write [data] rename = [{', '.join(pairs)}] (--data.rename on the command line)"
+    raise UserError("E-DATA-MISSING", f"needs {needed}; fields seen: {seen}", where=where, hint=hint)
+
+
+def null(name: str, where: str) -> NoReturn:
+    """Errors: E-DATA-NULL."""
+    raise UserError("E-DATA-NULL", f'"{name}" is null', where=where, hint="write the value or delete the record")
+
+
+def wrong_type(name: str, wanted: str, value: Any, where: str) -> NoReturn:
+    """Errors: E-DATA-TYPE."""
+    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    got = "null" if value is None else kinds.get(type(value), type(value).__name__)
+    what = f'"{name}" must be {wanted}, got {got}' if name else f"a record must be {wanted}, got {got}"
+    raise UserError("E-DATA-TYPE", what, where=where, hint="write it so, or delete the record")
+
+
+def chat(what: str, turn: int, where: str) -> NoReturn:
+    """Errors: E-DATA-CHAT."""
+    hint = "mend the order of the turns, or delete the record"
+    raise UserError("E-DATA-CHAT", f"turn {turn}: {what}", where=where, hint=hint)
+
+
+def refuse_two_ranks(texts: Sequence[str], ranks: Sequence[float], where: str) -> None:
+    """Errors: E-DATA-RANK where one answer has two ranks."""
+    rank_of = dict(zip(texts, ranks, strict=True))
+    if any(rank_of[answer] != rank for answer, rank in zip(texts, ranks, strict=True)):
+        hint = "give it one rank, or delete one of the two"
+        raise UserError("E-DATA-RANK", "the same answer stands twice with different ranks", where=where, hint=hint)

@@ -1,0 +1,277 @@
+"""Rows of files: jsonl (an object a line), json (an array, or objects), csv and tsv, parquet; and paragraphs of txt.
+
+A row is parsed when it is asked for, so that a reader may go on after a bad one. JSON is read strictly: no duplicate
+keys, no NaN, no comments. Lines end at LF or CRLF only, so that U+2028 and its kin stay inside their text.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tetrad.data import parquet
+from tetrad.data.source import MAX_LINE_BYTES, Counts, Span, check_format, decode, empty, kind, lines
+from tetrad.errors import UserError
+
+MAX_JSON_BYTES = 512 << 20  # a .json file is held whole
+_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON_CELLS = ("messages", "conversations", "choices", "history")
+_NUMBER_CELLS = ("score", "margin", "rank")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row. raw: its bytes as they stand in the file, or empty; then `value` is what was read, or the error."""
+
+    where: str
+    raw: bytes = b""
+    value: Any = None
+
+    def read(self) -> Any:
+        """The row's JSON value. Errors: E-DATA-*."""
+        if isinstance(self.value, UserError):
+            raise self.value
+        if not self.raw:
+            return self.value
+        text = decode(self.raw, self.where).strip()
+        value = parse(text, self.where, ends_file=not self.raw.endswith(b"\n"))
+        if isinstance(value, list):
+            hint = "name the file .json, or write one row per line"
+            raise UserError("E-DATA-SYNTAX", "a JSON array in a .jsonl file", where=self.where, hint=hint)
+        return value
+
+    def text(self) -> str:
+        """The row as a line of JSON, or as it stands where it is none."""
+        if self.raw:
+            return self.raw.decode(errors="backslashreplace").rstrip("\r\n")
+        return "" if isinstance(self.value, UserError) else json.dumps(self.value, ensure_ascii=False, default=str)
+
+
+def rows(part: Path | Span, counts: Counts) -> Iterator[Row]:
+    """The rows of a file or of a part of one. Errors: E-DATA-* of the file as a whole; those of a row by `Row.read`."""
+    span = part if isinstance(part, Span) else Span(part)
+    path, suffix = span.path, kind(span.path)
+    check_format(path)
+    if suffix == ".txt":
+        raise UserError("E-DATA-FORMAT", "a txt file holds documents, not records", where=str(path), hint="use jsonl")
+    before, blank = counts.read, counts.blank
+    match suffix:
+        case ".json":
+            found = _json_values(path)
+        case ".csv" | ".tsv":
+            found = _table_rows(path, "\t" if suffix == ".tsv" else ",", counts)
+        case ".parquet":
+            found = (Row(f"{path}:{n}", value=value) for n, value in enumerate(parquet.rows(path), 1))
+        case _:
+            found = _json_lines(span, counts)
+    for row in found:
+        counts.read += 1
+        yield row
+    if counts.read == before and not span.start:
+        empty(path, counts.blank - blank)
+
+
+def paragraphs(part: Path | Span, counts: Counts) -> Iterator[tuple[str, str]]:
+    """(`file:line`, text) of each paragraph of a txt file: lines up to a blank one, joined by LF."""
+    span = part if isinstance(part, Span) else Span(part)
+    path = span.path
+    check_format(path)
+    before, blank, first = counts.read, 0, 0
+    held: list[str] = []
+    for number, raw in lines(span):
+        text = decode(raw, f"{path}:{number}").rstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n")
+        for line in text.split("\n"):
+            if line.strip():
+                first = first if held else number
+                held.append(line)
+                continue
+            blank += 1
+            if held:
+                counts.read += 1
+                yield f"{path}:{first}", "\n".join(held)
+                held = []
+    if held:
+        counts.read += 1
+        yield f"{path}:{first}", "\n".join(held)
+    if counts.read == before and not span.start:
+        empty(path, blank)
+
+
+def parse(text: str, where: str, *, ends_file: bool = False) -> Any:
+    """One JSON value, strictly: no duplicate keys, NaN, lone surrogates, comments or raw control characters.
+
+    ends_file: no newline follows, so that a half row may be told from a pretty-printed one.
+    """
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        _syntax(error, where, ends_file)
+    except (ValueError, RecursionError) as error:
+        _not_a_value(error, where)
+    return _whole_text(value, text, where)
+
+
+class _Refused(ValueError):
+    """A JSON value that is legal for Python's parser and not here: (code, what)."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Refused("E-DATA-DUPKEY", f'the key "{twice}" stands twice in one object')
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise _Refused("E-DATA-NUMBER", f"{name} is not a number that can be learned from")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def _not_a_value(error: Exception, where: str) -> NoReturn:
+    if isinstance(error, _Refused):
+        raise UserError(error.args[0], error.args[1], where=where) from None
+    if isinstance(error, RecursionError):
+        raise UserError("E-DATA-SYNTAX", "brackets nest too deeply", where=where) from None
+    raise UserError("E-DATA-NUMBER", "a number has too many digits", where=where) from None
+
+
+def _whole_text(value: Any, text: str, where: str) -> Any:
+    """Refuses half of a surrogate pair: it cannot be written as UTF-8 nor turned into tokens."""
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError("E-DATA-ENCODING", "half of a surrogate pair (\\ud800 to \\udfff)", where=where) from None
+    return value
+
+
+def _syntax(error: json.JSONDecodeError, where: str, ends_file: bool) -> NoReturn:
+    """Says what people usually did when a row is not JSON."""
+    text, at = error.doc, error.pos
+    rest = text[at:].lstrip()
+    broken_off = not rest or error.msg.startswith("Unterminated string")
+    what, hint = f"not JSON: {error.msg} (column {error.colno})", "write one JSON object per line"
+    if rest.startswith(("//", "/*", "#")):
+        column = error.colno + len(text[at:]) - len(rest)
+        what, hint = "JSON has no comments", f"delete the comment that starts at column {column}"
+    elif rest.startswith("'"):
+        hint = "JSON needs double quotes"
+    elif error.msg == "Extra data" and "\r" in text:
+        what, hint = "1 line with 2 objects; CR line ends", "save the file with LF line ends"
+    elif error.msg == "Extra data":
+        what, hint = f"1 line with 2 values (the second at column {error.colno})", "write one row per line"
+    elif broken_off and ends_file:
+        what, hint = "file ends inside a row", "was the copy complete?"
+    elif broken_off:
+        what, hint = "the line ends inside an object", "write one row per line (or name a JSON array .json)"
+    elif "trailing comma" in error.msg or rest.startswith(("}", "]")):
+        hint = "delete the comma before the bracket"
+    elif "control character" in error.msg:
+        hint = 'write it as an escape ("\\t", "\\u0000")'
+    raise UserError("E-DATA-SYNTAX", what, where=where, hint=hint) from None
+
+
+def _json_lines(span: Span, counts: Counts) -> Iterator[Row]:
+    for number, raw in lines(span):
+        if raw.strip():
+            yield Row(f"{span.path}:{number}", raw)
+        else:
+            counts.blank += 1
+
+
+def _json_values(path: Path) -> Iterator[Row]:
+    """The elements of an array, or objects one after another, each with the line that it starts on."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        what, hint = f"over {MAX_JSON_BYTES >> 20} MiB of JSON in one piece", "write jsonl: it is read line by line"
+        raise UserError("E-DATA-HUGE", what, where=str(path), hint=hint)
+    text = "".join(decode(raw, f"{path}:{number}") for number, raw in lines(Span(path)))
+    at, line, counted = _skip(text, 0), 1, 0
+    inside = text[at : at + 1] == "["
+    at = _skip(text, at + 1) if inside else at
+    first = True
+    while inside or at < len(text):
+        if inside and first and text[at : at + 1] == "]":
+            break
+        line, counted, first = line + text.count("\n", counted, at), at, False
+        where = f"{path}:{line}"
+        try:
+            value, end = _DECODER.raw_decode(text, at)
+            yield Row(where, value=_whole_text(value, text[at:end], where))
+            at = _skip(text, end)
+            if inside and text[at : at + 1] == "]":
+                break
+            if inside and text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+            at = _skip(text, at + 1) if inside else at
+        except json.JSONDecodeError as error:
+            _syntax(error, f"{path}:{error.lineno}", ends_file=True)
+        except (_Refused, ValueError, RecursionError) as error:
+            _not_a_value(error, where)
+    if inside and _skip(text, at + 1) < len(text):
+        _syntax(json.JSONDecodeError("Extra data", text, _skip(text, at + 1)), f"{path}:{line}", ends_file=True)
+
+
+def _skip(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _table_rows(path: Path, separator: str, counts: Counts) -> Iterator[Row]:
+    """Rows of csv or tsv below their line of names; empty cells are missing fields."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    texts = (decode(raw, f"{path}:{number}") for number, raw in lines(Span(path)))
+    reader = csv.reader(texts, delimiter=separator, strict=True)
+    names: list[str] = []
+    before = 0
+    try:
+        for cells in reader:
+            where, before = f"{path}:{before + 1}", reader.line_num
+            if not "".join(cells).strip():
+                counts.blank += 1
+            elif not names:
+                names = _column_names(cells, where)
+            else:
+                yield _table_row(names, cells, where)
+    except csv.Error as error:
+        hint = "put quotes around a text with line ends, and write a quote inside it twice"
+        what = f"not a table: {error} (in the row that starts here)"
+        raise UserError("E-DATA-SYNTAX", what, where=f"{path}:{before + 1}", hint=hint) from None
+
+
+def _column_names(cells: list[str], where: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    other = next((c for c in (";", "\t", ",", "|") if len(names) == 1 and c in names[0]), "")
+    if other:
+        what = f"the columns seem to be separated by {other!r}"
+        raise UserError("E-DATA-FORMAT", what, where=where, hint="save .csv with commas, .tsv with tabs")
+    folded = [name.lower() for name in names]
+    twice = next((name for name in folded if folded.count(name) > 1), None)
+    if twice is not None:
+        raise UserError("E-DATA-DUPKEY", f'the column "{twice}" stands twice', where=where)
+    return names
+
+
+def _table_row(names: list[str], cells: list[str], where: str) -> Row:
+    if len(cells) != len(names):
+        hint = "put quotes around a cell that holds the separator"
+        what = f"{len(cells)} cells where the first line names {len(names)} columns"
+        return Row(where, value=UserError("E-DATA-SYNTAX", what, where=where, hint=hint))
+    try:
+        return Row(where, value={n: _cell(n.lower(), c, where) for n, c in zip(names, cells, strict=True) if c})
+    except UserError as error:
+        return Row(where, value=error)
+
+
+def _cell(name: str, text: str, where: str) -> Any:
+    if name in _JSON_CELLS:
+        return parse(text, where)
+    number = name in _NUMBER_CELLS and _NUMBER.fullmatch(text.strip())
+    return float(text) if number else text

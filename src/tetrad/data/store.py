@@ -1,0 +1,324 @@
+"""A stage's tokens on disk: memory-mapped, read in any order, never held in memory as a whole.
+
+A store is a row of parts, each a folder with ids (uint16 or uint32), one bit a token for what the loss reads, int64
+offsets and each record's place. A part holds the records of a file, or of some megabytes of one, under a name made of
+everything that decides its content: so a part that is there is used, a build that was stopped goes on, and a new file
+costs no more than itself. Parts are built side by side by processes of their own.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from tetrad import storage
+from tetrad.data.records import conversations_of, documents_of
+from tetrad.data.source import Counts, Sources, Span, spans
+from tetrad.data.tokens import OnLong, fit, refuse_long, tokenize, tokenize_documents
+from tetrad.errors import UserError
+from tetrad.storage import Json
+from tetrad.text.template import Template
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Tokens
+
+VERSION = 1  # raised when the same records would become other tokens
+PART_BYTES = 16 << 20  # a part's text, where a file can be cut
+MOST_PARTS = 512  # of one file, so that a store has no more open maps than a process may have
+ALONE_BYTES = 48 << 20  # less than this is built faster by one process
+SPOOL_TOKENS = 1 << 18  # tokens moved at once from the spool to the part; a multiple of 8
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How records become tokens: all that decides their ids and marks. template: None for documents.
+
+    tokenizer: the text of tokenizer.json, eos_ids: its end tokens. max_tokens: 0 for no limit.
+    """
+
+    tokenizer: str
+    eos_ids: tuple[int, ...]
+    template: Template | None = None
+    train_on_prompt: bool = False
+    max_tokens: int = 0
+    on_long: OnLong = "refuse"
+
+    def key(self, given: Sources) -> str:
+        """A hash of it, and of the names that fields are given."""
+        told = {**asdict(self), "rename": sorted(given.rename.items()), "version": VERSION}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def stream(self, span: Span, given: Sources, counts: Counts) -> Iterator[Tokens]:
+        """The tokens of a part's records. Errors: E-DATA-*, E-MODEL-*."""
+        tokenizer = _tokenizer(self.tokenizer, self.eos_ids)
+        if self.template is None:
+            return tokenize_documents(tokenizer, documents_of(span, given, counts), counts)
+        found = conversations_of(span, given, counts)
+        made = tokenize(self.template, tokenizer, found, train_on_prompt=self.train_on_prompt, counts=counts)
+        return fit(made, self.max_tokens, self.on_long, counts) if self.max_tokens else made
+
+
+@cache
+def _tokenizer(text: str, eos_ids: tuple[int, ...]) -> Tokenizer:
+    return Tokenizer(text, eos_ids)
+
+
+class TokenStore:
+    """Records of tokens in folders. `lengths`: int64, tokens of each record; `total`: of all."""
+
+    def __init__(self, parts: Sequence[Path]) -> None:
+        """Opens what `build` wrote; the files are mapped, not read. Errors: E-CKPT-MANIFEST, E-DATA-EMPTY."""
+        self._parts = [part for part in map(_Part, parts) if part.records]
+        if not self._parts:
+            where = str(parts[0]) if parts else ""
+            raise UserError("E-DATA-EMPTY", "there are no tokens", where=where, hint="give records that are not blank")
+        self.lengths: np.ndarray[Any, np.dtype[np.int64]] = np.concatenate([p.lengths for p in self._parts])
+        self._first = np.concatenate([[0], np.cumsum([p.records for p in self._parts])])
+        self.total = int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Tokens:
+        """Record `index`: ids int32 [n], train bool [n]."""
+        return self.piece(index, 0, int(self.lengths[index]))
+
+    def piece(self, index: int, start: int, stop: int) -> Tokens:
+        """Tokens start to stop of record `index`."""
+        part, inner = self._place(index)
+        return part.piece(inner, start, stop)
+
+    def where(self, index: int) -> str:
+        """`file:line` of record `index`."""
+        part, inner = self._place(index)
+        return part.where(inner)
+
+    def places(self) -> Iterator[str]:
+        """`file:line` of every record."""
+        return (part.where(i) for part in self._parts for i in range(part.records))
+
+    def _place(self, index: int) -> tuple["_Part", int]:
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._parts[number], index - int(self._first[number])
+
+
+class _Part:
+    """One folder of a store."""
+
+    def __init__(self, folder: Path) -> None:
+        meta = storage.read_manifest(folder)
+        if meta.get("kind") != "tokens":
+            raise UserError("E-CKPT-MANIFEST", "this folder holds no tokens", where=str(folder), hint="remove it")
+        self.records: int = meta["records"]
+        if not self.records:
+            return
+        self._ids = np.memmap(folder / "ids.bin", np.dtype(meta["ids"]), "r")
+        self._bits = np.memmap(folder / "train.bin", np.uint8, "r")
+        self._offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
+        self._places = np.memmap(folder / "places.bin", np.uint32, "r").reshape(-1, 2)
+        self._paths: list[str] = meta["paths"]
+        self.lengths = np.diff(self._offsets)
+
+    def piece(self, index: int, start: int, stop: int) -> Tokens:
+        low, high = int(self._offsets[index]) + start, int(self._offsets[index]) + stop
+        bits = np.unpackbits(self._bits[low // 8 : (high + 7) // 8], bitorder="little")
+        train = bits[low % 8 : low % 8 + high - low].astype(np.bool_)
+        return Tokens(self._ids[low:high].astype(np.int32), train, self.where(index))
+
+    def where(self, index: int) -> str:
+        path, line = self._places[index]
+        return f"{self._paths[path]}:{line}" if line else self._paths[path]
+
+
+# --- building ---
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One part to build. given: its file alone."""
+
+    folder: Path
+    span: Span
+    given: Sources
+
+
+def build(
+    folder: Path,
+    encoding: Encoding,
+    given: Sources,
+    sha256: Sequence[str],
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, parts: None,
+) -> tuple[TokenStore, Counts]:
+    """The tokens of all records of these files, in their order, and what became of the rows.
+
+    folder: holds the parts; those that nothing here needs are removed. sha256: of each file. workers: processes.
+    progress: told how many of how many parts are there. Errors: E-DATA-*, E-MODEL-*, E-IO-*, those of the first file
+    first.
+    """
+    jobs = _jobs(folder, encoding, given, sha256)
+    todo = [job for job in jobs if not _is_built(job.folder)]
+    done = len(jobs) - len(todo)
+    progress(done, len(jobs))
+    for number, error in enumerate(_run(encoding, todo, workers), 1):
+        if error:
+            raise error
+        progress(done + number, len(jobs))
+    counts = Counts()
+    for job in jobs:
+        counts.add(storage.read_manifest(job.folder)["counts"])
+    refuse_long(counts, encoding.max_tokens, encoding.on_long)
+    names = {job.folder.name for job in jobs}
+    for old in folder.iterdir():
+        if old.name not in names:
+            storage.remove_folder(old)
+    return TokenStore([job.folder for job in jobs]), counts
+
+
+def _jobs(folder: Path, encoding: Encoding, given: Sources, sha256: Sequence[str]) -> list[_Job]:
+    key = encoding.key(given)
+    jobs = []
+    for number, (path, digest) in enumerate(zip(given.paths, sha256, strict=True)):
+        for span in spans(path, max(PART_BYTES, path.stat().st_size // MOST_PARTS)):
+            told = json.dumps([key, digest, str(path), span.start, span.stop])
+            name = hashlib.sha256(told.encode()).hexdigest()[:24]
+            jobs.append(_Job(folder / name, span, given.only(number)))
+    return jobs
+
+
+def _run(encoding: Encoding, jobs: Sequence[_Job], workers: int) -> Iterator[UserError | None]:
+    """Builds the parts; each one's error or nothing, in the order of the parts."""
+    size = sum((job.span.stop or job.span.path.stat().st_size) - job.span.start for job in jobs)
+    if workers < 2 or len(jobs) < 2 or size < ALONE_BYTES:
+        yield from (_build_part(encoding, job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin_worker, (os.getpid(), encoding))
+    futures: list[Future[tuple[str, str, str, str] | None]] = []
+    try:
+        futures = [pool.submit(_work, job) for job in jobs]
+        for future in futures:
+            found = future.result()
+            yield UserError(found[0], found[1], where=found[2], hint=found[3]) if found else None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_of_worker: dict[str, Encoding] = {}
+_whole: set[Path] = set()
+
+
+def _begin_worker(parent: int, encoding: Encoding) -> None:
+    """One thread a process, an end at Ctrl-C without a word, and none outlives its parent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _of_worker["encoding"] = encoding
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(job: _Job) -> tuple[str, str, str, str] | None:
+    """Builds a part; its error as plain texts, which pass from process to process."""
+    error = _build_part(_of_worker["encoding"], job)
+    return (error.code, error.what, error.where, error.hint) if error else None
+
+
+def _build_part(encoding: Encoding, job: _Job) -> UserError | None:
+    counts = Counts()
+    try:
+        write_part(job.folder, encoding.stream(job.span, job.given, counts), counts)
+    except UserError as error:
+        return error
+    return None
+
+
+def write_part(folder: Path, stream: Iterable[Tokens], counts: Counts) -> None:
+    """One part with these records, and what became of the rows. Errors: E-IO-*, and those of the stream."""
+    with tempfile.TemporaryFile() as ids, tempfile.TemporaryFile() as train:
+        spool = _Spool(ids, train)
+        for tokens in stream:
+            spool.append(tokens)
+        meta: dict[str, Json] = {"kind": "tokens", "records": spool.records, "ids": spool.dtype}
+        files = spool.files()
+        storage.write_folder(folder, files, {**meta, "paths": list(spool.paths), "counts": counts.told()})
+
+
+def _is_built(folder: Path) -> bool:
+    """A part is a copy of what can be read again: a damaged one is built anew. A process looks once."""
+    if folder in _whole:
+        return True
+    try:
+        if folder.exists() and storage.verify_folder(folder):
+            _whole.add(folder)
+    except UserError:
+        return False
+    return folder in _whole
+
+
+@dataclass(slots=True)
+class _Spool:
+    """Tokens on their way to a part: ids and marks in unnamed files, 16 bytes a record in memory."""
+
+    ids: IO[bytes]
+    train: IO[bytes]
+    total: int = 0
+    largest: int = 0
+    offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    places: "array[int]" = field(default_factory=lambda: array("I"))
+    paths: dict[str, int] = field(default_factory=dict)
+
+    def append(self, tokens: Tokens) -> None:
+        if not len(tokens.ids):
+            raise ValueError(f"a record without tokens: {tokens.where}")
+        self.ids.write(np.ascontiguousarray(tokens.ids, np.uint32).data)
+        self.train.write(np.ascontiguousarray(tokens.train, np.uint8).data)
+        self.total += len(tokens.ids)
+        self.largest = max(self.largest, int(tokens.ids.max()))
+        self.offsets.append(self.total)
+        path, _, line = tokens.where.rpartition(":")
+        if not line.isdecimal():
+            path, line = tokens.where, "0"
+        self.places.extend((self.paths.setdefault(path, len(self.paths)), int(line)))
+
+    @property
+    def records(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def dtype(self) -> str:
+        return "uint16" if self.largest < 1 << 16 else "uint32"
+
+    def files(self) -> dict[str, Iterable[bytes]]:
+        if not self.records:
+            return {}
+        return {
+            "ids.bin": (np.frombuffer(raw, np.uint32).astype(self.dtype).tobytes() for raw in _read(self.ids, 4)),
+            "train.bin": (
+                np.packbits(np.frombuffer(raw, np.uint8), bitorder="little").tobytes() for raw in _read(self.train, 1)
+            ),
+            "offsets.bin": (self.offsets.tobytes(),),
+            "places.bin": (np.array(self.places, np.uint32).tobytes(),),
+        }
+
+
+def _read(spool: IO[bytes], width: int) -> Iterator[bytes]:
+    spool.seek(0)
+    while raw := spool.read(SPOOL_TOKENS * width):
+        yield raw
