@@ -30,6 +30,7 @@ _VERBS = {
     "reward": ("RECIPE.toml", "the one stage: train the reward model on comparisons and scores"),
     "ppo": ("RECIPE.toml", "the one stage: PPO against the reward model"),
     "evaluate": ("RECIPE.toml", "the one stage: compare SFT, best-of-N and PPO on held-out prompts"),
+    "check": ("RECIPE.toml | FILE ...", "read every record, train nothing, and say what training would stumble over"),
     "status": ("RECIPE.toml", "what is done, stale or running, and what each model was made from"),
     "generate": ("MODEL", "answer one prompt or a file of prompts"),
     "chat": ("MODEL", "talk to a model"),
@@ -95,6 +96,7 @@ def _dispatch(words: list[str]) -> int:
         _write(_help(verb))
         return 0
     uses: dict[str, Callable[[list[str]], int]] = {
+        "check": _check,
         "generate": _generate,
         "chat": _chat,
         "score": _score,
@@ -121,7 +123,13 @@ def _help(verb: str) -> str:
     from tetrad.settings.words import help_text
 
     argument, text = _VERBS[verb]
-    classes = {"generate": use.Generate, "chat": use.Chat, "score": use.ScoreFile, "doctor": use.Doctor}
+    classes: dict[str, type[Any]] = {
+        "check": use.Check,
+        "generate": use.Generate,
+        "chat": use.Chat,
+        "score": use.ScoreFile,
+        "doctor": use.Doctor,
+    }
     usage = f"usage: tetrad {verb} {argument} [--SETTING VALUE ...]".replace("  ", " ") + f"\n\n{text}\n\n"
     if verb in classes:
         return usage + help_text(classes[verb], skip=("model",))
@@ -204,6 +212,31 @@ def _score(words: list[str]) -> int:
     from tetrad.serve.batch import score_file
 
     return _with_console(score_file, settings, "score")
+
+
+def _check(words: list[str]) -> int:
+    """A recipe with its overrides, or data files; the flags of `check` itself are told apart from the recipe's."""
+    from tetrad.settings.base import knobs
+    from tetrad.settings.check import build
+    from tetrad.settings.use import Check
+    from tetrad.settings.words import nest, parse, split
+
+    mine, rest = split(words, knobs(Check))
+    _, values, places = parse(mine, knobs(Check))
+    settings = build(Check, nest(values), places)
+    targets = [word for word in rest if not word.startswith("--")]
+    from tetrad.recipe import read
+    from tetrad.report.check import check_files, check_recipe
+
+    if targets and targets[0].endswith(".toml"):
+        rest.remove(targets[0])
+        recipe = read(targets[0], rest)
+        return _with_console(lambda _, console: check_recipe(recipe, settings, console), settings, "check")
+    if not targets or len(targets) < len(rest):
+        what = f"what is {next(w for w in rest if w not in targets)} for?" if targets else "what is to be checked?"
+        hint = "tetrad check RECIPE.toml, or tetrad check FILE ..."
+        raise UserError("E-CONF-SYNTAX" if targets else "E-CONF-MISSING", what, where="check", hint=hint)
+    return _with_console(lambda _, console: check_files(targets, settings, console), settings, "check")
 
 
 def _doctor(words: list[str]) -> int:

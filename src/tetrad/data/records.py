@@ -78,7 +78,12 @@ def read_prompts(paths: Paths, counts: Counts | None = None, refuse: Refuse | No
     """The prompts of any record file; answers, ranks and scores are ignored. Errors: E-DATA-*."""
     counts = counts or Counts()
     given = paths if isinstance(paths, Sources) else sources(paths)
-    return [p for path in given.paths for p in _records(path, _asked, given, counts, refuse)]
+    return [p for path in given.paths for p in prompts_of(path, given, counts, refuse)]
+
+
+def prompts_of(part: Path | Span, given: Sources, counts: Counts, refuse: Refuse | None = None) -> Iterator[Prompt]:
+    """The prompts of one file, or of a part of one."""
+    return _records(part, _asked, given, counts, refuse)
 
 
 def read_preferences(
@@ -91,19 +96,32 @@ def read_preferences(
     """
     counts = counts or Counts()
     given = paths if isinstance(paths, Sources) else sources(paths)
+    records = [r for path in given.paths for r in preferences_of(path, given, counts, refuse, score_scale)]
+    refuse_no_scale(records, score_scale)
+    return records
+
+
+def preferences_of(
+    part: Path | Span, given: Sources, counts: Counts, refuse: Refuse | None = None, score_scale: Sequence[float] = ()
+) -> Iterator[Comparison | Score]:
+    """The comparisons and scores of one file, or of a part of one."""
 
     def make(fields: Fields, where: str, counts: Counts) -> Comparison | Score:
-        return _preference(fields, where, counts, score_scale)
+        record = _preference(fields, where, counts, score_scale)
+        counts.tied += isinstance(record, Comparison) and len(set(record.ranks)) < 2
+        return record
 
-    records = [r for path in given.paths for r in _records(path, make, given, counts, refuse)]
-    counts.tied += sum(isinstance(r, Comparison) and len(set(r.ranks)) < 2 for r in records)
+    return _records(part, make, given, counts, refuse)
+
+
+def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> None:
+    """Errors: E-DATA-SCALE where scores have no declared scale; says the range seen."""
     scores = [r for r in records if isinstance(r, Score)]
     if scores and not score_scale:
         low, high = min(r.score for r in scores), max(r.score for r in scores)
         what = f"{len(scores)} records have a score (seen: {low:g} to {high:g}) and no scale is declared"
         hint = f"add to [reward]: score_scale = [{low:g}, {high:g}] (the lowest and highest possible score)"
         raise UserError("E-DATA-SCALE", what, where=scores[0].where, hint=hint)
-    return records
 
 
 def _records(

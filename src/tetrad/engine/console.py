@@ -51,6 +51,16 @@ class Console:
         lines = ["  ".join(_padded(c, w) for c, w in zip(row, widths, strict=True)) for row in [columns, *cells]]
         self.say("\n".join([title, *("  " + line.rstrip() for line in lines)]))
 
+    def marked(self, title: str, runs: Iterable[tuple[str, bool]]) -> None:
+        """Text of which some runs are marked: in colour on a terminal, between ⟦ and ⟧ in a log."""
+        if self._out.isatty():
+            text = Text(title, style="bold")
+            for run, mark in runs:
+                text.append(run, style="black on green" if mark else "default")
+            Terminal(file=self._out).print(text, soft_wrap=True)
+            return
+        self.say(title + "".join(f"⟦{run}⟧" if mark else run for run, mark in runs if run))
+
     @contextmanager
     def progress(self, label: str, total: int, start: int = 0) -> Iterator["Progress"]:
         """Progress of `total` steps, of which `start` were done before."""

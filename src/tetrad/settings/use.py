@@ -75,6 +75,28 @@ class ScoreFile:
 
 
 @settings
+class Check:
+    """Reads everything, trains nothing. Settings of a recipe may be given too."""
+
+    tokenizer: str = ""
+    """For data files: a folder with the tokenizer that counts their tokens."""
+    template: Literal["", "instruction", "chatml"] = ""
+    """For data files: how a record becomes text."""
+    max_tokens: Whole = 0
+    """For data files: the longest record; 0 is no limit."""
+    kind: Literal["", "documents", "conversations", "preferences", "prompts"] = ""
+    """For data files: what the records are, where it is not to be seen from their fields."""
+    rename: tuple[str, ...] = ()
+    """For data files: other names of fields, as question=Instruction answer=Output."""
+    json: str = ""
+    """Write the whole report to this file of JSON."""
+    html: str = ""
+    """Write the report with plots to this page; it needs no network."""
+    quarantine: str = ""
+    """Write every refused row with its reason to this jsonl file."""
+
+
+@settings
 class Doctor:
     """Versions, device and memory; with `vectors`, the numeric self-test."""
 

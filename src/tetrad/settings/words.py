@@ -44,6 +44,21 @@ def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], d
     return plain, values, places
 
 
+def split(words: Sequence[str], mine: Mapping[str, Knob]) -> tuple[list[str], list[str]]:
+    """The flags of `mine` with their values, and all other words in their order."""
+    taken: list[str] = []
+    others: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if not word.startswith("--") or name not in mine:
+            others.append(word)
+            continue
+        taken += [word] if "=" in word.partition("=")[1] else [word, *_take(mine[name], rest, negated=False)]
+    return taken, others
+
+
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
     """{"ppo.steps": 3} as {"ppo": {"steps": 3}}."""
     nested: dict[str, Any] = {}
