@@ -28,6 +28,7 @@ from tetrad.engine.context import StageContext
 from tetrad.engine.hashes import Hashes
 from tetrad.errors import UserError
 from tetrad.recipe import write
+from tetrad.report import preflight
 from tetrad.settings.base import FILES, FUNCTIONS, knobs
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
@@ -80,7 +81,11 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
     if only:
         _refuse_missing_parents(steps, hashes)
     todo = 0
-    for step in steps[-1:] if only else steps:
+    wanted = steps[-1:] if only else steps
+    if is_first() and not stages and (open_ := [step for step in wanted if state(step, hashes) != "done"]):
+        memory = _home(recipe) / ".cache" / "preflight.json"
+        preflight.preflight(recipe, {step.stage for step in open_}, {step.key for step in open_}, memory)
+    for step in wanted:
         found = state(step, hashes)
         if found == "done":
             storage.remove_folder(step.folder / "checkpoints")  # left where a kill came between the result and this

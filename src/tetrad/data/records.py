@@ -116,12 +116,12 @@ def preferences_of(
 
 def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> None:
     """Errors: E-DATA-SCALE where scores have no declared scale; says the range seen."""
-    scores = [r for r in records if isinstance(r, Score)]
-    if scores and not score_scale:
-        low, high = min(r.score for r in scores), max(r.score for r in scores)
+    scores = [(r.score, r.where) for r in records if isinstance(r, Score) and not score_scale]
+    if scores:
+        low, high = min(scores)[0], max(scores)[0]
         what = f"{len(scores)} records have a score (seen: {low:g} to {high:g}) and no scale is declared"
         hint = f"add to [reward]: score_scale = [{low:g}, {high:g}] (the lowest and highest possible score)"
-        raise UserError("E-DATA-SCALE", what, where=scores[0].where, hint=hint)
+        raise UserError("E-DATA-SCALE", what, where=scores[0][1], hint=hint)
 
 
 def _records(

@@ -20,7 +20,7 @@ from tetrad.report.sections import Finding, Section, Table, histogram, share
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 PLACES = 1024
 MOST = 20_000  # texts that are compared
-MOST_CLASSIFIED = 2_000
+MOST_CLASSIFIED = 1_000
 CLUSTERS = 12
 GROUPED = ("sft.data", "reward.data", "ppo.prompts")
 TOLD = 20  # letters below which a language is a guess
