@@ -21,7 +21,7 @@ from tetrad.report.texts import Texts, folds
 from tetrad.types import Comparison, Score
 
 MOST_PAIRS = 40_000  # pairs that the linear reader learns from
-SURE = 1.0  # an opinion this far on the other side of 0 is a suspected flip; stated orders are +1
+SURE = 0.6  # an opinion this far on the other side of 0 is a suspected flip; stated orders are +1
 PENALTY = 0.1  # of the linear reader, in units of its features' mean square
 SHOWN = 20
 Key = tuple[str, str, str]  # a prompt and two answers in the order of the alphabet
