@@ -9,7 +9,7 @@ from typing import Any
 TOPICS = "film book hotel camera phone song meal museum train novel laptop garden restaurant concert lecture".split()
 PLACES = "Paris London Rome Berlin Madrid Vienna Lisbon Athens Oslo Dublin Prague Warsaw".split()
 GOOD = "moving funny wonderful superb warm clever bright charming generous fresh".split()
-BAD = "drab silly wearisome dreadful dull damp stale tedious lifeless poor".split()
+BAD = "drab silly wearisome dreadful dull damp stale monotonous lifeless feeble".split()
 FILLER = (
     "I went there with two friends last week and we talked about it for a while afterwards",
     "The weather was mild and the streets were full of people who had come from far away",
