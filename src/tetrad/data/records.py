@@ -176,10 +176,11 @@ def refuse_overlap(train: Iterable[Record], held_out: Iterable[Record]) -> None:
 # --- forms ---
 
 
-def _seen(counts: Counts, form: str, fields: Fields, known: Iterable[str], where: str) -> None:
+def _seen(counts: Counts, form: str, fields: Fields, known: Known, where: str) -> None:
     counts.forms[form] += 1
-    for name in fields.keys() - set(known):
-        counts.unknown.setdefault(name, where)
+    for name in fields:
+        if name not in known:
+            counts.unknown.setdefault(name, where)
 
 
 def _document(fields: Fields, where: str, counts: Counts) -> Document:

@@ -38,7 +38,8 @@ VERSION = 1  # raised when the same records would become other tokens
 PART_BYTES = 16 << 20  # a part's text, where a file can be cut
 MOST_PARTS = 512  # of one file, so that a store has no more open maps than a process may have
 ALONE_BYTES = 48 << 20  # less than this is built faster by one process
-SPOOL_TOKENS = 1 << 18  # tokens moved at once from the spool to the part; a multiple of 8
+SPOOL_TOKENS = 1 << 18  # tokens moved at once to the spool, and from it to the part; a multiple of 8
+HELD_RECORDS = 4096
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def write_part(folder: Path, stream: Iterable[Tokens], counts: Counts) -> None:
         spool = _Spool(ids, train)
         for tokens in stream:
             spool.append(tokens)
+        spool.flush()
         meta: dict[str, Json] = {"kind": "tokens", "records": spool.records, "ids": spool.dtype}
         files = spool.files()
         storage.write_folder(folder, files, {**meta, "paths": list(spool.paths), "counts": counts.told()})
@@ -283,19 +285,29 @@ class _Spool:
     offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
     places: "array[int]" = field(default_factory=lambda: array("I"))
     paths: dict[str, int] = field(default_factory=dict)
+    held: list[Tokens] = field(default_factory=list)
 
     def append(self, tokens: Tokens) -> None:
         if not len(tokens.ids):
             raise ValueError(f"a record without tokens: {tokens.where}")
-        self.ids.write(np.ascontiguousarray(tokens.ids, np.uint32).data)
-        self.train.write(np.ascontiguousarray(tokens.train, np.uint8).data)
+        self.held.append(tokens)
         self.total += len(tokens.ids)
-        self.largest = max(self.largest, int(tokens.ids.max()))
         self.offsets.append(self.total)
         path, _, line = tokens.where.rpartition(":")
         if not line.isdecimal():
             path, line = tokens.where, "0"
-        self.places.extend((self.paths.setdefault(path, len(self.paths)), int(line)))
+        self.places.append(self.paths.setdefault(path, len(self.paths)))
+        self.places.append(int(line))
+        if len(self.held) >= HELD_RECORDS or self.total - self.offsets[-1 - len(self.held)] >= SPOOL_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.held:
+            ids = np.concatenate([tokens.ids for tokens in self.held])
+            self.largest = max(self.largest, int(ids.max()))
+            self.ids.write(ids.astype(np.uint32).data)
+            self.train.write(np.concatenate([tokens.train for tokens in self.held]).astype(np.uint8).data)
+            self.held.clear()
 
     @property
     def records(self) -> int:

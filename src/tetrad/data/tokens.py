@@ -89,11 +89,15 @@ def _encode(tokenizer: Tokenizer, stream: Iterable[Cut], counts: Counts | None) 
         if counts:
             counts.control_strings += sum(map(tokenizer.control_strings, texts))
         encoded = iter(tokenizer.encode_batch(texts))
-        for pieces, where in chunk:
-            parts = [(next(encoded) if isinstance(piece, str) else (piece,), trained) for piece, trained in pieces]
-            sizes = [len(ids) for ids, _ in parts]
-            ids = np.fromiter(chain.from_iterable(ids for ids, _ in parts), np.int32, sum(sizes))
-            yield Tokens(ids, np.repeat(np.array([trained for _, trained in parts], np.bool_), sizes), where)
+        made = [next(encoded) if isinstance(piece, str) else (piece,) for pieces, _ in chunk for piece, _ in pieces]
+        sizes = np.array([len(ids) for ids in made], np.int64)
+        ids = np.fromiter(chain.from_iterable(made), np.int32, int(sizes.sum()))
+        train = np.repeat(np.array([trained for pieces, _ in chunk for _, trained in pieces], np.bool_), sizes)
+        ends = np.cumsum(sizes)[np.cumsum([len(pieces) for pieces, _ in chunk]) - 1].tolist()
+        start = 0
+        for (_, where), end in zip(chunk, ends, strict=True):
+            yield Tokens(ids[start:end], train[start:end], where)
+            start = end
 
 
 def _chunks(stream: Iterable[Cut]) -> Iterator[list[Cut]]:
@@ -101,7 +105,8 @@ def _chunks(stream: Iterable[Cut]) -> Iterator[list[Cut]]:
     characters = 0
     for cut in stream:
         chunk.append(cut)
-        characters += sum(len(piece) for piece, _ in cut[0] if isinstance(piece, str))
+        for piece, _ in cut[0]:
+            characters += len(piece) if isinstance(piece, str) else 1
         if len(chunk) >= CHUNK_RECORDS or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
