@@ -6,7 +6,6 @@ HF_HUB_OFFLINE count as everywhere; with HF_HUB_OFFLINE=1 the copy of an earlier
 
 import fnmatch
 import importlib
-import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 from tetrad.errors import UserError
 
 SCHEME = "hf://"
-_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?")
+_NAME = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?(?:/([^/].*))?")
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|dev|test)(?![a-z])")
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "config.json")
 
@@ -33,7 +32,7 @@ def fetch(name: str, suffixes: tuple[str, ...]) -> list[Path]:
         raise UserError("E-DATA-PATH", "names no dataset", where=name, hint=hint)
     repo, revision, pattern = found[1], found[2], found[3] or ""
     client: Any = importlib.import_module("huggingface_hub")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    offline: bool = importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE
     try:
         there = None if offline else client.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
         chosen = None if there is None else _chosen(name, there, pattern, suffixes)
