@@ -34,10 +34,18 @@ def fetch(name: str, suffixes: tuple[str, ...]) -> list[Path]:
     client: Any = importlib.import_module("huggingface_hub")
     offline: bool = importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE
     try:
-        there = None if offline else client.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
-        chosen = None if there is None else _chosen(name, there, pattern, suffixes)
+        if offline:
+            wanted = [pattern] if pattern else [f"*{suffix}{gz}" for suffix in suffixes for gz in ("", ".gz")]
+        else:
+            there = client.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+            wanted = _chosen(name, there, pattern, suffixes)
         folder = client.snapshot_download(
-            repo, repo_type="dataset", revision=revision, allow_patterns=chosen, local_files_only=offline
+            repo,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=[f"*{about}" for about in _ABOUT],
+            local_files_only=offline,
         )
     except UserError:
         raise
