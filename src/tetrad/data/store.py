@@ -53,6 +53,7 @@ class Encoding:
     eos_ids: tuple[int, ...]
     template: Template | None = None
     train_on_prompt: bool = False
+    last_only: bool = False
     max_tokens: int = 0
     on_long: OnLong = "refuse"
 
@@ -67,7 +68,8 @@ class Encoding:
         if self.template is None:
             return tokenize_documents(tokenizer, documents_of(span, given, counts), counts)
         found = conversations_of(span, given, counts)
-        made = tokenize(self.template, tokenizer, found, train_on_prompt=self.train_on_prompt, counts=counts)
+        how = {"train_on_prompt": self.train_on_prompt, "last_only": self.last_only}
+        made = tokenize(self.template, tokenizer, found, **how, counts=counts)
         return fit(made, self.max_tokens, self.on_long, counts) if self.max_tokens else made
 
 

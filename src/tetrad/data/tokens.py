@@ -24,13 +24,15 @@ def tokenize(
     records: Iterable[Conversation | Prompt],
     *,
     train_on_prompt: bool = False,
+    last_only: bool = False,
     counts: Counts | None = None,
 ) -> Iterator[Tokens]:
     """The tokens of each conversation (`train` marks answers and their end tokens) or prompt (nothing marked).
 
-    counts: gets the control strings in user text. Errors: E-DATA-CHAT, E-MODEL-TEMPLATE, E-MODEL-TOKENIZER.
+    last_only: of several answers the last alone is marked. counts: gets the control strings in user text.
+    Errors: E-DATA-CHAT, E-MODEL-TEMPLATE, E-MODEL-TOKENIZER.
     """
-    cut = ((template.pieces(tokenizer, record.turns, record.where), record.where) for record in records)
+    cut = ((template.pieces(tokenizer, record.turns, record.where, last=last_only), record.where) for record in records)
     for tokens in _encode(tokenizer, cut, counts):
         yield Tokens(tokens.ids, np.ones_like(tokens.train), tokens.where) if train_on_prompt else tokens
 

@@ -13,7 +13,7 @@ from tetrad.data.source import Counts
 from tetrad.data.store import Encoding, TokenStore, build
 from tetrad.engine.context import StageContext
 from tetrad.model.config import read_config
-from tetrad.text.template import Template, template
+from tetrad.text.template import Template, choose
 from tetrad.text.tokenizer import SEPARATOR, Tokenizer
 
 
@@ -47,8 +47,9 @@ def conversations(ctx: StageContext) -> Prepared:
     if s.add_separator:
         tokenizer = tokenizer.with_control(SEPARATOR)
     limit = s.max_tokens or read_config(folder).max_positions
-    form = template(s.template, s.separator)
-    encoding = Encoding(tokenizer.text, tokenizer.eos_ids, form, s.train_on_prompt, limit, s.on_long)
+    form = choose(folder, s.template, s.separator, own=False)
+    last_only = s.train_turns == "last"
+    encoding = Encoding(tokenizer.text, tokenizer.eos_ids, form, s.train_on_prompt, last_only, limit, s.on_long)
     return _tokens(ctx, "sft.data", s.weights, encoding, tokenizer)
 
 

@@ -23,7 +23,7 @@ from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.safetensors_io import file_bytes
 from tetrad.model.weights import model_files, read_causal
 from tetrad.storage import Content, Json
-from tetrad.text.template import Template, of_folder, template
+from tetrad.text.template import Template, choose
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
 
@@ -169,11 +169,8 @@ def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Pre
 
 
 def template_for(ctx: StageContext, folder: Path) -> Template:
-    """The template that a folder written by Tetrad names, else the recipe's."""
-    try:
-        return of_folder(folder)
-    except UserError:
-        return template(ctx.recipe.sft.template, ctx.recipe.sft.separator)
+    """The template that the folder's model was trained with, else the recipe's. Errors: E-MODEL-TEMPLATE."""
+    return choose(folder, ctx.recipe.sft.template, ctx.recipe.sft.separator, own=True)
 
 
 def frozen(model: CausalLM) -> CausalLM:

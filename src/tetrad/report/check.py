@@ -25,7 +25,7 @@ from tetrad.report.show import show
 from tetrad.settings.recipe import Recipe
 from tetrad.settings.use import Check
 from tetrad.text.bpe import SMALLEST, learn
-from tetrad.text.template import template
+from tetrad.text.template import choose, template
 from tetrad.text.tokenizer import Tokenizer
 
 SHOWN = 3  # rendered samples
@@ -112,7 +112,8 @@ def _config(recipe: Recipe, folder: Path | None) -> DecoderConfig:
 
 def _encoder(recipe: Recipe, folder: Path | None, settings: Check | None = None) -> Encoder:
     name, limit = (settings.template, settings.max_tokens) if settings else ("", 0)
-    form = template(name or recipe.sft.template, recipe.sft.separator)
+    name, separator = name or recipe.sft.template, recipe.sft.separator
+    form = choose(folder, name, separator, own=False) if folder else template(name or "instruction", separator)
     if folder is None:
         return Encoder(learn(["a"], SMALLEST), form, limit, stand_in=True)
     tokenizer = Tokenizer.load(folder)

@@ -1,4 +1,4 @@
-"""Before anything is trained: every record that the coming stages will read is read once, and the first bad one ends it.
+"""Before anything is trained, every record that the coming stages will read is read once; the first bad one ends it.
 
 Otherwise a bad line of PPO's prompts would be found after hours of pre-training. It needs no torch and holds no text.
 Documents of more than MOST_BYTES are left to their own stage, which begins with them.

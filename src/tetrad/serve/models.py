@@ -28,7 +28,7 @@ from tetrad.model.weights import read_causal, read_scalar
 from tetrad.settings import use
 from tetrad.settings.check import build
 from tetrad.settings.common import Run, Sampling
-from tetrad.text.template import TEMPLATES, Template, of_folder
+from tetrad.text.template import TEMPLATES, Template, recognised, recorded
 from tetrad.text.template import template as template_of
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Prompt, Tokens, Turn
@@ -231,11 +231,13 @@ def _role(folder: Path) -> str:
 
 def _template(folder: Path, choice: str) -> Template | None:
     """The template that the user chose, else the folder's own."""
+    noted = recorded(folder)
+    if choice:
+        return noted if noted and noted.name == choice else template_of(choice)
     try:
-        own = of_folder(folder)
-    except UserError:
-        own = None
-    return own if own and choice in ("", own.name) else template_of(choice) if choice else None
+        return noted or recognised(folder)
+    except UserError:  # it may be needed for nothing; `_needed` tells
+        return None
 
 
 def _needed(form: Template | None, folder: Path) -> Template:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from tetrad.settings.base import Count, Files, Positive, Rate, Share, Weights, Whole, settings
+from tetrad.settings.base import Count, Files, Positive, Rate, Share, TemplateName, Weights, Whole, settings
 
 
 @settings
@@ -15,12 +15,14 @@ class Sft:
     """How often an epoch reads the records of each entry of `data`, as [1, 0.5]; empty reads all once."""
     held_out: Files = ()
     """Records for the held-out loss; never trained on."""
-    template: Literal["instruction", "chatml"] = "instruction"
-    """How a conversation becomes text."""
+    template: TemplateName = ""
+    """How a conversation becomes text; empty is the folder's own way, and `instruction` where it has none."""
     separator: str = "<|sep|>"
     """Between the parts of `instruction`: a control token, or on a foreign tokenizer plain text such as "\\n\\n"."""
     add_separator: bool = False
     """Give a foreign tokenizer the control token <|sep|> (a spare embedding row first, else one more row)."""
+    train_turns: Literal["all", "last"] = "all"
+    """Learn every answer of a conversation, or the last one only."""
     train_on_prompt: bool = False
     """Read the prompt's tokens in the loss too."""
     max_tokens: Whole = 0

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Literal, TypeVar
 
 from tetrad.errors import UserError
-from tetrad.settings.base import Count, NotNegative, Seed, Share, Whole, settings
+from tetrad.settings.base import Count, NotNegative, Seed, Share, TemplateName, Whole, settings
 
 T = TypeVar("T", bound="Sample")
 
@@ -25,7 +25,7 @@ class Sample:
     """Longest reply, in tokens."""
     seed: Seed = 0
     """Start of the random numbers: the same seed gives the same replies."""
-    template: Literal["", "instruction", "chatml"] = ""
+    template: TemplateName = ""
     """How a prompt becomes text, where the model's folder doesn't say."""
 
 
@@ -70,7 +70,7 @@ class ScoreFile:
     messages; or what `generate` wrote, whose `reply` is scored."""
     out: str = ""
     """Write the scores to this jsonl file; without it they are printed."""
-    template: Literal["", "instruction", "chatml"] = ""
+    template: TemplateName = ""
     """How a prompt becomes text, where the model's folder doesn't say."""
 
 
@@ -80,7 +80,7 @@ class Check:
 
     tokenizer: str = ""
     """For data files: a folder with the tokenizer that counts their tokens."""
-    template: Literal["", "instruction", "chatml"] = ""
+    template: TemplateName = ""
     """For data files: how a record becomes text."""
     max_tokens: Whole = 0
     """For data files: the longest record; 0 is no limit."""

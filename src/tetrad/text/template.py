@@ -1,15 +1,19 @@
 """How turns become ids: a table of templates, each with the Jinja twin that transformers runs.
 
-`instruction`: Instruction <|sep|> Input <|sep|> Output <|endoftext|>, both separators always. `chatml`: each turn
-between <|im_start|> and <|im_end|>, no default system prompt. Prompt and answer are encoded apart, as in generation, so
-that a prompt's ids never depend on its answer. The template of a foreign folder is not guessed, and no Jinja runs here.
+`instruction`: Instruction <|sep|> Input <|sep|> Output <|endoftext|>, both separators always. The others are chats: a
+role's header, the text, an end token; some begin with a system prompt of their own. Each gives the ids that the real
+template of that family gives in transformers, with three differences that are meant: prompt and answer are encoded
+apart, as in generation, so that a prompt's ids never depend on its answer (an answer that begins with white space
+may differ); what a text spells never becomes a control token; and `qwen3` is the way without thinking, so an answer that
+thinks is refused. The template of a foreign folder is known by its hash or not at all, and no Jinja runs here.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -18,25 +22,47 @@ from tetrad.text.tokenizer import END, IM_END, IM_START, SEPARATOR, Tokenizer
 from tetrad.types import Tokens, Turn
 
 Piece = tuple[str | int, bool]  # a text to encode or a control id; whether the loss reads it
+THINK, THOUGHT = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
     """One row of the table.
 
-    separator: between the parts of `instruction`, a control token or plain text. start: the control token before a
-    role's name (chatml). end: the control token after an answer.
+    separator: between the parts of `instruction`, a control token or plain text. end: the control token after an
+    answer. Of a chat: begin, the control token before all; start and head, those around a role's name; gap, the text
+    between header and words; after, the text behind an end token, `closes` where the last turn has it too; system, the
+    prompt of a conversation that brings none; trims: spaces around a text are dropped; thinks: the last answer, and one
+    that is waited for, follows an empty thought. known: sha256 of real templates of this family, 16 digits of each.
     """
 
     name: str = "instruction"
     separator: str = SEPARATOR
-    start: str = ""
     end: str = END
+    begin: str = ""
+    start: str = ""
+    head: str = ""
+    gap: str = "\n"
+    after: str = "\n"
+    closes: bool = True
+    system: str = ""
+    trims: bool = False
+    thinks: bool = False
+    known: tuple[str, ...] = ()
 
-    def pieces(self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "") -> list[Piece]:
-        """What a conversation, or a prompt that waits for its answer, is made of. Errors: E-DATA-CHAT, E-MODEL-*."""
+    def pieces(
+        self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "", *, last: bool = False
+    ) -> list[Piece]:
+        """What a conversation, or a prompt that waits for an answer, is made of. last: only the last answer is learned.
+
+        Errors: E-DATA-CHAT, E-MODEL-*.
+        """
         make = _chat_pieces if self.start else _instruction_pieces
-        return list(make(self, tokenizer, turns, where))
+        found = list(make(self, tokenizer, turns, where))
+        learned = [i for i, (_, trained) in enumerate(found) if trained]
+        if last and len(learned) > 2:  # a text and its end token
+            found = [(piece, trained and i >= learned[-2]) for i, (piece, trained) in enumerate(found)]
+        return found
 
     def prompt(self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "") -> list[int]:
         """Ids up to where the answer begins."""
@@ -49,7 +75,7 @@ class Template:
 
     def answer(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Ids of an answer with its end token."""
-        return [*tokenizer.encode(text), self.end_id(tokenizer)]
+        return [*tokenizer.encode(text.strip() if self.trims else text), self.end_id(tokenizer)]
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The id after an answer; a foreign tokenizer without <|endoftext|> lends `instruction` its own end token."""
@@ -61,18 +87,43 @@ class Template:
     def jinja(self, tokenizer: Tokenizer) -> str:
         """The chat template that gives the same ids in transformers."""
         end = tokenizer.name(self.end_id(tokenizer))
-        names = {"separator": self.separator, "start": self.start, "end": end}
-        given = "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in names.items() if value)
-        return given + (_JINJA_CHATML if self.start else _JINJA_INSTRUCTION)
+        names: dict[str, Any] = {"separator": self.separator, "end": end}
+        if self.start:
+            kept = ("begin", "start", "head", "gap", "after", "closes", "system", "trims", "thinks")
+            names = {"end": end, **{name: getattr(self, name) for name in kept}}
+        given = "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in names.items())
+        return given + (_JINJA_CHAT if self.start else _JINJA_INSTRUCTION)
 
     def record(self) -> dict[str, str]:
-        """What `of_folder` reads back from an exported tokenizer_config.json."""
+        """What `recorded` reads back from an exported tokenizer_config.json."""
         return {"template": self.name, "separator": self.separator}
 
 
+def _chatml(name: str, system: str, known: tuple[str, ...] = (), **more: Any) -> Template:
+    return Template(name, separator="", start=IM_START, end=IM_END, system=system, known=known, **more)
+
+
+_SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+_QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 TEMPLATES = {
     "instruction": Template(),
-    "chatml": Template("chatml", separator="", start=IM_START, end=IM_END),
+    "chatml": _chatml("chatml", "", closes=False),
+    "qwen2": _chatml("qwen2", "You are a helpful assistant.", ("793202280c0910ab", "f0206845c9ebc3ab")),
+    "qwen2.5": _chatml("qwen2.5", _QWEN, ("55b2f4a26ac9ee71",)),
+    "qwen3": _chatml("qwen3", "", ("a55ee1b1660128b7",), thinks=True),
+    "smollm2": _chatml("smollm2", _SMOLLM2, ("872be49dbb638044",)),
+    "llama3": Template(
+        "llama3",
+        separator="",
+        end="<|eot_id|>",
+        begin="<|begin_of_text|>",
+        start="<|start_header_id|>",
+        head="<|end_header_id|>",
+        gap="\n\n",
+        after="",
+        trims=True,
+        known=("ba03a121d097859c",),
+    ),
 }
 _JINJA_INSTRUCTION = (
     "{% set answered = messages[-1]['role'] == 'assistant' %}"
@@ -83,11 +134,21 @@ _JINJA_INSTRUCTION = (
     "{{ asked[0]['content'] + separator + (asked[1]['content'] if asked | length == 2 else '') + separator }}"
     "{% if answered %}{{ messages[-1]['content'] + end }}{% endif %}"
 )
-_JINJA_CHATML = (
-    "{% for message in messages %}{{ '' if loop.first else '\\n' }}"
-    "{{ start + message['role'] + '\\n' + message['content'] + end }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n' + start + 'assistant\\n' }}{% endif %}"
+_JINJA_CHAT = (
+    "{% set thought = '<think>\\n\\n</think>\\n\\n' if thinks else '' %}{{ begin }}"
+    "{% if system and messages[0]['role'] != 'system' %}"
+    "{{ start + 'system' + head + gap + system + end + after }}{% endif %}"
+    "{% for message in messages %}{% set text = message['content'] | trim if trims else message['content'] %}"
+    "{% set final = loop.last and message['role'] == 'assistant' %}"
+    "{{ start + message['role'] + head + gap }}"
+    "{% if final and thinks %}{{ thought + text.lstrip('\\n') }}{% else %}{{ text }}{% endif %}{{ end }}"
+    "{% if closes or not loop.last %}{{ after }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ ('' if closes else after) + start + 'assistant' + head + gap + thought }}{% endif %}"
 )
+
+
+# --- which template ---
 
 
 def template(name: str, separator: str = SEPARATOR) -> Template:
@@ -95,15 +156,64 @@ def template(name: str, separator: str = SEPARATOR) -> Template:
     return Template(separator=separator) if name == "instruction" else TEMPLATES[name]
 
 
-def of_folder(folder: Path) -> Template:
-    """The template that a folder written by Tetrad names. Errors: E-MODEL-TEMPLATE."""
-    path = folder / "tokenizer_config.json"
+def choose(folder: Path, name: str, separator: str = SEPARATOR, *, own: bool) -> Template:
+    """The template for the model of a folder. name: what the user says, or empty.
+
+    own: the model answers in the template that it was trained with, whatever is said; else what is said comes first.
+    Then that of a foreign folder, if it is known, and `instruction` where there is none. Errors: E-MODEL-TEMPLATE.
+    """
+    noted = recorded(folder)
+    if own and noted:
+        return noted
+    if name:
+        return template(name, separator)
+    return noted or recognised(folder) or template("instruction", separator)
+
+
+def recorded(folder: Path) -> Template | None:
+    """The template that Tetrad noted in a folder which it wrote."""
+    noted = _config(folder).get("tetrad")
+    if not isinstance(noted, dict) or noted.get("template") not in TEMPLATES:
+        return None
+    return template(str(noted["template"]), str(noted.get("separator", SEPARATOR)))
+
+
+def recognised(folder: Path) -> Template | None:
+    """The row that a foreign folder's chat template is; nothing where it has none. Errors: E-MODEL-TEMPLATE."""
+    text = _foreign(folder)
+    if not text:
+        return None
+    digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+    for form in TEMPLATES.values():
+        if digest in form.known:
+            return form
+    what = f"the chat template of the folder (sha256 {digest}) is none that is known here"
+    names = ", ".join(TEMPLATES)
+    hint = f'name the one that fits: template = "NAME" under [sft], or --template NAME; there are {names}'
+    raise UserError("E-MODEL-TEMPLATE", what, where=str(folder), hint=hint)
+
+
+def _foreign(folder: Path) -> str:
+    """A folder's Jinja, which is read as text only."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    found = _config(folder).get("chat_template")
+    if isinstance(found, list):  # several by name
+        named = [item for item in found if isinstance(item, dict) and item.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    return found if isinstance(found, str) else ""
+
+
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        noted = json.loads(path.read_text(encoding="utf-8")).get("tetrad")
-        return template(noted["template"], noted["separator"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        hint = f"name one of {', '.join(TEMPLATES)}"
-        raise UserError("E-MODEL-TEMPLATE", "the folder names no template", where=str(folder), hint=hint) from None
+        read = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+# --- pieces ---
 
 
 def _instruction_pieces(form: Template, tokenizer: Tokenizer, turns: Sequence[Turn], where: str) -> Iterator[Piece]:
@@ -135,28 +245,63 @@ def _question(turns: Sequence[Turn], where: str) -> tuple[str, str, str | None]:
 
 
 def _chat_pieces(form: Template, tokenizer: Tokenizer, turns: Sequence[Turn], where: str) -> Iterator[Piece]:
-    start, end = tokenizer.control(form.start), form.end_id(tokenizer)
-    if start is None:
-        _no_control(form, form.start)
-    for number, turn in enumerate(_merged(turns, where)):
-        if number:
-            yield "\n", False
-        yield start, False
-        if turn.role == "assistant":
-            yield "assistant\n", False
-            yield turn.text, True
-            yield end, True
+    if form.begin:
+        yield _control(form, tokenizer, form.begin), False
+    said = _merged(turns, where)
+    if form.system and said[0].role != "system":
+        said = [Turn("system", form.system), *said]
+    for number, turn in enumerate(said):
+        final = number == len(said) - 1
+        text = turn.text.strip() if form.trims else turn.text
+        if turn.role != "assistant":
+            yield from _header(form, tokenizer, turn.role, text)
         else:
-            yield f"{turn.role}\n{turn.text}", False
-            yield end, False
+            yield from _header(form, tokenizer, "assistant")
+            if form.thinks:
+                _refuse_thought(form, text, where)
+                text = text.lstrip("\n") if final else text
+                yield from _thought(form, tokenizer) if final else ()
+            yield text, True
+        yield form.end_id(tokenizer), turn.role == "assistant"
+        if form.after and (form.closes or not final):
+            yield form.after, False
     if turns[-1].role != "assistant":
-        yield from (("\n", False), (start, False), ("assistant\n", False))
+        if form.after and not form.closes:
+            yield form.after, False
+        yield from _header(form, tokenizer, "assistant")
+        yield from _thought(form, tokenizer) if form.thinks else ()
+
+
+def _header(form: Template, tokenizer: Tokenizer, role: str, text: str = "") -> Iterator[Piece]:
+    """A role's name between its control tokens, and the text in one piece with what stands before it."""
+    yield _control(form, tokenizer, form.start), False
+    if form.head:
+        yield role, False
+        yield _control(form, tokenizer, form.head), False
+        yield form.gap + text, False
+    else:
+        yield role + form.gap + text, False
+
+
+def _thought(form: Template, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The empty thought of a model that is asked not to think."""
+    yield _control(form, tokenizer, THINK), False
+    yield "\n\n", False
+    yield _control(form, tokenizer, THOUGHT), False
+    yield "\n\n", False
+
+
+def _refuse_thought(form: Template, text: str, where: str) -> None:
+    if THOUGHT in text:
+        what = f"an answer holds {THOUGHT}, and the template {form.name} is the one without thinking"
+        hint = 'cut the thoughts out of the answers, or write template = "chatml"'
+        raise UserError("E-DATA-CHAT", what, where=where, hint=hint)
 
 
 def _merged(turns: Sequence[Turn], where: str) -> list[Turn]:
     """Instruction and Input as one user turn."""
     if not turns:
-        raise UserError("E-DATA-CHAT", "there is no turn", where=where)
+        raise UserError("E-DATA-CHAT", "there is no turn", where=where, hint="delete the record")
     if turns[0].role != "instruction":
         return list(turns)
     extra = turns[1].text if len(turns) > 1 and turns[1].role == "input" else ""
@@ -172,6 +317,11 @@ def _encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> tuple[list[int], l
         ids += new
         train += [trained] * len(new)
     return ids, train
+
+
+def _control(form: Template, tokenizer: Tokenizer, name: str) -> int:
+    found = tokenizer.control(name)
+    return _no_control(form, name) if found is None else found
 
 
 def _no_control(form: Template, name: str) -> NoReturn:

@@ -29,6 +29,7 @@ def run(ctx: StageContext) -> None:
     found = prepared(ctx, conversations)
     store, tokenizer, form = found.store, found.tokenizer, found.template
     assert form
+    ctx.console.say(f"sft        template {form.name}")
     model = read_causal(folder)
     if s.add_separator:
         grow_vocabulary(model, tokenizer.size)
@@ -55,7 +56,9 @@ def _held_out(ctx: StageContext, form: Template, tokenizer: Tokenizer, model: Ca
     s, counts = ctx.recipe.sft, Counts()
     limit = s.max_tokens or model.config.max_positions
     read = read_conversations(ctx.files(s.held_out), counts)
-    stream = tokenize(form, tokenizer, read, train_on_prompt=s.train_on_prompt, counts=counts)
+    stream = tokenize(
+        form, tokenizer, read, train_on_prompt=s.train_on_prompt, last_only=s.train_turns == "last", counts=counts
+    )
     found = list(fit(stream, limit, s.on_long, counts))
     refuse_long(counts, limit, s.on_long)
     if found:

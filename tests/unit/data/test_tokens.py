@@ -29,7 +29,7 @@ def conversations(n):
         yield Conversation(turns, f"f.jsonl:{i + 1}")
 
 
-@pytest.mark.parametrize("form", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("form", [TEMPLATES[name] for name in ("instruction", "chatml", "qwen2.5")])
 @pytest.mark.parametrize(("records", "characters"), [(512, 1 << 20), (3, 1 << 20), (512, 20)])
 def test_tokenize_equals_one_by_one(form, records, characters, monkeypatch):
     monkeypatch.setattr(tokens_file, "CHUNK_RECORDS", records)

@@ -61,7 +61,8 @@ def test_clean_data_is_not_accused(tmp_path: Path, checked: Checked) -> None:
     planted.write(tmp_path / "t.jsonl", rows[600:])
     planted.write(tmp_path / "s.jsonl", planted.instructions(300, 1))
     planted.write(tmp_path / "p.jsonl", [{"input": prompt} for prompt in planted.prompts(200, 2)])
-    text = '[sft]\ndata = ["s.jsonl"]\n[reward]\ndata = ["r.jsonl"]\nheld_out = ["t.jsonl"]\n[ppo]\nprompts = ["p.jsonl"]\n'
+    text = '[sft]\ndata = ["s.jsonl"]\n[reward]\ndata = ["r.jsonl"]\nheld_out = ["t.jsonl"]\n'
+    text += '[ppo]\nprompts = ["p.jsonl"]\n'
     report = checked(text)
     assert found(report) == []
     assert "nothing to mend" in report["said"]
