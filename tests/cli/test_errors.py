@@ -84,7 +84,7 @@ def stopping(error: BaseException) -> Callable[..., None]:
     [
         (UserError("E-DATA-TYPE", "no", where="x:1"), 3, "error[E-DATA-TYPE] x:1: no.\n"),
         (UserError("E-CKPT-HASH", "no."), 4, "error[E-CKPT-HASH] no.\n"),
-        (UserError("E-NUM-NAN", "no"), 5, "error[E-NUM-NAN] no.\n"),
+        (UserError("E-NUM-REWARD", "no"), 5, "error[E-NUM-REWARD] no.\n"),
         (UserError("E-IO-SPACE", "no"), 6, "error[E-IO-SPACE] no.\n"),
         (UserError("E-RUN-LOCKED", "no", hint="wait"), 7, "error[E-RUN-LOCKED] no. Fix: wait\n"),
         (Stopped("after step 3"), 75, "stopped: after step 3\n"),
