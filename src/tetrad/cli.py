@@ -179,10 +179,21 @@ def _with_console(function: Callable[[Any, Any], None], settings: object, phase:
     return 0
 
 
+def _look_at(model: str, template: str, *, reward: bool = False) -> None:
+    """Refuses a folder that can't be used, before anything is loaded."""
+    from tetrad.engine import folders
+
+    if note := folders.usable(model, template=template, reward=reward).note:
+        sys.stderr.write(f"note: {note}\n")
+
+
 def _generate(words: list[str]) -> int:
     from tetrad.settings.use import Generate, agreed
 
     settings = agreed(*_settings(Generate, "generate", words))
+    _look_at(settings.model, settings.template)
+    if settings.reward:
+        _look_at(settings.reward, settings.template, reward=True)
     from tetrad.serve.batch import generate_file
 
     return _with_console(generate_file, settings, "generate")
@@ -192,6 +203,7 @@ def _chat(words: list[str]) -> int:
     from tetrad.settings.use import Chat, agreed
 
     settings = agreed(*_settings(Chat, "chat", words))
+    _look_at(settings.model, settings.template)
     from tetrad.serve.chat import chat
 
     return _with_console(chat, settings, "chat")
@@ -201,6 +213,7 @@ def _score(words: list[str]) -> int:
     from tetrad.settings.use import ScoreFile
 
     settings, _ = _settings(ScoreFile, "score", words)
+    _look_at(settings.model, settings.template, reward=True)
     from tetrad.serve.batch import score_file
 
     return _with_console(score_file, settings, "score")

@@ -10,6 +10,7 @@ import pytest
 
 from tetrad import pipeline
 from tetrad.cli import main
+from tetrad.engine import folders
 from tetrad.errors import Stopped, UserError
 from tetrad.settings.use import Chat, Generate, ScoreFile
 
@@ -136,6 +137,7 @@ def test_a_run_from_the_command_line(here: Path, capsys: Capture, monkeypatch: p
 def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the commands that use a model are called with."""
     seen: list[Any] = []
+    monkeypatch.setattr(folders, "usable", lambda *_, **__: SimpleNamespace(note=""))
     for module, names in (("batch", ["generate_file", "score_file"]), ("chat", ["chat"])):
         fake = ModuleType(f"tetrad.serve.{module}")
         for name in names:
@@ -178,6 +180,7 @@ def test_options_that_do_not_go_together(words: list[str], code: str, received: 
 
 
 def test_memory_of_other_commands_is_explained(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "usable", lambda *_, **__: SimpleNamespace(note=""))
     fake = ModuleType("tetrad.serve.chat")
     fake.chat = stopping(MemoryError())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tetrad.serve.chat", fake)

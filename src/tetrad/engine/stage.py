@@ -16,6 +16,7 @@ from tetrad.engine import mesh
 from tetrad.engine.batches import mean_nll
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
+from tetrad.engine.folders import refuse_other_tokenizer
 from tetrad.engine.runs import Run, Stateful, open_run
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig
@@ -158,9 +159,7 @@ def _ending_at(config: DecoderConfig, end: int) -> DecoderConfig:
 
 def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """A reward model reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-        what = "the reward model and the model that answers have different tokenizers"
-        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="train it from this recipe's SFT model")
+    refuse_other_tokenizer(folder, Tokenizer.load(folder), tokenizer)
 
 
 def token_store(ctx: StageContext, stream: Iterable[Tokens]) -> TokenStore:
