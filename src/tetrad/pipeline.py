@@ -22,9 +22,11 @@ from typing import Any
 
 from tetrad import storage
 from tetrad.data import source
+from tetrad.engine import checkpoints
 from tetrad.engine.console import Console
 from tetrad.engine.context import StageContext
 from tetrad.engine.hashes import Hashes
+from tetrad.engine.preflight import Preflight
 from tetrad.errors import UserError
 from tetrad.recipe import write
 from tetrad.settings.base import FILES, FUNCTIONS, knobs
@@ -78,8 +80,10 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
     steps = plan(recipe, hashes, upto=only)
     if only:
         _refuse_missing_parents(steps, hashes)
-    todo = 0
-    for step in steps[-1:] if only else steps:
+    wanted, todo = steps[-1:] if only else steps, 0
+    if not stages:
+        _look_ahead(wanted, recipe, hashes, console)
+    for step in wanted:
         found = state(step, hashes)
         if found == "done":
             storage.remove_folder(step.folder / "checkpoints")  # left where a kill came between the result and this
@@ -100,6 +104,18 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         hashes.save()
     if not todo:
         console.say("nothing to do")
+
+
+def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Console) -> None:
+    """Refuses what a stage can't start from, before the first one runs."""
+    todo = [(step, found) for step in steps if (found := state(step, hashes)) != "done"]
+    look = Preflight(recipe, [step.result for step, _ in todo], lambda folder: _verify(folder, hashes))
+    for step, found in todo:
+        look.refuse(step.stage, step.parents)
+        if found == "stopped":
+            checkpoints.check(step.folder, step.stage, recipe.seed)
+    for note in look.notes:
+        console.say(f"note: {note}")
 
 
 def status(recipe: Recipe, console: Console) -> None:
@@ -225,6 +241,8 @@ def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes
     if missing:
         what = f"{setting}: there is no {', no '.join(missing)}" if folder.is_dir() else f"{setting} names no folder"
         hint = 'name a Hugging Face folder, or a stage that is done ("runs/NAME/sft")'
+        if folder.is_dir() and any(folder.glob("*.bin")):
+            hint = "convert the .bin files to safetensors first: pickles are never read"
         raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
     return folder, _digest([[path.name, hashes.of(path)] for path in files])
 
@@ -287,13 +305,20 @@ def state(step: Step, hashes: Hashes) -> str:
     if (step.result / storage.MANIFEST).is_file():
         manifest = storage.read_manifest(step.result)
         if manifest.get("key") == step.key:
-            paths = {step.result / name: entry["sha256"] for name, entry in manifest["files"].items()}
-            if not all(path.is_file() and hashes.of(path) == sha256 for path, sha256 in paths.items()):
-                storage.verify_folder(step.result)
+            _verify(step.result, hashes)
             return "done"
     if _is_locked(step.folder / "lock"):
         return "running"
     return "stopped" if _lineage(step.folder).get("key") == step.key else "stale"
+
+
+def _verify(folder: Path, hashes: Hashes) -> None:
+    """Compares the files of a folder that has a manifest, those whose hash is remembered without reading them."""
+    if (folder / storage.MANIFEST).is_file():
+        files = storage.read_manifest(folder)["files"]
+        paths = {folder / name: entry["sha256"] for name, entry in files.items()}
+        if not all(path.is_file() and hashes.of(path) == sha256 for path, sha256 in paths.items()):
+            storage.verify_folder(folder)
 
 
 def _is_locked(path: Path) -> bool:
