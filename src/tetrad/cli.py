@@ -64,7 +64,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         case UserError():
             place, fix = error.where and f" {error.where}:", error.hint and f" Fix: {error.hint}"
             end = "" if error.what.endswith((".", "?", "!")) else "."
-            return f"error[{error.code}]{place} {error.what}{end}{fix}", error.exit_code
+            return _printable(f"error[{error.code}]{place} {error.what}{end}{fix}"), error.exit_code
         case Stopped():
             return f"stopped: {error}", EXIT_STOPPED
         case KeyboardInterrupt():
@@ -73,8 +73,14 @@ def _told(error: BaseException) -> tuple[str, int]:
             frames = traceback.extract_tb(error.__traceback__)
             place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
             fault = f"{type(error).__name__}: {error}"
-            return f"error[internal] {place}: {fault} Fix: this is a fault of Tetrad; --debug shows where", 1
+            told = f"error[internal] {place}: {fault} Fix: this is a fault of Tetrad; --debug shows where"
+            return _printable(told), 1
     raise error
+
+
+def _printable(text: str) -> str:
+    """On one line, and without characters that command a terminal: names and data are foreign text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -75,7 +75,8 @@ class Run:
         self._stop = _Stop()
         self._saved_step = 0
         if save_every > total_steps:
-            self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: no checkpoint is saved")
+            told = "no checkpoint but the last, the finished model"
+            self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {told}")
 
     # Logs
 
