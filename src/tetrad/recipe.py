@@ -30,6 +30,7 @@ MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[^\W.][\w.+-]{0,99}")
 _TABLE_LINE = re.compile(r"\s*\[\[?\s*([\w.\"'-]+)\s*\]")
 _KEY_LINE = re.compile(r"\s*([\w.\"'-]+)\s*=")
+_DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){16}""")
 _TWICE = ("Cannot overwrite a value", "Cannot declare", "Cannot redefine", "Duplicate inline table key")
 _DEPTH = 16
 _SEARCH = 10_000
@@ -111,6 +112,8 @@ def _text(path: Path) -> str:
 
 def _toml(path: Path, text: str) -> dict[str, Any]:
     try:
+        if found := _DOTTED.search(text):  # tomllib needs quadratic time and memory for them
+            raise RecursionError(f"{found[0]:.20}... is nested more than {_DEPTH} deep")
         return _shallow(tomllib.loads(text))
     except (ValueError, RecursionError) as error:  # Python itself refuses a whole number of 5,000 digits
         found = re.search(r"\(at line (\d+), column (\d+)\)|(\(at end of document\))", str(error))

@@ -39,11 +39,23 @@ def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) ->
             raise unknown(name, known, where)
         if SECRET_VALUE.search(str(value)):
             raise secret(name, where)
+        if not _is_text(json.dumps(value, ensure_ascii=False, default=str)):
+            what, hint = f"{name} = {value!a:.60} is not UTF-8 text.", "rename the file, or write it in UTF-8"
+            raise UserError("E-CONF-TYPE", what, where=where, hint=hint)
     try:
         text = json.dumps(_by_field(cls, values), default=lambda value: {"not JSON": str(value)})
         return TypeAdapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         raise _explained(error, values, known, places) from None
+
+
+def _is_text(value: str) -> bool:
+    """False for halves of surrogate pairs, which is how Python shows bytes that are no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _flat(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
