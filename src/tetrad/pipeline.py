@@ -33,6 +33,7 @@ from tetrad.settings.base import FILES, FUNCTIONS, knobs
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 from tetrad.storage import Json
+from tetrad.text.tokenizer import CONVERT
 
 Stage = Callable[[StageContext], None]
 STAGES = {
@@ -243,6 +244,8 @@ def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes
         hint = 'name a Hugging Face folder, or a stage that is done ("runs/NAME/sft")'
         if folder.is_dir() and any(folder.glob("*.bin")):
             hint = "convert the .bin files to safetensors first: pickles are never read"
+        if "tokenizer.json" in missing and any(folder.glob("*.model")):
+            hint = CONVERT
         raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
     return folder, _digest([[path.name, hashes.of(path)] for path in files])
 

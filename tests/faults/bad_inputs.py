@@ -135,7 +135,7 @@ def _trained() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="bad-inputs-"))
     tiny.write_tiny(folder)
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    words = [sys.executable, "-m", "tetrad", "run", "recipe.toml", "--ppo.steps", "400"]
+    words = [sys.executable, "-m", "tetrad", "run", "recipe.toml", "--ppo.steps", "40"]
     child = subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wanted = folder / "runs/tiny/ppo/checkpoints/step-000004"
     while not wanted.is_dir() and child.poll() is None:
@@ -148,7 +148,7 @@ def _trained() -> Path:
 
 
 def world(folder: Path) -> Path:
-    """Fills `folder` with the tiny recipe, its data and its run, stopped in PPO (`run recipe.toml --ppo.steps 400`)."""
+    """Fills `folder` with the tiny recipe, its data and its run, stopped in PPO (`run recipe.toml --ppo.steps 40`)."""
     with _building:
         source = _trained()
     shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from faults import cases_config
+from faults import cases_config, cases_models
 from faults.bad_inputs import Case, Outcome, faults, remove_world
 
 pytestmark = pytest.mark.faults
-CASES = {case.id: case for case in cases_config.CASES}
+TABLES = [*cases_config.CASES, *cases_models.CASES]
+CASES = {case.id: case for case in TABLES}
 Found = dict[str, "Future[tuple[list[str], Outcome]]"]
 
 
 def test_ids_are_unique() -> None:
-    assert len(CASES) == len(cases_config.CASES)
+    assert len(CASES) == len(TABLES)
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         header = json.loads(raw.decode(), object_pairs_hook=_once, parse_constant=_no_number)
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
+        json.dumps(header, ensure_ascii=False).encode()  # halves of surrogate pairs are a UnicodeEncodeError
         _metadata(header.pop("__metadata__", {}))
         entries = {name: _entry(name, value) for name, value in header.items()}
         _refuse_gaps(entries, size - 8 - length)

@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -32,7 +33,7 @@ def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) ->
     places: where each dotted name was given (`recipe.toml:12`, `--ppo.steps`). Raises UserError E-CONF-UNKNOWN, -TYPE,
     -RANGE or -SECRET for the first mistake.
     """
-    known, groups = knobs(cls), tables(cls)
+    known, groups = _known(cls)
     for name, value in _flat(values, groups):
         where = places.get(name, "")
         if name not in known and name not in groups:
@@ -44,9 +45,20 @@ def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) ->
             raise UserError("E-CONF-TYPE", what, where=where, hint=hint)
     try:
         text = json.dumps(_by_field(cls, values), default=lambda value: {"not JSON": str(value)})
-        return TypeAdapter(cls).validate_json(text, strict=True)
+        built: T = _adapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         raise _explained(error, values, known, places) from None
+    return built
+
+
+@cache
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+@cache
+def _known(cls: type[Any]) -> tuple[dict[str, Knob], dict[str, type[Any]]]:
+    return knobs(cls), tables(cls)
 
 
 def _is_text(value: str) -> bool:

@@ -28,7 +28,7 @@ MAX_JSON_BYTES = 64 << 20  # twice the largest in use
 MAX_OBJECT_BYTES = 8 << 20
 _ENDS = (END, IM_END, "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _PADS = ("pad", "reserved", "unused", "unk")
-_CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes tokenizer.json"
+CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes tokenizer.json"
 
 
 class ChatFormat(Protocol):
@@ -59,6 +59,8 @@ class Tokenizer:
         self._controls = {name: i for name, i in added.items() if name not in texts}
         self._twin = _build(json.dumps(twin))
         ids_of = self._twin.get_vocab()
+        if not ids_of.keys() - texts:
+            raise UserError("E-MODEL-TOKENIZER", "tokenizer.json has no token for any text")
         self._moved = {ids_of[name]: added[name] for name in texts}
         self._names = {self._moved.get(i, i): name for name, i in ids_of.items()}
         self._names |= {i: name for name, i in self._controls.items()}
@@ -308,6 +310,6 @@ def _token_name(value: Any) -> str:
 def _no_tokenizer(folder: Path) -> NoReturn:
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if any(name.endswith((".model", ".spm")) or name in ("vocab.json", "merges.txt", "vocab.txt") for name in there):
-        raise UserError("E-MODEL-TOKENIZER", "the folder has no tokenizer.json", where=str(folder), hint=_CONVERT)
+        raise UserError("E-MODEL-TOKENIZER", "the folder has no tokenizer.json", where=str(folder), hint=CONVERT)
     what = f"tokenizer.json is missing; files there: {', '.join(there[:8]) or 'none'}"
     raise UserError("E-MODEL-MISSING", what, where=str(folder))
