@@ -22,7 +22,7 @@ from typing import Any
 
 from tetrad import storage
 from tetrad.data import source
-from tetrad.engine import checkpoints
+from tetrad.engine import checkpoints, folders
 from tetrad.engine.console import Console
 from tetrad.engine.context import StageContext
 from tetrad.engine.hashes import Hashes
@@ -33,7 +33,6 @@ from tetrad.settings.base import FILES, FUNCTIONS, knobs
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 from tetrad.storage import Json
-from tetrad.text.tokenizer import CONVERT
 
 Stage = Callable[[StageContext], None]
 STAGES = {
@@ -50,7 +49,6 @@ VERSIONS = dict.fromkeys(STAGES, 1)
 _SHARED = {"pretrain": "optim", "sft": "optim", "reward": "optim", "ppo": "optim", "evaluate": "sampling"}
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")
 _FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from", "referee": "evaluate.referee"}
-_BASE_FILES = (".json", ".safetensors", ".jinja")
 _KNOBS = cache(knobs)
 
 
@@ -235,18 +233,7 @@ def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes
     for place in (folder / "model", folder):
         if (place / storage.MANIFEST).is_file():
             return place, str(storage.read_manifest(place).get("key", ""))
-    files = sorted(p for p in folder.iterdir() if p.suffix in _BASE_FILES) if folder.is_dir() else []
-    names = [path.name for path in files]
-    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
-    missing += [] if any(name.endswith(".safetensors") for name in names) else ["model.safetensors"]
-    if missing:
-        what = f"{setting}: there is no {', no '.join(missing)}" if folder.is_dir() else f"{setting} names no folder"
-        hint = 'name a Hugging Face folder, or a stage that is done ("runs/NAME/sft")'
-        if folder.is_dir() and any(folder.glob("*.bin")):
-            hint = "convert the .bin files to safetensors first: pickles are never read"
-        if "tokenizer.json" in missing and any(folder.glob("*.model")):
-            hint = CONVERT
-        raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
+    files = folders.foreign_files(folder, setting)
     return folder, _digest([[path.name, hashes.of(path)] for path in files])
 
 

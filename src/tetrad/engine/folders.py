@@ -15,7 +15,9 @@ from tetrad.model.inspect import Facts, has_manifest, inspect
 from tetrad.storage import verify_folder
 from tetrad.text.template import TEMPLATES, Template, of_folder
 from tetrad.text.template import template as template_of
-from tetrad.text.tokenizer import Tokenizer
+from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
+
+_FILES = (".json", ".safetensors", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,31 @@ def refuse_other_tokenizer(folder: Path, own: Tokenizer, policy: Tokenizer) -> N
     if own.fingerprint != policy.fingerprint:
         what = "the reward model and the model that answers have different tokenizers"
         raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="train it from this recipe's SFT model")
+
+
+def foreign_files(folder: Path, setting: str) -> list[Path]:
+    """The files of a folder without a manifest that say what its model is, none of them hashed or read.
+
+    setting: what named the folder. Errors: E-MODEL-MISSING, and E-MODEL-* for text that is larger than any in use.
+    """
+    files = sorted(p for p in folder.iterdir() if p.suffix in _FILES) if folder.is_dir() else []
+    names = [path.name for path in files]
+    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
+    missing += [] if any(name.endswith(".safetensors") for name in names) else ["model.safetensors"]
+    if missing:
+        what = f"{setting}: there is no {', no '.join(missing)}" if folder.is_dir() else f"{setting} names no folder"
+        hint = 'name a Hugging Face folder, or a stage that is done ("runs/NAME/sft")'
+        if folder.is_dir() and any(folder.glob("*.bin")):
+            hint = "convert the .bin files to safetensors first: pickles are never read"
+        if "tokenizer.json" in missing and any(folder.glob("*.model")):
+            hint = CONVERT
+        raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
+    for path in files:
+        if path.suffix != ".safetensors" and path.stat().st_size > MAX_JSON_BYTES:
+            code = "E-MODEL-TOKENIZER" if path.name.startswith("tokenizer") else "E-MODEL-FORMAT"
+            what = f"{path.name} is larger than {MAX_JSON_BYTES >> 20} MiB"
+            raise UserError(code, what, where=str(path), hint="copy the whole model folder again")
+    return files
 
 
 def no_reward(folder: Path) -> UserError:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tetrad.data.source import Counts
 from tetrad.data.tokens import TokenStore
-from tetrad.engine import mesh
+from tetrad.engine import checkpoints, mesh
 from tetrad.engine.batches import mean_nll
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
@@ -68,6 +68,7 @@ def start(
 ) -> Iterator[Run]:
     """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
     settings = ctx.recipe.run
+    _refuse_unlisted(ctx.folder.name, parts, state())
     with open_run(
         ctx.folder,
         seed=ctx.recipe.seed,
@@ -96,6 +97,15 @@ def start(
         if run.step:
             ctx.console.say(f"goes on after step {run.step} of {total_steps}")
         yield run
+
+
+def _refuse_unlisted(stage: str, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
+    """The table by which checkpoints are judged before a stage starts must be what the stage keeps."""
+    listed = checkpoints.PARTS.get(stage), checkpoints.VALUES.get(stage, ())
+    if listed[0] is not None and listed != (tuple(parts), tuple(values)):
+        raise RuntimeError(
+            f"engine.checkpoints lists {listed} for {stage}, which keeps {tuple(parts)}, {tuple(values)}"
+        )
 
 
 def finish(

@@ -33,7 +33,8 @@ def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) ->
     places: where each dotted name was given (`recipe.toml:12`, `--ppo.steps`). Raises UserError E-CONF-UNKNOWN, -TYPE,
     -RANGE or -SECRET for the first mistake.
     """
-    known, groups = _known(cls)
+    kind: Any = cls
+    known, groups = _known(kind)
     for name, value in _flat(values, groups):
         where = places.get(name, "")
         if name not in known and name not in groups:
@@ -45,7 +46,7 @@ def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) ->
             raise UserError("E-CONF-TYPE", what, where=where, hint=hint)
     try:
         text = json.dumps(_by_field(cls, values), default=lambda value: {"not JSON": str(value)})
-        built: T = _adapter(cls).validate_json(text, strict=True)
+        built: T = _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise _explained(error, values, known, places) from None
     return built
