@@ -323,11 +323,15 @@ def _is_locked(path: Path) -> bool:
 
 
 def _lineage(folder: Path) -> dict[str, Any]:
+    """What a folder says that it was made from; empty where that can't be read."""
     try:
         made = json.loads((folder / "lineage.json").read_bytes())
-    except (OSError, ValueError):
+        _differences(made, made)
+        names = [item["path"] + item["sha256"] for items in made["data"].values() for item in items]
+        "".join([*names, made["key"], *(parent["key"] for parent in made["parents"].values())])
+        return dict(made)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
-    return made if isinstance(made, dict) and {"key", "settings", "data", "parents"} <= set(made) else {}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -527,8 +527,59 @@ CHECKPOINTS: list[tuple[str, Change, str, str]] = [
     ("unnamed-pickle", put("extra.pt", "x"), "E-CKPT-MANIFEST", "extra.pt"),
 ]
 
-CASES += [Case(f"checkpoint-{name}", steps(change), RESUME, code, place) for name, change, code, place in CHECKPOINTS]
+
+def beside(name: str, content: str | bytes) -> Change:
+    """A file of the stopped PPO's own folder."""
+    return lambda folder: write(world(folder) / "runs/tiny" / name, content)
+
+
+def lineage(**values: Any) -> Change:
+    def make(folder: Path) -> None:
+        path = world(folder) / "runs/tiny/ppo/lineage.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return make
+
+
+# What only helps is never an error: a lineage that can't be read is an unknown one, hashes are computed again.
 CASES += [
+    Case(f"status-{name}", change, "status recipe.toml --ppo.steps 40", "", place, 8)
+    for name, change, place in [
+        ("lineage-not-json", beside("ppo/lineage.json", "{"), "stale"),
+        ("lineage-deep", beside("ppo/lineage.json", "[" * 100_000), "stale"),
+        ("lineage-list", beside("ppo/lineage.json", "[]"), "stale"),
+        ("lineage-settings", lineage(settings=[1]), "stale"),
+        ("lineage-data", lineage(data={"a": 1}), "stale"),
+        ("lineage-items", lineage(data={"a": [{"sha256": 1}]}), "stale"),
+        ("lineage-parents", lineage(parents=[1]), "stale"),
+        ("lineage-key", lineage(key=7), "stale"),
+        ("lineage-nothing-changed", lineage(), "stopped"),
+        ("hashes-deep", beside(".cache/hashes.json", "[" * 100_000), "stopped"),
+        ("hashes-list", beside(".cache/hashes.json", "[1]"), "stopped"),
+        ("hashes-items", beside(".cache/hashes.json", '{"a": 1}'), "stopped"),
+    ]
+]
+CASES += [Case(f"checkpoint-{name}", steps(change), RESUME, code, place) for name, change, code, place in CHECKPOINTS]
+CROWDED = "[" + "{}," * 5_000_000 + "0]"
+CASES += [
+    Case("crowded-config", hf(put("config.json", CROWDED[: 8 << 20])), GENERATE, "E-MODEL-FORMAT", "more parts"),
+    Case("crowded-tokenizer", hf(put("tokenizer.json", CROWDED)), GENERATE, "E-MODEL-TOKENIZER", "more parts"),
+    Case(
+        "crowded-numbers",
+        hf(put("tokenizer.json", "[" + "0," * 20_000_000 + "0]")),
+        GENERATE,
+        "E-MODEL-TOKENIZER",
+        "more parts",
+    ),
+    Case("crowded-header", hf(header_text(lambda h: CROWDED[: 2 << 20])), GENERATE, "E-CKPT-FORMAT", "safetensors"),
+    Case(
+        "crowded-header-names",
+        hf(header_text(lambda h: "{" + ",".join(f'"{i}":[]' for i in range(160_000)) + "}")),
+        GENERATE,
+        "E-CKPT-FORMAT",
+        "safetensors",
+    ),
+    Case("crowded-manifest", steps(put("manifest.json", CROWDED)), RESUME, "E-CKPT-MANIFEST", "manifest.json"),
     # These end well: they resume, or sample, and so import torch.
     Case(
         "checkpoint-before",

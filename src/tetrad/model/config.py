@@ -4,7 +4,6 @@ One decoder with a few flags covers Qwen2/2.5, Qwen3 and Llama 3. What would cha
 doesn't have (yarn, sliding windows, quantised weights, code of the folder's own) is refused, never ignored.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from tetrad import disk
 from tetrad.errors import UserError
+from tetrad.storage import json_of
 
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
         size, raw = disk.start_of(path, MAX_JSON_BYTES)
         if size > MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(raw.decode())
+        value = json_of(raw)
         if not isinstance(value, dict):
             raise ValueError("it is not an object")
     except (ValueError, OSError, RecursionError) as error:

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from tetrad import disk
 from tetrad.errors import UserError
 
-HEADER_BYTES = 4 << 20
-"""No header is larger: it would name thirty thousand tensors, a hundred times what a decoder has."""
+HEADER_BYTES = 2 << 20
+"""No header is larger: it would name fifteen thousand tensors, far more than a decoder and its optimizer have."""
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LARGEST = 2**48
 

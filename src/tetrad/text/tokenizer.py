@@ -26,6 +26,7 @@ END, SEPARATOR, PAD = "<|endoftext|>", "<|sep|>", "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 MAX_JSON_BYTES = 64 << 20  # twice the largest in use
 MAX_OBJECT_BYTES = 8 << 20
+_MOST_PARTS = 1_200_000  # lists and objects
 _ENDS = (END, IM_END, "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _PADS = ("pad", "reserved", "unused", "unk")
 CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes tokenizer.json"
@@ -274,6 +275,8 @@ def _read_text(path: Path, limit: int) -> str:
         raise UserError("E-MODEL-TOKENIZER", f"can't be read: {error.strerror}", where=str(path)) from None
     if size > limit:
         raise UserError("E-MODEL-TOKENIZER", f"{path.name} is larger than {limit >> 20} MiB", where=str(path))
+    if raw.count(b"[") + raw.count(b"{") > _MOST_PARTS or raw.count(b",") > 4 * _MOST_PARTS:
+        raise ValueError("it has more parts than any in use")
     return raw.decode()
 
 
