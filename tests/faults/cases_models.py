@@ -305,6 +305,7 @@ FOLDERS: list[tuple[str, Change, str, str]] = [
     ("tokenizer-large", config(vocab_size=8), "E-CKPT-SHAPE", "embed_tokens"),
     ("regex-nested", regex(r"(\w+\s?)+$"), "E-MODEL-TOKENIZER", "endless"),
     ("regex-counted", regex("(a+){2,}b"), "E-MODEL-TOKENIZER", "endless"),
+    ("regex-alternatives", regex("(a|aa)+$"), "E-MODEL-TOKENIZER", "tokenizer.json: tokenizer.json cannot be used"),
     ("regex-broken", regex("(a"), "E-MODEL-TOKENIZER", "tokenizer"),
     (
         "reward-is-no-language-model",

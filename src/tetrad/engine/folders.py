@@ -17,6 +17,8 @@ from tetrad.text.template import TEMPLATES, Template, of_folder
 from tetrad.text.template import template as template_of
 from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
 
+_PROBES = [start * 60 + "!" for start in ("a", "1", " ", "\n", "é", "字", "ab ", "a1")]
+"""Texts on which a regular expression that needs exponential time runs out of its retries at once."""
 _FILES = (".json", ".safetensors", ".jinja")
 
 
@@ -41,6 +43,11 @@ def check(folder: Path, *, role: str = "language", verify: bool = True) -> Check
         raise no_reward(folder)
     tokenizer = Tokenizer.load(folder)
     refuse_small_vocabulary(facts.config.vocab_size, tokenizer, folder)
+    try:
+        for text in _PROBES:
+            tokenizer.encode(text)
+    except UserError as error:
+        raise UserError(error.code, error.what, where=str(folder / "tokenizer.json"), hint=error.hint) from None
     return Checked(facts, tokenizer, others_may_write(folder))
 
 
