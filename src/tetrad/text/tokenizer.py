@@ -270,7 +270,8 @@ def _twin_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
 def _read_text(path: Path, limit: int) -> str:
     """A file of the folder as text. Raises ValueError where it is no UTF-8."""
     try:
-        size, raw = disk.start_of(path, limit)
+        size, _ = disk.start_of(path, 0)
+        raw = disk.start_of(path, limit)[1] if size <= limit else b""
     except OSError as error:
         raise UserError("E-MODEL-TOKENIZER", f"can't be read: {error.strerror}", where=str(path)) from None
     if size > limit:
