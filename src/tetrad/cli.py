@@ -65,7 +65,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         case UserError():
             place, fix = error.where and f" {error.where}:", error.hint and f" Fix: {error.hint}"
             end = "" if error.what.endswith((".", "?", "!")) else "."
-            return f"error[{error.code}]{place} {error.what}{end}{fix}", error.exit_code
+            return _printable(f"error[{error.code}]{place} {error.what}{end}{fix}"), error.exit_code
         case Stopped():
             return f"stopped: {error}", EXIT_STOPPED
         case KeyboardInterrupt():
@@ -74,8 +74,14 @@ def _told(error: BaseException) -> tuple[str, int]:
             frames = traceback.extract_tb(error.__traceback__)
             place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
             fault = f"{type(error).__name__}: {error}"
-            return f"error[internal] {place}: {fault} Fix: this is a fault of Tetrad; --debug shows where", 1
+            told = f"error[internal] {place}: {fault} Fix: this is a fault of Tetrad; --debug shows where"
+            return _printable(told), 1
     raise error
+
+
+def _printable(text: str) -> str:
+    """On one line, and without characters that command a terminal: names and data are foreign text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -187,10 +193,21 @@ def _with_console(function: Callable[[Any, Any], None], settings: object, phase:
     return 0
 
 
+def _look_at(model: str, template: str, *, reward: bool = False) -> None:
+    """Refuses a folder that can't be used, before anything is loaded."""
+    from tetrad.engine import folders
+
+    if note := folders.usable(model, template=template, reward=reward).note:
+        sys.stderr.write(f"note: {note}\n")
+
+
 def _generate(words: list[str]) -> int:
     from tetrad.settings.use import Generate, agreed
 
     settings = agreed(*_settings(Generate, "generate", words))
+    _look_at(settings.model, settings.template)
+    if settings.reward:
+        _look_at(settings.reward, settings.template, reward=True)
     from tetrad.serve.batch import generate_file
 
     return _with_console(generate_file, settings, "generate")
@@ -200,6 +217,7 @@ def _chat(words: list[str]) -> int:
     from tetrad.settings.use import Chat, agreed
 
     settings = agreed(*_settings(Chat, "chat", words))
+    _look_at(settings.model, settings.template)
     from tetrad.serve.chat import chat
 
     return _with_console(chat, settings, "chat")
@@ -209,6 +227,7 @@ def _score(words: list[str]) -> int:
     from tetrad.settings.use import ScoreFile
 
     settings, _ = _settings(ScoreFile, "score", words)
+    _look_at(settings.model, settings.template, reward=True)
     from tetrad.serve.batch import score_file
 
     return _with_console(score_file, settings, "score")

@@ -86,6 +86,29 @@ def chunks(path: Path) -> Iterator[bytes]:
             calls.close(descriptor)
 
 
+def start_of(path: Path, limit: int) -> tuple[int, bytes]:
+    """The size of a plain file and its first bytes, at most `limit`; a link is followed. Raises OSError.
+
+    For files that others made, which may be anything: a pipe or device is refused and never waited for.
+    """
+    try:
+        descriptor = calls.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a zero byte in the name
+        raise OSError(errno.EINVAL, str(error)) from error
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a plain file")
+        raw = bytearray()
+        while len(raw) < limit and (chunk := calls.read(descriptor, min(_CHUNK, limit - len(raw)))):
+            raw += chunk
+        return status.st_size, bytes(raw)
+    finally:
+        calls.close(descriptor)
+
+
 def scan(path: Path) -> tuple[int, str]:
     """Size and sha256 of a file."""
     digest, size = hashlib.sha256(), 0

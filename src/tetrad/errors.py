@@ -1,27 +1,102 @@
 """The two ways a command ends early: a mistake that the user can mend, and a stop that the user asked for.
 
-A `UserError` says what is wrong, where (`file:line`, a key, a tensor), and what to do. The code is stable and
-documented; its family fixes the exit status. Errors are raised once, where the fault is known, and printed once, by the
-command line.
+A `UserError` says what is wrong, where (`file:line`, a key, a tensor), and what to do. Its code is one of `CODES`, from
+which docs/errors.md is made; the code's family fixes the exit status. Errors are raised once, where the fault is known,
+and printed once, by the command line.
 """
 
 EXIT_STOPPED = 75
-_EXIT_OF_FAMILY = {"CONF": 2, "DATA": 3, "CKPT": 4, "MODEL": 4, "NUM": 5, "IO": 6, "MEM": 6, "RUN": 7}
+_FAMILIES = {
+    "CONF": (2, "the recipe or the command line"),
+    "DATA": (3, "data"),
+    "CKPT": (4, "checkpoints and model folders"),
+    "MODEL": (4, "checkpoints and model folders"),
+    "NUM": (5, "numbers"),
+    "IO": (6, "disk and memory"),
+    "MEM": (6, "disk and memory"),
+    "RUN": (7, "the run folder"),
+}
+CODES = {
+    "E-CONF-CONFLICT": "two values are each legal but not together",
+    "E-CONF-DEVICE": "the device that is asked for is not there",
+    "E-CONF-DIVIDE": "one number must be a multiple of another",
+    "E-CONF-DTYPE": "the device cannot compute in this type",
+    "E-CONF-DUPKEY": "a key or table stands twice",
+    "E-CONF-FUNCTION": "a `file.py:name` of a judge or reward cannot be loaded",
+    "E-CONF-MISSING": "something needed is not given",
+    "E-CONF-RANGE": "a value lies outside its bounds",
+    "E-CONF-SECRET": "a key or password stands in the recipe",
+    "E-CONF-SIZE": "the file is too large to be a recipe, or a folder",
+    "E-CONF-SYNTAX": "not TOML, or a word on the command line that means nothing",
+    "E-CONF-TYPE": 'a value has the wrong type: `"5"` is no number',
+    "E-CONF-UNKNOWN": "no such key, table or command; the nearest is named",
+    "E-DATA-BLANK": "a text that must say something is empty",
+    "E-DATA-CHAT": "the turns of a conversation are not in order, or the template cannot hold them",
+    "E-DATA-DUPKEY": "a record has one field twice, perhaps in another letter case",
+    "E-DATA-EMPTY": "no records",
+    "E-DATA-ENCODING": "not UTF-8, or half of a surrogate pair",
+    "E-DATA-FORMAT": "a kind of file that is not read here",
+    "E-DATA-HUB": "the Hugging Face hub cannot be reached, or there is no downloaded copy",
+    "E-DATA-HUGE": "a line or file beyond the limit",
+    "E-DATA-LONG": "records have more tokens than allowed; the longest is told",
+    "E-DATA-MISSING": "a record lacks a field",
+    "E-DATA-NULL": "a field is `null`",
+    "E-DATA-NUMBER": "NaN, infinite, too large, or outside the declared scale",
+    "E-DATA-OVERLAP": "a file or record is given twice where it must not be: train and held-out",
+    "E-DATA-PATH": "no such file, no match for a pattern, or it cannot be opened",
+    "E-DATA-RANK": "the ranks of `choices` are not numbers of one order",
+    "E-DATA-SCALE": "records have scores and `score_scale` is not declared",
+    "E-DATA-SYNTAX": "not JSON",
+    "E-DATA-TYPE": "a field has the wrong type",
+    "E-CKPT-FORMAT": "a weights file that is not safetensors; pickles are never read",
+    "E-CKPT-HASH": "a file's sha256 differs from the manifest's: it is damaged",
+    "E-CKPT-KEYS": "tensors are missing, or belong to no parameter",
+    "E-CKPT-MANIFEST": "the manifest is missing, damaged, or does not name a file that is there",
+    "E-CKPT-MISSING": "a file or part of a checkpoint is missing; nothing starts afresh in silence",
+    "E-CKPT-PATH": "a link, or a name that is no plain file name",
+    "E-CKPT-ROLE": "a model of another kind than asked for: a reward model for a language model, or the reverse",
+    "E-CKPT-SETTINGS": "the checkpoint is of a run with other settings",
+    "E-CKPT-SHAPE": "a tensor has another shape than the model",
+    "E-CKPT-SIZE": "a file is shorter or longer than the manifest says",
+    "E-CKPT-VERSION": "written by another version of the format",
+    "E-MODEL-CODE": "the folder wants to run code of its own",
+    "E-MODEL-FORMAT": "`config.json` or the index of shards cannot be read",
+    "E-MODEL-MISSING": "a file of the folder, or the folder, is missing",
+    "E-MODEL-TEMPLATE": "the folder names no template, or its tokenizer cannot hold the one named",
+    "E-MODEL-TOKENIZER": "the tokenizer cannot be read, or lacks a token",
+    "E-MODEL-UNSUPPORTED": "an architecture or option that Tetrad does not have",
+    "E-NUM-NONFINITE": "a loss, gradient, weight or logged number is NaN or infinite: stopped before it was kept",
+    "E-NUM-REWARD": "a reward or judge function failed, or returned something that is no finite number",
+    "E-IO-READ": "the disk refuses to read",
+    "E-IO-SPACE": "not enough room, told before or when it happens",
+    "E-IO-WRITE": "the disk refuses to write",
+    "E-MEM-FULL": "memory ran out; says in which phase and what to lower",
+    "E-RUN-LOCKED": "another process works in it: its pid, host and start are told",
+}
+"""Every code and what it means. Codes are stable: one that was released is never given another meaning."""
+_PAGE = """\
+# Errors
+
+`error[CODE] WHERE: WHAT. Fix: HINT.` on stderr, once. Codes are stable; the words around them may get better. \
+`--debug` adds the traceback.
+"""
 
 
 class UserError(Exception):
     """A mistake that the user can mend.
 
-    code: stable, `E-<FAMILY>-<NAME>`. what: one sentence. where: `file:line`, key or tensor. hint: what to do.
+    code: one of CODES, else a ValueError. what: one sentence. where: `file:line`, key or tensor. hint: what to do.
     """
 
     def __init__(self, code: str, what: str, *, where: str = "", hint: str = "") -> None:
+        if code not in CODES:
+            raise ValueError(f"{code} is not in the table of codes")
         self.code, self.what, self.where, self.hint = code, what, where, hint
         super().__init__(str(self))
 
     @property
     def exit_code(self) -> int:
-        return _EXIT_OF_FAMILY[self.code.split("-")[1]]
+        return _family(self.code)[0]
 
     def __str__(self) -> str:
         place = f" {self.where}:" if self.where else ""
@@ -31,3 +106,17 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """SIGTERM or SIGINT was answered with a checkpoint; the same command goes on from there (exit 75)."""
+
+
+def _family(code: str) -> tuple[int, str]:
+    return _FAMILIES[code.split("-")[1]]
+
+
+def page() -> str:
+    """docs/errors.md: the codes by exit status, each with its meaning. `python scripts/errors.py` writes it."""
+    text = _PAGE
+    for exit_code, title in dict.fromkeys(_FAMILIES.values()):
+        text += f"\n## Exit {exit_code}: {title}\n\n| code | meaning |\n| --- | --- |\n"
+        rows = [f"| {code} | {CODES[code]} |\n" for code in sorted(CODES) if _family(code)[0] == exit_code]
+        text += "".join(rows)
+    return text

@@ -22,13 +22,14 @@ from typing import Any
 
 from tetrad import storage
 from tetrad.data import source
-from tetrad.engine import prepare
+from tetrad.engine import checkpoints, folders, prepare
 from tetrad.engine.console import Console
 from tetrad.engine.context import StageContext
 from tetrad.engine.hashes import Hashes
+from tetrad.engine.preflight import Preflight
 from tetrad.errors import UserError
 from tetrad.recipe import write
-from tetrad.report import preflight
+from tetrad.report.ahead import read_ahead
 from tetrad.settings.base import FILES, FUNCTIONS, knobs
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
@@ -49,7 +50,6 @@ VERSIONS = dict.fromkeys(STAGES, 1)
 _SHARED = {"pretrain": "optim", "sft": "optim", "reward": "optim", "ppo": "optim", "evaluate": "sampling"}
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")
 _FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from", "referee": "evaluate.referee"}
-_BASE_FILES = (".json", ".safetensors", ".jinja")
 _KNOBS = cache(knobs)
 
 
@@ -80,11 +80,9 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
     steps = plan(recipe, hashes, upto=only)
     if only:
         _refuse_missing_parents(steps, hashes)
-    todo = 0
-    wanted = steps[-1:] if only else steps
-    if is_first() and not stages and (open_ := [step for step in wanted if state(step, hashes) != "done"]):
-        memory = _home(recipe) / ".cache" / "preflight.json"
-        preflight.preflight(recipe, {step.stage for step in open_}, {step.key for step in open_}, memory)
+    wanted, todo = steps[-1:] if only else steps, 0
+    if not stages:
+        _look_ahead(wanted, recipe, hashes, console)
     for step in wanted:
         found = state(step, hashes)
         if found == "done":
@@ -107,6 +105,21 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         hashes.save()
     if not todo:
         console.say("nothing to do")
+
+
+def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Console) -> None:
+    """Refuses what a stage can't start from and records that can't be read, before the first one runs."""
+    todo = [(step, found) for step in steps if (found := state(step, hashes)) != "done"]
+    look = Preflight(recipe, [step.result for step, _ in todo], lambda folder: _verify(folder, hashes))
+    for step, found in todo:
+        look.refuse(step.stage, step.parents)
+        if found == "stopped":
+            checkpoints.check(step.folder, step.stage, recipe.seed)
+    for note in look.notes:
+        console.say(f"note: {note}")
+    if todo and is_first():
+        names, keys = zip(*((step.stage, step.key) for step, _ in todo), strict=True)
+        read_ahead(recipe, names, keys, _home(recipe) / ".cache" / "read.json")
 
 
 def status(recipe: Recipe, console: Console) -> None:
@@ -225,14 +238,7 @@ def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes
     for place in (folder / "model", folder):
         if (place / storage.MANIFEST).is_file():
             return place, str(storage.read_manifest(place).get("key", ""))
-    files = sorted(p for p in folder.iterdir() if p.suffix in _BASE_FILES) if folder.is_dir() else []
-    names = [path.name for path in files]
-    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
-    missing += [] if any(name.endswith(".safetensors") for name in names) else ["model.safetensors"]
-    if missing:
-        what = f"{setting}: there is no {', no '.join(missing)}" if folder.is_dir() else f"{setting} names no folder"
-        hint = 'name a Hugging Face folder, or a stage that is done ("runs/NAME/sft")'
-        raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
+    files = folders.foreign_files(folder, setting)
     return folder, _digest([[path.name, hashes.of(path)] for path in files])
 
 
@@ -294,13 +300,20 @@ def state(step: Step, hashes: Hashes) -> str:
     if (step.result / storage.MANIFEST).is_file():
         manifest = storage.read_manifest(step.result)
         if manifest.get("key") == step.key:
-            paths = {step.result / name: entry["sha256"] for name, entry in manifest["files"].items()}
-            if not all(path.is_file() and hashes.of(path) == sha256 for path, sha256 in paths.items()):
-                storage.verify_folder(step.result)
+            _verify(step.result, hashes)
             return "done"
     if _is_locked(step.folder / "lock"):
         return "running"
     return "stopped" if _lineage(step.folder).get("key") == step.key else "stale"
+
+
+def _verify(folder: Path, hashes: Hashes) -> None:
+    """Compares the files of a folder that has a manifest, those whose hash is remembered without reading them."""
+    if (folder / storage.MANIFEST).is_file():
+        files = storage.read_manifest(folder)["files"]
+        paths = {folder / name: entry["sha256"] for name, entry in files.items()}
+        if not all(path.is_file() and hashes.of(path) == sha256 for path, sha256 in paths.items()):
+            storage.verify_folder(folder)
 
 
 def _is_locked(path: Path) -> bool:
@@ -315,11 +328,15 @@ def _is_locked(path: Path) -> bool:
 
 
 def _lineage(folder: Path) -> dict[str, Any]:
+    """What a folder says that it was made from; empty where that can't be read."""
     try:
         made = json.loads((folder / "lineage.json").read_bytes())
-    except (OSError, ValueError):
+        _differences(made, made)
+        names = [item["path"] + item["sha256"] for items in made["data"].values() for item in items]
+        "".join([*names, made["key"], *(parent["key"] for parent in made["parents"].values())])
+        return dict(made)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
-    return made if isinstance(made, dict) and {"key", "settings", "data", "parents"} <= set(made) else {}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

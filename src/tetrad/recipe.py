@@ -9,14 +9,18 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tetrad import disk
 from tetrad.errors import UserError
+from tetrad.model.config import read_config
 from tetrad.settings.base import FUNCTIONS, Knob, knobs, toml_name
 from tetrad.settings.check import build
+from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 from tetrad.settings.words import nest, parse
 
@@ -26,7 +30,13 @@ MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[^\W.][\w.+-]{0,99}")
 _TABLE_LINE = re.compile(r"\s*\[\[?\s*([\w.\"'-]+)\s*\]")
 _KEY_LINE = re.compile(r"\s*([\w.\"'-]+)\s*=")
+_DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){16}""")
 _TWICE = ("Cannot overwrite a value", "Cannot declare", "Cannot redefine", "Duplicate inline table key")
+_DEPTH = 16
+_SEARCH = 10_000
+_LARGEST_WHOLE = 2**53
+_LARGEST_MODEL = 10**12
+_PATHS = ("model.from", "reward.from", "evaluate.referee", "run.out")
 _KNOBS = cache(knobs)
 
 
@@ -48,7 +58,9 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         values[table] = {**below, **inner} if isinstance(below, dict) and isinstance(inner, dict) else inner
     places |= flags
     recipe = build(Recipe, values, places)
-    recipe = _resolved(replace(recipe, name=recipe.name or _name_of(path)), path.parent)
+    recipe = replace(recipe, name=recipe.name or _name_of(path))
+    _check_values(recipe, places)
+    recipe = _resolved(recipe, path.parent)
     check(recipe, places)
     return recipe
 
@@ -81,15 +93,15 @@ def _literal(value: Any) -> str:
 def _text(path: Path) -> str:
     where, hint = str(path), "name a recipe, a .toml file"
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        size, raw = disk.start_of(path, MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError("E-CONF-MISSING", "there is no such recipe", where=where, hint=hint) from None
-    except IsADirectoryError:
-        raise UserError("E-CONF-SIZE", "is a folder, not a recipe", where=where, hint=hint) from None
     except OSError as error:
-        raise UserError("E-CONF-MISSING", f"can't be read: {error.strerror}", where=where, hint=hint) from None
-    if len(raw) > MAX_BYTES:
+        what = error.strerror or str(error)
+        if what.startswith("is "):
+            raise UserError("E-CONF-SIZE", f"{what}, so it is no recipe", where=where, hint=hint) from None
+        raise UserError("E-CONF-MISSING", f"can't be read: {what}", where=where, hint=hint) from None
+    if max(size, len(raw)) > MAX_BYTES:
         raise UserError("E-CONF-SIZE", "is larger than 1 MiB, so it is no recipe", where=where, hint=hint)
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
@@ -100,18 +112,31 @@ def _text(path: Path) -> str:
 
 def _toml(path: Path, text: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        if found := _DOTTED.search(text):  # tomllib needs quadratic time and memory for them
+            raise RecursionError(f"{found[0]:.20}... is nested more than {_DEPTH} deep")
+        return _shallow(tomllib.loads(text))
+    except (ValueError, RecursionError) as error:  # Python itself refuses a whole number of 5,000 digits
         found = re.search(r"\(at line (\d+), column (\d+)\)|(\(at end of document\))", str(error))
         last = max(1, text.count("\n") + (not text.endswith("\n")))
         line = int(found[1]) if found and found[1] else last
-        message = str(error).partition(" (at ")[0]
+        message = str(error).partition(" (at ")[0].partition(";")[0]
         where = f"{path}:{line}"
     if message.startswith(_TWICE):
         key = text.split("\n")[line - 1].partition("=")[0].strip()
         raise UserError("E-CONF-DUPKEY", f"{key} is given twice", where=where, hint="keep one of them")
     hint = 'a recipe is TOML: [table] on a line of its own, then key = value; text in "quotes", lists in [brackets]'
     raise UserError("E-CONF-SYNTAX", f"can't be read as TOML: {message}", where=where, hint=hint)
+
+
+def _shallow(values: dict[str, Any]) -> dict[str, Any]:
+    """The values. Raises RecursionError where they are nested deeper than any recipe; dotted keys can do that."""
+    level: list[Any] = [values]
+    for _ in range(_DEPTH):
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        level = [item for item in level if isinstance(item, dict | list)]
+    if level:
+        raise RecursionError(f"it is nested more than {_DEPTH} deep")
+    return values
 
 
 def _lines(text: str) -> Iterator[tuple[str, int]]:
@@ -150,7 +175,7 @@ def _path(knob: Knob, value: Any, folder: Path) -> Any:
         return tuple(os.path.abspath(_from(folder, text)) for text in value)
     if knob.mark:
         return tuple(str(_from(folder, text)) for text in value)
-    if knob.name in ("model.from", "reward.from", "evaluate.referee") and value:
+    if knob.name in _PATHS[:3] and value:
         beside = folder / os.path.expanduser(value)
         return str(beside if beside.exists() else Path(value))  # a run's stage is given as from the current folder
     return value
@@ -168,10 +193,9 @@ def _from(folder: Path, text: str) -> str | Path:
 def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
     """Raises UserError for values that are each legal but not together, before anything is loaded."""
     places = places or {}
-    if not _NAME.fullmatch(recipe.name):
-        hint = 'use letters, digits, "-" and "_": it names a folder'
-        raise UserError("E-CONF-RANGE", f'name = "{recipe.name}" is no name', where=places.get("name", ""), hint=hint)
+    _check_values(recipe, places)
     _check_divisors(recipe, places)
+    _check_size(recipe, places)
     _check_lengths(recipe, places)
     _check_pairs(recipe, places)
     for name, knob in _KNOBS(Recipe).items():
@@ -182,6 +206,24 @@ def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
                     what = f'{name} has "{text}", which names no Python function'
                     hint = f'write {key} = ["file.py:function"]'
                     raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
+
+
+def _check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
+    """What the types of settings can't say: names of folders and files, and whole numbers that nothing can count."""
+    if not _NAME.fullmatch(recipe.name) or len(recipe.name.encode()) > 200:
+        hint = 'use letters, digits, "-" and "_": it names a folder'
+        what = f"name = {shown(recipe.name)} is no name"
+        raise UserError("E-CONF-RANGE", what, where=places.get("name", ""), hint=hint)
+    for name, knob in _KNOBS(Recipe).items():
+        table, _, key = name.rpartition(".")
+        value = getattr(getattr(recipe, table) if table else recipe, "from_" if key == "from" else key)
+        if knob.kind == "whole" and name != "seed" and value >= _LARGEST_WHOLE:
+            what, hint = f"{name} = {shown(value)} is more than anything can count", f"the default is {knob.default}"
+            raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
+        for text in (value,) if name in _PATHS else value if knob.mark else ():
+            if "\0" in text or len(os.fsencode(text)) > 4000 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
+                what = f"{name} has {shown(text)}, which no file can be named"
+                raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint="name a file or folder")
 
 
 def _check_divisors(recipe: Recipe, places: Mapping[str, str]) -> None:
@@ -201,8 +243,8 @@ def _check_divisors(recipe: Recipe, places: Mapping[str, str]) -> None:
 def _check_divides(whole: str, a: int, part: str, b: int, places: Mapping[str, str]) -> None:
     if a % b:
         what = f"{whole} = {a} can't be divided by {part} = {b}"
-        divisors = [d for d in range(1, a + 1) if a % d == 0]
-        below, above = max(d for d in divisors if d <= b or d == 1), min(d for d in divisors if d >= b or d == a)
+        below = next((d for d in range(b, max(0, b - _SEARCH), -1) if a % d == 0), 1)
+        above = next((d for d in range(b, min(a, b + _SEARCH)) if a % d == 0), a)
         parts = " or ".join(dict.fromkeys(map(str, (below, above))))
         key, other = whole.rpartition(".")[2], part.rpartition(".")[2]
         hint = f"write {key} = {' or '.join(_near_multiples(a, b))}, or {other} = {parts}"
@@ -215,25 +257,50 @@ def _near_multiples(value: int, step: int) -> list[str]:
 
 
 def _check_lengths(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """Nothing may be longer than the model. A model that comes from a folder is looked at when it is loaded."""
-    longest = recipe.model.max_positions
+    """Nothing may be longer than the model, a new one or that of a folder."""
+    m = recipe.model
+    longest, whose = _positions(m.from_) if m.from_ else (m.max_positions, "model.max_positions")
     named = [("pretrain.row_tokens", bool(recipe.pretrain.text)), ("sft.max_tokens", bool(recipe.sft.data))]
     named += [("reward.max_tokens", bool(recipe.reward.data) and not recipe.reward.from_)]
     named += [("ppo.max_prompt", bool(recipe.ppo.prompts)), ("ppo.max_new", bool(recipe.ppo.prompts))]
     named += [("evaluate.max_new", bool(recipe.evaluate.prompts))]
     for name, used in named:
         extra = recipe.ppo.max_new if name == "ppo.max_prompt" and recipe.ppo.max_prompt else 0
-        value = _get(recipe, name)
-        if used and not recipe.model.from_ and value + extra > longest:
-            whole = f"{name} = {value}" + (f" and ppo.max_new = {extra}" if extra else "")
-            what = f"{whole} tokens are more than model.max_positions = {longest}"
-            hint = f"lower {name}, or raise model.max_positions before pre-training"
-            raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
+        if used:
+            _check_length(name, _get(recipe, name), extra, longest, whose, places)
+    if recipe.reward.data and recipe.reward.from_:
+        _check_length("reward.max_tokens", recipe.reward.max_tokens, 0, *_positions(recipe.reward.from_), places)
     pretrain = recipe.pretrain
     if pretrain.text and 0 < pretrain.tokens < pretrain.batch_tokens:
         what = f"pretrain.tokens = {pretrain.tokens} is less than one step, batch_tokens = {pretrain.batch_tokens}"
         hint = "raise tokens or lower batch_tokens"
         raise UserError("E-CONF-RANGE", what, where=places.get("pretrain.tokens", ""), hint=hint)
+
+
+def _check_length(name: str, value: int, extra: int, longest: int, whose: str, places: Mapping[str, str]) -> None:
+    if longest and value + extra > longest:
+        whole = f"{name} = {value}" + (f" and ppo.max_new = {extra}" if extra else "")
+        what = f"{whole} tokens are more than {whose} = {longest}"
+        hint = f"lower {name}" + (f", or raise {whose} before pre-training" if whose.startswith("model.") else "")
+        raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
+
+
+def _positions(folder: str) -> tuple[int, str]:
+    """The longest sequence of a folder's model and whose it is; 0 where there is no such model (told elsewhere)."""
+    for place in (Path(folder) / "model", Path(folder)):
+        with suppress(UserError):
+            return read_config(place).max_positions, f"the max_position_embeddings of {folder}"
+    return 0, ""
+
+
+def _check_size(recipe: Recipe, places: Mapping[str, str]) -> None:
+    """A new model that no machine holds is a slip of the pen."""
+    m = recipe.model
+    block = 4 * m.hidden_size * (m.hidden_size + (m.ff or 3 * m.hidden_size))
+    if not m.from_ and m.layers * block + recipe.tokenizer.vocab_size * m.hidden_size > _LARGEST_MODEL:
+        what = "a model of this hidden_size, layers, ff and vocab_size has more than 10^12 weights"
+        where = places.get("model.hidden_size", places.get("model.layers", places.get("tokenizer.vocab_size", "")))
+        raise UserError("E-CONF-RANGE", what, where=where, hint="lower one of them")
 
 
 def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
@@ -263,6 +330,9 @@ def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
             what = f'data.rename has "{pair}", which is no pair of names'
             hint = 'write rename = ["question=Instruction"]'
             raise UserError("E-CONF-RANGE", what, where=places.get("data.rename", ""), hint=hint)
+    if recipe.run.dtype == "bfloat16" and recipe.run.device == "cpu":
+        what = "bfloat16 on a CPU is several times slower than float32 and not offered"
+        raise UserError("E-CONF-DTYPE", what, where=places.get("run.dtype", ""), hint='set dtype = "float32"')
     if recipe.ppo.kl_target and not recipe.ppo.kl_coefficient:
         what = "ppo.kl_target adapts kl_coefficient, which starts at 0 and would stay there"
         hint = "write kl_coefficient = 0.05, or kl_target = 0"

@@ -200,6 +200,14 @@ def prune(folder: Path, keep: int, protect: Collection[int] = ()) -> None:
 # Reading
 
 
+def json_of(raw: bytes, parts: int = 300_000) -> Any:
+    """The value of JSON that others wrote. Raises ValueError, also for what would fill the memory: more lists and
+    objects than `parts`, or ten times as many values. RecursionError for deep nesting."""
+    if raw.count(b"[") + raw.count(b"{") > parts or raw.count(b",") > 10 * parts:
+        raise ValueError("it has more parts than any in use")
+    return json.loads(raw.decode())
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a folder, itself checked; the files it names are not read.
 
@@ -211,7 +219,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError("E-CKPT-MANIFEST", "has no manifest.json: it is not whole", where=str(path), hint=_HINT)
     raw = _read_file(place)
     try:
-        manifest = json.loads(raw)
+        manifest = json_of(raw)
         version = manifest["version"]
         if version != VERSION:
             what = f"format version {version} can't be read here, only {VERSION}"

@@ -10,6 +10,7 @@ import pytest
 
 from tetrad import pipeline
 from tetrad.cli import main
+from tetrad.engine import folders
 from tetrad.errors import Stopped, UserError
 from tetrad.settings.use import Chat, Generate, ScoreFile
 
@@ -84,7 +85,7 @@ def stopping(error: BaseException) -> Callable[..., None]:
     [
         (UserError("E-DATA-TYPE", "no", where="x:1"), 3, "error[E-DATA-TYPE] x:1: no.\n"),
         (UserError("E-CKPT-HASH", "no."), 4, "error[E-CKPT-HASH] no.\n"),
-        (UserError("E-NUM-NAN", "no"), 5, "error[E-NUM-NAN] no.\n"),
+        (UserError("E-NUM-REWARD", "no"), 5, "error[E-NUM-REWARD] no.\n"),
         (UserError("E-IO-SPACE", "no"), 6, "error[E-IO-SPACE] no.\n"),
         (UserError("E-RUN-LOCKED", "no", hint="wait"), 7, "error[E-RUN-LOCKED] no. Fix: wait\n"),
         (Stopped("after step 3"), 75, "stopped: after step 3\n"),
@@ -136,6 +137,7 @@ def test_a_run_from_the_command_line(here: Path, capsys: Capture, monkeypatch: p
 def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the commands that use a model are called with."""
     seen: list[Any] = []
+    monkeypatch.setattr(folders, "usable", lambda *_, **__: SimpleNamespace(note=""))
     for module, names in (("batch", ["generate_file", "score_file"]), ("chat", ["chat"])):
         fake = ModuleType(f"tetrad.serve.{module}")
         for name in names:
@@ -178,6 +180,7 @@ def test_options_that_do_not_go_together(words: list[str], code: str, received: 
 
 
 def test_memory_of_other_commands_is_explained(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "usable", lambda *_, **__: SimpleNamespace(note=""))
     fake = ModuleType("tetrad.serve.chat")
     fake.chat = stopping(MemoryError())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tetrad.serve.chat", fake)

@@ -77,7 +77,7 @@ def test_killed_stages_go_on_to_the_same_bits(tmp_path: Path) -> None:
             folder = broken / "tiny" / stage
             if (folder / "model").exists():
                 shutil.rmtree(folder)
-            if forked(path, broken, stage, draw.uniform(0.0, 0.8) * seconds[stage]) < 0:
+            if forked(path, broken, stage, draw.uniform(0.1, 1.0) * seconds[stage]) < 0:
                 kills += 1
                 resumed += (folder / "checkpoints").is_dir()
         forked(path, broken, stage)

@@ -1,4 +1,5 @@
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,18 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         disk.scan(tmp_path)
     with pytest.raises(UserError, match="E-IO-READ"):
         disk.scan(tmp_path / "absent")
+
+
+def test_the_start_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    (tmp_path / "link").symlink_to("x")
+    assert disk.start_of(tmp_path / "x", 4) == (10, b"0123")
+    assert disk.start_of(tmp_path / "link", 99) == (10, b"0123456789")
+    assert disk.start_of(tmp_path / "x", 0) == (10, b"")
+
+
+def test_what_is_no_plain_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "none", tmp_path / "zero\0", Path("/dev/zero")):
+        with pytest.raises(OSError, match=r"plain file|folder|No such|null byte"):
+            disk.start_of(path, 4)

@@ -1,33 +1,46 @@
-"""docs/errors.md lists every code that the sources raise, no other, and each under its exit status."""
+"""The table of codes: each is raised somewhere, no other one is, and docs/errors.md is made from it."""
 
 import re
 from pathlib import Path
 
-from tetrad.errors import UserError
+import pytest
+
+from tetrad.errors import CODES, UserError, page
 
 ROOT = Path(__file__).parents[2]
 CODE = r"E-[A-Z]+-[A-Z0-9]+"
-
-
-def documented() -> dict[str, int]:
-    codes, status = {}, 0
-    for line in (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").splitlines():
-        if heading := re.match(r"## Exit (\d+)", line):
-            status = int(heading[1])
-        elif row := re.match(rf"\| ({CODE}) \|", line):
-            assert row[1] not in codes
-            codes[row[1]] = status
-    return codes
+TABLE = ROOT / "src" / "tetrad" / "errors.py"
+EXITS = {"CONF": 2, "DATA": 3, "CKPT": 4, "MODEL": 4, "NUM": 5, "IO": 6, "MEM": 6, "RUN": 7}
 
 
 def raised() -> set[str]:
-    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py") if path != TABLE)
     return {code for source in sources for code in re.findall(rf'"({CODE})"', source)}
 
 
-def test_every_code_is_documented() -> None:
-    assert set(documented()) == raised()
+def test_every_code_is_raised_and_in_the_table() -> None:
+    assert set(CODES) == raised()
+
+
+def test_codes_have_a_form_and_a_meaning() -> None:
+    for code, meaning in CODES.items():
+        assert re.fullmatch(CODE, code)
+        assert meaning == meaning.strip()
+        assert len(meaning) >= 8
+        assert "|" not in meaning
+        assert not meaning.endswith(".")
+
+
+def test_another_code_is_a_bug() -> None:
+    with pytest.raises(ValueError, match="E-DATA-NONE"):
+        UserError("E-DATA-NONE", "no")
 
 
 def test_exit_statuses() -> None:
-    assert documented() == {code: UserError(code, "").exit_code for code in documented()}
+    assert {code: UserError(code, "").exit_code for code in CODES} == {c: EXITS[c.split("-")[1]] for c in CODES}
+
+
+def test_the_page_is_made_from_the_table() -> None:
+    assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == page(), "python scripts/errors.py"
+    for code, meaning in CODES.items():
+        assert page().count(f"| {code} | {meaning} |") == 1

@@ -284,3 +284,11 @@ def test_a_disk_that_lies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(disk.Calls, "read", staticmethod(lambda fd, count: real(fd, count).replace(b"key", b"kex")))
     with pytest.raises(UserError, match=r"E-IO-WRITE.*other bytes"):
         storage.write_folder(tmp_path / "m", {"a": b""}, {"key": 1})
+
+
+def test_json_that_would_fill_the_memory() -> None:
+    assert storage.json_of(b'{"a": [1, 2]}') == {"a": [1, 2]}
+    assert storage.json_of(b"[[], {}]", parts=3) == [[], {}]
+    for raw, parts in ((b"[[], {}]", 2), (b"[" + b"0," * 30 + b"0]", 2), (b"[NaN", 9), (b"\xff", 9)):
+        with pytest.raises(ValueError, match=r".+"):
+            storage.json_of(raw, parts)

@@ -17,7 +17,7 @@ class Hashes:
         self._changed = False
         try:
             known = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             known = {}
         self._known: dict[str, list[str]] = known if isinstance(known, dict) else {}
 

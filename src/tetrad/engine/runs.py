@@ -7,18 +7,16 @@
             run.log(step, loss=update(...))
         run.finish(files, meta)
 
-A checkpoint is checkpoints/step-000400/{<part>.safetensors, state.json, manifest.json}. It holds no random state, since
-all random numbers are keyed by (seed, purpose, step): the cursor is the number of finished steps. metrics.jsonl and
-samples.jsonl are cut back to where they were at the checkpoint, so a run that was killed leaves the bytes of one that
-never was; what depends on the clock goes to timing.jsonl, which only grows. A checkpoint is whole or it is passed over,
-by step number and never by the clock, and a run whose checkpoints are all damaged does not begin afresh in silence.
+A checkpoint (`engine.checkpoints` says which counts) holds no random state, since all random numbers are keyed by
+(seed, purpose, step): the cursor is the number of finished steps. metrics.jsonl and samples.jsonl are cut back to where
+they were at the checkpoint, so a run that was killed leaves the bytes of one that never was; what depends on the clock
+goes to timing.jsonl, which only grows. A checkpoint is whole or it is passed over, by step number and never by the
+clock, and a run whose checkpoints are all damaged does not begin afresh in silence.
 """
 
 import json
 import math
-import os
 import signal
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +28,9 @@ from typing import Any, Protocol
 import torch
 
 from tetrad import storage
+from tetrad.engine import checkpoints
+from tetrad.engine.checkpoints import differences, file_of
+from tetrad.engine.folders import others_may_write
 from tetrad.errors import Stopped, UserError
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.storage import Content, Json, LineLog
@@ -74,7 +75,8 @@ class Run:
         self._stop = _Stop()
         self._saved_step = 0
         if save_every > total_steps:
-            self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: no checkpoint is saved")
+            told = "no checkpoint but the last, the finished model"
+            self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {told}")
 
     # Logs
 
@@ -106,45 +108,27 @@ class Run:
         `parts` is also what is saved from now on. Raises UserError E-CKPT-* if there are checkpoints but none is whole.
         """
         self._parts = dict(parts)
-        failures: list[tuple[Path, UserError]] = []
-        for path in reversed(storage.step_folders(self.checkpoints).values()):
-            try:
-                state = self._load(path)
-            except UserError as error:
-                failures.append((path, error))
-                continue
+        path, state, failures = checkpoints.newest(self.checkpoints, self._load)
+        if path is not None:
             self._set_aside(failures)
             self._continue_from(path, state)
             return dict(state["values"])
-        if failures:
-            told = "; ".join(f"{path.name}: {error.where}: {error.what}" for path, error in failures)
-            hint = f"put back a whole checkpoint, or remove {self.checkpoints} to begin this stage again"
-            raise UserError(failures[0][1].code, f"no checkpoint is whole: {told}", where=str(self.folder), hint=hint)
         for name in self._logs.keys() & set(_CUT_BACK):
             self._logs[name].truncate(0)
         return None
 
     def _load(self, path: Path) -> dict[str, Any]:
-        files = storage.verify_folder(path)["files"]
-        for name in ("state.json", *map(_file_of, self._parts)):
-            if name not in files:
-                raise UserError("E-CKPT-MISSING", f"holds no {name}", where=str(path))
-        state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-        if missing := set(self._values()) - set(state["values"]):
-            what = f"lacks {', '.join(sorted(missing))}"
-            raise UserError("E-CKPT-MISSING", what, where=str(path / "state.json"))
-        ours = {"seed": self._seed, "total_steps": self.total_steps, "step": int(path.name.removeprefix("step-"))}
-        if differences := _differences(state, ours):
-            raise UserError("E-CKPT-SETTINGS", f"is of another run: {differences}", where=str(path))
+        ours = {"seed": self._seed, "total_steps": self.total_steps}
+        state = checkpoints.read_state(path, self._parts, self._values(), ours)
         for name, part in self._parts.items():
-            file = path / _file_of(name)
+            file = path / file_of(name)
             try:
                 part.load_tensors(read_tensors(file))
             except UserError as error:
                 raise UserError(error.code, error.what, where=error.where or str(file), hint=error.hint) from error
         return state
 
-    def _set_aside(self, failures: list[tuple[Path, UserError]]) -> None:
+    def _set_aside(self, failures: checkpoints.Failures) -> None:
         """Damaged checkpoints no longer count as kept ones; nothing of them is deleted before the stage ends."""
         for path, error in failures:
             self.notes.append(f"{path.name} was passed over: {error.where}: {error.what} [{error.code}]")
@@ -153,11 +137,10 @@ class Run:
 
     def _continue_from(self, path: Path, state: Mapping[str, Any]) -> None:
         self.step = self._saved_step = state["step"]
-        if differences := _differences(state["environment"], self._environment):
-            self.notes.append(f"{path.name} was written under other conditions, numbers may differ: {differences}")
-        status = path.stat()
-        if status.st_mode & stat.S_IWOTH or status.st_uid != os.getuid():
-            self.notes.append(f"{path} belongs to, or can be changed by, another user")
+        if found := differences(state["environment"], self._environment):
+            self.notes.append(f"{path.name} was written under other conditions, numbers may differ: {found}")
+        if note := others_may_write(path):
+            self.notes.append(note)
         for name in self._logs.keys() & set(_CUT_BACK):
             recorded, log = state["logs"][name], self._logs[name]
             if log.size() < recorded:
@@ -169,7 +152,7 @@ class Run:
         for name, part in self._parts.items():  # on every rank: a sharded part is gathered here
             tensors = part.tensors()
             _refuse_nonfinite(name, tensors)
-            contents[_file_of(name)] = tensor_chunks(tensors)
+            contents[file_of(name)] = tensor_chunks(tensors)
         if self._logs:
             for log in self._logs.values():
                 log.sync()
@@ -315,15 +298,6 @@ def open_run(
         yield run
         if run._stop.wanted:
             raise Stopped("stopped at the end of the stage; the same command goes on with the next one")
-
-
-def _file_of(part: str) -> str:
-    return f"{part}.safetensors"
-
-
-def _differences(before: Mapping[str, Json], now: Mapping[str, Json]) -> str:
-    pairs = [(key, before.get(key), now[key]) for key in sorted(now)]
-    return ", ".join(f"{key} was {old}, is {new}" for key, old, new in pairs if old != new)
 
 
 def _refuse_nonfinite(part: str, tensors: Mapping[str, torch.Tensor]) -> None:

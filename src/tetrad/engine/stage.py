@@ -11,10 +11,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tetrad.data.source import Counts
-from tetrad.engine import mesh
+from tetrad.engine import checkpoints, mesh
 from tetrad.engine.batches import mean_nll
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
+from tetrad.engine.folders import refuse_other_tokenizer
 from tetrad.engine.prepare import Prepared
 from tetrad.engine.runs import Run, Stateful, open_run
 from tetrad.errors import UserError
@@ -67,6 +68,7 @@ def start(
 ) -> Iterator[Run]:
     """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
     settings = ctx.recipe.run
+    _refuse_unlisted(ctx.folder.name, parts, state())
     with open_run(
         ctx.folder,
         seed=ctx.recipe.seed,
@@ -95,6 +97,15 @@ def start(
         if run.step:
             ctx.console.say(f"goes on after step {run.step} of {total_steps}")
         yield run
+
+
+def _refuse_unlisted(stage: str, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
+    """The table by which checkpoints are judged before a stage starts must be what the stage keeps."""
+    listed = checkpoints.PARTS.get(stage), checkpoints.VALUES.get(stage, ())
+    if listed[0] is not None and listed != (tuple(parts), tuple(values)):
+        raise RuntimeError(
+            f"engine.checkpoints lists {listed} for {stage}, which keeps {tuple(parts)}, {tuple(values)}"
+        )
 
 
 def finish(
@@ -153,9 +164,7 @@ def _ending_at(config: DecoderConfig, end: int) -> DecoderConfig:
 
 def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """A reward model reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-        what = "the reward model and the model that answers have different tokenizers"
-        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="train it from this recipe's SFT model")
+    refuse_other_tokenizer(folder, Tokenizer.load(folder), tokenizer)
 
 
 def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Prepared:

@@ -4,12 +4,14 @@ One decoder with a few flags covers Qwen2/2.5, Qwen3 and Llama 3. What would cha
 doesn't have (yarn, sliding windows, quantised weights, code of the folder's own) is refused, never ignored.
 """
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetrad import disk
 from tetrad.errors import UserError
+from tetrad.storage import json_of
 
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
@@ -19,6 +21,9 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "LlamaForSequenceClassification": "llama",
 }
+MAX_JSON_BYTES = 8 << 20
+"""Of config.json, an index of shards and the like."""
+_LARGEST = 2**31
 _CLASS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 
 
@@ -66,20 +71,49 @@ class DecoderConfig:
 
 def read_config(folder: Path) -> DecoderConfig:
     """The config.json of a folder. Errors: E-MODEL-MISSING, E-MODEL-CODE, E-MODEL-UNSUPPORTED, E-MODEL-FORMAT."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError("E-MODEL-MISSING", "there is no config.json", where=str(folder), hint="name a model folder")
+    return _parsed(folder)[0]
+
+
+def is_reward(folder: Path) -> bool:
+    """True for a reward model's folder, False for a language model's; from config.json alone. Errors: E-MODEL-*."""
+    return _parsed(folder)[1].endswith("ForSequenceClassification")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder. Raises UserError E-MODEL-FORMAT."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
+        size, raw = disk.start_of(path, MAX_JSON_BYTES)
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB")
+        value = json_of(raw)
+        if not isinstance(value, dict):
             raise ValueError("it is not an object")
-    except (ValueError, OSError) as error:
-        raise UserError("E-MODEL-FORMAT", f"config.json can't be read: {error}", where=str(path)) from error
-    _refuse(raw, path)
+    except (ValueError, OSError, RecursionError) as error:
+        hint = "copy the whole model folder again"
+        raise UserError("E-MODEL-FORMAT", f"{path.name} can't be read: {error}", where=str(path), hint=hint) from error
+    return value
+
+
+def _parsed(folder: Path) -> tuple[DecoderConfig, str]:
+    """The configuration, and the name of the architecture."""
+    path = folder / "config.json"
+    if not is_file(path):
+        raise UserError("E-MODEL-MISSING", "there is no config.json", where=str(folder), hint="name a model folder")
+    raw = read_json(path)
     try:
-        return _parse(raw)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError("E-MODEL-FORMAT", f"config.json lacks or misstates {error}", where=str(path)) from error
+        _refuse(raw, path)
+        return _checked(_parse(raw)), raw["architectures"][0]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        what = f"config.json lacks or misstates {error}"
+        raise UserError("E-MODEL-FORMAT", what, where=str(path), hint="copy the whole model folder again") from error
+
+
+def is_file(path: Path) -> bool:
+    """As `path.is_file()`, with False for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _refuse(raw: dict[str, Any], path: Path) -> None:
@@ -89,12 +123,13 @@ def _refuse(raw: dict[str, Any], path: Path) -> None:
     if "auto_map" in raw:
         refuse("the folder wants to run code of its own (auto_map)", "use a folder without it", "E-MODEL-CODE")
     names = raw.get("architectures") or []
-    if not names or names[0] not in ARCHITECTURES:
-        refuse(f"architecture {names or 'unnamed'} isn't one of Tetrad's", f"choose from {', '.join(ARCHITECTURES)}")
+    if not isinstance(names, list) or not names or str(names[0]) not in ARCHITECTURES:
+        named = shortened(names) if names else "unnamed"
+        refuse(f"architecture {named} isn't one of Tetrad's", f"choose from {', '.join(ARCHITECTURES)}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        refuse(f"rotary scaling {kind!r} isn't supported", "use a checkpoint without it")
+        refuse(f"rotary scaling {shortened(kind)} isn't supported", "use a checkpoint without it")
     if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
         refuse("sliding windows aren't supported", "set use_sliding_window = false if the model was trained without")
     if raw.get("quantization_config"):
@@ -105,8 +140,37 @@ def _refuse(raw: dict[str, Any], path: Path) -> None:
         refuse("attention_bias = true isn't supported here", "use another checkpoint")
 
 
+def shortened(value: Any) -> str:
+    """Foreign text on one line, and not much of it."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _ids(value: Any) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+    found = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(type(i) is int and i >= 0 for i in found):
+        raise ValueError(f"eos_token_id: {shortened(value)}")
+    return found
+
+
+def _count(raw: dict[str, Any], name: str, default: Any = None) -> int:
+    value = raw.get(name) or default if default else raw[name]
+    if type(value) is not int or not 0 < value < _LARGEST:
+        raise ValueError(f"{name}: {shortened(value)}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name}: {shortened(value)}")
+    return float(value)
+
+
+def _maybe_id(raw: dict[str, Any], name: str) -> int | None:
+    value = raw.get(name)
+    if value is not None and type(value) is not int:
+        raise ValueError(f"{name}: {shortened(value)}")
+    return value
 
 
 def _parse(raw: dict[str, Any]) -> DecoderConfig:
@@ -114,32 +178,40 @@ def _parse(raw: dict[str, Any]) -> DecoderConfig:
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     scaling = None
     if rope.get("rope_type", rope.get("type")) == "llama3":
-        scaling = RopeScaling(
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
+        factor, low, high = (_number(n, rope[n]) for n in ("factor", "low_freq_factor", "high_freq_factor"))
+        scaling = RopeScaling(factor, low, high, _count(rope, "original_max_position_embeddings"))
+    heads, hidden_size = _count(raw, "num_attention_heads"), _count(raw, "hidden_size")
     return DecoderConfig(
         family=family,
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=int(raw["hidden_size"]),
-        layers=int(raw["num_hidden_layers"]),
-        heads=int(raw["num_attention_heads"]),
-        kv_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
-        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]),
-        ff=int(raw["intermediate_size"]),
-        max_positions=int(raw["max_position_embeddings"]),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        vocab_size=_count(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        layers=_count(raw, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=_count(raw, "num_key_value_heads", heads),
+        head_dim=_count(raw, "head_dim", hidden_size // heads),
+        ff=_count(raw, "intermediate_size"),
+        max_positions=_count(raw, "max_position_embeddings"),
+        rope_theta=_number("rope_theta", rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
         rope_scaling=scaling,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        init_std=float(raw.get("initializer_range", 0.02)),
+        init_std=_number("initializer_range", raw.get("initializer_range", 0.02)),
         eos_ids=_ids(raw.get("eos_token_id")),
-        pad_id=raw.get("pad_token_id"),
-        bos_id=raw.get("bos_token_id"),
-        reward_bias=float((raw.get("tetrad") or {}).get("reward_bias", 0.0)),
+        pad_id=_maybe_id(raw, "pad_token_id"),
+        bos_id=_maybe_id(raw, "bos_token_id"),
+        reward_bias=_number("tetrad.reward_bias", (raw.get("tetrad") or {}).get("reward_bias", 0.0)),
     )
+
+
+def _checked(config: DecoderConfig) -> DecoderConfig:
+    """Raises ValueError for numbers that are each legal but make no decoder."""
+    if config.heads % config.kv_heads:
+        raise ValueError(f"num_key_value_heads: {config.heads} heads can't be divided by {config.kv_heads}")
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim: {config.head_dim} is odd")
+    if config.rope_theta <= 0 or config.norm_eps <= 0:
+        raise ValueError("rope_theta or rms_norm_eps: not above 0")
+    return config
 
 
 def config_json(config: DecoderConfig, kind: str) -> dict[str, Any]:

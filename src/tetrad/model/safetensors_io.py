@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tetrad.errors import UserError
+from tetrad.model.headers import not_safetensors, read_header
 
 _NAMES = {
     torch.float64: "F64",
@@ -59,12 +59,8 @@ def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a safetensors file, on the CPU. Raises E-CKPT-FORMAT for anything else."""
+    read_header(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise _not_safetensors(path, error) from error
-
-
-def _not_safetensors(path: Path, error: Exception) -> UserError:
-    what = f"is not a whole safetensors file ({error!s:.200})"
-    return UserError("E-CKPT-FORMAT", what, where=str(path), hint="get the file again; pickles are never read")
+        raise not_safetensors(path, error) from error

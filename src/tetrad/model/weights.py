@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tetrad.errors import UserError
-from tetrad.model.config import DecoderConfig, config_json, read_config
+from tetrad.model.config import config_json
 from tetrad.model.decoder import CausalLM, ScalarModel, initial_head, rope_frequencies
+from tetrad.model.inspect import Facts, has_manifest, inspect
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.storage import Content, verify_folder
 
@@ -22,75 +22,47 @@ SHARD_BYTES = 5 * 2**30
 
 def read_causal(folder: Path) -> CausalLM:
     """A language model in float32. Errors: E-MODEL-*, E-CKPT-*."""
-    config = _checked(folder)
+    facts = _inspected(folder)
     with torch.device("meta"):
-        model = CausalLM(config)
-    _fill(model, _tensors(folder), folder)
+        model = CausalLM(facts.config)
+    _fill(model, _tensors(facts))
     return model
 
 
 def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
     """A reward model or critic in float32; from a language model's folder, its body and a fresh head."""
-    config = _checked(folder)
-    tensors = _tensors(folder)
+    facts = _inspected(folder, scalar=True)
+    tensors = _tensors(facts)
     with torch.device("meta"):
-        model = ScalarModel(config)
+        model = ScalarModel(facts.config)
     if "score.weight" not in tensors:
-        tensors["score.weight"] = initial_head(config.hidden_size, seed)
-    _fill(model, tensors, folder)
+        tensors["score.weight"] = initial_head(facts.config.hidden_size, seed)
+    _fill(model, tensors)
     return model
 
 
-def _checked(folder: Path) -> DecoderConfig:
-    if not folder.is_dir():
-        raise UserError("E-MODEL-MISSING", "there is no such folder", where=str(folder), hint="name a model folder")
-    if (folder / "manifest.json").is_file():
+def _inspected(folder: Path, *, scalar: bool = False) -> Facts:
+    if has_manifest(folder):
         verify_folder(folder)
-    return read_config(folder)
+    return inspect(folder, scalar=scalar)
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                "E-MODEL-FORMAT", f"the index of shards can't be read: {error}", where=str(index)
-            ) from error
-    else:
-        names = ["model.safetensors"]
+def _tensors(facts: Facts) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / str(name)
-        if path.parent != folder or not path.is_file():
-            pickled = any(folder.glob("*.bin"))
-            hint = "convert the .bin files to safetensors first" if pickled else "copy the whole model folder"
-            raise UserError("E-MODEL-MISSING", f"{name} is missing", where=str(folder), hint=hint)
+    for path in facts.files:
         tensors |= read_tensors(path)
-    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: tensor for name, tensor in tensors.items() if name in facts.tensors}
 
 
-def _fill(model: CausalLM | ScalarModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    config = model.config
-    wanted = dict(model.named_parameters())
-    if config.tied or isinstance(model, ScalarModel):
-        tensors = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or extra:
-        what = f"{len(missing)} tensors are missing {missing[:3]} and {len(extra)} unexpected {extra[:3]}"
-        raise UserError("E-CKPT-KEYS", what, where=str(folder), hint="check config.json against the weights")
-    for name, parameter in wanted.items():
-        if tensors[name].shape != parameter.shape:
-            what = f"{name} is {list(tensors[name].shape)}, config.json says {list(parameter.shape)}"
-            raise UserError("E-CKPT-SHAPE", what, where=str(folder), hint="check config.json against the weights")
-    for name, tensor in tensors.items():
+def _fill(model: CausalLM | ScalarModel, tensors: dict[str, Tensor]) -> None:
+    """Puts the tensors in their places; `inspect` has compared names and shapes."""
+    for name in dict(model.named_parameters()):
         owner = model.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor.float()))
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensors[name].float()))
     # Buffers were made on the meta device as well; their values follow from the configuration.
-    model.model.inv_freq = rope_frequencies(config)
+    model.model.inv_freq = rope_frequencies(model.config)
     if isinstance(model, ScalarModel):
-        model.bias = torch.tensor(config.reward_bias)
+        model.bias = torch.tensor(model.config.reward_bias)
 
 
 def model_files(model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES) -> dict[str, Content]:

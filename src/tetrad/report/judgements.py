@@ -84,52 +84,65 @@ def contradictions(reading: Reading, pairs: Sequence[Pair], scores: Sequence[Sco
     for pair in pairs:
         seen[pair.key][pair.sign] += 1
         place.setdefault(pair.key, pair.where)
-    both = [key for key, signs in seen.items() if signs[1] and signs[-1]]
-    circles = list(_cycles(seen))
     by_text: dict[tuple[str, str], list[Score]] = defaultdict(list)
     for score in scores:
         by_text[squeezed(asked(score)), score.answer].append(score)
-    differing = [same for same in by_text.values() if len({s.score for s in same}) > 1 and _one_person_or_none(same)]
-    ties = sum(pair.sign == 0 for pair in pairs)
-    comparisons = len(reading.records) - len(scores)
-    figures: dict[str, Any] = {"comparisons": comparisons, "pairs": len(pairs), "different_pairs": len(seen)}
-    figures |= {
+    both = [place[key] for key, signs in seen.items() if signs[1] and signs[-1]]
+    first = {key[0]: where for key, where in reversed(place.items())}
+    circles = [first[prompt] for prompt in _cycles(seen)]
+    differing = [same[0].where for same in by_text.values() if _one_person_differs(same)]
+    figures: dict[str, Any] = {
+        "comparisons": len(reading.records) - len(scores),
+        "pairs": len(pairs),
+        "different_pairs": len(seen),
+        "tied_pairs": sum(pair.sign == 0 for pair in pairs),
+        "tied_comparisons": reading.counts.tied,
+        "contradicting_pairs": len(both),
+        "circular_prompts": len(circles),
         "scores": len(scores),
         "scored_texts": len(by_text),
-        "tied_pairs": ties,
-        "contradicting_pairs": len(both),
+        "contradicting_scored_texts": len(differing),
     }
-    figures |= {"contradicting_scored_texts": len(differing), "circular_prompts": len(circles)}
-    figures |= {"tied_comparisons": reading.counts.tied}
+    told = (
+        ("contradictions", both, len(seen), 0.02, "pairs are judged both ways (they speak against each other)"),
+        (
+            "contradicting scores",
+            differing,
+            len(by_text),
+            0.001,
+            "texts have different scores of one annotator or none",
+        ),
+        ("circles", circles, len({key[0] for key in seen}), 0.0, "prompts have preferences that run in a circle"),
+    )
+    findings = tuple(
+        Finding("warning" if len(bad) > much * n else "note", name, f"{len(bad)} of {n} {text}", bad[0])
+        for name, bad, n, much, text in told
+        if bad
+    )
+    return Section("", "", figures, (_order(figures),), (), findings)
+
+
+def _order(figures: dict[str, Any]) -> Table:
+    """The figures of contradictions, as far as there is anything to say."""
     rows: list[tuple[Any, ...]] = []
-    if pairs:
+    f = figures
+    if f["pairs"]:
         rows += [
-            ("comparisons", comparisons, f"{len(pairs)} pairs, {len(seen)} different"),
-            ("tied pairs", ties, f"{reading.counts.tied} comparisons without an order"),
-            ("pairs judged both ways", len(both), share(len(both), len(seen))),
-            ("prompts with a circle (a over b over c over a)", len(circles), ""),
+            ("comparisons", f["comparisons"], f"{f['pairs']} pairs, {f['different_pairs']} different"),
+            ("tied pairs", f["tied_pairs"], f"{f['tied_comparisons']} comparisons without an order"),
+            ("pairs judged both ways", f["contradicting_pairs"], share(f["contradicting_pairs"], f["different_pairs"])),
+            ("prompts with a circle (a over b over c over a)", f["circular_prompts"], ""),
         ]
-    if scores:
+    if f["scores"]:
+        differing = f["contradicting_scored_texts"]
         rows += [
-            ("scores", len(scores), f"{len(by_text)} different texts"),
-            ("texts with different scores", len(differing), share(len(differing), len(by_text))),
+            ("scores", f["scores"], f"{f['scored_texts']} different texts"),
+            ("texts with different scores", differing, share(differing, f["scored_texts"])),
         ]
-    findings = []
-    if both:
-        text = f"{len(both)} of {len(seen)} pairs are judged both ways (they stay, and speak against each other)"
-        level = "warning" if len(both) > 0.02 * len(seen) else "note"
-        findings.append(Finding(level, "contradictions", text, place[both[0]]))
-    if differing:
-        text = f"{len(differing)} of {len(by_text)} texts have different scores without different annotators"
-        level = "warning" if len(differing) > 0.001 * len(by_text) else "note"
-        findings.append(Finding(level, "contradicting scores", text, differing[0][0].where))
-    if circles:
-        text = f"the preferences of {len(circles)} prompts run in a circle"
-        findings.append(Finding("warning", "circles", text, place[next(k for k in seen if k[0] == circles[0])]))
-    return Section("", "", figures, (Table("order", ("", "", ""), tuple(rows)),), (), tuple(findings))
+    return Table("order", ("", "", ""), tuple(rows))
 
 
-def _one_person_or_none(scores: Sequence[Score]) -> bool:
+def _one_person_differs(scores: Sequence[Score]) -> bool:
     """Whether two of these differ although no two people gave them."""
     by_person: dict[str, set[float]] = defaultdict(set)
     for score in scores:

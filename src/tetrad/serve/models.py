@@ -5,7 +5,6 @@ the count of copies changes it. A reward model reads the sampled ids themselves 
 with the model that wrote them, else the text; a reply that was cut is read without an end token.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,20 +15,26 @@ import torch
 
 from tetrad.data.tokens import tokenize
 from tetrad.engine.device import Device, choose
+from tetrad.engine.folders import (
+    folder_template,
+    model_folder,
+    needed_template,
+    no_reward,
+    refuse_small_vocabulary,
+)
 from tetrad.engine.generate import generate as sample_replies
 from tetrad.engine.generate import noise
 from tetrad.engine.rollout import Question
 from tetrad.engine.scoring import Sample, joined, score_tokens
 from tetrad.engine.stage import frozen
 from tetrad.errors import UserError
-from tetrad.model.config import read_config
+from tetrad.model.config import is_reward
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.weights import read_causal, read_scalar
 from tetrad.settings import use
 from tetrad.settings.check import build
 from tetrad.settings.common import Run, Sampling
-from tetrad.text.template import TEMPLATES, Template, recognised, recorded
-from tetrad.text.template import template as template_of
+from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Prompt, Tokens, Turn
 
@@ -47,7 +52,7 @@ class Model:
     @property
     def form(self) -> Template:
         """The template. Errors: E-MODEL-TEMPLATE."""
-        return _needed(self.template, self.folder)
+        return needed_template(self.template, self.folder)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -81,45 +86,22 @@ def load(folder: str | Path, template: str = "") -> Model:
     template: "instruction" or "chatml", where the folder names none. Errors: E-MODEL-*, E-CKPT-*.
     """
     path = model_folder(folder)
-    if _role(path) == "reward":
-        hint = "name a language model; `tetrad score` uses reward models"
-        raise UserError("E-CKPT-ROLE", "this is a reward model: it writes no text", where=str(path), hint=hint)
     device = choose(Run())
     model, tokenizer = frozen(read_causal(path)).to(device.place), Tokenizer.load(path)
-    _refuse_small_vocabulary(model, tokenizer, path)
-    return Model(model, tokenizer, _template(path, template), device, path)
+    refuse_small_vocabulary(model.config.vocab_size, tokenizer, path)
+    return Model(model, tokenizer, folder_template(path, template), device, path)
 
 
 def load_reward(folder: str | Path, template: str = "") -> RewardModel:
     """The reward model of a run's stage ("runs/NAME/reward") or of a folder. Errors: E-MODEL-*, E-CKPT-*."""
     path = model_folder(folder)
-    if _role(path) != "reward":
-        hint = 'name a reward model, such as "runs/NAME/reward"'
-        raise UserError("E-CKPT-ROLE", "this is a language model: it has no reward", where=str(path), hint=hint)
+    if not is_reward(path):
+        raise no_reward(path)
     device = choose(Run())
     model, tokenizer = read_scalar(path), Tokenizer.load(path)
     model.requires_grad_(False).eval().to(device.place)
-    _refuse_small_vocabulary(model, tokenizer, path)
-    return RewardModel(model, tokenizer, _needed(_template(path, template), path), device, path)
-
-
-def model_folder(name: str | Path) -> Path:
-    """The folder of the files: that of a stage of a run, or itself. Errors: E-MODEL-MISSING."""
-    path = Path(name)
-    for place in (path / "model", path):
-        if (place / "config.json").is_file():
-            return place
-    stages = sorted(p.parent.parent.name for p in path.glob("*/model/config.json"))
-    if not path.is_dir():
-        what, hint = "there is no such folder", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
-    elif stages:
-        best = "ppo" if "ppo" in stages else stages[-1]
-        what, hint = f"this is a run; its models are {', '.join(stages)}", f"name one: {path / best}"
-    elif (path / "lineage.json").is_file():
-        what, hint = "this stage has no finished language or reward model", "run its recipe to the end"
-    else:
-        what, hint = "there is no config.json", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
-    raise UserError("E-MODEL-MISSING", what, where=str(path), hint=hint)
+    refuse_small_vocabulary(model.config.vocab_size, tokenizer, path)
+    return RewardModel(model, tokenizer, needed_template(folder_template(path, template), path), device, path)
 
 
 def question(model: Model, prompt: Prompt) -> Question:
@@ -220,35 +202,3 @@ def rate(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:
             what = f"the reward model gives {score}"
             raise UserError("E-NUM-NONFINITE", what, where=document.where, hint="it is damaged: train it again")
     return found
-
-
-def _role(folder: Path) -> str:
-    """reward | language, from config.json. Errors: E-MODEL-*."""
-    read_config(folder)
-    named: str = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    return "reward" if named.endswith("ForSequenceClassification") else "language"
-
-
-def _template(folder: Path, choice: str) -> Template | None:
-    """The template that the user chose, else the folder's own."""
-    noted = recorded(folder)
-    if choice:
-        return noted if noted and noted.name == choice else template_of(choice)
-    try:
-        return noted or recognised(folder)
-    except UserError:  # it may be needed for nothing; `_needed` tells
-        return None
-
-
-def _needed(form: Template | None, folder: Path) -> Template:
-    if form is None:
-        hint = "choose --template " + " or --template ".join(TEMPLATES)
-        raise UserError("E-MODEL-TEMPLATE", "the folder names no template", where=str(folder), hint=hint)
-    return form
-
-
-def _refuse_small_vocabulary(model: CausalLM | ScalarModel, tokenizer: Tokenizer, folder: Path) -> None:
-    rows = model.config.vocab_size
-    if tokenizer.size > rows:
-        what = f"the tokenizer has {tokenizer.size} tokens, the model {rows}"
-        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="put the model's own tokenizer.json there")

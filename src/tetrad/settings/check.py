@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -32,18 +33,42 @@ def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) ->
     places: where each dotted name was given (`recipe.toml:12`, `--ppo.steps`). Raises UserError E-CONF-UNKNOWN, -TYPE,
     -RANGE or -SECRET for the first mistake.
     """
-    known, groups = knobs(cls), tables(cls)
+    kind: Any = cls
+    known, groups = _known(kind)
     for name, value in _flat(values, groups):
         where = places.get(name, "")
         if name not in known and name not in groups:
             raise unknown(name, known, where)
         if SECRET_VALUE.search(str(value)):
             raise secret(name, where)
+        if not _is_text(json.dumps(value, ensure_ascii=False, default=str)):
+            what, hint = f"{name} = {value!a:.60} is not UTF-8 text.", "rename the file, or write it in UTF-8"
+            raise UserError("E-CONF-TYPE", what, where=where, hint=hint)
     try:
         text = json.dumps(_by_field(cls, values), default=lambda value: {"not JSON": str(value)})
-        return TypeAdapter(cls).validate_json(text, strict=True)
+        built: T = _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise _explained(error, values, known, places) from None
+    return built
+
+
+@cache
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+@cache
+def _known(cls: type[Any]) -> tuple[dict[str, Knob], dict[str, type[Any]]]:
+    return knobs(cls), tables(cls)
+
+
+def _is_text(value: str) -> bool:
+    """False for halves of surrogate pairs, which is how Python shows bytes that are no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _flat(values: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

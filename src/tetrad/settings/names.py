@@ -32,12 +32,13 @@ def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
     hint = f"did you mean {' or '.join(near)}?" if near else ""
     hint = hint or (f"[{table}] has {', '.join(siblings)}" if table and siblings else "")
     hint = hint or "the settings are: " + ", ".join(dict.fromkeys(knob.partition(".")[0] for knob in known))
-    return UserError("E-CONF-UNKNOWN", f"there is no setting {name}.", where=where, hint=hint)
+    told = name if len(name) <= 100 else name[:97] + "..."
+    return UserError("E-CONF-UNKNOWN", f"there is no setting {told}.", where=where, hint=hint)
 
 
 def nearest(name: str, known: Mapping[str, Knob]) -> list[str]:
     """The settings that a misspelt one may mean: in its table, else in another, hyphens and case aside."""
-    table, _, key = name.rpartition(".")
+    table, _, key = name[:100].rpartition(".")
     here = {_plain(knob.rpartition(".")[2]): knob for knob in known if knob.rpartition(".")[0] == table}
     aliases = {alias: here[_plain(real)] for alias, real in _OTHER_NAMES.items() if _plain(real) in here}
     for match in difflib.get_close_matches(_plain(key), [*here, *aliases], n=1, cutoff=0.7):

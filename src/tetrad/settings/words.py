@@ -99,8 +99,8 @@ def _value(knob: Knob, given: Sequence[str], flag: str, negated: bool) -> Any:
     if given and given[0].startswith("[") and knob.kind in _MANY:
         try:
             return tomllib.loads("value = " + given[0])["value"]
-        except tomllib.TOMLDecodeError:
-            what = f"{flag} {given[0]} is no list."
+        except (ValueError, RecursionError):
+            what = f"{flag} {shown(given[0])} is no list."
             raise UserError("E-CONF-SYNTAX", what, where=flag, hint='write it as \'["a", "b"]\'') from None
     if knob.kind in ("text", "choice"):
         return given[0]

@@ -3,8 +3,8 @@
 `instruction`: Instruction <|sep|> Input <|sep|> Output <|endoftext|>, both separators always. The others are chats: a
 role's header, the text, an end token; some begin with a system prompt of their own. Each gives the ids that the real
 template of that family gives in transformers, with three differences that are meant: prompt and answer are encoded
-apart, as in generation, so that a prompt's ids never depend on its answer (an answer that begins with white space
-may differ); what a text spells never becomes a control token; and `qwen3` is the way without thinking, so an answer that
+apart, as in generation, so that a prompt's ids never depend on its answer (one that begins with white space may
+differ); what a text spells never becomes a control token; and `qwen3` is the way without thinking, so an answer that
 thinks is refused. The template of a foreign folder is known by its hash or not at all, and no Jinja runs here.
 """
 
@@ -165,9 +165,9 @@ def choose(folder: Path, name: str, separator: str = SEPARATOR, *, own: bool) ->
     noted = recorded(folder)
     if own and noted:
         return noted
-    if name:
-        return template(name, separator)
-    return noted or recognised(folder) or template("instruction", separator)
+    if name or separator != SEPARATOR:  # only `instruction` has a separator to choose
+        return template(name or "instruction", separator)
+    return noted or recognised(folder) or template("instruction")
 
 
 def recorded(folder: Path) -> Template | None:

@@ -10,21 +10,26 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
 
 import tokenizers
 
+from tetrad import disk
 from tetrad.errors import UserError
+from tetrad.text.patterns import may_explode, patterns
 
 END, SEPARATOR, PAD = "<|endoftext|>", "<|sep|>", "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-MAX_JSON_BYTES = 128 << 20
+MAX_JSON_BYTES = 64 << 20  # twice the largest in use
+MAX_OBJECT_BYTES = 8 << 20
+_MOST_PARTS = 1_200_000  # lists and objects
 _ENDS = (END, IM_END, "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _PADS = ("pad", "reserved", "unused", "unk")
-_CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes tokenizer.json"
+CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes tokenizer.json"
 
 
 class ChatFormat(Protocol):
@@ -55,6 +60,8 @@ class Tokenizer:
         self._controls = {name: i for name, i in added.items() if name not in texts}
         self._twin = _build(json.dumps(twin))
         ids_of = self._twin.get_vocab()
+        if not ids_of.keys() - texts:
+            raise UserError("E-MODEL-TOKENIZER", "tokenizer.json has no token for any text")
         self._moved = {ids_of[name]: added[name] for name in texts}
         self._names = {self._moved.get(i, i): name for name, i in ids_of.items()}
         self._names |= {i: name for name, i in self._controls.items()}
@@ -84,26 +91,25 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             _no_tokenizer(folder)
-        if path.stat().st_size > MAX_JSON_BYTES:
-            what = f"tokenizer.json is larger than {MAX_JSON_BYTES >> 20} MiB"
-            raise UserError("E-MODEL-TOKENIZER", what, where=str(path))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = _read_text(path, MAX_JSON_BYTES)
             controls = {t["content"]: int(t["id"]) for t in _load_spec(text).get("added_tokens") or ()}
             config = _read_object(folder / "tokenizer_config.json")
             return cls(text, _end_ids(folder, config, controls), _pad_id(folder, config, controls), config)
         except UserError as error:
             raise UserError(error.code, error.what, where=error.where or str(path), hint=error.hint) from None
-        except (UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError("E-MODEL-TOKENIZER", f"cannot be read: {error!r}", where=str(path)) from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of user text; never a control token."""
-        return self._placed(self._twin.encode(text, add_special_tokens=False).ids)
+        with _told():
+            return self._placed(self._twin.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each user text, on all cores."""
-        return [self._placed(e.ids) for e in self._twin.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _told():
+            return [self._placed(e.ids) for e in self._twin.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, keep_control: bool = False, partial: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD. keep_control: special tokens are written out.
@@ -193,7 +199,10 @@ class Tokenizer:
             for name, i in spare.items():
                 if word in name.lower():
                     return i
-        return next(i for i in sorted(self._names) if i not in self.eos_ids)
+        for i in sorted(self._names):
+            if i not in self.eos_ids:
+                return i
+        raise UserError("E-MODEL-TOKENIZER", "every token ends a text")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -213,14 +222,29 @@ def _load_spec(text: str) -> dict[str, Any]:
         raise UserError("E-MODEL-TOKENIZER", f"tokenizer.json is not JSON: {error}") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise UserError("E-MODEL-TOKENIZER", "tokenizer.json describes no model")
+    for pattern in patterns(spec):
+        if may_explode(pattern):
+            what = f"the regular expression {pattern!a:.60} may need endless time: a repeat inside a repeat"
+            raise UserError("E-MODEL-TOKENIZER", what, hint="use the tokenizer.json that its makers published")
     return spec
 
 
 def _build(text: str) -> tokenizers.Tokenizer:
-    try:
+    with _told():
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError("E-MODEL-TOKENIZER", f"tokenizer.json cannot be used: {error}") from None
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The library raises bare Exceptions, and a BaseException of its own where Rust panics (a regex out of retries)."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, MemoryError) or (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):
+            raise
+        raise UserError("E-MODEL-TOKENIZER", f"tokenizer.json cannot be used: {error!s:.200}") from None
 
 
 def _twin_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,13 +269,27 @@ def _twin_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {**spec, **nothing, "model": model, "added_tokens": text_like}
 
 
+def _read_text(path: Path, limit: int) -> str:
+    """A file of the folder as text. Raises ValueError where it is no UTF-8."""
+    try:
+        size, _ = disk.start_of(path, 0)
+        raw = disk.start_of(path, limit)[1] if size <= limit else b""
+    except OSError as error:
+        raise UserError("E-MODEL-TOKENIZER", f"can't be read: {error.strerror}", where=str(path)) from None
+    if size > limit:
+        raise UserError("E-MODEL-TOKENIZER", f"{path.name} is larger than {limit >> 20} MiB", where=str(path))
+    if raw.count(b"[") + raw.count(b"{") > _MOST_PARTS or raw.count(b",") > 4 * _MOST_PARTS:
+        raise ValueError("it has more parts than any in use")
+    return raw.decode()
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """A folder's JSON file; empty where there is none."""
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        value = json.loads(_read_text(path, MAX_OBJECT_BYTES))
+    except (ValueError, RecursionError) as error:
         raise UserError("E-MODEL-TOKENIZER", f"not JSON: {error}", where=str(path)) from None
     return value if isinstance(value, dict) else {}
 
@@ -278,6 +316,6 @@ def _token_name(value: Any) -> str:
 def _no_tokenizer(folder: Path) -> NoReturn:
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if any(name.endswith((".model", ".spm")) or name in ("vocab.json", "merges.txt", "vocab.txt") for name in there):
-        raise UserError("E-MODEL-TOKENIZER", "the folder has no tokenizer.json", where=str(folder), hint=_CONVERT)
+        raise UserError("E-MODEL-TOKENIZER", "the folder has no tokenizer.json", where=str(folder), hint=CONVERT)
     what = f"tokenizer.json is missing; files there: {', '.join(there[:8]) or 'none'}"
     raise UserError("E-MODEL-MISSING", what, where=str(folder))

@@ -15,8 +15,8 @@ import planted
 from tetrad import cli, recipe
 from tetrad.engine.console import Console
 from tetrad.errors import UserError
+from tetrad.report.ahead import read_ahead
 from tetrad.report.check import check_files, check_recipe
-from tetrad.report.preflight import preflight
 from tetrad.settings.use import Check
 
 Checked = Callable[..., dict[str, Any]]
@@ -298,16 +298,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         assert code in capsys.readouterr().err
 
 
-def test_preflight_finds_what_the_last_stage_would(tmp_path: Path) -> None:
+def test_reading_ahead_finds_what_the_last_stage_would(tmp_path: Path) -> None:
     planted.write(tmp_path / "s.jsonl", planted.instructions(3))
     planted.write(tmp_path / "p.jsonl", [{"input": "a"}, {"input": ""}])
     (tmp_path / "r.toml").write_text('[sft]\ndata = ["s.jsonl"]\n[ppo]\nprompts = ["p.jsonl"]\n')
     read, memory = recipe.read(tmp_path / "r.toml"), tmp_path / "memory.json"
     with pytest.raises(UserError, match=r"E-DATA-BLANK. \S+p.jsonl:2"):
-        preflight(read, ["sft", "ppo"], ["k1", "k2"], memory)
+        read_ahead(read, ["sft", "ppo"], ["k1", "k2"], memory)
     assert not memory.exists()
-    preflight(read, ["sft"], ["k1"], memory)
+    read_ahead(read, ["sft"], ["k1"], memory)
     (tmp_path / "s.jsonl").write_text("{")
-    preflight(read, ["sft"], ["k1"], memory)  # the key says that these very files passed
+    read_ahead(read, ["sft"], ["k1"], memory)  # the key says that these very files passed
     with pytest.raises(UserError, match="E-DATA-SYNTAX"):
-        preflight(read, ["sft"], ["k3"], memory)
+        read_ahead(read, ["sft"], ["k3"], memory)

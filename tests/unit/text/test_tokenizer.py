@@ -226,3 +226,23 @@ def test_a_forked_child_encodes_without_a_warning():
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_regular_expression_that_runs_out_of_retries() -> None:
+    """Rust panics, which is no Exception; no process ends on it."""
+    spec = json.loads(LEARNED.text)
+    pattern = {"Regex": "(a|aa)+$"}
+    spec["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    slow = Tokenizer(json.dumps(spec))
+    assert slow.encode("b")
+    for function in (slow.encode, lambda text: slow.encode_batch([text])):
+        with pytest.raises(UserError, match=r"E-MODEL-TOKENIZER.*cannot be used"):
+            function("a" * 60 + "!")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", r"(\w+\s?)+$"])
+def test_a_repeat_inside_a_repeat_is_refused(pattern: str) -> None:
+    spec = json.loads(LEARNED.text)
+    spec["normalizer"] = {"type": "Replace", "pattern": {"Regex": pattern}, "content": "x"}
+    with pytest.raises(UserError, match="E-MODEL-TOKENIZER"):
+        Tokenizer(json.dumps(spec))

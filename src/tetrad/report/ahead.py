@@ -17,7 +17,7 @@ from tetrad.settings.recipe import Recipe
 MOST_BYTES = 64 << 20
 
 
-def preflight(recipe: Recipe, stages: Collection[str], keys: Collection[str], memory: Path) -> None:
+def read_ahead(recipe: Recipe, stages: Collection[str], keys: Collection[str], memory: Path) -> None:
     """Reads what these stages read. keys: of the stages; memory: a file that holds the keys that passed before.
 
     Errors: E-DATA-*.

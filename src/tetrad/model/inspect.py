@@ -1,0 +1,141 @@
+"""A model folder as its small files and headers tell it, without torch: is this a model that can be loaded here?
+
+Everything that loading would refuse is refused here in milliseconds, before a weight is read: a folder without its
+files, code of its own, other architectures, headers that lie, tensors that config.json doesn't imply. `weights` loads
+what was inspected. What is in the weights themselves only a manifest's sha256 or the numbers can tell.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetrad.errors import UserError
+from tetrad.model.config import DecoderConfig, is_file, is_reward, read_config, read_json, shortened
+from tetrad.model.headers import Entry, read_header
+from tetrad.storage import MANIFEST
+
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("F32", "F16", "BF16", "F64")
+_NOT_OURS = "rotary_emb.inv_freq"
+_HINT = "check config.json against the weights"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a folder holds. reward: a reward model, else a language model. files: its weights. tensors: all of them."""
+
+    config: DecoderConfig
+    reward: bool
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Entry]
+
+
+def inspect(folder: Path, *, scalar: bool = False) -> Facts:
+    """The folder's facts, for loading it as a language model or, with `scalar`, as a reward model or critic.
+
+    Raises UserError E-MODEL-{MISSING,CODE,UNSUPPORTED,FORMAT}, E-CKPT-{FORMAT,KEYS,SHAPE,ROLE}. Its manifest, where
+    there is one, is not looked at.
+    """
+    if not folder.is_dir():
+        raise UserError("E-MODEL-MISSING", "there is no such folder", where=str(folder), hint="name a model folder")
+    _refuse_incomplete(folder)
+    config, reward = read_config(folder), is_reward(folder)
+    if reward and not scalar:
+        hint = "name a language model; `tetrad score` uses reward models"
+        raise UserError("E-CKPT-ROLE", "this is a reward model: it writes no text", where=str(folder), hint=hint)
+    files = tuple(_files(folder))
+    tensors: dict[str, Entry] = {}
+    for path in files:
+        found = read_header(path)
+        if both := sorted(tensors.keys() & found.keys()):
+            what = f"{shortened(both[0])} stands in two of the folder's files"
+            raise UserError("E-CKPT-KEYS", what, where=str(path), hint=_HINT)
+        tensors |= found
+    tensors = {name: entry for name, entry in tensors.items() if not name.endswith(_NOT_OURS)}
+    _refuse_others(folder, config, tensors, scalar, reward)
+    return Facts(config, reward, files, tensors)
+
+
+def parameters(config: DecoderConfig, *, scalar: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of every parameter of a language model or, with `scalar`, a reward model or critic."""
+    c, wide, narrow = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    yield "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
+    yield "model.norm.weight", (c.hidden_size,)
+    if scalar:
+        yield "score.weight", (1, c.hidden_size)
+    elif not c.tied:
+        yield "lm_head.weight", (c.vocab_size, c.hidden_size)
+    block = {f"self_attn.{x}_proj.weight": (n, c.hidden_size) for x, n in (("q", wide), ("k", narrow), ("v", narrow))}
+    shapes: dict[str, tuple[int, ...]] = {**block, "self_attn.o_proj.weight": (c.hidden_size, wide)}
+    if c.qkv_bias:
+        shapes |= {f"self_attn.{x}_proj.bias": (n,) for x, n in (("q", wide), ("k", narrow), ("v", narrow))}
+    if c.qk_norm:
+        shapes |= {f"self_attn.{x}_norm.weight": (c.head_dim,) for x in "qk"}
+    shapes |= {"mlp.gate_proj.weight": (c.ff, c.hidden_size), "mlp.up_proj.weight": (c.ff, c.hidden_size)}
+    shapes |= {"mlp.down_proj.weight": (c.hidden_size, c.ff)}
+    shapes |= {f"{name}.weight": (c.hidden_size,) for name in ("input_layernorm", "post_attention_layernorm")}
+    for layer in range(c.layers):
+        yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in shapes.items())
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    """Names all that a folder lacks, and what it has instead."""
+    names = sorted(path.name for path in folder.iterdir())
+    missing = ["config.json"] if "config.json" not in names else []
+    missing += ["model.safetensors"] if not any(name in names for name in ("model.safetensors", INDEX)) else []
+    if not missing:
+        return
+    hint = "copy the whole model folder"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        hint = "convert the .bin files to safetensors first: pickles are never read"
+    there = ", ".join(shortened(name)[1:-1] for name in names[:8]) or "none"
+    what = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing; files there: {there}"
+    raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    if not is_file(folder / INDEX):
+        yield folder / "model.safetensors"
+        return
+    shards = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        what = "the index of shards can't be read: it has no weight_map"
+        raise UserError("E-MODEL-FORMAT", what, where=str(folder / INDEX), hint="copy the whole model folder again")
+    for name in sorted(set(shards.values())):
+        path = folder / name
+        if path.parent != folder or not is_file(path):
+            hint = "copy the whole model folder"
+            raise UserError("E-MODEL-MISSING", f"{shortened(name)} is missing", where=str(folder), hint=hint)
+        yield path
+
+
+def _refuse_others(
+    folder: Path, config: DecoderConfig, tensors: Mapping[str, Entry], scalar: bool, reward: bool
+) -> None:
+    """Compares names, shapes and types with what config.json implies."""
+    where = str(folder)
+    if config.layers > len(tensors):  # a config may claim any number
+        what = f"config.json says {config.layers} layers, the weights are {len(tensors)} tensors"
+        raise UserError("E-CKPT-KEYS", what, where=where, hint=_HINT)
+    wanted = dict(parameters(config, scalar=scalar))
+    spare = {"lm_head.weight"} if config.tied or scalar else set[str]()
+    fresh = {"score.weight"} if scalar and not reward else set[str]()  # a critic's head may be new
+    missing = sorted(wanted.keys() - tensors.keys() - fresh)
+    extra = sorted(tensors.keys() - wanted.keys() - spare)
+    if missing or extra:
+        named = f"{shortened(missing[:3])} and {len(extra)} unexpected {shortened(extra[:3])}"
+        what = f"{len(missing)} tensors are missing {named}"
+        raise UserError("E-CKPT-KEYS", what, where=where, hint=_HINT)
+    for name, shape in wanted.items():
+        entry = tensors.get(name, Entry("F32", shape))
+        if entry.shape != shape:
+            what = f"{name} is {list(entry.shape)}, config.json says {list(shape)}"
+            raise UserError("E-CKPT-SHAPE", what, where=where, hint=_HINT)
+        if entry.dtype not in _WEIGHTS:
+            what = f"{name} is {entry.dtype}, weights are one of {', '.join(_WEIGHTS)}"
+            raise UserError("E-CKPT-SHAPE", what, where=where, hint="use the float checkpoint")
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether the folder was written by Tetrad, and can be verified."""
+    return is_file(folder / MANIFEST)

@@ -1,0 +1,83 @@
+"""Bad input of every kind ends as a real command with its code, its place and its exit status, and nothing is lost."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from faults import cases_config, cases_models
+from faults.bad_inputs import ROOT, Case, Outcome, faults, remove_world
+from tetrad.errors import CODES
+from tiny import write_tiny
+
+pytestmark = pytest.mark.faults
+TABLES = [*cases_config.CASES, *cases_models.CASES]
+CASES = {case.id: case for case in TABLES}
+Found = dict[str, "Future[tuple[list[str], Outcome]]"]
+
+
+def test_ids_are_unique() -> None:
+    assert len(CASES) == len(TABLES)
+
+
+def test_every_code_of_these_tables_has_a_case() -> None:
+    """Codes of recipes, checkpoints and model folders; those that only torch can tell are tested beside their stage."""
+    families = ("E-CONF-", "E-CKPT-", "E-MODEL-")
+    told_later = {"E-CONF-DEVICE", "E-CONF-FUNCTION"}
+    wanted = {code for code in CODES if code.startswith(families)} - told_later
+    assert wanted <= {case.code for case in TABLES}
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
+    """What became of the cases of this session, two of them at a time."""
+    root = tmp_path_factory.mktemp("bad")
+    chosen = [item.callspec.params.get("name") for item in request.session.items if "callspec" in vars(item)]
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(faults, CASES[name], root / name) for name in chosen if name in CASES}
+        pool.shutdown(cancel_futures=True)
+    cases_config.release()
+    remove_world()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bad_input(name: str, found: Found) -> None:
+    wrong, outcome = found[name].result()
+    assert not wrong, outcome
+
+
+def test_a_disk_with_room_for_one_checkpoint_and_a_half(tmp_path: Path) -> None:
+    """Told before the first step, with both figures. A small file system of its own is the run's place."""
+    write_tiny(tmp_path)
+    (tmp_path / "runs").mkdir()
+    command = shlex.join([sys.executable, "-m", "tetrad", "run", "recipe.toml", "--model.hidden-size", "256"])
+    inside = f"mount -t tmpfs -o size=10m none runs && exec {command} --model.layers 2"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", inside],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no file system of its own can be made here")
+    assert done.returncode == 6, done
+    assert done.stderr.count("\n") == 1
+    assert "error[E-IO-SPACE]" in done.stderr
+    assert "needs" in done.stderr
+    assert "has" in done.stderr
+    assert "pretrain   done" not in done.stdout
+
+
+def test_the_harness_finds_what_is_wrong(tmp_path: Path) -> None:
+    """A case that promises too much is told in every point."""
+    case = Case("x", lambda folder: (folder / "r.toml").write_text("x"), "run r.toml", "E-DATA-TYPE", "no", 0.001, 1)
+    wrong, _ = faults(case, tmp_path / "x")
+    for part in ("exit 2, not 3", "took 0.", "MiB", "not E-DATA-TYPE", "no 'no' in"):
+        assert part in "; ".join(wrong)
