@@ -117,7 +117,13 @@ def results(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         kept = path.suffix == ".safetensors" or path.name in ("manifest.json", "state.json")
-        if kept and path.is_file() and not path.is_symlink() and path.stat().st_size < 64 << 20:
+        if (
+            kept
+            and ".cache" not in path.parts
+            and path.is_file()
+            and not path.is_symlink()
+            and path.stat().st_size < 64 << 20
+        ):
             found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

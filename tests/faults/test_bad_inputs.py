@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from faults import cases_config, cases_models
+from faults import cases_config, cases_data, cases_models
 from faults.bad_inputs import ROOT, Case, Outcome, faults, remove_world
 from tetrad.errors import CODES
 from tiny import write_tiny
 
 pytestmark = pytest.mark.faults
-TABLES = [*cases_config.CASES, *cases_models.CASES]
+TABLES = [*cases_config.CASES, *cases_models.CASES, *cases_data.CASES]
 CASES = {case.id: case for case in TABLES}
 Found = dict[str, "Future[tuple[list[str], Outcome]]"]
 
@@ -27,7 +27,7 @@ def test_ids_are_unique() -> None:
 
 def test_every_code_of_these_tables_has_a_case() -> None:
     """Codes of recipes, checkpoints and model folders; those that only torch can tell are tested beside their stage."""
-    families = ("E-CONF-", "E-CKPT-", "E-MODEL-")
+    families = ("E-CONF-", "E-CKPT-", "E-MODEL-", "E-DATA-")
     told_later = {"E-CONF-DEVICE", "E-CONF-FUNCTION"}
     wanted = {code for code in CODES if code.startswith(families)} - told_later
     assert wanted <= {case.code for case in TABLES}

@@ -19,7 +19,7 @@ from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig, read_config
 from tetrad.report import cost, duplicates, judgements, texts
 from tetrad.report.page import page
-from tetrad.report.reading import Encoder, Reading, read, settings_of, sniff
+from tetrad.report.reading import Encoder, Reading, read, settings_of, shortened, sniff
 from tetrad.report.sections import Finding, Plot, Report, Run, Sample, Section, Table, histogram, share
 from tetrad.report.show import show
 from tetrad.settings.recipe import Recipe
@@ -252,7 +252,7 @@ def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[Sample, ...
     found = []
     for record in [chosen.records[i] for i in sorted({0, n // 2, n - 1})][:SHOWN]:
         try:
-            (made,) = encoder.tokens([record], Counts(), train_on_prompt=False)
+            (made,) = encoder.tokens([shortened(record)], Counts(), train_on_prompt=False)
         except UserError as error:
             return (Sample(error.where, (Run(str(error), trained=False),)),)
         tokens, runs = made[0], list[Run]()

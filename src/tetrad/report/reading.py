@@ -10,7 +10,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ SETTINGS = {
     "evaluate.prompts": "prompts",
 }
 """The settings that name files, and what their records are."""
+LONGEST = 20_000  # characters of a text that are compared, counted and classified; all of it is read
 _CHUNK = 512
 _NO_LETTER = re.compile(r"[\W_]+")
 
@@ -204,6 +205,7 @@ def _keep(reading: Reading, file: FileReading, chunk: list[Record], encoder: Enc
         for texts in map(_texts, chunk):
             reading.lengths.append(max(map(len, texts)))
             reading.tokens += sum(map(guessed_tokens, texts))
+            file.counts.control_strings += sum(map(encoder.tokenizer.control_strings, texts))
         return
     for record, made in zip(chunk, encoder.tokens(chunk, file.counts, train_on_prompt=train_on_prompt), strict=True):
         longest = max(len(tokens.ids) for tokens in made)
@@ -271,8 +273,8 @@ def near_text(record: Record) -> tuple[int, str]:
     """What is compared for likeness, and what must be equal besides: an Instruction that has an Input stands apart."""
     turns = _turns(record)
     if len(turns) == 2 and turns[0].role in ("instruction", "system") and turns[1].text:
-        return _hash(turns[0].text), squeezed("".join([turns[1].text, *replies(record)]))
-    return 0, squeezed(content(record))
+        return _hash(turns[0].text), squeezed("".join([turns[1].text, *replies(record)])[:LONGEST])
+    return 0, squeezed(content(record)[:LONGEST])
 
 
 def squeezed(text: str) -> str:
@@ -285,6 +287,19 @@ def guessed_tokens(text: str) -> int:
     """About how many tokens a text will have, before there is a tokenizer: Han characters make more than letters."""
     wide = (len(text.encode(errors="replace")) - len(text)) // 2
     return round(0.75 * wide + 0.27 * (len(text) - wide)) + 1
+
+
+def shortened(record: Record) -> Record:
+    """The same with no text over LONGEST characters."""
+    if isinstance(record, Document):
+        return Document(record.text[:LONGEST], record.where)
+    if isinstance(record, Comparison | Score):
+        turns = tuple(Turn(turn.role, turn.text[:LONGEST]) for turn in record.prompt.turns)
+        prompt = Prompt(turns, record.where)
+        if isinstance(record, Comparison):
+            return replace(record, prompt=prompt, answers=tuple(answer[:LONGEST] for answer in record.answers))
+        return replace(record, prompt=prompt, answer=record.answer[:LONGEST])
+    return replace(record, turns=tuple(Turn(turn.role, turn.text[:LONGEST]) for turn in record.turns))
 
 
 def _turns(record: Record) -> tuple[Turn, ...]:

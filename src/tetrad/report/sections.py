@@ -88,8 +88,9 @@ class Report:
 def histogram(title: str, unit: str, values: Sequence[float] | np.ndarray[Any, Any], bins: int = 30) -> Plot:
     """Equal bins over the values, the top hundredth in the last."""
     given = np.asarray(values, np.float64)
-    top = max(float(np.quantile(given, 0.99)), float(given.min()) + 1e-9)
-    counts, edges = np.histogram(np.minimum(given, top), bins=bins, range=(float(given.min()), top))
+    low, top = float(given.min()), float(np.quantile(given, 0.99))
+    top = top if top > low else low + max(1.0, abs(low) / 100)
+    counts, edges = np.histogram(np.minimum(given, top), bins=bins, range=(low, top))
     return Plot(title, unit, tuple(edges.tolist()), tuple(counts.tolist()))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import py3langid
 
-from tetrad.report.reading import Reading, asked
+from tetrad.report.reading import LONGEST, Reading, asked
 from tetrad.report.sections import Finding, Section, Table, histogram, share
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
@@ -43,7 +43,7 @@ _PIECE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff]|[^\W_]+")
 
 def features(text: str) -> list[int]:
     """The hashed pieces of a text: words, pairs of neighbours, and word starts; Han characters count as words."""
-    words = _PIECE.findall(text.lower())
+    words = _PIECE.findall(text[:LONGEST].lower())
     pieces = [*words, *(f"{a} {b}" for a, b in pairwise(words))]
     pieces += [f"^{word[:4]}" for word in words if len(word) > 4]
     return [zlib.crc32(piece.encode(errors="surrogatepass")) for piece in pieces]
@@ -84,7 +84,7 @@ def scripts(readings: Sequence[Reading]) -> Section:
     """Shares of letters by script and of texts by language."""
     rows, figures, findings = [], {}, []
     for reading in readings:
-        texts = _spread(reading.texts, MOST_CLASSIFIED)
+        texts = [text[:LONGEST] for text in _spread(reading.texts, MOST_CLASSIFIED)]
         if not texts:
             continue
         letters = Counter({name: sum(len(p.findall(text)) for text in texts) for name, p in _PATTERNS.items()})
