@@ -22,9 +22,12 @@ from pathlib import Path
 from safetensors import safe_open
 
 from tetrad import storage
+from tetrad.data.records import conversations_of, documents_of, preferences_of, prompts_of
+from tetrad.data.source import Counts, sources
 from tetrad.errors import UserError
 from tetrad.model.headers import read_header
 from tetrad.recipe import read
+from tetrad.report.reading import sniff
 
 SLOW_SECONDS = 1.0
 WORDS = {
@@ -128,7 +131,66 @@ def header(folder: Path) -> Target:
     return Target([text], take, "json")
 
 
-TARGETS: dict[str, Callable[[Path], Target]] = {"recipe": recipe, "manifest": manifest, "header": header}
+def _rows(folder: Path, name: str, seeds: Sequence[bytes], words: str = "json") -> Target:
+    """A data file that every reader of records is given, bad rows set aside as `check` does."""
+    path = folder / name
+
+    def take(content: bytes) -> object:
+        path.write_bytes(content)
+        given = sources([path])
+        for make in (conversations_of, preferences_of, prompts_of, documents_of):
+            counts = Counts()
+            with suppress(UserError):
+                for _ in make(path, given, counts, lambda error, text: str(error) + text):
+                    pass
+            assert counts.read >= counts.kept + counts.refused
+        return sniff(path, given)
+
+    return Target(seeds, take, words)
+
+
+_SEEDS = [
+    b'{"instruction": "a", "input": "b", "output": "c", "system": "s", "history": [["q", "a"]]}\n{"text": "d"}\n',
+    b'{"messages": [{"role": "user", "content": "\xe4\xbd\xa0"}, {"role": "assistant", "content": "b"}]}\r\n\n',
+    b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n',
+    b'{"input": "q", "choices": [{"text": "a", "rank": 1}, {"text": "b", "rank": 2.5}], "annotator": "k"}\n',
+    b'{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5}\n{"input": "q", "output": "a", "score": 4.5}\n',
+]
+_TABLES = [
+    b'prompt,completion,score\n"a ""b"", c",d,1.5\ne,f,\n',
+    b'input,choices\nq,"[{""text"": ""a"", ""rank"": 1}]"\n',
+]
+
+
+def jsonl(folder: Path) -> Target:
+    """Records a line."""
+    return _rows(folder, "f.jsonl", _SEEDS)
+
+
+def json_array(folder: Path) -> Target:
+    """Records in an array."""
+    return _rows(folder, "f.json", [b"[" + b",\n".join(s.strip() for s in _SEEDS[1:4]) + b"]", *_SEEDS])
+
+
+def csv_table(folder: Path) -> Target:
+    """Records in a table."""
+    return _rows(folder, "f.csv", _TABLES)
+
+
+def txt(folder: Path) -> Target:
+    """Paragraphs."""
+    return _rows(folder, "f.txt", [b"one\ntwo\n\nthree\r\n \r\nfour", "一\n\n二\u2028三".encode()])
+
+
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    "recipe": recipe,
+    "manifest": manifest,
+    "header": header,
+    "jsonl": jsonl,
+    "json": json_array,
+    "csv": csv_table,
+    "txt": txt,
+}
 """What can be fuzzed, by name; each gets an empty folder."""
 
 
