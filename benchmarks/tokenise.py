@@ -15,6 +15,8 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tetrad import storage
@@ -47,7 +49,7 @@ def busy() -> tuple[float, float]:
     return (sum(fields[:3]) + sum(fields[5:8])) / tick, sum(times[:4])
 
 
-def measured(work) -> tuple[float, float]:
+def measured(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds, and the share of the processors' time that others took."""
     before, began = busy(), time.perf_counter()
     work()
@@ -78,7 +80,7 @@ def run(name: str, source: Path, megabytes: int, pairs: int, workers: int) -> di
             theirs.append(seconds)
             foreign.append(others)
             target = Path(folder, f"store-{number}")
-            seconds, others = measured(lambda: build(target, encoding, sources([path]), [digest], workers))
+            seconds, others = measured(partial(build, target, encoding, sources([path]), [digest], workers))
             ours.append(seconds)
             foreign.append(others)
             storage.remove_folder(target)

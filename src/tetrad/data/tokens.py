@@ -25,14 +25,15 @@ def tokenize(
     *,
     train_on_prompt: bool = False,
     last_only: bool = False,
+    closed: bool = True,
     counts: Counts | None = None,
 ) -> Iterator[Tokens]:
     """The tokens of each conversation (`train` marks answers and their end tokens) or prompt (nothing marked).
 
-    last_only: of several answers the last alone is marked. counts: gets the control strings in user text.
-    Errors: E-DATA-CHAT, E-MODEL-TEMPLATE, E-MODEL-TOKENIZER.
+    last_only: of several answers the last alone is marked. closed: false ends a record with its last end token.
+    counts: gets the control strings in user text. Errors: E-DATA-CHAT, E-MODEL-TEMPLATE, E-MODEL-TOKENIZER.
     """
-    cut = ((template.pieces(tokenizer, record.turns, record.where, last=last_only), record.where) for record in records)
+    cut = ((template.pieces(tokenizer, r.turns, r.where, last=last_only, closed=closed), r.where) for r in records)
     for tokens in _encode(tokenizer, cut, counts):
         yield Tokens(tokens.ids, np.ones_like(tokens.train), tokens.where) if train_on_prompt else tokens
 

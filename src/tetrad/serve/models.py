@@ -181,9 +181,10 @@ def rate_answers(judge: RewardModel, model: Model, found: Sequence[Answer]) -> l
 def written(judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]) -> list[Tokens]:
     """Prompts and answers as the judge's documents; those that ended have their end token."""
     heads = tokenize(judge.form, judge.tokenizer, prompts)
+    bodies = judge.tokenizer.encode_batch([judge.form.said(text) for text in texts])
     end = judge.form.end_id(judge.tokenizer)
     documents = []
-    for head, body, whole in zip(heads, judge.tokenizer.encode_batch(texts), ended, strict=True):
+    for head, body, whole in zip(heads, bodies, ended, strict=True):
         ids = np.array([*head.ids.tolist(), *body, *([end] if whole else [])], np.int32)
         documents.append(Tokens(ids, np.zeros(len(ids), np.bool_), head.where))
     return documents

@@ -4,8 +4,9 @@
 role's header, the text, an end token; some begin with a system prompt of their own. Each gives the ids that the real
 template of that family gives in transformers, with three differences that are meant: prompt and answer are encoded
 apart, as in generation, so that a prompt's ids never depend on its answer (one that begins with white space may
-differ); what a text spells never becomes a control token; and `qwen3` is the way without thinking, so an answer that
-thinks is refused. The template of a foreign folder is known by its hash or not at all, and no Jinja runs here.
+differ); what a text spells never becomes a control token; and `qwen3` is the way without thinking, so an answer to be
+learned that thinks is refused; the thoughts of earlier ones are left out, as there. The template of a foreign folder is
+known by its hash or not at all, and no Jinja runs here.
 """
 
 import hashlib
@@ -51,15 +52,23 @@ class Template:
     known: tuple[str, ...] = ()
 
     def pieces(
-        self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "", *, last: bool = False
+        self,
+        tokenizer: Tokenizer,
+        turns: Sequence[Turn],
+        where: str = "",
+        *,
+        last: bool = False,
+        closed: bool = True,
     ) -> list[Piece]:
         """What a conversation, or a prompt that waits for an answer, is made of. last: only the last answer is learned.
 
-        Errors: E-DATA-CHAT, E-MODEL-*.
+        closed: false ends a conversation with its last end token, as a reply ends. Errors: E-DATA-CHAT, E-MODEL-*.
         """
         make = _chat_pieces if self.start else _instruction_pieces
         found = list(make(self, tokenizer, turns, where))
         learned = [i for i, (_, trained) in enumerate(found) if trained]
+        if not closed and turns[-1].role == "assistant":
+            found = found[: learned[-1] + 1]
         if last and len(learned) > 2:  # a text and its end token
             found = [(piece, trained and i >= learned[-2]) for i, (piece, trained) in enumerate(found)]
         return found
@@ -75,7 +84,11 @@ class Template:
 
     def answer(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Ids of an answer with its end token."""
-        return [*tokenizer.encode(text.strip() if self.trims else text), self.end_id(tokenizer)]
+        return [*tokenizer.encode(self.said(text)), self.end_id(tokenizer)]
+
+    def said(self, text: str) -> str:
+        """A last answer as this template writes it."""
+        return text.strip() if self.trims else text.lstrip("\n") if self.thinks else text
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The id after an answer; a foreign tokenizer without <|endoftext|> lends `instruction` its own end token."""
@@ -110,7 +123,7 @@ TEMPLATES = {
     "chatml": _chatml("chatml", "", closes=False),
     "qwen2": _chatml("qwen2", "You are a helpful assistant.", ("793202280c0910ab", "f0206845c9ebc3ab")),
     "qwen2.5": _chatml("qwen2.5", _QWEN, ("55b2f4a26ac9ee71",)),
-    "qwen3": _chatml("qwen3", "", ("a55ee1b1660128b7",), thinks=True),
+    "qwen3": _chatml("qwen3", "", ("a55ee1b1660128b7", "87a2728cb8dc9fe4"), thinks=True),
     "smollm2": _chatml("smollm2", _SMOLLM2, ("872be49dbb638044",)),
     "llama3": Template(
         "llama3",
@@ -140,6 +153,10 @@ _JINJA_CHAT = (
     "{{ start + 'system' + head + gap + system + end + after }}{% endif %}"
     "{% for message in messages %}{% set text = message['content'] | trim if trims else message['content'] %}"
     "{% set final = loop.last and message['role'] == 'assistant' %}"
+    "{% if thinks and message['role'] == 'assistant' and '</think>' in text %}"
+    "{% if final and text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].strip('\\n') %}"
+    "{{ raise_exception('this template takes no thoughts in its last answer') }}{% endif %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
     "{{ start + message['role'] + head + gap }}"
     "{% if final and thinks %}{{ thought + text.lstrip('\\n') }}{% else %}{{ text }}{% endif %}{{ end }}"
     "{% if closes or not loop.last %}{{ after }}{% endif %}{% endfor %}"
@@ -258,8 +275,7 @@ def _chat_pieces(form: Template, tokenizer: Tokenizer, turns: Sequence[Turn], wh
         else:
             yield from _header(form, tokenizer, "assistant")
             if form.thinks:
-                _refuse_thought(form, text, where)
-                text = text.lstrip("\n") if final else text
+                text = _without_thought(form, text, final, where)
                 yield from _thought(form, tokenizer) if final else ()
             yield text, True
         yield form.end_id(tokenizer), turn.role == "assistant"
@@ -291,11 +307,14 @@ def _thought(form: Template, tokenizer: Tokenizer) -> Iterator[Piece]:
     yield "\n\n", False
 
 
-def _refuse_thought(form: Template, text: str, where: str) -> None:
-    if THOUGHT in text:
+def _without_thought(form: Template, text: str, final: bool, where: str) -> str:
+    """What stands behind an answer's thought; the answer to be learned must have none."""
+    if final and THOUGHT in text and text.split(THOUGHT)[0].rstrip("\n").split(THINK)[-1].strip("\n"):
         what = f"an answer holds {THOUGHT}, and the template {form.name} is the one without thinking"
         hint = 'cut the thoughts out of the answers, or write template = "chatml"'
         raise UserError("E-DATA-CHAT", what, where=where, hint=hint)
+    text = text.split(THOUGHT)[-1].lstrip("\n") if THOUGHT in text else text
+    return form.said(text) if final else text
 
 
 def _merged(turns: Sequence[Turn], where: str) -> list[Turn]:

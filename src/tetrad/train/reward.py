@@ -140,7 +140,7 @@ def read_examples(
     s = ctx.recipe.reward
     records = read_preferences(ctx.files(files), s.score_scale, counts)
     conversations = (conversation for record in records for conversation in answers(record))
-    documents = list(tokenize(form, tokenizer, conversations, counts=counts))
+    documents = list(tokenize(form, tokenizer, conversations, closed=False, counts=counts))
     return Examples.of(records, documents).fitted(s.max_tokens or model.config.max_positions, s.on_long, counts)
 
 

@@ -1,0 +1,38 @@
+"""What the reward model reads of an answer under each chat template."""
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+import families
+import toys
+from tetrad import recipe
+from tetrad.data.source import Counts
+from tetrad.engine.console import Console
+from tetrad.engine.context import StageContext
+from tetrad.model.decoder import ScalarModel
+from tetrad.text.template import TEMPLATES
+from tetrad.train.reward import read_examples
+
+CHATS = [row for row in TEMPLATES if row != "instruction"]
+TALK = [("user", "q"), ("assistant", "好 one"), ("user", "r"), ("assistant", "two")]
+
+
+def context(folder: Path, *words: str) -> StageContext:
+    messages = [{"role": role, "content": text} for role, text in TALK]
+    (folder / "sft.jsonl").write_text(json.dumps({"messages": messages}))
+    ranked = {"messages": messages[:-1], "chosen": "two", "rejected": " no\n"}
+    (folder / "rm.jsonl").write_text(json.dumps(ranked))
+    (folder / "r.toml").write_text("name = 'r'\n[sft]\ndata = ['sft.jsonl']\n[reward]\ndata = ['rm.jsonl']\n")
+    return StageContext(recipe.read(folder / "r.toml", words), folder, "", {}, {}, Console(out=StringIO()))
+
+
+@pytest.mark.parametrize("row", CHATS)
+def test_the_reward_model_reads_the_end_token_last(tmp_path: Path, row: str) -> None:
+    """As in PPO, where a reply ends with it: no newline stands behind."""
+    ctx, tokenizer, form = context(tmp_path), families.learned(), TEMPLATES[row]
+    model = ScalarModel(toys.config(vocab_size=tokenizer.size, max_positions=512))
+    examples = read_examples(ctx, ctx.recipe.reward.data, form, tokenizer, model, Counts())
+    assert [int(tokens.ids[-1]) for tokens in examples.tokens] == [form.end_id(tokenizer)] * 2
