@@ -114,12 +114,13 @@ def contradictions(reading: Reading, pairs: Sequence[Pair], scores: Sequence[Sco
         ),
         ("circles", circles, len({key[0] for key in seen}), 0.0, "prompts have preferences that run in a circle"),
     )
-    findings = tuple(
-        Finding("warning" if len(bad) > much * n else "note", name, f"{len(bad)} of {n} {text}", bad[0])
-        for name, bad, n, much, text in told
-        if bad
-    )
+    findings = tuple(_found(*row) for row in told if row[1])
     return Section("", "", figures, (_order(figures),), (), findings)
+
+
+def _found(name: str, bad: list[str], n: int, much: float, text: str) -> Finding:
+    """bad: the places; more of them than a share `much` of n is a warning."""
+    return Finding("warning" if len(bad) > much * n else "note", name, f"{len(bad)} of {n} {text}", bad[0])
 
 
 def _order(figures: dict[str, Any]) -> Table:
