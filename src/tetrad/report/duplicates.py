@@ -1,7 +1,7 @@
 """Records that say the same: exactly, nearly (MinHash over short pieces of text), and across train and held-out.
 
 Exactly means the same but for case, punctuation and spaces in the prompt, where Instruction and Input count as one
-text. Nearly means an estimated Jaccard similarity of at least 0.8 between the sets of five-letter pieces (Broder 1997)
+text. Nearly means an estimated Jaccard similarity of at least 0.7 between the sets of five-letter pieces (Broder 1997)
 of what was put in and answered, under one instruction. Signatures are rensa's; candidates meet in a band of them.
 """
 
@@ -15,8 +15,8 @@ import rensa
 from tetrad.report.reading import Reading, near_text
 from tetrad.report.sections import Finding, Section, Table, share
 
-SIMILAR = 0.8
-HASHES, BANDS = 128, 16  # two texts of similarity 0.8 share a band of 8 hashes with probability 0.95
+SIMILAR = 0.7
+HASHES, BANDS = 128, 32  # two texts of similarity 0.7 share a band of 4 hashes with probability 0.9998
 PIECE = 5
 MOST = 200_000  # records compared nearly
 SHORTEST = 20  # letters; shorter texts are alike by chance
