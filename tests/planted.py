@@ -10,13 +10,8 @@ TOPICS = "film book hotel camera phone song meal museum train novel laptop garde
 PLACES = "Paris London Rome Berlin Madrid Vienna Lisbon Athens Oslo Dublin Prague Warsaw".split()
 GOOD = "moving funny wonderful superb warm clever bright charming generous fresh".split()
 BAD = "drab silly wearisome dreadful dull damp stale monotonous lifeless feeble".split()
-FILLER = (
-    "I went there with two friends last week and we talked about it for a while afterwards",
-    "The weather was mild and the streets were full of people who had come from far away",
-    "My sister had told me about it in a long letter that arrived just before the holidays",
-    "It took about three hours and cost a little more than what the guide had promised us",
-    "On the way back we stopped at a small shop where an old man sold apples and bread",
-)
+SYLLABLES = "ka lo mi ter vas ren du po shi gal nor be tu war fen".split()
+FILLER = [a + b for a in SYLLABLES for b in SYLLABLES]  # words that mean nothing
 
 
 def prompts(count: int, seed: int = 0) -> list[str]:
@@ -31,7 +26,7 @@ def answer(draw: random.Random, *, good: bool, sentences: int = 1) -> str:
     """One that a reader of words can tell to be good or bad, with an irrelevant tail."""
     words = draw.sample(GOOD if good else BAD, 2)
     start = f"It was {words[0]} and {words[1]}, case {draw.randrange(10**6)}."
-    return " ".join([start, *(f"{draw.choice(FILLER)} ({draw.randrange(10**4)})." for _ in range(sentences))])
+    return " ".join([start, *(" ".join(draw.choices(FILLER, k=14)) + "." for _ in range(sentences))])
 
 
 def comparisons(asked: Iterable[str], seed: int = 0, **fields: Any) -> list[dict[str, Any]]:

@@ -97,7 +97,8 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
         figures[reading.setting] = {"records": n, "exact": exact, "near": near, "compared_nearly": len(like)}
         if exact + near > 0.005 * n:
             text = f"{reading.setting}: {exact} of {n} records repeat an earlier one exactly, {near} more nearly"
-            level = "warning" if exact + near > 0.02 * n else "note"
+            much = exact + (near if reading.kind != "prompts" else 0)  # questions are often made from one pattern
+            level = "warning" if much > 0.02 * n else "note"
             findings.append(Finding(level, "duplicates", text, where))
     columns = ("setting", "records", "exact", "", "near", "", "most often")
     return Section("duplicates", "Duplicates", figures, (Table("", columns, tuple(rows)),), (), tuple(findings))
