@@ -277,5 +277,6 @@ def _table_row(names: list[str], cells: list[str], where: str) -> Row:
 def _cell(name: str, text: str, where: str) -> Any:
     if name in _JSON_CELLS:
         return parse(text, where)
-    number = name in _NUMBER_CELLS and _NUMBER.fullmatch(text.strip())
-    return float(text) if number else text
+    plain = text.strip()
+    number = name in _NUMBER_CELLS and len(plain) < 400 and _NUMBER.fullmatch(plain)
+    return float(plain) if number else text

@@ -183,6 +183,8 @@ def test_csv(tmp_path):
     tabs = "\ufeffprompt\tcompletion\na, b\t007\n"
     assert read(write(tmp_path, tabs, "f.tsv"))[0] == [("2", {"prompt": "a, b", "completion": "007"})]
     assert read(write(tmp_path, gzip.compress(tabs.encode()), "f.tsv.gz"))[1].read == 1
+    odd = read(write(tmp_path, "score\n\x1e.5\n" + "9" * 40_000 + "x\n", "f.csv"))[0]
+    assert odd[0] == ("2", {"score": 0.5}) and odd[1][1]["score"].startswith("99")
 
 
 @pytest.mark.parametrize(
