@@ -137,14 +137,19 @@ def _rows(folder: Path, name: str, seeds: Sequence[bytes], words: str = "json") 
 
     def take(content: bytes) -> object:
         path.write_bytes(content)
-        given = sources([path])
+        given, whole = sources([path]), False
+        aside: list[str] = []
         for make in (conversations_of, preferences_of, prompts_of, documents_of):
             counts = Counts()
             with suppress(UserError):
-                for _ in make(path, given, counts, lambda error, text: str(error) + text):
+                for _ in make(path, given, counts, lambda error, text: aside.append(f"{error} {text}")):
                     pass
+                whole = whole or not counts.refused
             assert counts.read >= counts.kept + counts.refused
-        return sniff(path, given)
+        what = sniff(path, given)
+        if not whole:  # no reader takes all of it
+            raise UserError("E-DATA-TYPE", what)
+        return what
 
     return Target(seeds, take, words)
 
