@@ -24,7 +24,7 @@ Mixture = tuple[tuple[int, float], ...]
 @lru_cache(maxsize=4)
 def order(seed: int, epoch: int, n: int) -> Indices:
     """The permutation of n records in this epoch, read-only."""
-    permutation = generator_for(seed, "order", epoch).permutation(n).astype(np.int64)
+    permutation = generator_for(seed, "order", epoch).permutation(n).astype(np.int64, copy=False)
     permutation.flags.writeable = False
     return permutation
 
@@ -124,7 +124,8 @@ class Rows:
         if epoch == self._epoch:
             return
         self._epoch, self._documents = epoch, mixed(self.seed, epoch, self._mixture)
-        self._starts = np.concatenate([[0], np.cumsum(self.store.lengths[self._documents])])
+        self._starts = np.zeros(len(self._documents) + 1, np.int64)
+        np.cumsum(self.store.lengths[self._documents], out=self._starts[1:])
         if epoch == len(self._ends) - 1:
             self._ends.append(self._ends[-1] + int(self._starts[-1]) // self.row_tokens)
 

@@ -87,7 +87,7 @@ class TokenStore:
         if not self._parts:
             where = str(parts[0]) if parts else ""
             raise UserError("E-DATA-EMPTY", "there are no tokens", where=where, hint="give records that are not blank")
-        self.lengths: np.ndarray[Any, np.dtype[np.int64]] = np.concatenate([p.lengths for p in self._parts])
+        self.lengths: np.ndarray[Any, np.dtype[np.int64]] = np.concatenate([p.lengths() for p in self._parts])
         self._first = np.concatenate([[0], np.cumsum([p.records for p in self._parts])])
         self.total = int(self.lengths.sum())
 
@@ -132,7 +132,9 @@ class _Part:
         self._offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
         self._places = np.memmap(folder / "places.bin", np.uint32, "r").reshape(-1, 2)
         self._paths: list[str] = meta["paths"]
-        self.lengths = np.diff(self._offsets)
+
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.diff(self._offsets)
 
     def piece(self, index: int, start: int, stop: int) -> Tokens:
         low, high = int(self._offsets[index]) + start, int(self._offsets[index]) + stop
