@@ -23,7 +23,7 @@ _NUMBER_CELLS = ("score", "margin", "rank")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """One row. raw: its bytes as they stand in the file, or empty; then `value` is what was read, or the error."""
 
@@ -184,9 +184,10 @@ def _syntax(error: json.JSONDecodeError, where: str, ends_file: bool) -> NoRetur
 
 
 def _json_lines(span: Span, counts: Counts) -> Iterator[Row]:
+    place = f"{span.path}:"
     for number, raw in lines(span):
-        if raw.strip():
-            yield Row(f"{span.path}:{number}", raw)
+        if not raw.isspace():
+            yield Row(f"{place}{number}", raw)
         else:
             counts.blank += 1
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,9 +36,9 @@ from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
 
 VERSION = 1  # raised when the same records would become other tokens
-PART_BYTES = 16 << 20  # a part's text, where a file can be cut
+PART_BYTES = 4 << 20  # a part's text, where a file can be cut
 MOST_PARTS = 512  # of one file, so that a store has no more open maps than a process may have
-ALONE_BYTES = 48 << 20  # less than this is built faster by one process
+ALONE_BYTES = 16 << 20  # less than this is built faster by one process
 SPOOL_TOKENS = 1 << 18  # tokens moved at once to the spool, and from it to the part; a multiple of 8
 HELD_RECORDS = 4096
 
@@ -296,13 +297,7 @@ class _Spool:
             raise ValueError(f"a record without tokens: {tokens.where}")
         self.held.append(tokens)
         self.total += len(tokens.ids)
-        self.offsets.append(self.total)
-        path, _, line = tokens.where.rpartition(":")
-        if not line.isdecimal():
-            path, line = tokens.where, "0"
-        self.places.append(self.paths.setdefault(path, len(self.paths)))
-        self.places.append(int(line))
-        if len(self.held) >= HELD_RECORDS or self.total - self.offsets[-1 - len(self.held)] >= SPOOL_TOKENS:
+        if len(self.held) >= HELD_RECORDS or self.total - self.offsets[-1] >= SPOOL_TOKENS:
             self.flush()
 
     def flush(self) -> None:
@@ -311,6 +306,13 @@ class _Spool:
             self.largest = max(self.largest, int(ids.max()))
             self.ids.write(ids.astype(np.uint32).data)
             self.train.write(np.concatenate([tokens.train for tokens in self.held]).astype(np.uint8).data)
+            self.offsets.extend(accumulate((len(tokens.ids) for tokens in self.held), initial=self.offsets.pop()))
+            for tokens in self.held:
+                path, _, line = tokens.where.rpartition(":")
+                if not line.isdecimal():
+                    path, line = tokens.where, "0"
+                self.places.append(self.paths.setdefault(path, len(self.paths)))
+                self.places.append(int(line))
             self.held.clear()
 
     @property

@@ -90,10 +90,10 @@ def _encode(tokenizer: Tokenizer, stream: Iterable[Cut], counts: Counts | None) 
     for chunk in _chunks(stream):
         texts = [piece for pieces, _ in chunk for piece, _ in pieces if isinstance(piece, str)]
         if counts:
-            counts.control_strings += sum(map(tokenizer.control_strings, texts))
+            counts.control_strings += tokenizer.control_strings(texts)
         encoded = iter(tokenizer.encode_batch(texts))
         made = [next(encoded) if isinstance(piece, str) else (piece,) for pieces, _ in chunk for piece, _ in pieces]
-        sizes = np.array([len(ids) for ids in made], np.int64)
+        sizes = np.fromiter(map(len, made), np.int64, len(made))
         ids = np.fromiter(chain.from_iterable(made), np.int32, int(sizes.sum()))
         train = np.repeat(np.array([trained for pieces, _ in chunk for _, trained in pieces], np.bool_), sizes)
         ends = np.cumsum(sizes)[np.cumsum([len(pieces) for pieces, _ in chunk]) - 1].tolist()
@@ -108,8 +108,7 @@ def _chunks(stream: Iterable[Cut]) -> Iterator[list[Cut]]:
     characters = 0
     for cut in stream:
         chunk.append(cut)
-        for piece, _ in cut[0]:
-            characters += len(piece) if isinstance(piece, str) else 1
+        characters += sum([len(piece) for piece, _ in cut[0] if isinstance(piece, str)])
         if len(chunk) >= CHUNK_RECORDS or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

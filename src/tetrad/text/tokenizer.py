@@ -131,11 +131,12 @@ class Tokenizer:
         """The token as the vocabulary spells it."""
         return self._names[token]
 
-    def control_strings(self, text: str) -> int:
-        """How often user text spells a control token."""
-        if not any(name in text for name in self._controls):  # quick: nearly every text
+    def control_strings(self, texts: Sequence[str]) -> int:
+        """How often these user texts spell a control token."""
+        joined = "\n".join(texts)
+        if not any(name in joined for name in self._controls):  # quick: nearly every text
             return 0
-        return len(self._control_pattern.findall(text))
+        return sum(len(self._control_pattern.findall(text)) for text in texts)
 
     @property
     def separator_id(self) -> int | None:

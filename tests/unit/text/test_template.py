@@ -268,7 +268,7 @@ def test_fuzzed_user_texts_give_no_control_token(every):
     texts = ["".join(draw.choices(bits, k=draw.randrange(1, 9))) for _ in range(100_000)]
     found = every.encode_batch(texts)
     assert not [text for text, ids in zip(texts, found, strict=True) if not controls.isdisjoint(ids)]
-    assert sum(map(every.control_strings, texts)) > 50_000
+    assert every.control_strings(texts) > 50_000
     forms = list(TEMPLATES.values())
     for number in range(0, 6_000, 3):
         form = forms[number % len(forms)]

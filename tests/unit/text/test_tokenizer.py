@@ -48,7 +48,7 @@ def test_user_text_is_never_a_control_token(parts):
     assert not CONTROL_IDS & set(ids)
     assert LEARNED.decode(ids) == text
     assert LEARNED.encode_batch([text, ""]) == [ids, []]
-    assert LEARNED.control_strings(text) == sum(text.count(name) for name in bpe.CONTROLS)
+    assert LEARNED.control_strings([text]) == sum(text.count(name) for name in bpe.CONTROLS)
 
 
 def test_added_tokens_that_are_not_special_are_plain_text_too():
@@ -67,7 +67,7 @@ def test_runs_of_spaces_added_as_tokens_stay_text():
     assert base not in tokenizer.encode("a   b</s>")
     assert tokenizer.decode(tokenizer.encode("a   b</s>")) == "a   b</s>"
     assert tokenizer.size == base + 2
-    assert tokenizer.control("   ") is None and tokenizer.control_strings("a   b</s>") == 1
+    assert tokenizer.control("   ") is None and tokenizer.control_strings(["a   b</s>"]) == 1
     assert tokenizer.pad_id != base + 1
 
 
