@@ -205,7 +205,7 @@ def _keep(reading: Reading, file: FileReading, chunk: list[Record], encoder: Enc
         for texts in map(_texts, chunk):
             reading.lengths.append(max(map(len, texts)))
             reading.tokens += sum(map(guessed_tokens, texts))
-            file.counts.control_strings += sum(map(encoder.tokenizer.control_strings, texts))
+            file.counts.control_strings += encoder.tokenizer.control_strings(texts)
         return
     for record, made in zip(chunk, encoder.tokens(chunk, file.counts, train_on_prompt=train_on_prompt), strict=True):
         longest = max(len(tokens.ids) for tokens in made)

@@ -131,7 +131,7 @@ class Tokenizer:
         """The token as the vocabulary spells it."""
         return self._names[token]
 
-    def control_strings(self, texts: Sequence[str]) -> int:
+    def control_strings(self, texts: list[str]) -> int:
         """How often these user texts spell a control token."""
         joined = "\n".join(texts)
         if not any(name in joined for name in self._controls):  # quick: nearly every text
