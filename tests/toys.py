@@ -11,9 +11,11 @@ from torch import nn
 
 from tetrad.data.pack import pack
 from tetrad.engine.device import Device
+from tetrad.engine.generate import Request
 from tetrad.model.config import DecoderConfig
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.weights import model_files
+from tetrad.settings.common import Sampling
 from tetrad.storage import Content
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Packed, Tokens
@@ -74,6 +76,15 @@ def document(tokens: Sequence[int], prompt: int = 1, where: str = "") -> Tokens:
 def documents(count: int, seed: int = 0) -> list[Tokens]:
     """Of 4 to 17 tokens, the last an end token; labels from the second or third on."""
     return [document([*ids(3 + (7 * i + seed) % 14, seed * 1000 + i), EOS], 1 + i % 2, f"{i}") for i in range(count)]
+
+
+def request(
+    prompt: Sequence[int], number: int = 0, copies: int = 1, ends: Sequence[int] = (EOS,), **how: Any
+) -> Request:
+    """A prompt for the engine. how: settings of Sampling, and stop, bias, top."""
+    rest = {name: how.pop(name) for name in ("stop", "bias", "top") if name in how}
+    keys = tuple((0, "test", copy, number) for copy in range(copies))
+    return Request(tuple(prompt), Sampling(**how), keys, tuple(ends), **rest)
 
 
 def packed(found: Sequence[Tokens]) -> Packed:

@@ -93,14 +93,23 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One sampled answer. ids end with an end token when `ended`; else the reply was cut at its longest length.
+    """One sampled answer, with the sampler's own log-probability of each id.
 
-    logprobs: the sampler's own, one per id.
+    reason: "end" where the last id is an end token, "stop" at a stop text, "length" where the reply was cut at its
+    longest length, "cancelled". text: what was decoded, up to the stop text; empty where nobody asked for text.
+    top: for each id the likeliest ids there with their log-probabilities, where asked for.
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    ended: bool
+    reason: str
+    text: str = ""
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """False where the reply was cut."""
+        return self.reason in ("end", "stop")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ import torch
 
 import toys
 from tetrad.engine.batches import reply_logprobs
-from tetrad.engine.generate import generate, noise
+from tetrad.engine.generate import generate
 from tetrad.model.config import RopeScaling
 from tetrad.model.decoder import CausalLM
-from tetrad.settings.common import Sampling
 from tetrad.types import Reply
 
 transformers = pytest.importorskip("transformers")
@@ -34,8 +33,15 @@ def model_of(family: str, ends: tuple[int, ...] = (toys.EOS,)) -> CausalLM:
 
 
 def greedy(model: CausalLM, slots: int) -> list[Reply]:
-    sampling = Sampling(temperature=0.0, max_new=NEW, slots=slots)
-    return generate(model, PROMPTS, torch.zeros(len(PROMPTS), NEW), sampling, model.config.eos_ids, toys.CPU)
+    requests = [
+        toys.request(p, i, max_new=NEW, temperature=0.0, ends=model.config.eos_ids) for i, p in enumerate(PROMPTS)
+    ]
+    return generate(model, requests, toys.CPU, slots)
+
+
+def sampled(model: CausalLM, slots: int, chosen: list[int] | None = None, **how: Any) -> list[Reply]:
+    numbers = list(range(24)) if chosen is None else chosen
+    return generate(model, [toys.request(PROMPTS[i], i, max_new=NEW, **how) for i in numbers], toys.CPU, slots)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
@@ -61,8 +67,7 @@ def test_greedy_is_theirs(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
 def test_logprobs_are_the_training_forwards(temperature: float) -> None:
     model = model_of("qwen2")
-    sampling = Sampling(temperature=temperature, max_new=NEW, slots=8)
-    replies = generate(model, PROMPTS, noise(0, "test", 0, range(24), NEW), sampling, (toys.EOS,), toys.CPU)
+    replies = sampled(model, 8, temperature=temperature)
     assert len({len(reply.ids) for reply in replies}) > 3
     documents = [toys.document([*p, *r.ids], len(p)) for p, r in zip(PROMPTS, replies, strict=True)]
     read = reply_logprobs(model, documents, 256, toys.CPU, temperature)
@@ -85,11 +90,9 @@ def test_greedy_logprobs_are_those_at_temperature_one() -> None:
 def test_a_reply_depends_on_its_own_noise_alone(sampling: dict[str, Any]) -> None:
     """Other prompts beside it, another order, other slots: the same tokens."""
     model = model_of("qwen2")
-    uniforms = noise(3, "test", 0, range(24), NEW)
 
     def replies(chosen: list[int], slots: int) -> dict[int, tuple[int, ...]]:
-        how = Sampling(max_new=NEW, slots=slots, **sampling)
-        found = generate(model, [PROMPTS[i] for i in chosen], uniforms[chosen], how, (toys.EOS,), toys.CPU)
+        found = sampled(model, slots, chosen, **sampling)
         return {i: reply.ids for i, reply in zip(chosen, found, strict=True)}
 
     together = replies(list(range(24)), 64)

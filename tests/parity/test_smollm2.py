@@ -12,7 +12,6 @@ from parity.smollm2 import smollm2_folder
 from tetrad.engine.generate import generate
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import model_files, read_causal
-from tetrad.settings.common import Sampling
 from tetrad.text.template import TEMPLATES
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import IGNORE, Turn
@@ -86,8 +85,8 @@ def test_shards_of_ours(folder: Path, ours: CausalLM, theirs: Any, tmp_path: Pat
 def test_greedy(folder: Path, ours: CausalLM, theirs: Any) -> None:
     tokenizer = Tokenizer.load(folder)
     prompts = [TEMPLATES["chatml"].prompt(tokenizer, [Turn("user", question)]) for question in QUESTIONS]
-    sampling = Sampling(temperature=0.0, max_new=32)
-    replies = generate(ours, prompts, torch.zeros(3, 32), sampling, ours.config.eos_ids, toys.CPU)
+    ends = ours.config.eos_ids
+    replies = generate(ours, [toys.request(p, max_new=32, temperature=0.0, ends=ends) for p in prompts], toys.CPU, 3)
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = torch.tensor([prompt])
         out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)

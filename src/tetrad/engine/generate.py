@@ -1,153 +1,326 @@
-"""The only sampler: replies to many prompts at once, for rollouts, evaluation and chat alike.
+"""The one generation engine: rollouts, evaluation, chat and serving all sample here.
 
-Prompts are computed packed; replies grow together in the slots of one cache. A row leaves when it ends, and a waiting
-prompt takes its place. There is no collective inside: ranks stop at different lengths.
+Replies grow together in the slots of one cache; rows join and leave at every step. Each is sampled by its own rules
+and its own random numbers, so a reply does not depend on its neighbours (but for the last bits of a matrix product,
+which change with the number of rows). A prompt is computed once for all its replies. There is no collective inside:
+ranks stop at different lengths.
 """
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tetrad.data.pack import pack
 from tetrad.engine.device import Device
-from tetrad.engine.sampling import draw
+from tetrad.engine.graphs import Replayed
+from tetrad.engine.sampling import Heard, Rules, adjusted, adjusts, draw
 from tetrad.errors import UserError
 from tetrad.model.attention import plan_for
-from tetrad.model.cache import Cache
+from tetrad.model.cache import Cache, cache_bytes
 from tetrad.model.decoder import CausalLM
+from tetrad.model.fused import Fused
 from tetrad.seeds import generator_for
 from tetrad.settings.common import Sampling
-from tetrad.types import Packed, Reply, Tokens
+from tetrad.text.stream import TextStream
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Reply
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one step: the replies that are being written wait for no more."""
+Key = tuple[int, str, int, int]
+"""(seed, purpose, number, number): what a reply's random numbers follow from."""
 
 
-def noise(seed: int, purpose: str, step: int, requests: Sequence[int], max_new: int) -> Tensor:
-    """Uniform numbers [requests, max_new]: each request has its own, whatever is sampled beside it."""
-    rows = [generator_for(seed, purpose, step, r).random(max_new, dtype=np.float32) for r in requests]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, max_new)
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to answer it: one reply for each of `keys`. ends: ids that end a reply; stop: texts that do.
 
-
-class _Rows:
-    """The replies in the making: row i of the cache writes request owner[i], which has used[i] tokens."""
-
-    def __init__(self, requests: int, max_new: int, place: torch.device) -> None:
-        self.ids = torch.zeros(requests, max_new + 1, dtype=torch.int64, device=place)
-        self.logprobs = torch.zeros(requests, max_new + 1, device=place)
-        self.length = torch.zeros(requests, dtype=torch.int64, device=place)
-        self.ended = torch.zeros(requests, dtype=torch.bool, device=place)
-        self.owner = self.position = self.used = torch.empty(0, dtype=torch.int64, device=place)
-        self.alive = torch.empty(0, dtype=torch.bool, device=place)
-        self.max_new = max_new
-
-    def join(self, requests: Tensor, positions: Tensor) -> None:
-        self.owner = torch.cat((self.owner, requests))
-        self.position = torch.cat((self.position, positions))
-        self.used = torch.cat((self.used, torch.zeros_like(requests)))
-        self.alive = torch.cat((self.alive, torch.ones_like(requests, dtype=torch.bool)))
-
-    def keep(self, rows: Tensor) -> None:
-        self.owner, self.position, self.used, self.alive = (
-            x[rows] for x in (self.owner, self.position, self.used, self.alive)
-        )
-
-    def write(self, ids: Tensor, logprobs: Tensor, eos: Tensor) -> None:
-        """Rows that have ended keep computing until they leave; what they say goes to the spare last column."""
-        column = torch.where(self.alive, self.used, self.max_new)
-        self.ids[self.owner, column] = ids
-        self.logprobs[self.owner, column] = logprobs
-        self.used = self.used + self.alive
-        over = torch.isin(ids, eos) & self.alive
-        self.length[self.owner] = self.used
-        self.ended[self.owner] |= over
-        self.alive = self.alive & ~over & (self.used < self.max_new)
-
-    def replies(self) -> list[Reply]:
-        ids, logprobs, length, ended = (x.tolist() for x in (self.ids, self.logprobs, self.length, self.ended))
-        return [Reply(tuple(i[:n]), tuple(p[:n]), e) for i, p, n, e in zip(ids, logprobs, length, ended, strict=True)]
-
-
-@torch.inference_mode()
-def generate(
-    model: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    uniforms: Tensor,
-    sampling: Sampling,
-    eos_ids: Sequence[int],
-    device: Device,
-) -> list[Reply]:
-    """One reply a prompt. uniforms: [prompts, max_new] from `noise` (unread when greedy).
-
-    Errors: E-DATA-LONG where a prompt and its longest reply exceed the model's positions.
+    bias: what is added to the logits of some ids. top: how many of the likeliest ids are told at each token.
     """
-    max_new = sampling.max_new
-    longest = max(map(len, prompts), default=0) + max_new
-    if longest > model.config.max_positions:
-        what = f"the longest prompt and {max_new} new tokens need {longest} positions, the model has"
-        raise UserError("E-DATA-LONG", f"{what} {model.config.max_positions}", hint="shorten the prompt or max_new")
-    slots = min(sampling.slots, len(prompts))
-    cache = Cache(model.config, slots, longest, device.dtype, device.place)
-    rows = _Rows(len(prompts), max_new, device.place)
-    uniforms, eos = uniforms.to(device.place), torch.tensor(list(eos_ids), device=device.place)
-    waiting = 0
-    logits = torch.empty(0, model.config.vocab_size, device=device.place)
-    while True:
-        waiting, logits = _admit(model, cache, rows, prompts, waiting, slots, logits, device)
-        if not len(rows.owner):
-            return rows.replies()
-        point = uniforms[rows.owner, rows.used.clamp(max=max_new - 1)]
-        ids, logprobs = draw(logits, point, sampling)
-        rows.write(ids, logprobs, eos)
-        ids = _leave(cache, rows, ids)
-        logits = _step(model, cache, rows, ids, longest, device) if len(ids) else logits[:0]
+
+    ids: tuple[int, ...]
+    sampling: Sampling
+    keys: tuple[Key, ...]
+    ends: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+    bias: Mapping[int, float] = field(default_factory=dict)
+    top: int = 0
 
 
-def _leave(cache: Cache, rows: _Rows, ids: Tensor) -> Tensor:
-    """Ended rows go when they are worth moving the cache for: an eighth of the rows, or all."""
-    total, alive = len(rows.alive), int(rows.alive.sum())
-    if total - alive < max(1, total // 8) and alive:
-        return ids
-    kept = rows.alive.nonzero()[:, 0]
-    if alive:
-        cache.keep(kept, int(rows.position.max()) + 1)
-    rows.keep(kept)
-    return ids[kept]
+class Event(NamedTuple):
+    """A token of a reply. ticket: of the request; copy: which of its replies; text: what can be shown now; reply: the
+    whole, with its last token."""
+
+    ticket: int
+    copy: int
+    token: int
+    logprob: float
+    text: str
+    reply: Reply | None
 
 
-def _step(model: CausalLM, cache: Cache, rows: _Rows, ids: Tensor, limit: int, device: Device) -> Tensor:
-    position = rows.position.clamp(max=limit - 1)
-    with device.compute():
-        hidden = model.model(ids, position, cache.step(position, int(position.max()) + 1))
-        logits: Tensor = hidden @ model.head_weight.t()
-    rows.position = rows.position + 1
-    return logits
+@dataclass(eq=False)
+class _Row:
+    """A reply that waits or grows."""
+
+    request: Request
+    ticket: int
+    copy: int
+    uniforms: list[float]
+    stream: TextStream | None
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Of its last id."""
+        return len(self.request.ids) + len(self.ids) - 1
+
+    def reply(self, reason: str) -> Reply:
+        return Reply(tuple(self.ids), tuple(self.logprobs), reason, "".join(self.texts), tuple(self.top))
 
 
-def _admit(
-    model: CausalLM,
-    cache: Cache,
-    rows: _Rows,
-    prompts: Sequence[Sequence[int]],
-    waiting: int,
-    slots: int,
-    logits: Tensor,
+class _Shelf(NamedTuple):
+    """A prompt that was computed and has replies that wait for a slot."""
+
+    ticket: int
+    cache: Cache
+    logits: Tensor
+
+
+class Engine:
+    """Requests in, events out. tokenizer: where events carry text, or requests have stop texts.
+
+    Slots and positions (the longest prompt with its reply) are fixed, and their memory is taken at once. Errors:
+    E-MEM-FULL before it is taken, where there isn't that much.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: Fused, device: Device, slots: int, positions: int, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model, self.device, self.slots, self.tokenizer = model, device, slots, tokenizer
+        self.positions = min(positions, model.config.max_positions)
+        self.cache = self._cache(slots)
+        self.prefilled = 0  # prompt tokens computed
+        self._rows: list[_Row] = []  # row i has slot i
+        self._waiting: deque[_Row] = deque()
+        self._tickets = 0
+        self._shelf: _Shelf | None = None
+        self._rules: Rules | None = None
+        self._forward = Replayed(self._compute, slots, self.positions, device)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any reply waits or grows."""
+        return bool(self._rows or self._waiting)
+
+    def add(self, request: Request) -> int:
+        """Queues a request and returns its ticket. Errors: E-DATA-LONG where prompt and reply have no room."""
+        s, needed = request.sampling, len(request.ids) + request.sampling.max_new
+        if needed > self.positions:
+            what = f"the longest prompt and {s.max_new} new tokens need {needed} positions, there are {self.positions}"
+            raise UserError("E-DATA-LONG", what, hint="shorten the prompt or max_new")
+        self._tickets += 1
+        for copy, key in enumerate(request.keys):
+            uniforms = noise(key, s.max_new).tolist() if s.temperature else [0.0] * s.max_new
+            stream = TextStream(self.tokenizer, request.stop) if self.tokenizer else None
+            self._waiting.append(_Row(request, self._tickets, copy, uniforms, stream))
+        return self._tickets
+
+    @torch.inference_mode()
+    def cancel(self, ticket: int) -> list[Reply]:
+        """Ends a request's replies where they are; returns them."""
+        gone = [row for row in (*self._rows, *self._waiting) if row.ticket == ticket]
+        self._leave([number for number, row in enumerate(self._rows) if row.ticket == ticket])
+        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        for row in gone:
+            row.texts.append(row.stream.close() if row.stream else "")
+        return [row.reply("cancelled") for row in sorted(gone, key=lambda row: row.copy)]
+
+    def events(self) -> Iterator[Event]:
+        """Everything that happens until all replies are there; requests may be added and cancelled in between."""
+        while self.busy:
+            yield from self.advance()
+
+    @torch.inference_mode()
+    def advance(self) -> list[Event]:
+        """One token for each row that grows, after those that wait have taken free slots."""
+        logits = (
+            [self._forward([r.ids[-1] for r in self._rows], [r.position for r in self._rows])] if self._rows else []
+        )
+        logits += self._admit()
+        if not self._rows:
+            return []
+        events = self._sample(torch.cat(logits) if len(logits) > 1 else logits[0])
+        self._leave([number for number, event in enumerate(events) if event.reply])
+        return events
+
+    def _compute(self, ids_N: Tensor, positions_N: Tensor, length: int) -> Tensor:
+        hidden = self.model.hidden(ids_N, positions_N, self.cache.step(positions_N, length))
+        return self.model.logits(hidden)
+
+    # Who joins, who leaves
+
+    def _admit(self) -> list[Tensor]:
+        """Waiting rows take free slots; returns the logits after their prompts. Where few slots are free it waits until
+        an eighth is: one prompt costs nearly as much as several together."""
+        free = self.slots - len(self._rows)
+        if not self._waiting or not free or (self._rows and free < self.slots // 8):
+            return []
+        first, tokens = len(self._rows), 0
+        prompts: dict[int, int] = {}  # ticket: slot where its prompt is computed
+        while self._waiting and len(self._rows) < self.slots:
+            row = self._waiting[0]
+            if row.ticket not in prompts and not self._on_shelf(row):
+                tokens += len(row.request.ids)
+                if prompts and tokens > PREFILL_TOKENS:
+                    break
+                prompts[row.ticket] = len(self._rows)
+            self._rows.append(self._waiting.popleft())
+        self._rules = None
+        return self._prompts(self._rows[first:], first, prompts)
+
+    def _prompts(self, rows: list[_Row], first: int, prompts: dict[int, int]) -> list[Tensor]:
+        """The prompts' keys and values in the slots of all their rows, and the logits after them, [rows, V]."""
+        found = self._prefill(list(prompts.values())) if prompts else None
+        number_of = {ticket: number for number, ticket in enumerate(prompts)}
+        logits = []
+        for slot, row in enumerate(rows, first):
+            length = len(row.request.ids)
+            if row.ticket in prompts and found is not None:
+                logits.append(found[number_of[row.ticket]])
+                if prompts[row.ticket] != slot:
+                    self.cache.copy(self.cache, prompts[row.ticket], slot, length)
+            elif self._shelf:
+                logits.append(self._shelf.logits)
+                self.cache.copy(self._shelf.cache, 0, slot, length)
+        last, slot = rows[-1], first + len(rows) - 1
+        if not self._waiting or self._waiting[0].ticket != last.ticket:
+            self._shelf = None
+        elif not self._on_shelf(last):
+            cache = self._shelf.cache if self._shelf else self._cache(1)
+            cache.copy(self.cache, slot, 0, len(last.request.ids))
+            self._shelf = _Shelf(last.ticket, cache, logits[-1])
+        return [torch.stack(logits)]
+
+    def _on_shelf(self, row: _Row) -> bool:
+        return self._shelf is not None and self._shelf.ticket == row.ticket
+
+    def _prefill(self, slots: list[int]) -> Tensor:
+        """Computes the prompts of these slots' rows, packed; returns the logits after each, [prompts, V]."""
+        place, prompts = self.device.place, [self._rows[slot].request.ids for slot in slots]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ends = lengths.cumsum(0)
+        total = int(ends[-1])
+        positions = torch.arange(total) - (ends - lengths).repeat_interleave(lengths)
+        slots_T = torch.tensor(slots).repeat_interleave(lengths).to(place)
+        ids_T = torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])).to(place)
+        plan = plan_for((0, *ends.tolist()), place)
+        attend = self.cache.fill(slots_T, positions.to(place), plan)
+        hidden = self.model.hidden(ids_T, positions.to(place), attend)
+        self.prefilled += total
+        return self.model.logits(hidden[(ends - 1).to(place)])
+
+    def _leave(self, slots: Sequence[int]) -> None:
+        """Frees slots, the last rows moving into them, so that the rows in use stay the first ones."""
+        for slot in sorted(slots, reverse=True):
+            last = self._rows.pop()
+            if slot < len(self._rows):
+                self._rows[slot] = last
+                self.cache.copy(self.cache, len(self._rows), slot, last.position)
+        if slots:
+            self._rules = None
+
+    # What is said
+
+    def _sample(self, logits: Tensor) -> list[Event]:
+        rows, place = self._rows, self.device.place
+        if self._rules is None:
+            self._rules = Rules.of([row.request.sampling for row in rows], logits.shape[-1], place)
+        uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows]).to(place)
+        heard = {
+            number: Heard(r.sampling, r.ids, row.ids, r.bias)
+            for number, row in enumerate(rows)
+            if adjusts((r := row.request).sampling, r.bias)
+        }
+        top = max(row.request.top for row in rows)
+        drawn = draw(logits, uniforms, self._rules, adjusted(logits, heard) if heard else None, top)
+        likeliest: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+        if top:
+            pairs = zip(drawn.top_ids.tolist(), drawn.top_logprobs.tolist(), strict=True)
+            likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
+        said = zip(rows, drawn.ids.tolist(), drawn.logprobs.tolist(), likeliest, strict=True)
+        return [_event(*one) for one in said]
+
+    def _cache(self, slots: int) -> Cache:
+        c, dtype = self.model.config, self.model.dtype
+        needed, free = cache_bytes(c, slots, self.positions, dtype), free_bytes(self.device.place)
+        if needed > free:
+            what = (
+                f"a cache of {slots} slots with {self.positions} positions needs {needed >> 20} MiB, {free >> 20} MiB"
+            )
+            raise UserError("E-MEM-FULL", f"{what} are free", hint="lower slots or max_new")
+        return Cache(c, slots, self.positions, dtype, self.device.place)
+
+
+def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Event:
+    """The row with one more token."""
+    request = row.request
+    row.ids.append(token)
+    row.logprobs.append(logprob)
+    if request.top:
+        row.top.append(top[: request.top])
+    text, reason = "", ""
+    if token in request.ends:
+        reason = "end"
+    elif len(row.ids) == request.sampling.max_new:
+        reason = "length"
+    if row.stream:
+        text = row.stream.push(token)
+        if row.stream.stopped and reason != "end":
+            reason = "stop"
+        if reason:
+            text += row.stream.close()
+        row.texts.append(text)
+    return Event(row.ticket, row.copy, token, logprob, text, row.reply(reason) if reason else None)
+
+
+def noise(key: Key, max_new: int) -> np.ndarray:
+    """A reply's uniform numbers [max_new], float32: its own, whatever is sampled beside it."""
+    return generator_for(*key).random(max_new, dtype=np.float32)
+
+
+def free_bytes(place: torch.device) -> int:
+    """Memory that can still be taken."""
+    if place.type == "cuda":
+        return int(torch.cuda.mem_get_info(place)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def generate(
+    model: CausalLM | Fused,
+    requests: Sequence[Request],
     device: Device,
-) -> tuple[int, Tensor]:
-    """Waiting prompts take the free slots; returns the next waiting one and all rows' logits."""
-    free = slots - len(rows.owner)
-    new = range(waiting, min(waiting + free, len(prompts)))
-    if not new:
-        return waiting, logits
-    packed = device.put(_packed([prompts[i] for i in new]))
-    slots_D = torch.arange(len(new), device=device.place) + len(rows.owner)
-    with device.compute():
-        plan = plan_for(packed.bounds, device.place)
-        hidden = model.model(packed.ids_T, packed.positions_T, cache.fill(packed, slots_D, plan))
-        last = torch.tensor(packed.bounds[1:], device=device.place) - 1
-        first = hidden[last] @ model.head_weight.t()
-    rows.join(torch.tensor(list(new), device=device.place), packed.positions_T[last] + 1)
-    return new.stop, torch.cat((logits, first.to(logits.dtype) if len(logits) else first))
+    slots: int,
+    tokenizer: Tokenizer | None = None,
+) -> list[Reply]:
+    """The replies, request by request and copy by copy. tokenizer: where replies carry text, or have stop texts.
 
-
-def _packed(prompts: list[Sequence[int]]) -> Packed:
-    return pack([Tokens(np.asarray(p, np.int32), np.zeros(len(p), np.bool_)) for p in prompts])
+    Errors: E-DATA-LONG where a prompt and its longest reply exceed the model's positions; E-MEM-FULL.
+    """
+    if not requests:
+        return []
+    positions = max(len(r.ids) + r.sampling.max_new for r in requests)
+    fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
+    engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
+    tickets = [engine.add(request) for request in requests]
+    found = {(e.ticket, e.copy): e.reply for e in engine.events() if e.reply}
+    return [found[t, c] for t, r in zip(tickets, requests, strict=True) for c in range(len(r.keys))]

@@ -6,6 +6,8 @@ is flat, in the order of rows and tokens, and `spread` puts it in place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from tetrad.data.records import Paths, read_prompts
 from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize
 from tetrad.engine.device import Device
-from tetrad.engine.generate import generate, noise
+from tetrad.engine.generate import Request, generate
 from tetrad.engine.scoring import Sample
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM, ScalarModel
@@ -59,10 +61,13 @@ def roll_out(
     device: Device,
 ) -> Rollout:
     """One reply a question. numbers: each question's place in the whole batch, which with key = (seed, purpose, step)
-    decides its random numbers."""
+    decides its random numbers; a question that stands several times in a row is computed once."""
     actor.eval()
-    uniforms = noise(*key, numbers, sampling.max_new)
-    replies = generate(actor, [q.ids for q in questions], uniforms, sampling, actor.config.eos_ids, device)
+    requests = []
+    for question, group in groupby(zip(questions, numbers, strict=True), itemgetter(0)):
+        keys = tuple((*key, number) for _, number in group)
+        requests.append(Request(question.ids, sampling, keys, actor.config.eos_ids))
+    replies = generate(actor, requests, device, sampling.slots)
     samples, documents = [], []
     for question, reply in zip(questions, replies, strict=True):
         turns, where = question.prompt.turns, question.prompt.where

@@ -8,10 +8,10 @@ with the model that wrote them, else the text; a reply that was cut is read with
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tetrad.data.tokens import tokenize
 from tetrad.engine.device import Device, choose
@@ -22,21 +22,22 @@ from tetrad.engine.folders import (
     no_reward,
     refuse_small_vocabulary,
 )
+from tetrad.engine.generate import Request
 from tetrad.engine.generate import generate as sample_replies
-from tetrad.engine.generate import noise
 from tetrad.engine.rollout import Question
 from tetrad.engine.scoring import Sample, joined, score_tokens
 from tetrad.engine.stage import frozen
 from tetrad.errors import UserError
 from tetrad.model.config import is_reward
 from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.model.fused import Fused
 from tetrad.model.weights import read_causal, read_scalar
 from tetrad.settings import use
 from tetrad.settings.check import build
-from tetrad.settings.common import Run, Sampling
+from tetrad.settings.common import Run
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.types import Prompt, Tokens, Turn
+from tetrad.types import Prompt, Reply, Tokens, Turn
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Model:
     def form(self) -> Template:
         """The template. Errors: E-MODEL-TEMPLATE."""
         return needed_template(self.template, self.folder)
+
+    @cached_property
+    def fused(self) -> Fused:
+        """The model as the engine wants it."""
+        return Fused(self.model, self.device.dtype)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -74,10 +80,15 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled reply. ended: with an end token, else it was cut at its longest length."""
+    """A sampled reply; sample: the same beside its prompt, as a reward reads it."""
 
     sample: Sample
-    ended: bool
+    reply: Reply
+
+    @property
+    def ended(self) -> bool:
+        """False where it was cut at its longest length."""
+        return self.reply.ended
 
 
 def load(folder: str | Path, template: str = "") -> Model:
@@ -124,22 +135,20 @@ def answers(
 ) -> list[Answer]:
     """`copies` replies to each question, one after another. first: the number of the first question, for its random
     numbers. Errors: E-DATA-LONG."""
-    sampling = Sampling(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        max_new=settings.max_new,
-    )
-    numbers = range(first, first + len(questions))
-    rows = [noise(settings.seed, "generate", copy, numbers, settings.max_new) for copy in range(copies)]
-    asked = [question for question in questions for _ in range(copies)]
-    uniforms = torch.stack(rows, 1).flatten(0, 1)
-    replies = sample_replies(model.model, [q.ids for q in asked], uniforms, sampling, model.ends, model.device)
-    found = []
-    for q, reply in zip(asked, replies, strict=True):
-        text = model.tokenizer.decode(reply.ids)
-        found.append(Answer(Sample(q.ids, reply.ids, q.prompt.turns, text, q.prompt.where), reply.ended))
-    return found
+    requests = [request(model, q, settings, number, copies) for number, q in enumerate(questions, first)]
+    replies = sample_replies(model.fused, requests, model.device, settings.slots, model.tokenizer)
+    return [answer(questions[i // copies], reply) for i, reply in enumerate(replies)]
+
+
+def request(model: Model, question: Question, settings: use.Sample, number: int, copies: int = 1) -> Request:
+    """What the engine is asked."""
+    keys = tuple((settings.seed, "generate", copy, number) for copy in range(copies))
+    return Request(question.ids, settings, keys, model.ends, settings.stop)
+
+
+def answer(question: Question, reply: Reply) -> Answer:
+    prompt = question.prompt
+    return Answer(Sample(question.ids, reply.ids, prompt.turns, reply.text, prompt.where), reply)
 
 
 def generate(
@@ -171,7 +180,8 @@ def asked(instruction: str, extra: str = "", *, where: str = "") -> Prompt:
 def rate_answers(judge: RewardModel, model: Model, found: Sequence[Answer]) -> list[float]:
     """The reward of each answer of `model`. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
     samples = [answer.sample for answer in found]
-    if judge.tokenizer.fingerprint == model.tokenizer.fingerprint and judge.form == model.form:
+    same = judge.tokenizer.fingerprint == model.tokenizer.fingerprint and judge.form == model.form
+    if same and not any(answer.reply.reason == "stop" for answer in found):
         named = zip(joined(samples), samples, strict=True)
         return rate(judge, [replace(document, where=sample.where) for document, sample in named])
     prompts = [Prompt(sample.turns, sample.where) for sample in samples]

@@ -69,6 +69,14 @@ class Sampling:
     """Sample among the k likeliest tokens; 0 is off."""
     top_p: Share = 1.0
     """Sample among the likeliest tokens that reach this share; 1 is off."""
+    min_p: Share = 0.0
+    """Sample among the tokens that have at least this share of the likeliest one's chance; 0 is off."""
+    repetition_penalty: Positive = 1.0
+    """Makes tokens of prompt and reply less likely: divides a positive logit, multiplies another; 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the reply has; below 0 repeats are rewarded."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time that the reply has it."""
     max_new: Count = 256
     """Longest reply, in tokens."""
     slots: Count = unkeyed(64)

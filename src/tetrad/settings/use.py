@@ -4,25 +4,20 @@ from dataclasses import replace
 from typing import Literal, TypeVar
 
 from tetrad.errors import UserError
-from tetrad.settings.base import Count, NotNegative, Seed, Share, TemplateName, Whole, settings
+from tetrad.settings.base import Count, Seed, TemplateName, Whole, settings
+from tetrad.settings.common import Sampling
 
 T = TypeVar("T", bound="Sample")
 
 
 @settings
-class Sample:
+class Sample(Sampling):
     """How replies are sampled."""
 
-    temperature: NotNegative = 1.0
-    """Logits are divided by it; 0 is greedy."""
     greedy: bool = False
     """Always the likeliest token (temperature 0)."""
-    top_k: Whole = 0
-    """Sample among the k likeliest tokens; 0 is off."""
-    top_p: Share = 1.0
-    """Sample among the likeliest tokens that reach this share; 1 is off."""
-    max_new: Count = 256
-    """Longest reply, in tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply before them, for example "\\n"."""
     seed: Seed = 0
     """Start of the random numbers: the same seed gives the same replies."""
     template: TemplateName = ""

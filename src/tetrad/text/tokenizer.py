@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +122,37 @@ class Tokenizer:
             return text.rstrip("\ufffd") if partial else text
         raw = b"".join(self._bytes(i) for i in ids)
         return codecs.getincrementaldecoder("utf-8")("replace").decode(raw, final=not partial)
+
+    def stream(self) -> Callable[[int | None], str]:
+        """A decoder of one id at a time: it returns what the id adds to the text, whole characters alone, and for None
+        what is left at the end. Together that is `decode` of all the ids."""
+        if not self._byte_level:
+            return self._redecoded()
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def push(token: int | None) -> str:
+            if token is None:
+                return decoder.decode(b"", final=True)
+            return decoder.decode(self._bytes(token)) if self._says(token) else ""
+
+        return push
+
+    def _redecoded(self) -> Callable[[int | None], str]:
+        """For a tokenizer whose pieces depend on their neighbours: all ids are decoded anew."""
+        ids: list[int] = []
+        said = ""
+
+        def push(token: int | None) -> str:
+            nonlocal said
+            ids.extend(() if token is None else (token,))
+            text = self.decode(ids, partial=token is not None)
+            new, said = (text[len(said) :], text) if text.startswith(said) else ("", said)
+            return new
+
+        return push
+
+    def _says(self, token: int) -> bool:
+        return token in self._names and token not in self._special
 
     def control(self, name: str) -> int | None:
         """The id of a control (added) token."""

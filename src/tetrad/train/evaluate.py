@@ -9,7 +9,7 @@ model.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from tetrad.engine.stage import POLICY, figures_of, frozen, read_policy, require
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import read_causal, read_scalar
 from tetrad.objectives.calibration import bootstrap_interval
-from tetrad.settings.common import Sampling
 from tetrad.storage import RunLock, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
@@ -92,13 +91,7 @@ def answers_of_all(
     """One answer a question from the SFT model, from best-of-N where there is a reward, from PPO where there is one."""
     s, key = ctx.recipe.evaluate, (ctx.recipe.seed, "evaluate", 0)
     micro_tokens = ctx.recipe.run.micro_tokens
-    sampling = Sampling(
-        temperature=ctx.recipe.sampling.temperature,
-        top_k=ctx.recipe.sampling.top_k,
-        top_p=ctx.recipe.sampling.top_p,
-        max_new=s.max_new,
-        slots=ctx.recipe.sampling.slots,
-    )
+    sampling = replace(ctx.recipe.sampling, max_new=s.max_new)
     copies = max(1, s.best_of if reward else 1)
     repeated = [question for question in questions for _ in range(copies)]
     many = roll_out(sft, repeated, range(len(repeated)), key, sampling, tokenizer, device)
