@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tetrad.engine.device import Device
 from tetrad.engine.graphs import Replayed
-from tetrad.engine.sampling import Heard, Rules, adjusted, adjusts, draw
+from tetrad.engine.sampling import Rules, draw
 from tetrad.errors import UserError
 from tetrad.model.attention import plan_for
 from tetrad.model.cache import Cache, cache_bytes
@@ -163,8 +163,8 @@ class Engine:
         self._leave([number for number, event in enumerate(events) if event.reply])
         return events
 
-    def _compute(self, ids_N: Tensor, positions_N: Tensor, length: int) -> Tensor:
-        hidden = self.model.hidden(ids_N, positions_N, self.cache.step(positions_N, length))
+    def _compute(self, ids_N: Tensor, positions_N: Tensor, length: int, full: bool) -> Tensor:
+        hidden = self.model.hidden(ids_N, positions_N, self.cache.step(positions_N, length, full=full))
         return self.model.logits(hidden)
 
     # Who joins, who leaves
@@ -244,21 +244,19 @@ class Engine:
     def _sample(self, logits: Tensor) -> list[Event]:
         rows, place = self._rows, self.device.place
         if self._rules is None:
-            self._rules = Rules.of([row.request.sampling for row in rows], logits.shape[-1], place)
+            requests = [row.request for row in rows]
+            size, biases = logits.shape[-1], [request.bias for request in requests]
+            self._rules = Rules.of([request.sampling for request in requests], biases, size, place)
         uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows]).to(place)
-        heard = {
-            number: Heard(r.sampling, r.ids, row.ids, r.bias)
-            for number, row in enumerate(rows)
-            if adjusts((r := row.request).sampling, r.bias)
-        }
+        said = [(r.request.sampling, r.request.ids, r.ids) for r in rows] if self._rules.penalised else ()
         top = max(row.request.top for row in rows)
-        drawn = draw(logits, uniforms, self._rules, adjusted(logits, heard) if heard else None, top)
+        drawn = draw(logits, uniforms, self._rules, said, top)
         likeliest: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
         if top:
             pairs = zip(drawn.top_ids.tolist(), drawn.top_logprobs.tolist(), strict=True)
             likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
-        said = zip(rows, drawn.ids.tolist(), drawn.logprobs.tolist(), likeliest, strict=True)
-        return [_event(*one) for one in said]
+        tokens = zip(rows, drawn.ids.tolist(), drawn.logprobs.tolist(), likeliest, strict=True)
+        return [_event(*token) for token in tokens]
 
     def _cache(self, slots: int) -> Cache:
         c, dtype = self.model.config, self.model.dtype

@@ -15,8 +15,8 @@ from torch import Tensor
 from tetrad.engine.device import Device
 
 _LEAST_LENGTH = 256
-Compute = Callable[[Tensor, Tensor, int], Tensor]
-"""(ids_N, positions_N, length) -> logits_NV."""
+Compute = Callable[[Tensor, Tensor, int, bool], Tensor]
+"""(ids_N, positions_N, length, whether all rows read the whole length) -> logits_NV."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Replayed:
         """Logits [N, V]; overwritten by the next call."""
         given, length = torch.tensor([ids, positions]), max(positions) + 1
         if self._place.type != "cuda":
-            return self._compute(given[0], given[1], length)
+            return self._compute(given[0], given[1], length, len(ids) == 1)
         rows = rounded(len(ids), 1, self._slots)
         length = rounded(length, _LEAST_LENGTH, self._positions)
         found = self._graphs.get((rows, length))
@@ -59,11 +59,11 @@ class Replayed:
         side.wait_stream(torch.cuda.current_stream(self._place))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._compute(given[0], given[1], length)
+                self._compute(given[0], given[1], length, False)
         torch.cuda.current_stream(self._place).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            made = self._compute(given[0], given[1], length)
+            made = self._compute(given[0], given[1], length, False)
         return _Graph(graph, given, made)
 
 

@@ -16,12 +16,17 @@ from torch import Tensor
 
 from tetrad.settings.common import Sampling
 
+Said = tuple[Sampling, Sequence[int], Sequence[int]]
+"""A row's settings, prompt and reply so far."""
 _FIRST = 1024  # likeliest tokens that top-p looks at before it sorts a whole vocabulary
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the rows of a batch ask for, [N, 1] each; None where no row asks for it. most: the largest top-k."""
+    """What the rows of a batch ask for, [N, 1] each; None where no row asks for it. most: the largest top-k.
+
+    bias: rows, ids and what is added to their logits. penalised: rows whose logits depend on what was said.
+    """
 
     greedy: Tensor | None
     temperature: Tensor | None
@@ -30,9 +35,13 @@ class Rules:
     min_p: Tensor | None
     all_greedy: bool
     most: int
+    bias: tuple[Tensor, Tensor, Tensor] | None
+    penalised: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling], vocabulary: int, place: torch.device) -> "Rules":
+    def of(
+        cls, rows: Sequence[Sampling], biases: Sequence[Mapping[int, float]], vocabulary: int, place: torch.device
+    ) -> "Rules":
         def column(values: Sequence[float], off: float, dtype: torch.dtype = torch.float32) -> Tensor | None:
             return None if set(values) <= {off} else torch.tensor(values, dtype=dtype, device=place)[:, None]
 
@@ -46,7 +55,25 @@ class Rules:
             column([row.min_p for row in rows], 0.0),
             all(cold),
             max((k for k in ks if k < vocabulary), default=0),
+            _bias(biases, place),
+            tuple(
+                number
+                for number, s in enumerate(rows)
+                if (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0)
+            ),
         )
+
+
+def _bias(biases: Sequence[Mapping[int, float]], place: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+    changes = [(row, token, value) for row, bias in enumerate(biases) for token, value in bias.items()]
+    if not changes:
+        return None
+    rows, ids, values = zip(*changes, strict=True)
+    return (
+        torch.tensor(rows).to(place),
+        torch.tensor(ids).to(place),
+        torch.tensor(values, dtype=torch.float32).to(place),
+    )
 
 
 @dataclass(frozen=True)
@@ -60,27 +87,26 @@ class Drawn:
     top_logprobs: Tensor
 
 
-def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, adjusted_NV: Tensor | None = None, top: int = 0) -> Drawn:
-    """One token a row. adjusted_NV: the logits to sample from, where rows have penalties or biases."""
+def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, said: Sequence[Said] = (), top: int = 0) -> Drawn:
+    """One token a row. said: each row's prompt and reply, where there are penalised rows."""
     logits = logits_NV.float()
+    changed = _adjusted(logits, rules, said)
     if rules.temperature is not None:
         logits = logits / rules.temperature
-    chances = logits.softmax(-1)
-    choice = chances
-    if adjusted_NV is not None:
-        scaled = adjusted_NV if rules.temperature is None else adjusted_NV / rules.temperature
-        choice = scaled.softmax(-1)
+        changed = None if changed is None else changed / rules.temperature
+    choice = (logits if changed is None else changed).softmax(-1)
     ids = choice.argmax(-1) if rules.greedy is not None else None
     if ids is None or not rules.all_greedy:
         drawn = pick(_filtered(choice, rules), uniforms_N)
         ids = drawn if ids is None or rules.greedy is None else torch.where(rules.greedy[:, 0], ids, drawn)
-    if adjusted_NV is None:
-        logprobs = chances.gather(1, ids[:, None]).log_()[:, 0]
+    if changed is None:
+        logprobs = choice.gather(1, ids[:, None]).log_()[:, 0]
     else:  # what a bias forces may have no chance at all as float32
-        logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-    best = chances.topk(min(top, chances.shape[-1]), -1) if top else None
-    nothing = chances[:, :0]
-    return Drawn(ids, logprobs, best.indices if best else nothing.long(), best.values.log() if best else nothing)
+        logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    if not top:
+        return Drawn(ids, logprobs, ids[:, None][:, :0], logits[:, :0])
+    best = logits.log_softmax(-1).topk(min(top, logits.shape[-1]), -1)
+    return Drawn(ids, logprobs, best.indices, best.values)
 
 
 def pick(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
@@ -89,22 +115,32 @@ def pick(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     Two levels, a block and a token in it: no running sum over the whole vocabulary. A weight of 0 is never picked.
     """
     rows, size = weights_NV.shape
+    if rows * size <= _SHORT:
+        running = weights_NV.cumsum(-1)
+        point = uniforms_N[:, None] * (running[:, -1:] * _LESS)
+        return torch.searchsorted(running, point, right=True)[:, 0]
     width = 128 if size > 8192 else 64
     if size % width:
         weights_NV = F.pad(weights_NV, (0, width - size % width))
-    blocks = weights_NV.view(rows, -1, width)
-    sums = blocks.sum(-1).cumsum(-1)
-    point = _below(uniforms_N[:, None] * sums[:, -1:], sums[:, -1:])
-    block = (sums <= point).sum(-1, keepdim=True)
-    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0.0)
-    inner = blocks[torch.arange(rows, device=block.device), block[:, 0]].cumsum(-1)
-    rest = _below((point - before).clamp_(min=0), inner[:, -1:])
-    return block[:, 0] * width + (inner <= rest).sum(-1)
+    blocks = weights_NV.reshape(-1, width)
+    sums = blocks.sum(-1).view(rows, -1)
+    running = sums.cumsum(-1)
+    point = uniforms_N[:, None] * (running[:, -1:] * _LESS)
+    block = torch.searchsorted(running, point, right=True)
+    rest = (point - (running - sums).gather(1, block)).clamp_(min=0)
+    inner = blocks.index_select(0, (block + _starts(rows, sums)).view(-1)).cumsum(-1)
+    rest = torch.minimum(rest, inner[:, -1:] * _LESS)
+    return (block * width + torch.searchsorted(inner, rest, right=True))[:, 0]
 
 
-def _below(point: Tensor, limit: Tensor) -> Tensor:
-    """The point, or the last number below the limit: rounding must not lead past the last weight."""
-    return torch.minimum(point, torch.nextafter(limit, torch.zeros_like(limit)))
+_SHORT = 8192
+_LESS = 1 - 2**-22
+"""A sum times this is below the sum as float32 too: rounding must not lead past the last weight."""
+
+
+def _starts(rows: int, sums: Tensor) -> Tensor:
+    """The number of each row's first block."""
+    return torch.arange(0, sums.numel(), sums.shape[1], device=sums.device)[:, None]
 
 
 def _filtered(chances: Tensor, rules: Rules) -> Tensor:
@@ -137,46 +173,31 @@ def _least(chances: Tensor, rules: Rules, first: int = _FIRST) -> Tensor:
     return torch.where((ks < size) | (share < 1), ordered.gather(1, last), 0.0)
 
 
-@dataclass(frozen=True)
-class Heard:
-    """What the penalties of a row look at. bias: what is added to the logits of these ids."""
-
-    sampling: Sampling
-    prompt: Sequence[int]
-    reply: Sequence[int]
-    bias: Mapping[int, float]
-
-
-def adjusts(sampling: Sampling, bias: Mapping[int, float]) -> bool:
-    """Whether a row's logits are changed before it is sampled."""
-    s = sampling
-    return bool(bias) or (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0)
-
-
-def adjusted(logits_NV: Tensor, rows: Mapping[int, Heard]) -> Tensor:
-    """A copy of the logits with the penalties and biases of the given rows.
+def _adjusted(logits_NV: Tensor, rules: Rules, said: Sequence[Said]) -> Tensor | None:
+    """A copy of the logits with penalties and biases; None where no row has any.
 
     The logit of a token of prompt or reply is divided by the repetition penalty where positive, else multiplied (Keskar
-    et al. 2019); then the bias is added, and for a token of the reply the presence penalty and, as often as it stands
-    there, the frequency penalty are taken away.
+    et al. 2019); for a token of the reply the presence penalty and, as often as it stands there, the frequency penalty
+    are taken away; then the bias is added.
     """
-    changes = [_changes(number, heard) for number, heard in rows.items()]
-    numbers, ids, divisors, added = (torch.from_numpy(np.concatenate(part)) for part in zip(*changes, strict=True))
-    place, out = logits_NV.device, logits_NV.float().clone()
-    at, by = (numbers.to(place), ids.to(place)), divisors.to(place)
-    z = out[at]
-    out[at] = torch.where(z > 0, z / by, z * by) + added.to(place)
+    if rules.bias is None and not rules.penalised:
+        return None
+    out, place = logits_NV.clone(), logits_NV.device
+    if rules.penalised:
+        parts = zip(*(_penalties(row, *said[row]) for row in rules.penalised), strict=True)
+        rows, ids, divisors, taken = (torch.from_numpy(np.concatenate(part)).to(place) for part in parts)
+        z = out[rows, ids]
+        out[rows, ids] = torch.where(z > 0, z / divisors, z * divisors) - taken
+    if rules.bias is not None:
+        rows, ids, added = rules.bias
+        out.index_put_((rows, ids), added, accumulate=True)
     return out
 
 
-def _changes(number: int, heard: Heard) -> tuple[np.ndarray, ...]:
-    """Row, id, divisor and addend of each logit that changes."""
-    s, prompt, said = heard.sampling, len(heard.prompt), len(heard.prompt) + len(heard.reply)
-    every = np.fromiter((*heard.prompt, *heard.reply, *heard.bias), np.int64)
-    ids, place = np.unique(every, return_inverse=True)
-    seen = np.bincount(place[:said], minlength=len(ids)) > 0
-    times = np.bincount(place[prompt:said], minlength=len(ids))
-    bias = np.bincount(place[said:], np.fromiter(heard.bias.values(), np.float64), len(ids))
-    added = bias - s.presence_penalty * (times > 0) - s.frequency_penalty * times
-    divisors = np.where(seen, s.repetition_penalty, 1.0)
-    return np.full(len(ids), number), ids, divisors.astype(np.float32), added.astype(np.float32)
+def _penalties(row: int, s: Sampling, prompt: Sequence[int], reply: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Row, id, divisor and what is taken away, for each token of prompt and reply."""
+    ids, place = np.unique(np.fromiter((*prompt, *reply), np.int64), return_inverse=True)
+    times = np.bincount(place[len(prompt) :], minlength=len(ids))
+    taken = s.presence_penalty * (times > 0) + s.frequency_penalty * times
+    divisors = np.full(len(ids), s.repetition_penalty, np.float32)
+    return np.full(len(ids), row), ids, divisors, taken.astype(np.float32)

@@ -14,18 +14,21 @@ def cache_bytes(c: DecoderConfig, slots: int, positions: int, dtype: torch.dtype
 
 
 class Cache:
-    """kv: [layers, slots, keys and values, kv_heads, positions, head_dim]. The rows in use are the first ones."""
+    """kv: [layers, keys and values, slots, kv_heads, positions, head_dim]. The rows in use are the first ones."""
 
     def __init__(self, c: DecoderConfig, slots: int, positions: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.positions = c, positions
-        shape = (c.layers, slots, 2, c.kv_heads, positions, c.head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        self._heads = torch.arange(2 * c.kv_heads, device=device)
-        self._places = torch.arange(positions, device=device)
+        self._groups, self._positions = c.kv_heads, positions
+        self.kv = torch.zeros(c.layers, 2, slots, c.kv_heads, positions, c.head_dim, dtype=dtype, device=device)
+        self._vectors = [layer.view(-1, c.head_dim) for layer in self.kv]
+        self._heads = self.kv.flatten(2, 3).flatten(0, 1)  # [layers * 2, slots * kv_heads, positions, head_dim]
+        # Where the keys and values of slot 0 begin among a layer's vectors.
+        first = torch.arange(2, device=device)[:, None] * slots * c.kv_heads + torch.arange(c.kv_heads, device=device)
+        self._first = first.flatten() * positions
+        self._places, self._numbers = (torch.arange(n, device=device) for n in (positions, slots))
 
     def fill(self, slots_T: Tensor, positions_T: Tensor, plan: Plan) -> Attend:
         """The `attend` of a prefill: attention inside each prompt; keys and values are kept in each token's slot."""
-        groups, at = self.config.kv_heads, self._rows(slots_T, positions_T)
+        groups, at = self._groups, self._rows(slots_T, positions_T)
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             self._keep(layer, at, kv)
@@ -33,29 +36,30 @@ class Cache:
 
         return attend
 
-    def step(self, positions_N: Tensor, length: int) -> Attend:
-        """The `attend` of one decoding step: a token for each of the first N slots. length: positions read at most."""
-        rows = len(positions_N)
-        at = self._rows(torch.arange(rows, device=positions_N.device), positions_N)
-        unused = self._places[:length] > positions_N[:, None]
-        bias = torch.zeros_like(unused, dtype=self.kv.dtype).masked_fill_(unused, -torch.inf)[:, None, None]
+    def step(self, positions_N: Tensor, length: int, *, full: bool = False) -> Attend:
+        """The `attend` of one decoding step: a token for each of the first N slots. length: positions read at most;
+        full: every row reads them all."""
+        rows = positions_N.shape[0]
+        at = self._rows(self._numbers[:rows], positions_N)
+        every, bias = self._heads[:, : rows * self._groups, :length].unbind(), None
+        if not full:
+            bias = torch.zeros(rows, length, dtype=self.kv.dtype, device=self.kv.device)
+            bias.masked_fill_(self._places[:length] > positions_N[:, None], -torch.inf)
+            bias = bias.repeat_interleave(self._groups, 0)[:, None]
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             self._keep(layer, at, kv)
-            keys, values = self.kv[layer, :rows, :, :, :length].unbind(1)
-            return cached_attention(q, keys, values, bias)
+            return cached_attention(q, every[2 * layer], every[2 * layer + 1], bias)
 
         return attend
 
     def copy(self, source: "Cache", row: int, to: int, length: int) -> None:
         """The first positions of a row, perhaps of another cache, to a row of this one."""
-        self.kv[:, to, :, :, :length] = source.kv[:, row, :, :, :length]
+        self.kv[:, :, to, :, :length] = source.kv[:, :, row, :, :length]
 
     def _rows(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Where in a layer's vectors [slots * 2 * kv_heads * positions, head_dim] each token's keys and values lie."""
-        heads = slots[:, None] * len(self._heads) + self._heads
-        return (heads * self.positions + positions[:, None]).flatten()
+        """The numbers of the vectors of each token's keys and values."""
+        return ((slots * (self._groups * self._positions) + positions)[:, None] + self._first).flatten()
 
     def _keep(self, layer: int, at: Tensor, kv: Tensor) -> None:
-        width = kv.shape[-1]
-        self.kv[layer].view(-1, width).index_copy_(0, at, kv.reshape(-1, width))
+        self._vectors[layer].index_copy_(0, at, kv.reshape(-1, kv.shape[-1]))

@@ -20,16 +20,44 @@ Attend = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, q_THD, kv_T2GD: the keys' heads and then the values') -> [T, H, D]."""
 
 
+class Product:
+    """x W' + b. In float32 on a CPU the weight is laid out for oneDNN, whose product of few rows is several times as
+    fast as the plain one; but a call costs it 10 microseconds, so the smallest products stay plain."""
+
+    def __init__(self, weight_OI: Tensor, bias: Tensor | None = None) -> None:
+        self._bias, self._weight, self._packed = bias, weight_OI.t(), torch.empty(0)
+        self._plain_rows = 2**62
+        if PACKS and weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
+            self._plain_rows = 2 * _SMALL // weight_OI.numel() if weight_OI.numel() <= _SMALL else 0
+            if not self._plain_rows:
+                self._weight = torch.empty(0)  # one copy is enough
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] > self._plain_rows:
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        return x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
+
+    def added(self, x: Tensor, to: Tensor) -> Tensor:
+        """The product without bias, and `to`."""
+        if x.shape[0] > self._plain_rows:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, to, self._packed, None, "add")  # type: ignore[no-any-return]
+        return torch.addmm(to, x, self._weight)
+
+
+PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+_SMALL = 160_000  # weights that stay in a core's own cache: plain up to twice as many multiplications
+
+
 @dataclass(frozen=True)
 class _Layer:
     """qkv: [(H + 2G) D, hidden]; scale_HD: weights of the norms of q and k, where the family has them."""
 
-    qkv: Tensor
-    bias: Tensor | None
+    qkv: Product
     scale_HD: Tensor | None
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
+    out: Product
+    gate_up: Product
+    down: Product
 
 
 class Fused:
@@ -41,52 +69,53 @@ class Fused:
         self.dtype = dtype
         self.layers = [_fused(layer, c, dtype) for layer in model.model.layers]  # type: ignore[arg-type]
         self.embedding = model.model.embed_tokens.weight.detach().to(dtype)
-        self.head = self.embedding if c.tied else model.head_weight.detach().to(dtype)
+        self.head = Product(model.head_weight.detach().to(dtype))
         self._floor, self._head_floor = (torch.tensor(sqrt(c.norm_eps * size)) for size in (c.hidden_size, c.head_dim))
         self.last_norm = (sqrt(c.hidden_size) * model.model.norm.weight.detach()).to(dtype)
         positions = min(positions or c.max_positions, c.max_positions)
         angle = torch.arange(positions, device=self.embedding.device)[:, None].float() * model.model.inv_freq
         self.turns = torch.polar(torch.ones_like(angle), angle)  # [positions, D / 2], complex
 
-    @property
-    def place(self) -> torch.device:
-        return self.embedding.device
-
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Normed hidden states [T, hidden]."""
         c = self.config
         x = F.embedding(ids_T, self.embedding)
-        turns = self.turns[positions_T][:, None]
+        turns, tokens = self.turns.index_select(0, positions_T)[:, None], ids_T.shape[0]
         for number, layer in enumerate(self.layers):
-            qkv = F.linear(_normed(x, self._floor), layer.qkv, layer.bias).view(len(x), -1, c.head_dim)
+            qkv = layer.qkv(_normed(x, self._floor)).view(tokens, -1, c.head_dim)
             self._turn(qkv[:, : c.heads + c.kv_heads], turns, layer.scale_HD)
-            attended = attend(number, qkv[:, : c.heads], qkv[:, c.heads :])
-            x.addmm_(attended.view(len(x), -1), layer.out.t())
-            gate, up = F.linear(_normed(x, self._floor), layer.gate_up).chunk(2, -1)
-            x.addmm_(F.silu(gate).mul_(up), layer.down.t())
+            attended = attend(number, *qkv.split([c.heads, 2 * c.kv_heads], 1))
+            x = layer.out.added(attended.view(tokens, -1), x)
+            gate, up = layer.gate_up(_normed(x, self._floor)).chunk(2, -1)
+            x = layer.down.added(F.silu(gate).mul_(up), x)
         return _normed(x, self._floor).mul_(self.last_norm)
 
     def _turn(self, qk_THD: Tensor, turns: Tensor, scale_HD: Tensor | None) -> None:
         """Norms of q and k where there are any, and rotary positions, in place."""
+        if scale_HD is None and qk_THD.dtype == torch.float32:
+            _pairs(qk_THD).mul_(turns)
+            return
         wide = qk_THD.float()
         if scale_HD is not None:
             wide = _normed(wide, self._head_floor) * scale_HD
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-        if wide.data_ptr() == qk_THD.data_ptr():
-            pairs.mul_(turns)
-        else:
-            qk_THD.copy_(torch.view_as_real(pairs * turns).flatten(-2))
+        qk_THD.copy_(torch.view_as_real(_pairs(wide) * turns).flatten(-2))
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V], float32."""
-        logits: Tensor = F.linear(hidden_NH, self.head).float()
-        return logits
+        return self.head(hidden_NH).float()
 
 
 def _normed(x: Tensor, floor: Tensor) -> Tensor:
     """x / |x|, with a floor that keeps 0 from being divided by: the width's root is in the weight that follows."""
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x / length.hypot_(floor)).to(x.dtype)
+    normed = x / length.hypot_(floor)
+    return normed if normed.dtype == x.dtype else normed.to(x.dtype)
+
+
+def _pairs(x_THD: Tensor) -> Tensor:
+    """Two numbers side by side as one complex number: [T, H, D / 2]."""
+    tokens, heads, width = x_THD.shape
+    return torch.view_as_complex(x_THD.view(tokens, heads, width // 2, 2))
 
 
 def _fused(layer: Block, c: DecoderConfig, dtype: torch.dtype) -> _Layer:
@@ -103,12 +132,11 @@ def _fused(layer: Block, c: DecoderConfig, dtype: torch.dtype) -> _Layer:
         norms = ((attention.q_norm, c.heads), (attention.k_norm, c.kv_heads))
         scale = torch.cat([_paired(n.weight[None]).expand(times, -1) for n, times in norms]) * sqrt(c.head_dim)
     return _Layer(
-        (torch.cat((*qk, v.weight)) * before).to(dtype),
-        bias,
+        Product((torch.cat((*qk, v.weight)) * before).to(dtype), bias),
         scale,
-        attention.o_proj.weight.detach().to(dtype),
-        (torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)) * between).to(dtype),
-        mlp.down_proj.weight.detach().to(dtype),
+        Product(attention.o_proj.weight.detach().to(dtype)),
+        Product((torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)) * between).to(dtype)),
+        Product(mlp.down_proj.weight.detach().to(dtype)),
     )
 
 

@@ -5,17 +5,18 @@ import pytest
 import torch
 
 from tetrad.engine import sampling as module
-from tetrad.engine.sampling import Drawn, Heard, Rules, adjusted, adjusts, pick
+from tetrad.engine.sampling import Drawn, Rules, pick
 from tetrad.engine.sampling import draw as draw_by
 from tetrad.settings.common import Sampling
 
 LOGITS = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.0])
 
 
-def draw(logits, uniforms, *rows: Sampling, **rest) -> Drawn:
+def draw(logits, uniforms, *rows: Sampling, biases=None, **rest) -> Drawn:
     """One rule for all rows, or one each."""
     rows = rows * len(logits) if len(rows) == 1 else rows
-    return draw_by(logits, uniforms, Rules.of(rows, logits.shape[-1], torch.device("cpu")), **rest)
+    rules = Rules.of(rows, biases or [{}] * len(rows), logits.shape[-1], torch.device("cpu"))
+    return draw_by(logits, uniforms, rules, **rest)
 
 
 def shares(sampling, logits=LOGITS, n=20_000):
@@ -161,33 +162,35 @@ def test_likeliest_tokens_are_told():
 
 
 def test_penalties_and_biases():
-    """By hand: repetition first, then bias, presence once and frequency each time."""
+    """By hand: repetition first, then presence once and frequency each time, then the bias."""
     logits = torch.tensor([[2.0, -1.0, 0.5, 3.0, 1.0]] * 3)
     how = Sampling(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.1)
-    rows = {
-        0: Heard(how, [0, 1], [3, 3, 1], {4: -7.0, 3: 1.0}),
-        2: Heard(Sampling(frequency_penalty=-1.0), [0], [2, 2], {}),
-    }
-    found = adjusted(logits, rows)
+    rows = [how, Sampling(temperature=0.5, top_k=3, top_p=0.1, min_p=0.2), Sampling(frequency_penalty=-1.0)]
+    said = [(how, [0, 1], [3, 3, 1]), (rows[1], [0], [1]), (rows[2], [0], [2, 2])]
+    rules = Rules.of(rows, [{4: -7.0, 3: 1.0}, {}, {}], 5, torch.device("cpu"))
+    assert rules.penalised == (0, 2)
+    found = module._adjusted(logits, rules, said)
     expected = [2.0 / 2, -1.0 * 2 - 0.25 - 0.1, 0.5, 3.0 / 2 + 1.0 - 0.25 - 0.2, 1.0 - 7.0]
     torch.testing.assert_close(found[0], torch.tensor(expected))
     assert torch.equal(found[1], logits[1])
     torch.testing.assert_close(found[2], torch.tensor([2.0, -1.0, 2.5, 3.0, 1.0]))
     assert logits[0, 0] == 2.0  # its own are left alone
+    assert module._adjusted(logits, Rules.of(rows[1:2] * 3, [{}] * 3, 5, torch.device("cpu")), said) is None
 
 
-def test_what_adjusts():
-    assert not adjusts(Sampling(temperature=0.5, top_k=3, top_p=0.1, min_p=0.2), {})
-    assert adjusts(Sampling(), {1: 1.0})
-    for name, value in (("repetition_penalty", 1.1), ("presence_penalty", -0.1), ("frequency_penalty", 0.1)):
-        assert adjusts(Sampling(**{name: value}), {})
+def test_a_penalised_row_takes_another_token():
+    said = [(Sampling(temperature=0.0, presence_penalty=2.5), [0], [1])]
+    found = draw(LOGITS[None], torch.tensor([0.5]), said[0][0], said=said)
+    assert found.ids.tolist() == [3]
+    torch.testing.assert_close(found.logprobs, LOGITS.log_softmax(-1)[[3]])
 
 
-def test_adjusted_logits_choose_and_the_models_own_are_told():
+def test_a_bias_chooses_and_the_models_own_chance_is_told():
     """A bias that forces a token of no chance: it is drawn, and its log-probability is finite and the model's."""
     logits = torch.tensor([[0.0, 200.0, 1.0]])
-    changed = logits + torch.tensor([400.0, 0.0, 0.0])
     for how in (Sampling(), Sampling(temperature=0.0), Sampling(top_k=1)):
-        drawn = draw(logits, torch.tensor([0.5]), how, adjusted_NV=changed)
+        drawn = draw(logits, torch.tensor([0.5]), how, biases=[{0: 400.0}])
         assert drawn.ids.tolist() == [0]
         assert float(drawn.logprobs) == pytest.approx(-200.0, rel=1e-5)
+    hot = draw(logits, torch.tensor([0.5]), Sampling(temperature=2.0), biases=[{0: 400.0}])
+    assert float(hot.logprobs) == pytest.approx(-100.0, rel=1e-5)

@@ -77,11 +77,13 @@ def test_cached_is_the_last_row(groups):
     filled, longest = [5, 1, 8], 8
     q, k, v = (torch.randn(3, n, 6, *rest) for n, rest in ((4, ()), (groups, ()), (groups, ())))
     k, v = (torch.randn(3, groups, longest, 6) for _ in range(2))
-    bias = torch.zeros(3, 1, 1, longest)
+    bias = torch.zeros(3, groups, 1, longest)
     for row, n in enumerate(filled):
         bias[row, ..., n:] = -torch.inf
-    out = cached_attention(q, k, v, bias)
+    out = cached_attention(q, k.flatten(0, 1), v.flatten(0, 1), bias.flatten(0, 1))
     for row, n in enumerate(filled):
         whole = torch.cat([torch.zeros(n - 1, 4, 6), q[row][None]])
         keys, values = (x[row, :, :n].transpose(0, 1) for x in (k, v))
         torch.testing.assert_close(out[row], by_formula(whole, keys, values, (0, n))[-1], rtol=1e-5, atol=1e-6)
+        alone = cached_attention(q[row][None], k[row, :, :n], v[row, :, :n], None)
+        torch.testing.assert_close(out[row], alone[0], rtol=1e-5, atol=1e-6)
