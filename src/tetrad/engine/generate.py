@@ -141,6 +141,8 @@ class Engine:
         gone = [row for row in (*self._rows, *self._waiting) if row.ticket == ticket]
         self._leave([number for number, row in enumerate(self._rows) if row.ticket == ticket])
         self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        if self._shelf and self._shelf.ticket == ticket:
+            self._shelf = None
         for row in gone:
             row.texts.append(row.stream.close() if row.stream else "")
         return [row.reply("cancelled") for row in sorted(gone, key=lambda row: row.copy)]
