@@ -1,8 +1,12 @@
 """generate, chat and score from the command line: words in, replies and exit codes out."""
 
 import json
+import os
+import pty
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +97,36 @@ def test_chat_in_a_process_of_its_own(run: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     assert said[1].startswith("This model answers one question at a time")
     assert len(said) >= 3
+
+
+def read_until(terminal: int, text: str, seconds: float = 60) -> str:
+    """What the terminal shows, up to this text."""
+    shown, end = b"", time.monotonic() + seconds
+    while text not in shown.decode(errors="replace"):
+        assert time.monotonic() < end, shown.decode(errors="replace")
+        if select.select([terminal], [], [], 0.2)[0]:
+            shown += os.read(terminal, 4096)
+    return shown.decode(errors="replace")
+
+
+def test_chat_in_a_terminal(run: Path) -> None:
+    """Chinese is typed and shown; backspace takes back a whole character that is two columns and three bytes wide."""
+    terminal, its = pty.openpty()
+    env = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TERM": "xterm"}
+    words = ["-m", "tetrad", "chat", str(run / "sft"), "--max-new", "5", "--reward", str(run / "reward")]
+    process = subprocess.Popen([sys.executable, *words], stdin=its, stdout=its, stderr=its, env=env)
+    os.close(its)
+    read_until(terminal, "> ")
+    os.write(terminal, "这部电影\n".encode())
+    shown = read_until(terminal, "[cut after 5 tokens]")
+    assert "这部电影" in shown
+    read_until(terminal, "> ")
+    os.write(terminal, b"/score\n")
+    read_until(terminal, "score ")
+    read_until(terminal, "> ")
+    os.write(terminal, "/qu电\x7fit\n".encode())
+    assert process.wait(30) == 0
+    os.close(terminal)
 
 
 def test_public_names_are_lazy() -> None:

@@ -36,6 +36,11 @@ class Console:
             self._out.write(text + "\n")
             self._out.flush()
 
+    def write(self, text: str) -> None:
+        """A piece of a line, shown at once."""
+        self._out.write(text)
+        self._out.flush()
+
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table; numbers are shown with four digits. Plain columns in a log."""
         cells = [[_text(cell) for cell in row] for row in rows]

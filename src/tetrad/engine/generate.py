@@ -71,8 +71,8 @@ class _Row:
     request: Request
     ticket: int
     copy: int
-    uniforms: list[float]
-    stream: TextStream | None
+    uniforms: list[float] = field(default_factory=list)
+    stream: TextStream | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -82,6 +82,12 @@ class _Row:
     def position(self) -> int:
         """Of its last id."""
         return len(self.request.ids) + len(self.ids) - 1
+
+    def begin(self, tokenizer: Tokenizer | None) -> None:
+        """What is needed from now on; rows that wait hold nothing."""
+        s, key = self.request.sampling, self.request.keys[self.copy]
+        self.uniforms = noise(key, s.max_new).tolist() if s.temperature else [0.0] * s.max_new
+        self.stream = TextStream(tokenizer, self.request.stop) if tokenizer else None
 
     def reply(self, reason: str) -> Reply:
         return Reply(tuple(self.ids), tuple(self.logprobs), reason, "".join(self.texts), tuple(self.top))
@@ -129,10 +135,7 @@ class Engine:
             what = f"the longest prompt and {s.max_new} new tokens need {needed} positions, there are {self.positions}"
             raise UserError("E-DATA-LONG", what, hint="shorten the prompt or max_new")
         self._tickets += 1
-        for copy, key in enumerate(request.keys):
-            uniforms = noise(key, s.max_new).tolist() if s.temperature else [0.0] * s.max_new
-            stream = TextStream(self.tokenizer, request.stop) if self.tokenizer else None
-            self._waiting.append(_Row(request, self._tickets, copy, uniforms, stream))
+        self._waiting += [_Row(request, self._tickets, copy) for copy in range(len(request.keys))]
         return self._tickets
 
     @torch.inference_mode()
@@ -186,6 +189,7 @@ class Engine:
                 if prompts and tokens > PREFILL_TOKENS:
                     break
                 prompts[row.ticket] = len(self._rows)
+            row.begin(self.tokenizer)
             self._rows.append(self._waiting.popleft())
         self._rules = None
         return self._prompts(self._rows[first:], first, prompts)

@@ -1,12 +1,14 @@
 """`tetrad generate` and `tetrad score`: records in, the same records with replies or scores out.
 
-A record keeps all its fields; where it has one that is written here (reply, tokens, ended, score), its own is kept as
-given_<name>. With `out` the file appears when it is whole, without it every line is printed when it is known.
+A record keeps all its fields; where it has one that is written here (reply, tokens, ended, logprobs, score), its own is
+kept as given_<name>. With `out` the file appears when it is whole, without it every line is printed when it is known.
 """
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from tetrad.serve.models import (
     Answer,
     Model,
     RewardModel,
-    answers,
+    answered,
     asked,
+    cache_need,
+    cache_shape,
     load,
     load_reward,
     question,
@@ -33,10 +37,12 @@ from tetrad.serve.models import (
 )
 from tetrad.settings.use import Generate, ScoreFile
 from tetrad.storage import write_file
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Reply
 
 Fields = dict[str, Any]
-REPLIES_AT_ONCE = 256
 SCORES_AT_ONCE = 512
+MOST_LINES = 50  # of progress
 _ANSWERS = ("reply", "output", "completion")  # `reply` is what generate writes, beside the answer that a record had
 
 
@@ -57,9 +63,12 @@ def generate_file(settings: Generate, console: Console) -> None:
         questions = [question(model, asked(settings.instruction, settings.input, where="--instruction"))]
         records = [{"Instruction": settings.instruction, **({"Input": settings.input} if settings.input else {})}]
         if not settings.out:
-            ((answer, _),) = _answered(model, judge, questions, settings)
+            ((answer, _),) = _best(model, judge, questions, settings)
             console.say(answer.sample.text)
             return
+    if settings.out:
+        shape = cache_shape(questions, settings, settings.best_of)
+        console.say(f"cache of keys and values: {cache_need(model, *shape)}")
     _deliver(_with_replies(model, judge, questions, records, settings, console), settings.out, console)
     if settings.out:
         console.say(f"{len(questions)} answer{'s' * (len(questions) > 1)}: {settings.out}")
@@ -91,17 +100,20 @@ def score_file(settings: ScoreFile, console: Console) -> None:
         console.say(f"{len(scores)} scores, mean {mean:+.3f}, from {low:+.3f} to {high:+.3f}: {settings.out}")
 
 
-def _answered(
-    model: Model, judge: RewardModel | None, questions: list[Question], settings: Generate, first: int = 0
-) -> list[tuple[Answer, float | None]]:
+def _best(
+    model: Model, judge: RewardModel | None, questions: list[Question], settings: Generate
+) -> Iterator[tuple[Answer, float | None]]:
     """One answer a question and its score; of several, the first with the highest."""
-    copies = settings.best_of
-    found = answers(model, questions, first, settings, copies)
+    groups = answered(model, questions, settings, settings.best_of)
     if judge is None:
-        return [(answer, None) for answer in found]
-    scores = np.array(rate_answers(judge, model, found)).reshape(-1, copies)
-    best = [row * copies + int(column) for row, column in enumerate(scores.argmax(1))]
-    return [(found[i], float(scores.flat[i])) for i in best]
+        yield from ((group[0], None) for group in groups)
+        return
+    while held := list(islice(groups, max(1, SCORES_AT_ONCE // settings.best_of))):
+        found = [answer for group in held for answer in group]
+        scores = np.array(rate_answers(judge, model, found)).reshape(-1, settings.best_of)
+        for group, row in zip(held, scores, strict=True):
+            best = int(row.argmax())
+            yield group[best], float(row[best])
 
 
 def _with_replies(
@@ -112,16 +124,28 @@ def _with_replies(
     settings: Generate,
     console: Console,
 ) -> Iterator[Fields]:
-    at_once = max(1, REPLIES_AT_ONCE // settings.best_of)
+    told, tokens, began = 0, 0, time.monotonic()
     with console.progress("generate", len(questions)) as bar:
-        for start in range(0, len(questions), at_once):
-            part = questions[start : start + at_once]
-            found = _answered(model, judge, part, settings, start)
-            for (answer, score), record in zip(found, records[start : start + at_once], strict=True):
-                tokens = len(answer.sample.reply_ids)
-                new = {"reply": answer.sample.text, "tokens": tokens, "ended": answer.ended}
-                yield _extended(record, new if score is None else {**new, "score": score})
-            bar.advance(len(part))
+        found = _best(model, judge, questions, settings)
+        for number, ((answer, score), record) in enumerate(zip(found, records, strict=True), start=1):
+            tokens += len(answer.reply.ids)
+            new: Fields = {"reply": answer.sample.text, "tokens": len(answer.reply.ids), "ended": answer.ended}
+            if settings.top_logprobs:
+                new["logprobs"] = _logprobs(model.tokenizer, answer.reply)
+            yield _extended(record, new if score is None else {**new, "score": score})
+            if number - told >= len(questions) / MOST_LINES or number == len(questions):
+                bar.advance(number - told, **{"tokens/s": tokens / (time.monotonic() - began)})
+                told = number
+
+
+def _logprobs(tokenizer: Tokenizer, reply: Reply) -> list[Fields]:
+    """Each token with its log-probability and the likeliest ones in its place."""
+
+    def told(token: int, logprob: float) -> Fields:
+        return {"id": token, "token": tokenizer.decode([token], keep_control=True), "logprob": round(logprob, 6)}
+
+    tokens = zip(reply.ids, reply.logprobs, reply.top, strict=True)
+    return [told(token, logprob) | {"top": [told(*one) for one in top]} for token, logprob, top in tokens]
 
 
 def _records(paths: Iterable[Path]) -> list[Fields]:

@@ -1,4 +1,4 @@
-"""`tetrad chat`: a conversation line by line in the terminal; each reply is shown when it is whole.
+"""`tetrad chat`: a conversation line by line in the terminal; a reply is shown as it is written, and Ctrl-C ends it.
 
 Under `chatml` the conversation is remembered until /new. A model of the `instruction` template answers one question at
 a time: the line is the Instruction or, where a system message is given, the Input.
@@ -8,15 +8,53 @@ import importlib
 import sys
 import unicodedata
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from tetrad.engine.console import Console
+from tetrad.engine.generate import Engine, Event
 from tetrad.errors import UserError
-from tetrad.serve.models import Model, answers, check_text, load, question
+from tetrad.serve.models import (
+    Answer,
+    Model,
+    RewardModel,
+    answer,
+    cache_need,
+    check_text,
+    load,
+    load_reward,
+    question,
+    rate_answers,
+    request,
+)
 from tetrad.settings.use import Chat
-from tetrad.types import Prompt, Turn
+from tetrad.types import Prompt, Reply, Turn
 
-HELP = "/new forgets what was said, /quit ends"
+
+@dataclass
+class Talk:
+    """What was said. turns: with the system message; last: the last answer; asked: the number of questions."""
+
+    settings: Chat
+    model: Model
+    judge: RewardModel | None
+    console: Console
+    turns: list[Turn] = field(default_factory=list)
+    last: Answer | None = None
+    asked: int = 0
+
+    @property
+    def remembers(self) -> bool:
+        return bool(self.model.form.start)
+
+    @property
+    def help(self) -> str:
+        """The commands."""
+        forget = "/new forgets what was said, " if self.remembers else ""
+        return f"{forget}{'/score rates the last reply, ' if self.judge else ''}/quit ends"
+
+    def renew(self) -> None:
+        """Back to the beginning."""
+        self.turns, self.last = [Turn("system", self.settings.system)] if self.settings.system else [], None
 
 
 def chat(settings: Chat, console: Console) -> None:
@@ -25,29 +63,38 @@ def chat(settings: Chat, console: Console) -> None:
     What goes wrong with one line is said, and the conversation goes on.
     """
     check_text(settings.system, "--system")
-    model = load(settings.model, settings.template)
-    remembers = bool(model.form.start)
-    console.say(f"{model.folder}, template {model.form.name}. {HELP if remembers else '/quit ends'}.")
-    if not remembers:
+    judge = load_reward(settings.reward, settings.template) if settings.reward else None
+    talk = Talk(settings, load(settings.model, settings.template), judge, console)
+    talk.renew()
+    model = talk.model
+    need = cache_need(model, 1, min(1024, model.model.config.max_positions))
+    console.say(f"{model.folder}, template {model.form.name}, cache: {need}. {talk.help}.")
+    if not talk.remembers:
         console.say("This model answers one question at a time: it does not remember what was said before.")
     with suppress(ImportError):
         importlib.import_module("readline")  # gives input() its line editing and history
-    opening = [Turn("system", settings.system)] if settings.system else []
-    turns, number = list(opening), 0
     while (line := read_line(console)) is not None:
-        word = line.strip()
-        if word == "/quit":
+        if line.strip() == "/quit":
             return
-        if word == "/new":
-            turns = list(opening)
-            console.say("A new conversation.")
-        elif word.startswith("/") and word[1:].isalpha():
-            console.say(f"There is no {word}: {HELP}.")
-        elif word:
-            reply = answer(model, [*turns, Turn("user", line)], number, settings, console)
-            number += 1
-            if remembers and reply is not None:
-                turns += [Turn("user", line), Turn("assistant", reply)]
+        if line.strip():
+            respond(talk, line)
+
+
+def respond(talk: Talk, line: str) -> None:
+    """What a line asks for: a command, or a reply."""
+    word, console = line.strip(), talk.console
+    if word == "/new" and talk.remembers:
+        talk.renew()
+        console.say("A new conversation.")
+    elif word == "/score" and talk.judge:
+        console.say(score(talk, talk.judge))
+    elif word.startswith("/") and word[1:].isalpha():
+        console.say(f"There is no {word}: {talk.help}.")
+    else:
+        turns = (*talk.turns, Turn("user", line))
+        talk.last = reply(talk, turns) or talk.last
+        if talk.remembers and talk.last and talk.last.sample.turns == turns:
+            talk.turns = [*turns, Turn("assistant", talk.last.sample.text)]
 
 
 def read_line(console: Console) -> str | None:
@@ -64,25 +111,45 @@ def read_line(console: Console) -> str | None:
         return ""
 
 
-def answer(model: Model, turns: list[Turn], number: int, settings: Chat, console: Console) -> str | None:
-    """Shows the reply and returns it; None where there is none: the conversation is too long, or Ctrl-C."""
+def reply(talk: Talk, turns: tuple[Turn, ...]) -> Answer | None:
+    """Shows the answer while it is written, until Ctrl-C; None where the conversation is too long, or nothing came."""
+    model, console, settings = talk.model, talk.console, talk.settings
     try:
-        asked = question(model, Prompt(tuple(turns), "chat"))
+        asked = question(model, Prompt(turns, "chat"))
         room = model.model.config.max_positions - len(asked.ids)
         if room < 1:
             what = f"the conversation has {len(asked.ids)} tokens, the model reads {len(asked.ids) + room}"
             raise UserError("E-DATA-LONG", what, where="chat", hint="/new, or a shorter line")
-        longest = min(settings.max_new, room)
-        (found,) = answers(model, [asked], number, replace(settings, max_new=longest))
+        settings = replace(settings, max_new=min(settings.max_new, room))
+        engine = Engine(model.fused, model.device, 1, len(asked.ids) + settings.max_new, model.tokenizer)
+        engine.add(request(model, asked, settings, talk.asked))
     except UserError as error:
         console.say(f"[{error.code}] {error.what}" + (f": {error.hint}" if error.hint else ""))
         return None
+    talk.asked += 1
+    said: list[Event] = []
+    try:
+        for event in engine.events():
+            console.write(printable(event.text))
+            said.append(event)
     except KeyboardInterrupt:
-        console.say("(stopped)")
-        return None
-    text = found.sample.text
-    console.say(printable(text) + ("" if found.ended else f" [cut after {longest} tokens]"))
-    return text
+        console.say(" (stopped)")
+        ids, logprobs = tuple(event.token for event in said), tuple(event.logprob for event in said)
+        text = "".join(event.text for event in said)
+        return answer(asked, Reply(ids, logprobs, "cancelled", text)) if said else None
+    found = answer(asked, whole) if (whole := said[-1].reply) else None
+    console.say("" if found and found.ended else f" [cut after {settings.max_new} tokens]")
+    return found
+
+
+def score(talk: Talk, judge: RewardModel) -> str:
+    """What the reward model gives for the last answer."""
+    if talk.last is None:
+        return "There is no reply yet."
+    try:
+        return f"score {rate_answers(judge, talk.model, [talk.last])[0]:+.3f}"
+    except UserError as error:
+        return f"[{error.code}] {error.what}"
 
 
 def printable(text: str) -> str:

@@ -6,7 +6,8 @@ with the model that wrote them, else the text; a reply that was cut is read with
 """
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +23,12 @@ from tetrad.engine.folders import (
     no_reward,
     refuse_small_vocabulary,
 )
-from tetrad.engine.generate import Request
-from tetrad.engine.generate import generate as sample_replies
+from tetrad.engine.generate import Engine, Request
 from tetrad.engine.rollout import Question
 from tetrad.engine.scoring import Sample, joined, score_tokens
 from tetrad.engine.stage import frozen
 from tetrad.errors import UserError
+from tetrad.model.cache import cache_bytes
 from tetrad.model.config import is_reward
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.fused import Fused
@@ -134,19 +135,50 @@ def answers(
     model: Model, questions: Sequence[Question], first: int, settings: use.Sample, copies: int = 1
 ) -> list[Answer]:
     """`copies` replies to each question, one after another. first: the number of the first question, for its random
-    numbers. Errors: E-DATA-LONG."""
+    numbers. Errors: E-DATA-LONG, E-MEM-FULL."""
+    return [answer for group in answered(model, questions, settings, copies, first) for answer in group]
+
+
+def answered(
+    model: Model, questions: Sequence[Question], settings: use.Sample, copies: int = 1, first: int = 0
+) -> Iterator[list[Answer]]:
+    """The same, question by question, each as soon as it and those before it are answered."""
     requests = [request(model, q, settings, number, copies) for number, q in enumerate(questions, first)]
-    replies = sample_replies(model.fused, requests, model.device, settings.slots, model.tokenizer)
-    return [answer(questions[i // copies], reply) for i, reply in enumerate(replies)]
+    engine = Engine(model.fused, model.device, *cache_shape(questions, settings, copies), model.tokenizer)
+    number_of = {engine.add(asked): number for number, asked in enumerate(requests)}
+    found: dict[int, dict[int, Answer]] = defaultdict(dict)
+    due = 0
+    for event in engine.events():
+        if event.reply:
+            number = number_of[event.ticket]
+            found[number][event.copy] = answer(questions[number], event.reply)
+        while len(found.get(due, ())) == copies:
+            yield [found[due][copy] for copy in range(copies)]
+            del found[due]
+            due += 1
+
+
+def cache_shape(questions: Sequence[Question], settings: use.Sample, copies: int = 1) -> tuple[int, int]:
+    """Slots, and positions of each: the longest prompt with the longest reply."""
+    longest = max((len(question.ids) for question in questions), default=1)
+    return min(settings.slots, max(1, copies * len(questions))), longest + settings.max_new
+
+
+def cache_need(model: Model, slots: int, positions: int) -> str:
+    """The memory that a cache takes, in words."""
+    mib = cache_bytes(model.model.config, slots, positions, model.device.dtype) / 2**20
+    return f"{slots} slot{'s' * (slots > 1)} of {positions} positions, {mib:.3g} MiB"
 
 
 def request(model: Model, question: Question, settings: use.Sample, number: int, copies: int = 1) -> Request:
     """What the engine is asked."""
     keys = tuple((settings.seed, "generate", copy, number) for copy in range(copies))
-    return Request(question.ids, settings, keys, model.ends, settings.stop)
+    top = settings.top_logprobs if isinstance(settings, use.Generate) else 0
+    return Request(question.ids, settings, keys, model.ends, settings.stop, top=top)
 
 
 def answer(question: Question, reply: Reply) -> Answer:
+    """The reply beside its prompt."""
     prompt = question.prompt
     return Answer(Sample(question.ids, reply.ids, prompt.turns, reply.text, prompt.where), reply)
 

@@ -42,6 +42,8 @@ class Generate(Sample):
     """Replies a prompt, of which the one with the highest reward is kept; needs `reward`."""
     reward: str = ""
     """The reward model's folder, for `best_of`."""
+    top_logprobs: Whole = 0
+    """Write each token's log-probability, and those of this many likeliest tokens in its place; 0 writes none."""
 
 
 @settings
@@ -52,6 +54,8 @@ class Chat(Sample):
     """A stage of a run ("runs/NAME/ppo") or a Hugging Face folder."""
     system: str = ""
     """The system message (the Instruction, for a model of the `instruction` template)."""
+    reward: str = ""
+    """A reward model's folder: `/score` shows what it gives for the last reply."""
 
 
 @settings

@@ -65,7 +65,7 @@ def refused(function: Any, *arguments: Any, **settings: Any) -> UserError:
 def test_a_file_of_prompts(run: Path, here: Path) -> None:
     said, progress = generated(run, prompts="p.jsonl", out="new/a.jsonl")
     records = read("new/a.jsonl")
-    assert said == "5 answers: new/a.jsonl\n"
+    assert said == "cache of keys and values: 5 slots of 27 positions, 0.033 MiB\n5 answers: new/a.jsonl\n"
     assert "generate 5/5" in progress
     assert [{k: v for k, v in r.items() if k not in NEW} for r in records[:3]] == PROMPTS[:3]
     for record in records:
@@ -93,7 +93,7 @@ def test_one_prompt(run: Path, here: Path) -> None:
     """Printed alone, or as a line of a file; the same as the first of a file."""
     asked = {"instruction": "Go on.", "input": "the plot"}
     said, _ = generated(run, **asked)
-    assert generated(run, **asked, out="one.jsonl")[0] == "1 answer: one.jsonl\n"
+    assert generated(run, **asked, out="one.jsonl")[0].endswith("\n1 answer: one.jsonl\n")
     (record,) = read("one.jsonl")
     assert said == record["reply"] + "\n"
     assert {k: record[k] for k in ("Instruction", "Input")} == {"Instruction": "Go on.", "Input": "the plot"}
@@ -112,8 +112,9 @@ def test_the_batch_changes_nothing(run: Path, here: Path, monkeypatch: pytest.Mo
 
     before = replies(every), replies(best)
     assert before[0] != before[1]
-    monkeypatch.setattr(batch, "REPLIES_AT_ONCE", 6)
-    assert (replies(every), replies(best)) == before
+    monkeypatch.setattr(batch, "SCORES_AT_ONCE", 6)
+    for slots in (1, 4):
+        assert (replies(every | {"slots": slots}), replies(best | {"slots": slots})) == before
     assert replies(every | {"seed": 4}) != before[0]
 
 
@@ -245,3 +246,31 @@ def test_template_of_a_base_model(run: Path, here: Path) -> None:
         generated(run, model=base, instruction="x", template=form, out=f"{form}.jsonl")
     assert read("instruction.jsonl") != read("chatml.jsonl")
     assert load(base).template is None
+
+
+def test_stop_texts_and_penalties(run: Path, here: Path) -> None:
+    asked = {"instruction": "Go on.", "input": "the plot", "out": "a.jsonl", "max_new": 40, "seed": 4}
+    generated(run, **asked)
+    (whole,) = read("a.jsonl")
+    stop = whole["reply"][3:6]
+    generated(run, **asked, stop=("never", stop))
+    (cut,) = read("a.jsonl")
+    assert cut["reply"] == whole["reply"][: whole["reply"].index(stop)] and cut["ended"] is True
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        generated(run, **asked, **{name: 20.0})
+        (varied,) = read("a.jsonl")
+        assert varied["reply"] != whole["reply"]
+
+
+def test_logprobs(run: Path, here: Path) -> None:
+    """One entry a token; the sampled token of a greedy reply is the likeliest."""
+    asked = {"instruction": "Go on.", "input": "the plot", "out": "a.jsonl"}
+    generated(run, **asked, greedy=True, temperature=0.0, top_logprobs=3)
+    (record,) = read("a.jsonl")
+    assert len(record["logprobs"]) == record["tokens"]
+    for entry in record["logprobs"]:
+        assert entry["top"][0]["id"] == entry["id"] and len(entry["top"]) == 3
+        assert entry["logprob"] == pytest.approx(entry["top"][0]["logprob"], abs=1e-5)
+        assert entry["top"][0]["token"] == entry["token"]
+    generated(run, **asked)
+    assert "logprobs" not in read("a.jsonl")[0]

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from tetrad.engine.console import Console
+from tetrad.engine.generate import Engine, Request
+from tetrad.engine.rollout import Question
 from tetrad.errors import UserError
 from tetrad.serve import chat as chat_module
 from tetrad.serve.chat import chat, printable
-from tetrad.serve.models import Answer, Model, answers, load, question
+from tetrad.serve.models import Model, answers, load, load_reward, question, rate_answers, request
 from tetrad.settings import use
 from tetrad.types import Prompt, Turn
 
@@ -41,11 +43,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """The turns of each question; replies come from the model."""
     turns: Seen = []
 
-    def watched(model: Model, questions: Any, *rest: Any) -> list[Answer]:
-        turns.append(questions[0].prompt.turns)
-        return answers(model, questions, *rest)
+    def watched(model: Model, asked: Question, *rest: Any) -> Request:
+        turns.append(asked.prompt.turns)
+        return request(model, asked, *rest)
 
-    monkeypatch.setattr(chat_module, "answers", watched)
+    monkeypatch.setattr(chat_module, "request", watched)
     return turns
 
 
@@ -100,7 +102,7 @@ def test_it_ends(talk: Talk, seen: Seen, end: str) -> None:
 
 def test_unknown_commands_are_not_sent(talk: Talk, seen: Seen) -> None:
     said = talk("sft", "/help\n/etc/hosts\n")
-    assert said[0] == "There is no /help: /new forgets what was said, /quit ends."
+    assert said[0] == "There is no /help: /quit ends."
     assert users(seen[0]) == ["user /etc/hosts"]
 
 
@@ -134,21 +136,62 @@ def iter_input(lines: list[str | type[BaseException]]) -> Callable[[str], str]:
     return fake
 
 
-def test_ctrl_c(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a reply is made it stops that reply; at the prompt it ends the chat."""
+def test_ctrl_c(talk: Talk, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a reply is written it ends that reply, of which the beginning is remembered; at the prompt it ends the
+    chat."""
     monkeypatch.setattr(builtins, "input", iter_input(["slow", "the plot", KeyboardInterrupt, "never"]))
-    asked: Seen = []
+    plain, steps = Engine.advance, iter(range(99))
 
-    def stopped(model: Model, questions: Any, *rest: Any) -> list[Answer]:
-        asked.append(questions[0].prompt.turns)
-        if len(asked) == 1:
+    def stopped(engine: Engine) -> Any:
+        if next(steps) == 3:
             raise KeyboardInterrupt
-        return answers(model, questions, *rest)
+        return plain(engine)
 
-    monkeypatch.setattr(chat_module, "answers", stopped)
+    monkeypatch.setattr(Engine, "advance", stopped)
     said = talk("chat", "")
-    assert said[0] == "(stopped)"
-    assert [users(turns) for turns in asked] == [["user slow"], ["user the plot"]]
+    assert [users(turns) for turns in seen] == [["user slow"], ["user slow", "user the plot"]]
+    begun = seen[1][1]
+    assert begun.role == "assistant" and "\n".join(said).startswith(printable(begun.text) + " (stopped)\n")
+    assert len(said[-1]) > len(" [cut after 6 tokens]")
+
+
+def test_a_reply_that_is_stopped_before_it_begins_is_nothing(
+    talk: Talk, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(engine: Engine) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtins, "input", iter_input(["slow", "the plot"]))
+    monkeypatch.setattr(Engine, "advance", stopped)
+    assert talk("chat", "") == [" (stopped)"] * 2
+    assert users(seen[1]) == ["user the plot"]
+
+
+def test_a_reply_is_shown_while_it_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token's text at once, and never half a character."""
+    monkeypatch.setattr(sys, "stdin", StringIO("这部电影\n"))
+    pieces: list[str] = []
+
+    class Shown(StringIO):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return len(text)
+
+    chat(use.Chat(model=str(run / "sft"), max_new=40, seed=3), Console(out=Shown(), err=StringIO()))
+    model = load(run / "sft")
+    asked = question(model, Prompt((Turn("user", "这部电影"),)))
+    (whole,) = answers(model, [asked], 0, use.Sample(max_new=40, seed=3))
+    body = pieces[2:-1]
+    assert "".join(body) == printable(whole.sample.text) and len(body) == len(whole.sample.reply_ids)
+
+
+def test_score(talk: Talk, run: Path) -> None:
+    model, judge = load(run / "chat"), load_reward(run / "reward")
+    said = talk("chat", "/score\nthe plot\n/score\n", reward=str(run / "reward"))
+    found = answers(model, [question(model, Prompt((Turn("user", "the plot"),)))], 0, use.Sample(max_new=6))
+    assert said[0] == "There is no reply yet."
+    assert said[-1] == f"score {rate_answers(judge, model, found)[0]:+.3f}"
+    assert talk("chat", "/score\n")[0].startswith("There is no /score")
 
 
 def test_mistakes_before_the_first_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
