@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -99,14 +100,21 @@ def test_chat_in_a_process_of_its_own(run: Path) -> None:
     assert len(said) >= 3
 
 
-def read_until(terminal: int, text: str, seconds: float = 60) -> str:
-    """What the terminal shows, up to this text."""
-    shown, end = b"", time.monotonic() + seconds
-    while text not in shown.decode(errors="replace"):
-        assert time.monotonic() < end, shown.decode(errors="replace")
-        if select.select([terminal], [], [], 0.2)[0]:
-            shown += os.read(terminal, 4096)
-    return shown.decode(errors="replace")
+class Screen:
+    """What a terminal shows, read on from where it was read to."""
+
+    def __init__(self, terminal: int) -> None:
+        self.terminal, self.rest = terminal, b""
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """Up to and with this text."""
+        end = time.monotonic() + seconds
+        while (wanted := text.encode()) not in self.rest:
+            assert time.monotonic() < end, self.rest.decode(errors="replace")
+            if select.select([self.terminal], [], [], 0.2)[0]:
+                self.rest += os.read(self.terminal, 4096)
+        shown, _, self.rest = self.rest.partition(wanted)
+        return shown.decode() + text
 
 
 def test_chat_in_a_terminal(run: Path) -> None:
@@ -116,17 +124,20 @@ def test_chat_in_a_terminal(run: Path) -> None:
     words = ["-m", "tetrad", "chat", str(run / "sft"), "--max-new", "5", "--reward", str(run / "reward")]
     process = subprocess.Popen([sys.executable, *words], stdin=its, stdout=its, stderr=its, env=env)
     os.close(its)
-    read_until(terminal, "> ")
-    os.write(terminal, "这部电影\n".encode())
-    shown = read_until(terminal, "[cut after 5 tokens]")
-    assert "这部电影" in shown
-    read_until(terminal, "> ")
-    os.write(terminal, b"/score\n")
-    read_until(terminal, "score ")
-    read_until(terminal, "> ")
-    os.write(terminal, "/qu电\x7fit\n".encode())
-    assert process.wait(30) == 0
-    os.close(terminal)
+    screen = Screen(terminal)
+    try:
+        screen.until("> ")
+        os.write(terminal, "这部电影\n".encode())
+        assert "这部电影" in screen.until("[cut after 5 tokens]")
+        screen.until("> ")
+        os.write(terminal, b"/score\n")
+        assert re.search(r"score [+-]\d+\.\d{3}", screen.until("> "))
+        os.write(terminal, "/qu电\x7fit\n".encode())
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
 
 
 def test_public_names_are_lazy() -> None:

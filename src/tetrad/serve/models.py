@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -183,25 +184,16 @@ def answer(question: Question, reply: Reply) -> Answer:
     return Answer(Sample(question.ids, reply.ids, prompt.turns, reply.text, prompt.where), reply)
 
 
-def generate(
-    model: Model,
-    prompts: Sequence[str | tuple[str, str]],
-    *,
-    max_new: int = 256,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> list[str]:
+def generate(model: Model, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
     """Texts that answer these prompts, each an Instruction or (Instruction, Input): those of `tetrad generate`.
 
-    max_new: longest reply, in tokens. temperature: 0 is greedy. Errors: E-CONF-RANGE, E-DATA-LONG, E-MODEL-TEMPLATE.
+    settings: of `tetrad generate --help`, as `max_new`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`, `stop`,
+    `seed`. Errors: E-CONF-*, E-DATA-LONG, E-MODEL-TEMPLATE.
     """
-    values = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    settings = build(use.Sample, values, {name: name for name in values})
+    checked = build(use.Sample, settings, {name: name for name in settings})
     pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     questions = [question(model, asked(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)]
-    return [answer.sample.text for answer in answers(model, questions, 0, settings)] if questions else []
+    return [answer.sample.text for answer in answers(model, questions, 0, checked)] if questions else []
 
 
 def asked(instruction: str, extra: str = "", *, where: str = "") -> Prompt:
