@@ -21,7 +21,7 @@ from tetrad.settings.recipe import Recipe
 TRAINED, FROZEN = 16, 4  # bytes a parameter
 BASE = 450 << 20  # bytes of a process with torch in it
 SHARE = 0.6  # of the speed of large products that a whole step reaches
-DECODED = 0.1  # of it that sampling reaches, token by token
+DECODED = 0.2  # of it that sampling reaches, token by token
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def section(
     n, rate, kept = parameters(config), speed(), kept_bytes(config, recipe.run.micro_tokens)
     rows, figures = [], dict[str, Any]()
     for stage in found:
-        memory = BASE + n * (stage.trained * TRAINED + stage.frozen * FROZEN) + kept
+        copies = stage.frozen + bool(stage.sampled)  # sampling lays the weights out once more
+        memory = BASE + n * (stage.trained * TRAINED + copies * FROZEN) + kept
         work = 6 * n * stage.tokens + 2 * n * stage.read
         seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
         figures[stage.name] = {"memory_bytes": int(memory), "flop": work, "seconds": seconds}
