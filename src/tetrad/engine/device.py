@@ -5,8 +5,10 @@ units is several times slower with it).
 """
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,3 +58,35 @@ def choose(run: Run) -> Device:
         raise UserError("E-CONF-DTYPE", what, where="run.dtype", hint='set dtype = "float32"')
     brain = run.dtype != "float32" and kind == "cuda" and torch.cuda.is_bf16_supported()
     return Device(place, torch.bfloat16 if brain else torch.float32)
+
+
+def free_bytes(place: torch.device) -> int:
+    """Memory that can still be taken: of the GPU, or of the machine and the container that this process is in."""
+    if place.type == "cuda":
+        held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return int(torch.cuda.mem_get_info(place)[0]) + held
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    if found is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return min(int(found[1]) << 10, *map(_left_of_group, _GROUPS))
+
+
+# Folder of a memory cgroup as a container sees its own, names of its limit, its use and its files' share of the use.
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _left_of_group(names: tuple[str, str, str, str]) -> int:
+    """What a cgroup's limit leaves; files that can be dropped at once do not count. Very much where there is none."""
+    folder, limit, used, files = Path(names[0]), *names[1:]
+    try:
+        most, taken = ((folder / name).read_text().strip() for name in (limit, used))
+        dropped = re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        return int(most) - int(taken) + int(dropped[1] if dropped else 0)
+    except (OSError, ValueError):  # no such group, or "max"
+        return 1 << 62

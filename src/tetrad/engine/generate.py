@@ -6,9 +6,9 @@ which change with the number of rows). A prompt is computed once for all its rep
 ranks stop at different lengths.
 """
 
-import os
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrad.engine.device import Device
+from tetrad.engine.device import Device, free_bytes
 from tetrad.engine.graphs import Replayed
 from tetrad.engine.sampling import Rules, draw
 from tetrad.errors import UserError
@@ -32,6 +32,8 @@ from tetrad.types import Reply
 
 PREFILL_TOKENS = 8192
 """Prompt tokens of one step: the replies that are being written wait for no more."""
+MOST_LATE = 8
+"""Steps for which a request waits for others to share the computing of prompts with."""
 Key = tuple[int, str, int, int]
 """(seed, purpose, number, number): what a reply's random numbers follow from."""
 
@@ -94,10 +96,9 @@ class _Row:
 
 
 class _Shelf(NamedTuple):
-    """A prompt that was computed and has replies that wait for a slot."""
+    """A prompt that was computed and has replies that wait for a slot: it lies in the cache's spare row."""
 
     ticket: int
-    cache: Cache
     logits: Tensor
 
 
@@ -113,15 +114,17 @@ class Engine:
         self, model: Fused, device: Device, slots: int, positions: int, tokenizer: Tokenizer | None = None
     ) -> None:
         self.model, self.device, self.slots, self.tokenizer = model, device, slots, tokenizer
-        self.positions = min(positions, model.config.max_positions)
-        self.cache = self._cache(slots)
+        self.positions = min(positions, len(model.turns))
+        self.cache = _cache(model, slots, self.positions, device)
         self.prefilled = 0  # prompt tokens computed
         self._rows: list[_Row] = []  # row i has slot i
         self._waiting: deque[_Row] = deque()
+        self._late = 0  # steps for which rows have waited beside a free slot
         self._tickets = 0
+        self._cancelled: set[int] = set()  # in this step
         self._shelf: _Shelf | None = None
         self._rules: Rules | None = None
-        self._forward = Replayed(self._compute, slots, self.positions, device)
+        self._forward = Replayed(_forward_of(model, self.cache), slots, self.positions, device)
 
     @property
     def busy(self) -> bool:
@@ -129,7 +132,15 @@ class Engine:
         return bool(self._rows or self._waiting)
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its ticket. Errors: E-DATA-LONG where prompt and reply have no room."""
+        """Queues a request and returns its ticket.
+
+        Errors: E-DATA-BLANK without a prompt, E-DATA-LONG where prompt and reply have no room. Raises ValueError for
+        stop texts without a tokenizer.
+        """
+        if request.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer")
+        if not request.ids:
+            raise UserError("E-DATA-BLANK", "the prompt has no tokens", hint="ask something")
         s, needed = request.sampling, len(request.ids) + request.sampling.max_new
         if needed > self.positions:
             what = f"the longest prompt and {s.max_new} new tokens need {needed} positions, there are {self.positions}"
@@ -140,47 +151,58 @@ class Engine:
 
     @torch.inference_mode()
     def cancel(self, ticket: int) -> list[Reply]:
-        """Ends a request's replies where they are; returns them."""
+        """Ends a request's replies where they are; returns those that waited or grew, as far as they were shown. No
+        event of it follows from `events`."""
         gone = [row for row in (*self._rows, *self._waiting) if row.ticket == ticket]
         self._leave([number for number, row in enumerate(self._rows) if row.ticket == ticket])
         self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
         if self._shelf and self._shelf.ticket == ticket:
             self._shelf = None
-        for row in gone:
-            row.texts.append(row.stream.close() if row.stream else "")
+        self._cancelled.add(ticket)
         return [row.reply("cancelled") for row in sorted(gone, key=lambda row: row.copy)]
 
     def events(self) -> Iterator[Event]:
         """Everything that happens until all replies are there; requests may be added and cancelled in between."""
         while self.busy:
-            yield from self.advance()
+            for event in self.advance():
+                if event.ticket not in self._cancelled:
+                    yield event
 
     @torch.inference_mode()
     def advance(self) -> list[Event]:
-        """One token for each row that grows, after those that wait have taken free slots."""
-        logits = (
-            [self._forward([r.ids[-1] for r in self._rows], [r.position for r in self._rows])] if self._rows else []
-        )
-        logits += self._admit()
-        if not self._rows:
-            return []
-        events = self._sample(torch.cat(logits) if len(logits) > 1 else logits[0])
+        """One token for each row that grows, after those that wait have taken free slots.
+
+        Errors: E-NUM-NONFINITE where the logits are no numbers. After any error the same step can be tried again.
+        """
+        self._cancelled.clear()
+        try:
+            grown = [(row.ids[-1], row.position) for row in self._rows]
+            logits = [self._forward(*map(list, zip(*grown, strict=True)))] if grown else []
+            logits += self._admit()
+            if not self._rows:
+                return []
+            events = self._sample(torch.cat(logits) if len(logits) > 1 else logits[0])
+        except BaseException:  # an error, a full memory, Ctrl-C: who has no token yet waits again
+            fresh = [row for row in self._rows if not row.ids]
+            del self._rows[len(self._rows) - len(fresh) :]
+            self._waiting.extendleft(reversed(fresh))
+            self._rules = None
+            raise
         self._leave([number for number, event in enumerate(events) if event.reply])
         return events
-
-    def _compute(self, ids_N: Tensor, positions_N: Tensor, length: int, full: bool) -> Tensor:
-        hidden = self.model.hidden(ids_N, positions_N, self.cache.step(positions_N, length, full=full))
-        return self.model.logits(hidden)
 
     # Who joins, who leaves
 
     def _admit(self) -> list[Tensor]:
-        """Waiting rows take free slots; returns the logits after their prompts. Where few slots are free it waits until
-        an eighth is: one prompt costs nearly as much as several together."""
+        """Waiting rows take free slots; returns the logits after their prompts. Where few are free they wait some steps
+        for an eighth: one prompt costs nearly as much as several together."""
         free = self.slots - len(self._rows)
-        if not self._waiting or not free or (self._rows and free < self.slots // 8):
+        if not self._waiting or not free:
             return []
-        first, tokens = len(self._rows), 0
+        self._late += 1
+        if self._rows and free < self.slots // 8 and self._late < MOST_LATE:
+            return []
+        first, tokens, self._late, self._rules = len(self._rows), 0, 0, None
         prompts: dict[int, int] = {}  # ticket: slot where its prompt is computed
         while self._waiting and len(self._rows) < self.slots:
             row = self._waiting[0]
@@ -191,31 +213,29 @@ class Engine:
                 prompts[row.ticket] = len(self._rows)
             row.begin(self.tokenizer)
             self._rows.append(self._waiting.popleft())
-        self._rules = None
-        return self._prompts(self._rows[first:], first, prompts)
+        return [self._prompts(first, prompts)]
 
-    def _prompts(self, rows: list[_Row], first: int, prompts: dict[int, int]) -> list[Tensor]:
-        """The prompts' keys and values in the slots of all their rows, and the logits after them, [rows, V]."""
-        found = self._prefill(list(prompts.values())) if prompts else None
-        number_of = {ticket: number for number, ticket in enumerate(prompts)}
-        logits = []
-        for slot, row in enumerate(rows, first):
-            length = len(row.request.ids)
-            if row.ticket in prompts and found is not None:
-                logits.append(found[number_of[row.ticket]])
-                if prompts[row.ticket] != slot:
-                    self.cache.copy(self.cache, prompts[row.ticket], slot, length)
-            elif self._shelf:
-                logits.append(self._shelf.logits)
-                self.cache.copy(self._shelf.cache, 0, slot, length)
-        last, slot = rows[-1], first + len(rows) - 1
+    def _prompts(self, first: int, prompts: dict[int, int]) -> Tensor:
+        """The prompts' keys and values in the slots of all rows from `first` on, and the logits after them, [rows, V].
+
+        Replies of one request wait one after another, so that only the last prompt can have some that still wait: it is
+        kept in the spare row for them.
+        """
+        found = self._prefill(list(prompts.values())) if prompts else ()
+        after, source = dict(zip(prompts, found, strict=True)), dict(prompts)
+        if self._shelf:
+            after[self._shelf.ticket], source[self._shelf.ticket] = self._shelf.logits, self.slots
+        for slot, row in enumerate(self._rows[first:], first):
+            if source[row.ticket] != slot:
+                self.cache.copy(source[row.ticket], slot, len(row.request.ids))
+        last = self._rows[-1]
         if not self._waiting or self._waiting[0].ticket != last.ticket:
             self._shelf = None
         elif not self._on_shelf(last):
-            cache = self._shelf.cache if self._shelf else self._cache(1)
-            cache.copy(self.cache, slot, 0, len(last.request.ids))
-            self._shelf = _Shelf(last.ticket, cache, logits[-1])
-        return [torch.stack(logits)]
+            self._shelf = None
+            self.cache.copy(len(self._rows) - 1, self.slots, len(last.request.ids))
+            self._shelf = _Shelf(last.ticket, after[last.ticket].clone())
+        return torch.stack([after[row.ticket] for row in self._rows[first:]])
 
     def _on_shelf(self, row: _Row) -> bool:
         return self._shelf is not None and self._shelf.ticket == row.ticket
@@ -241,7 +261,7 @@ class Engine:
             last = self._rows.pop()
             if slot < len(self._rows):
                 self._rows[slot] = last
-                self.cache.copy(self.cache, len(self._rows), slot, last.position)
+                self.cache.copy(len(self._rows), slot, last.position)
         if slots:
             self._rules = None
 
@@ -257,22 +277,37 @@ class Engine:
         said = [(r.request.sampling, r.request.ids, r.ids) for r in rows] if self._rules.penalised else ()
         top = max(row.request.top for row in rows)
         drawn = draw(logits, uniforms, self._rules, said, top)
+        ids, logprobs = drawn.ids.tolist(), drawn.logprobs.tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise UserError(
+                "E-NUM-NONFINITE", "the model's logits are no numbers", hint="it is damaged: train it again"
+            )
         likeliest: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
         if top:
             pairs = zip(drawn.top_ids.tolist(), drawn.top_logprobs.tolist(), strict=True)
             likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
-        tokens = zip(rows, drawn.ids.tolist(), drawn.logprobs.tolist(), likeliest, strict=True)
+        tokens = zip(rows, ids, logprobs, likeliest, strict=True)
         return [_event(*token) for token in tokens]
 
-    def _cache(self, slots: int) -> Cache:
-        c, dtype = self.model.config, self.model.dtype
-        needed, free = cache_bytes(c, slots, self.positions, dtype), free_bytes(self.device.place)
-        if needed > free:
-            what = (
-                f"a cache of {slots} slots with {self.positions} positions needs {needed >> 20} MiB, {free >> 20} MiB"
-            )
-            raise UserError("E-MEM-FULL", f"{what} are free", hint="lower slots or max_new")
-        return Cache(c, slots, self.positions, dtype, self.device.place)
+
+def _forward_of(model: Fused, cache: Cache) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
+    """A decoding step. It knows no engine, so that an engine that is let go takes its cache with it at once."""
+
+    def forward(ids_N: Tensor, positions_N: Tensor, length: int, full: bool) -> Tensor:
+        return model.logits(model.hidden(ids_N, positions_N, cache.step(positions_N, length, full=full)))
+
+    return forward
+
+
+def _cache(model: Fused, slots: int, positions: int, device: Device) -> Cache:
+    """With a spare row."""
+    needed, free = cache_bytes(model.config, slots + 1, positions, model.dtype), free_bytes(device.place)
+    if needed > free:
+        what = (
+            f"a cache of {slots} slots with {positions} positions needs {needed >> 20} MiB, {free >> 20} MiB are free"
+        )
+        raise UserError("E-MEM-FULL", what, hint="lower slots or max_new")
+    return Cache(model.config, slots + 1, positions, model.dtype, device.place)
 
 
 def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Event:
@@ -300,13 +335,6 @@ def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], 
 def noise(key: Key, max_new: int) -> np.ndarray:
     """A reply's uniform numbers [max_new], float32: its own, whatever is sampled beside it."""
     return generator_for(*key).random(max_new, dtype=np.float32)
-
-
-def free_bytes(place: torch.device) -> int:
-    """Memory that can still be taken."""
-    if place.type == "cuda":
-        return int(torch.cuda.mem_get_info(place)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def generate(

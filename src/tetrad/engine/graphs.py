@@ -1,7 +1,8 @@
 """A decoding step by replay: on a GPU a step is hundreds of small kernels, whose launches cost more than their work.
 
-One CUDA graph for each (rows, length) that is met, both rounded up to powers of two, so that a handful of graphs serve
-all steps. What rows beyond the real ones compute is never read; they write into slots that nobody uses, at position 0.
+One CUDA graph for each (rows, length) that is met, both rounded up to powers of two, so that a few dozen at most serve
+all steps; they share one pool of memory, as a step's logits are read before the next. What rows beyond the real ones
+compute is never read; they write into slots that nobody uses, at position 0.
 On a CPU the step is called as it is, with its exact sizes.
 """
 
@@ -34,6 +35,7 @@ class Replayed:
     def __init__(self, compute: Compute, slots: int, positions: int, device: Device) -> None:
         self._compute, self._slots, self._positions, self._place = compute, slots, positions, device.place
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._pool: Any = None
 
     def __call__(self, ids: list[int], positions: list[int]) -> Tensor:
         """Logits [N, V]; overwritten by the next call."""
@@ -62,8 +64,9 @@ class Replayed:
                 self._compute(given[0], given[1], length, False)
         torch.cuda.current_stream(self._place).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             made = self._compute(given[0], given[1], length, False)
+        self._pool = self._pool or graph.pool()
         return _Graph(graph, given, made)
 
 

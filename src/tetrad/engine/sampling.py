@@ -92,8 +92,8 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, said: Sequence[Sai
     logits = logits_NV.float()
     changed = _adjusted(logits, rules, said)
     if rules.temperature is not None:
-        logits = logits / rules.temperature
-        changed = None if changed is None else changed / rules.temperature
+        logits = _scaled(logits, rules.temperature)
+        changed = None if changed is None else _scaled(changed, rules.temperature)
     choice = (logits if changed is None else changed).softmax(-1)
     ids = choice.argmax(-1) if rules.greedy is not None else None
     if ids is None or not rules.all_greedy:
@@ -109,38 +109,53 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, said: Sequence[Sai
     return Drawn(ids, logprobs, best.indices, best.values)
 
 
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Over the temperature, the largest at 0: no temperature is so small that it makes infinities."""
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
 def pick(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     """Where each row's uniform number falls in the running sum of its weights (not negative; any total above 0).
 
-    Two levels, a block and a token in it: no running sum over the whole vocabulary. A weight of 0 is never picked.
+    A weight of 0 is never picked. Running sums are float64, so that it makes no difference how they are taken: at once
+    for few weights, else by blocks, without one over the whole vocabulary.
     """
     rows, size = weights_NV.shape
+    point = uniforms_N.double()[:, None]
     if rows * size <= _SHORT:
-        running = weights_NV.cumsum(-1)
-        point = uniforms_N[:, None] * (running[:, -1:] * _LESS)
-        return torch.searchsorted(running, point, right=True)[:, 0]
+        return _place(weights_NV, point)[:, 0]
     width = 128 if size > 8192 else 64
     if size % width:
         weights_NV = F.pad(weights_NV, (0, width - size % width))
     blocks = weights_NV.reshape(-1, width)
-    sums = blocks.sum(-1).view(rows, -1)
-    running = sums.cumsum(-1)
-    point = uniforms_N[:, None] * (running[:, -1:] * _LESS)
-    block = torch.searchsorted(running, point, right=True)
-    rest = (point - (running - sums).gather(1, block)).clamp_(min=0)
-    inner = blocks.index_select(0, (block + _starts(rows, sums)).view(-1)).cumsum(-1)
-    rest = torch.minimum(rest, inner[:, -1:] * _LESS)
-    return (block * width + torch.searchsorted(inner, rest, right=True))[:, 0]
+    sums = blocks.sum(-1).double().view(rows, -1)
+    running = _running(sums)
+    point = point * (running[:, -1:] * _LESS)
+    block = torch.searchsorted(running, point, right=True).clamp_(max=sums.shape[1] - 1)
+    share = (point - (running - sums).gather(1, block)) / sums.gather(1, block)
+    starts = torch.arange(0, sums.numel(), sums.shape[1], device=sums.device)[:, None]
+    inner = blocks.index_select(0, (block + starts).view(-1))
+    return (block * width + _place(inner, share.clamp_(0, 1))).clamp_(max=size - 1)[:, 0]
+
+
+def _place(weights: Tensor, share: Tensor) -> Tensor:
+    """The first place [N, 1] whose running sum is above this share of the total."""
+    running = _running(weights)
+    found = torch.searchsorted(running, share * (running[:, -1:] * _LESS), right=True)
+    return found.clamp_(max=weights.shape[1] - 1)  # where the weights are no numbers
+
+
+def _running(weights: Tensor) -> Tensor:
+    """Running sums along the last dimension, float64."""
+    if weights.is_cuda and torch.are_deterministic_algorithms_enabled():  # where cumsum has no such kernel
+        ones = torch.ones(weights.shape[-1], weights.shape[-1], dtype=torch.float64, device=weights.device)
+        return weights.double() @ ones.triu()
+    return weights.cumsum(-1, dtype=torch.float64)
 
 
 _SHORT = 8192
-_LESS = 1 - 2**-22
-"""A sum times this is below the sum as float32 too: rounding must not lead past the last weight."""
-
-
-def _starts(rows: int, sums: Tensor) -> Tensor:
-    """The number of each row's first block."""
-    return torch.arange(0, sums.numel(), sums.shape[1], device=sums.device)[:, None]
+_LESS = 1 - 2**-50
+"""A sum times this is below the sum: rounding must not lead past the last weight."""
 
 
 def _filtered(chances: Tensor, rules: Rules) -> Tensor:

@@ -53,9 +53,9 @@ class Cache:
 
         return attend
 
-    def copy(self, source: "Cache", row: int, to: int, length: int) -> None:
-        """The first positions of a row, perhaps of another cache, to a row of this one."""
-        self.kv[:, :, to, :, :length] = source.kv[:, :, row, :, :length]
+    def copy(self, row: int, to: int, length: int) -> None:
+        """The first positions of a row, to another one."""
+        self.kv[:, :, to, :, :length] = self.kv[:, :, row, :, :length]
 
     def _rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """The numbers of the vectors of each token's keys and values."""

@@ -2,7 +2,7 @@
 
 q, k and v are one matrix, gate and up another; a norm's weight is folded into the matrix that follows; the two halves
 of a rotary pair lie side by side, so that a rotation is one complex product. The function is the decoder's, equal up to
-rounding; the tensors are copies, so it is made anew when weights have changed.
+rounding. Some tensors are copies and some the model's own, so it is made anew when weights have changed.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ class _Layer:
 
 
 class Fused:
-    """Weights in `dtype`. positions: the longest text; more are refused by whoever asks for a cache."""
+    """Weights in `dtype`. positions: the longest text, in tokens; 0 is the model's."""
 
     @torch.no_grad()
     def __init__(self, model: CausalLM, dtype: torch.dtype, positions: int = 0) -> None:
@@ -69,7 +69,7 @@ class Fused:
         self.dtype = dtype
         self.layers = [_fused(layer, c, dtype) for layer in model.model.layers]  # type: ignore[arg-type]
         self.embedding = model.model.embed_tokens.weight.detach().to(dtype)
-        self.head = Product(model.head_weight.detach().to(dtype))
+        self.head = Product(self.embedding if c.tied else model.head_weight.detach().to(dtype))
         self._floor, self._head_floor = (torch.tensor(sqrt(c.norm_eps * size)) for size in (c.hidden_size, c.head_dim))
         self.last_norm = (sqrt(c.hidden_size) * model.model.norm.weight.detach()).to(dtype)
         positions = min(positions or c.max_positions, c.max_positions)

@@ -114,6 +114,7 @@ def read_line(console: Console) -> str | None:
 def reply(talk: Talk, turns: tuple[Turn, ...]) -> Answer | None:
     """Shows the answer while it is written, until Ctrl-C; None where the conversation is too long, or nothing came."""
     model, console, settings = talk.model, talk.console, talk.settings
+    said: list[Event] = []
     try:
         asked = question(model, Prompt(turns, "chat"))
         room = model.model.config.max_positions - len(asked.ids)
@@ -123,20 +124,19 @@ def reply(talk: Talk, turns: tuple[Turn, ...]) -> Answer | None:
         settings = replace(settings, max_new=min(settings.max_new, room))
         engine = Engine(model.fused, model.device, 1, len(asked.ids) + settings.max_new, model.tokenizer)
         engine.add(request(model, asked, settings, talk.asked))
+        talk.asked += 1
+        for event in engine.events():
+            said.append(event)
+            console.write(printable(event.text))
     except UserError as error:
         console.say(f"[{error.code}] {error.what}" + (f": {error.hint}" if error.hint else ""))
         return None
-    talk.asked += 1
-    said: list[Event] = []
-    try:
-        for event in engine.events():
-            console.write(printable(event.text))
-            said.append(event)
     except KeyboardInterrupt:
         console.say(" (stopped)")
+        if not said:
+            return None
         ids, logprobs = tuple(event.token for event in said), tuple(event.logprob for event in said)
-        text = "".join(event.text for event in said)
-        return answer(asked, Reply(ids, logprobs, "cancelled", text)) if said else None
+        return answer(asked, Reply(ids, logprobs, "cancelled", "".join(event.text for event in said)))
     found = answer(asked, whole) if (whole := said[-1].reply) else None
     console.say("" if found and found.ended else f" [cut after {settings.max_new} tokens]")
     return found
@@ -150,6 +150,8 @@ def score(talk: Talk, judge: RewardModel) -> str:
         return f"score {rate_answers(judge, talk.model, [talk.last])[0]:+.3f}"
     except UserError as error:
         return f"[{error.code}] {error.what}"
+    except KeyboardInterrupt:
+        return "(stopped)"
 
 
 def printable(text: str) -> str:

@@ -160,15 +160,15 @@ def answered(
 
 
 def cache_shape(questions: Sequence[Question], settings: use.Sample, copies: int = 1) -> tuple[int, int]:
-    """Slots, and positions of each: the longest prompt with the longest reply."""
+    """Slots beside the cache's spare one, and positions of each: the longest prompt with the longest reply."""
     longest = max((len(question.ids) for question in questions), default=1)
     return min(settings.slots, max(1, copies * len(questions))), longest + settings.max_new
 
 
 def cache_need(model: Model, slots: int, positions: int) -> str:
     """The memory that a cache takes, in words."""
-    mib = cache_bytes(model.model.config, slots, positions, model.device.dtype) / 2**20
-    return f"{slots} slot{'s' * (slots > 1)} of {positions} positions, {mib:.3g} MiB"
+    mib = cache_bytes(model.model.config, slots + 1, positions, model.device.dtype) / 2**20
+    return f"{slots} slot{'s' * (slots > 1)} and a spare one of {positions} positions, {mib:.3g} MiB"
 
 
 def request(model: Model, question: Question, settings: use.Sample, number: int, copies: int = 1) -> Request:
@@ -190,7 +190,9 @@ def generate(model: Model, prompts: Sequence[str | tuple[str, str]], **settings:
     settings: of `tetrad generate --help`, as `max_new`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`, `stop`,
     `seed`. Errors: E-CONF-*, E-DATA-LONG, E-MODEL-TEMPLATE.
     """
-    checked = build(use.Sample, settings, {name: name for name in settings})
+    if "template" in settings:
+        raise UserError("E-CONF-CONFLICT", "the template was chosen by `load`", where="template")
+    checked = use.agreed(build(use.Sample, settings, {name: name for name in settings}), set(settings))
     pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     questions = [question(model, asked(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)]
     return [answer.sample.text for answer in answers(model, questions, 0, checked)] if questions else []
@@ -203,13 +205,15 @@ def asked(instruction: str, extra: str = "", *, where: str = "") -> Prompt:
 
 def rate_answers(judge: RewardModel, model: Model, found: Sequence[Answer]) -> list[float]:
     """The reward of each answer of `model`. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
-    samples = [answer.sample for answer in found]
     same = judge.tokenizer.fingerprint == model.tokenizer.fingerprint and judge.form == model.form
-    if same and not any(answer.reply.reason == "stop" for answer in found):
-        named = zip(joined(samples), samples, strict=True)
-        return rate(judge, [replace(document, where=sample.where) for document, sample in named])
-    prompts = [Prompt(sample.turns, sample.where) for sample in samples]
-    return rate(judge, written(judge, prompts, [s.text for s in samples], [answer.ended for answer in found]))
+    by_ids = [same and answer.reply.reason != "stop" for answer in found]
+    read = iter(joined([answer.sample for answer, ids in zip(found, by_ids, strict=True) if ids]))
+    others = [answer for answer, ids in zip(found, by_ids, strict=True) if not ids]
+    prompts = [Prompt(answer.sample.turns, answer.sample.where) for answer in others]
+    texts = [answer.sample.text for answer in others]
+    again = iter(written(judge, prompts, texts, [answer.ended for answer in others]) if others else ())
+    documents = [next(read if ids else again) for ids in by_ids]
+    return rate(judge, [replace(d, where=a.sample.where) for d, a in zip(documents, found, strict=True)])
 
 
 def written(judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]) -> list[Tokens]:

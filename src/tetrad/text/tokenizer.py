@@ -28,6 +28,7 @@ MAX_JSON_BYTES = 64 << 20  # twice the largest in use
 MAX_OBJECT_BYTES = 8 << 20
 _MOST_PARTS = 1_200_000  # lists and objects
 _ENDS = (END, IM_END, "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+_BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _PADS = ("pad", "reserved", "unused", "unk")
 CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes tokenizer.json"
 
@@ -138,15 +139,19 @@ class Tokenizer:
         return push
 
     def _redecoded(self) -> Callable[[int | None], str]:
-        """For a tokenizer whose pieces depend on their neighbours: all ids are decoded anew."""
+        """For a tokenizer whose pieces depend on their neighbours: all ids are decoded anew, up to the last byte that
+        stands alone, as bytes in a row become characters together or not at all."""
         ids: list[int] = []
         said = ""
 
         def push(token: int | None) -> str:
             nonlocal said
-            ids.extend(() if token is None else (token,))
-            text = self.decode(ids, partial=token is not None)
-            new, said = (text[len(said) :], text) if text.startswith(said) else ("", said)
+            ids.extend((token,) if token is not None and self._says(token) else ())
+            known = len(ids)
+            while token is not None and known and _BYTE_NAME.fullmatch(self._names[ids[known - 1]]):
+                known -= 1
+            text = self.decode(ids[:known], partial=token is not None)
+            new, said = text[len(said) :], text if len(text) > len(said) else said
             return new
 
         return push

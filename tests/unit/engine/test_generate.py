@@ -1,5 +1,6 @@
 """The engine: where replies end, what they hold, who joins and leaves, and what is computed once."""
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -206,3 +207,90 @@ def test_requests_may_come_while_others_grow():
 def test_rounded(count, expected):
     assert rounded(count, 1, 48) == expected
     assert rounded(count, 16, 48) == max(expected, 16)
+
+
+def test_requests_that_cannot_be_served():
+    worker = engine()
+    with pytest.raises(UserError) as raised:
+        worker.add(toys.request([], max_new=3))
+    assert raised.value.code == "E-DATA-BLANK"
+    with pytest.raises(ValueError, match="tokenizer"):
+        worker.add(toys.request([5], max_new=3, stop=("x",)))
+    short = Engine(Fused(toys.causal(), torch.float32, 10), toys.CPU, 1, 99)
+    with pytest.raises(UserError, match="there are 10"):
+        short.add(toys.request(toys.ids(8), max_new=3))
+    assert not worker.busy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_says_nan_is_an_error(temperature):
+    for value in (float("nan"), float("inf")):
+        model = toys.causal(seed=1)
+        with torch.no_grad():
+            model.model.norm.weight[0] = value
+        with pytest.raises(UserError) as raised:
+            replies(model, temperature=temperature)
+        assert raised.value.code == "E-NUM-NONFINITE"
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1e-38}, {"temperature": 1e4}, {"frequency_penalty": 1e30}])
+def test_extreme_settings_sample_on(sampling):
+    found = replies(max_new=9, ends=(), **sampling)
+    assert {len(reply.ids) for reply in found} == {9}
+
+
+def test_an_error_loses_no_request(monkeypatch):
+    """What failed in one step is done in the next: prompts that were not yet computed wait again."""
+    expected = [reply.ids for reply in replies(slots=4)]
+    worker = engine(slots=4, positions=20)
+    for i, prompt in enumerate(PROMPTS):
+        worker.add(toys.request(prompt, i, max_new=6))
+    plain, calls = worker.model.logits, iter(range(99))
+
+    def failing(hidden):
+        if next(calls) % 3 == 1:
+            raise MemoryError
+        return plain(hidden)
+
+    monkeypatch.setattr(worker.model, "logits", failing)
+    found, failures = {}, 0
+    while worker.busy:
+        try:
+            found |= finished(worker.advance())
+        except MemoryError:
+            failures += 1
+    assert failures > 3
+    assert [found[i + 1, 0].ids for i in range(9)] == expected
+
+
+def test_a_late_request_waits_a_few_steps_only():
+    worker = engine(slots=16)
+    for i in range(15):
+        worker.add(toys.request(PROMPTS[3], i, max_new=30, ends=()))
+    worker.advance()
+    late = worker.add(toys.request(PROMPTS[1], 99, max_new=2, ends=()))
+    steps = next(n for n in range(99) if late in {event.ticket for event in worker.advance()})
+    assert steps < module.MOST_LATE
+
+
+def test_no_event_follows_a_cancel():
+    """Also of the step in which it is cancelled."""
+    worker = engine(slots=4)
+    first = worker.add(toys.request(PROMPTS[0], 0, copies=3, max_new=9, ends=()))
+    worker.add(toys.request(PROMPTS[1], 1, max_new=5, ends=()))
+    seen = []
+    for event in worker.events():
+        seen.append(event.ticket)
+        if len(seen) == 5:
+            assert len(worker.cancel(first)) == 3
+    assert seen[:5].count(first) == 4 and first not in seen[5:]
+    assert seen.count(first + 1) == 5
+
+
+def test_an_engine_that_is_let_go_frees_its_cache():
+    worker = engine()
+    worker.add(toys.request(PROMPTS[0], max_new=3))
+    list(worker.events())
+    cache = weakref.ref(worker.cache)
+    del worker
+    assert cache() is None

@@ -65,7 +65,10 @@ def refused(function: Any, *arguments: Any, **settings: Any) -> UserError:
 def test_a_file_of_prompts(run: Path, here: Path) -> None:
     said, progress = generated(run, prompts="p.jsonl", out="new/a.jsonl")
     records = read("new/a.jsonl")
-    assert said == "cache of keys and values: 5 slots of 27 positions, 0.033 MiB\n5 answers: new/a.jsonl\n"
+    assert (
+        said
+        == "cache of keys and values: 5 slots and a spare one of 27 positions, 0.0396 MiB\n5 answers: new/a.jsonl\n"
+    )
     assert "generate 5/5" in progress
     assert [{k: v for k, v in r.items() if k not in NEW} for r in records[:3]] == PROMPTS[:3]
     for record in records:

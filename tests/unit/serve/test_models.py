@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,18 @@ from tetrad.engine.scoring import score_tokens
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM
 from tetrad.serve import models
-from tetrad.serve.models import answers, asked, load, load_reward, model_folder, question, rate, rate_answers, written
+from tetrad.serve.models import (
+    answers,
+    asked,
+    generate,
+    load,
+    load_reward,
+    model_folder,
+    question,
+    rate,
+    rate_answers,
+    written,
+)
 from tetrad.settings import use
 from tetrad.types import Prompt, Tokens, Turn
 
@@ -189,6 +201,41 @@ def test_another_template_reads_the_text(run: Path) -> None:
     documents = written(judge, [Prompt(found[0].sample.turns)], [found[0].sample.text], [found[0].ended])
     assert judge.tokenizer.fingerprint == model.tokenizer.fingerprint
     assert rate_answers(judge, model, found) == rate(judge, documents)
+
+
+def test_a_reply_that_a_stop_text_ended_is_read_as_text(run: Path) -> None:
+    """Its ids go beyond its text; its neighbours are read by their ids all the same."""
+    model, judge = load(run / "sft"), load_reward(run / "reward")
+    asked_for = questions(model, *["the plot"] * 40)
+    plain = answers(model, asked_for, 0, use.Sample(max_new=30))
+    stop = next(a.sample.text for a in plain if len(a.sample.text) > 9)[3:7]
+    found = answers(model, asked_for, 0, use.Sample(max_new=30, stop=(stop,)))
+    stopped = [i for i, answer in enumerate(found) if answer.reply.reason == "stop"]
+    assert 0 < len(stopped) < 40
+    scores, before = rate_answers(judge, model, found), rate_answers(judge, model, plain)
+    for i, answer in enumerate(found):
+        if i in stopped:
+            document = written(judge, [Prompt(answer.sample.turns)], [answer.sample.text], [True])
+            assert scores[i] == pytest.approx(rate(judge, document)[0], abs=1e-5)
+            assert stop not in answer.sample.text
+        else:
+            assert scores[i] == pytest.approx(before[i], abs=1e-5)
+
+
+def test_public_generate_takes_the_settings_of_the_command(run: Path) -> None:
+    model = load(run / "sft")
+    greedy = generate(model, ["the plot"], max_new=9, greedy=True)
+    assert greedy == generate(model, ["the plot"], max_new=9, temperature=0.0, seed=5)
+    assert greedy != generate(model, ["the plot"], max_new=9)
+    stop = greedy[0][2]
+    assert generate(model, ["the plot"], max_new=9, greedy=True, stop=(stop,))[0] == greedy[0].partition(stop)[0]
+    for wrong, code in (
+        ({"greedy": True, "temperature": 0.5}, "E-CONF-CONFLICT"),
+        ({"template": "chatml"}, "E-CONF-CONFLICT"),
+        ({"heat": 1.0}, "E-CONF-UNKNOWN"),
+        ({"top_p": 2.0}, "E-CONF-RANGE"),
+    ):
+        assert code_of(partial(generate, model, ["x"], **wrong)).code == code
 
 
 def test_rate_refuses_what_it_cannot_read(run: Path) -> None:
