@@ -251,9 +251,8 @@ class Engine:
         ids_T = torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])).to(place)
         plan = plan_for((0, *ends.tolist()), place)
         attend = self.cache.fill(slots_T, positions.to(place), plan)
-        hidden = self.model.hidden(ids_T, positions.to(place), attend)
         self.prefilled += total
-        return self.model.logits(hidden[(ends - 1).to(place)])
+        return self.model.logits(self.model.hidden(ids_T, positions.to(place), attend, (ends - 1).to(place)))
 
     def _leave(self, slots: Sequence[int]) -> None:
         """Frees slots, the last rows moving into them, so that the rows in use stay the first ones."""
@@ -283,8 +282,8 @@ class Engine:
                 "E-NUM-NONFINITE", "the model's logits are no numbers", hint="it is damaged: train it again"
             )
         likeliest: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
-        if top:
-            pairs = zip(drawn.top_ids.tolist(), drawn.top_logprobs.tolist(), strict=True)
+        if drawn.top:
+            pairs = zip(*(part.tolist() for part in drawn.top), strict=True)
             likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
         tokens = zip(rows, ids, logprobs, likeliest, strict=True)
         return [_event(*token) for token in tokens]

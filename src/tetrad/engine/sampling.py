@@ -79,12 +79,11 @@ def _bias(biases: Sequence[Mapping[int, float]], place: torch.device) -> tuple[T
 @dataclass(frozen=True)
 class Drawn:
     """ids [N] and their log-probabilities under softmax(logits / temperature), before penalties, biases and filters
-    (temperature 0: at 1). top_ids, top_logprobs [N, k]: the k likeliest tokens by the same measure."""
+    (temperature 0: at 1). top: ids and log-probabilities [N, k] of the k likeliest tokens by the same measure."""
 
     ids: Tensor
     logprobs: Tensor
-    top_ids: Tensor
-    top_logprobs: Tensor
+    top: tuple[Tensor, Tensor] | None
 
 
 def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, said: Sequence[Said] = (), top: int = 0) -> Drawn:
@@ -104,9 +103,9 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, said: Sequence[Sai
     else:  # what a bias forces may have no chance at all as float32
         logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     if not top:
-        return Drawn(ids, logprobs, ids[:, None][:, :0], logits[:, :0])
+        return Drawn(ids, logprobs, None)
     best = logits.log_softmax(-1).topk(min(top, logits.shape[-1]), -1)
-    return Drawn(ids, logprobs, best.indices, best.values)
+    return Drawn(ids, logprobs, (best.indices, best.values))
 
 
 def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -107,7 +107,13 @@ class _FromBuckets(torch.autograd.Function):
         return None, *parts
 
 
-_to_buckets: Callable[..., tuple[Tensor, ...]] = _ToBuckets.apply
+def _to_buckets(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    if not torch.is_grad_enabled():  # without the cost of a Function
+        return tuple(x.index_select(0, bucket.slots) for bucket in plan.buckets)
+    return _apply_to_buckets(x, plan)
+
+
+_apply_to_buckets: Callable[..., tuple[Tensor, ...]] = _ToBuckets.apply
 _from_buckets: Callable[..., Tensor] = _FromBuckets.apply
 
 

@@ -17,18 +17,19 @@ class Cache:
     """kv: [layers, keys and values, slots, kv_heads, positions, head_dim]. The rows in use are the first ones."""
 
     def __init__(self, c: DecoderConfig, slots: int, positions: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._groups, self._positions = c.kv_heads, positions
+        self._groups = c.kv_heads
         self.kv = torch.zeros(c.layers, 2, slots, c.kv_heads, positions, c.head_dim, dtype=dtype, device=device)
         self._vectors = [layer.view(-1, c.head_dim) for layer in self.kv]
         self._heads = self.kv.flatten(2, 3).flatten(0, 1)  # [layers * 2, slots * kv_heads, positions, head_dim]
         # Where the keys and values of slot 0 begin among a layer's vectors.
         first = torch.arange(2, device=device)[:, None] * slots * c.kv_heads + torch.arange(c.kv_heads, device=device)
         self._first = first.flatten() * positions
-        self._places, self._numbers = (torch.arange(n, device=device) for n in (positions, slots))
+        self._places = torch.arange(positions, device=device)
+        self._slots = torch.arange(slots, device=device) * (c.kv_heads * positions)  # where each begins
 
     def fill(self, slots_T: Tensor, positions_T: Tensor, plan: Plan) -> Attend:
         """The `attend` of a prefill: attention inside each prompt; keys and values are kept in each token's slot."""
-        groups, at = self._groups, self._rows(slots_T, positions_T)
+        groups, at = self._groups, self._rows(self._slots[slots_T], positions_T)
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             self._keep(layer, at, kv)
@@ -40,7 +41,7 @@ class Cache:
         """The `attend` of one decoding step: a token for each of the first N slots. length: positions read at most;
         full: every row reads them all."""
         rows = positions_N.shape[0]
-        at = self._rows(self._numbers[:rows], positions_N)
+        at = self._rows(self._slots[:rows], positions_N)
         every, bias = self._heads[:, : rows * self._groups, :length].unbind(), None
         if not full:
             bias = torch.zeros(rows, length, dtype=self.kv.dtype, device=self.kv.device)
@@ -57,9 +58,9 @@ class Cache:
         """The first positions of a row, to another one."""
         self.kv[:, :, to, :, :length] = self.kv[:, :, row, :, :length]
 
-    def _rows(self, slots: Tensor, positions: Tensor) -> Tensor:
+    def _rows(self, starts: Tensor, positions: Tensor) -> Tensor:
         """The numbers of the vectors of each token's keys and values."""
-        return ((slots * (self._groups * self._positions) + positions)[:, None] + self._first).flatten()
+        return ((starts + positions)[:, None] + self._first).view(-1)
 
     def _keep(self, layer: int, at: Tensor, kv: Tensor) -> None:
         self._vectors[layer].index_copy_(0, at, kv.reshape(-1, kv.shape[-1]))

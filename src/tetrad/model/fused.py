@@ -76,8 +76,8 @@ class Fused:
         angle = torch.arange(positions, device=self.embedding.device)[:, None].float() * model.model.inv_freq
         self.turns = torch.polar(torch.ones_like(angle), angle)  # [positions, D / 2], complex
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
-        """Normed hidden states [T, hidden]."""
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, wanted_N: Tensor | None = None) -> Tensor:
+        """Normed hidden states [T, hidden]; of the wanted tokens alone where some are named, [N, hidden]."""
         c = self.config
         x = F.embedding(ids_T, self.embedding)
         turns, tokens = self.turns.index_select(0, positions_T)[:, None], ids_T.shape[0]
@@ -85,7 +85,10 @@ class Fused:
             qkv = layer.qkv(_normed(x, self._floor)).view(tokens, -1, c.head_dim)
             self._turn(qkv[:, : c.heads + c.kv_heads], turns, layer.scale_HD)
             attended = attend(number, *qkv.split([c.heads, 2 * c.kv_heads], 1))
-            x = layer.out.added(attended.view(tokens, -1), x)
+            attended = attended.view(tokens, -1)
+            if wanted_N is not None and number == len(self.layers) - 1:  # the others have left their keys and values
+                x, attended = x.index_select(0, wanted_N), attended.index_select(0, wanted_N)
+            x = layer.out.added(attended, x)
             gate, up = layer.gate_up(_normed(x, self._floor)).chunk(2, -1)
             x = layer.down.added(F.silu(gate).mul_(up), x)
         return _normed(x, self._floor).mul_(self.last_norm)

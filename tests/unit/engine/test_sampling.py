@@ -154,11 +154,12 @@ def test_tokens_of_one_chance_stay_or_go_together():
 
 
 def test_likeliest_tokens_are_told():
-    drawn = draw(LOGITS.expand(2, -1), torch.tensor([0.1, 0.9]), Sampling(temperature=2.0, top_k=1), top=3)
-    assert drawn.top_ids.tolist() == [[1, 3, 0]] * 2
-    torch.testing.assert_close(drawn.top_logprobs[0], (LOGITS / 2).log_softmax(-1)[[1, 3, 0]])
-    assert draw(LOGITS.expand(2, -1), torch.tensor([0.1, 0.9]), Sampling(), top=99).top_ids.shape == (2, 5)
-    assert draw(LOGITS.expand(2, -1), torch.tensor([0.1, 0.9]), Sampling()).top_ids.shape == (2, 0)
+    uniforms = torch.tensor([0.1, 0.9])
+    ids, logprobs = draw(LOGITS.expand(2, -1), uniforms, Sampling(temperature=2.0, top_k=1), top=3).top
+    assert ids.tolist() == [[1, 3, 0]] * 2
+    torch.testing.assert_close(logprobs[0], (LOGITS / 2).log_softmax(-1)[[1, 3, 0]])
+    assert draw(LOGITS.expand(2, -1), uniforms, Sampling(), top=99).top[0].shape == (2, 5)
+    assert draw(LOGITS.expand(2, -1), uniforms, Sampling()).top is None
 
 
 def test_penalties_and_biases():
