@@ -18,6 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,8 @@ def pair(case: str, pairs: int, seconds: float) -> dict[str, Any]:
         "ratio": round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 2),
         "bandwidth": round(statistics.median(ours) / batch * read / reading_speed(), 3),
         "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
         "foreign_cpu": round(max(foreign), 3),
     }
 

@@ -145,7 +145,8 @@ def cached_attention(q_NHD: Tensor, k_BLD: Tensor, v_BLD: Tensor, bias_B1L: Tens
     q = q_NHD.reshape(k_BLD.shape[0], -1, q_NHD.shape[-1])
     if q.is_cuda or bias_B1L is None:
         mask = None if bias_B1L is None else bias_B1L[None]
-        out = F.scaled_dot_product_attention(q[None], k_BLD[None], v_BLD[None], attn_mask=mask)
+        q, k, v = q.unsqueeze(0), k_BLD.unsqueeze(0), v_BLD.unsqueeze(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.reshape(q_NHD.shape)  # some kernels give it back transposed
     # Several rows on a CPU: two batched products are up to three times as fast as the one kernel.
     scores = torch.baddbmm(bias_B1L, q, k_BLD.transpose(1, 2), alpha=q.shape[-1] ** -0.5)

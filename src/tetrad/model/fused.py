@@ -78,20 +78,21 @@ class Fused:
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, wanted_N: Tensor | None = None) -> Tensor:
         """Normed hidden states [T, hidden]; of the wanted tokens alone where some are named, [N, hidden]."""
-        c = self.config
+        c, floor, tokens = self.config, self._floor, ids_T.shape[0]
+        heads, parts = (tokens, c.heads + 2 * c.kv_heads, c.head_dim), [c.heads, 2 * c.kv_heads]
         x = F.embedding(ids_T, self.embedding)
-        turns, tokens = self.turns.index_select(0, positions_T)[:, None], ids_T.shape[0]
+        turns = self.turns.index_select(0, positions_T)[:, None]
         for number, layer in enumerate(self.layers):
-            qkv = layer.qkv(_normed(x, self._floor)).view(tokens, -1, c.head_dim)
-            self._turn(qkv[:, : c.heads + c.kv_heads], turns, layer.scale_HD)
-            attended = attend(number, *qkv.split([c.heads, 2 * c.kv_heads], 1))
+            qkv = layer.qkv(_normed(x, floor)).view(heads)
+            self._turn(qkv.narrow(1, 0, c.heads + c.kv_heads), turns, layer.scale_HD)
+            attended = attend(number, *qkv.split(parts, 1))
             attended = attended.view(tokens, -1)
             if wanted_N is not None and number == len(self.layers) - 1:  # the others have left their keys and values
                 x, attended = x.index_select(0, wanted_N), attended.index_select(0, wanted_N)
             x = layer.out.added(attended, x)
-            gate, up = layer.gate_up(_normed(x, self._floor)).chunk(2, -1)
+            gate, up = layer.gate_up(_normed(x, floor)).chunk(2, -1)
             x = layer.down.added(F.silu(gate).mul_(up), x)
-        return _normed(x, self._floor).mul_(self.last_norm)
+        return _normed(x, floor).mul_(self.last_norm)
 
     def _turn(self, qk_THD: Tensor, turns: Tensor, scale_HD: Tensor | None) -> None:
         """Norms of q and k where there are any, and rotary positions, in place."""
