@@ -159,6 +159,7 @@ LAWS = (
         lambda n: uses(n, "scaled_dot_product", "flash_attn", "flex_attention", "varlen_attn", "sdpa_kernel"),
         ("model/attention.py",),
     ),
+    Law("only product knows oneDNN", lambda n: uses(n, "mkldnn"), ("objectives/product.py",)),
     Law("only storage writes files", writes, STORAGE),
     Law(
         "only the console and the command line print",

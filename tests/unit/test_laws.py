@@ -27,6 +27,7 @@ BREACHES = {
     "multinomial": ("import torch\nids = torch.multinomial(shares, 1)", "only generate draws tokens"),
     "categorical": ("from torch.distributions import Categorical", "only generate draws tokens"),
     "draw": ("from tetrad.engine.sampling import draw", "only generate draws tokens"),
+    "onednn": ("import torch\ny = torch.ops.mkldnn._linear_pointwise(x, w)", "only product knows oneDNN"),
     "distributed": ("import torch.distributed as dist", "only mesh communicates"),
     "distributed-from": ("from torch import distributed", "only mesh communicates"),
     "distributed-use": ("import torch\ntorch.distributed.barrier()", "only mesh communicates"),

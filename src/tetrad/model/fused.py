@@ -15,38 +15,10 @@ from torch import Tensor
 
 from tetrad.model.config import DecoderConfig
 from tetrad.model.decoder import Block, CausalLM
+from tetrad.objectives.product import Product
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, q_THD, kv_T2GD: the keys' heads and then the values') -> [T, H, D]."""
-
-
-class Product:
-    """x W' + b. In float32 on a CPU the weight is laid out for oneDNN, whose product of few rows is several times as
-    fast as the plain one; but a call costs it 10 microseconds, so the smallest products stay plain."""
-
-    def __init__(self, weight_OI: Tensor, bias: Tensor | None = None) -> None:
-        self._bias, self._weight, self._packed = bias, weight_OI.t(), torch.empty(0)
-        self._plain_rows = 2**62
-        if PACKS and weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
-            self._plain_rows = 2 * _SMALL // weight_OI.numel() if weight_OI.numel() <= _SMALL else 0
-            if not self._plain_rows:
-                self._weight = torch.empty(0)  # one copy is enough
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] > self._plain_rows:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")  # type: ignore[no-any-return]
-        return x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
-
-    def added(self, x: Tensor, to: Tensor) -> Tensor:
-        """The product without bias, and `to`."""
-        if x.shape[0] > self._plain_rows:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, to, self._packed, None, "add")  # type: ignore[no-any-return]
-        return torch.addmm(to, x, self._weight)
-
-
-PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-_SMALL = 160_000  # weights that stay in a core's own cache: plain up to twice as many multiplications
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Products with a weight, by whichever kernel: torch's own numbers and gradients, up to rounding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tetrad.objectives import product
+from tetrad.objectives.product import Product, linear
+
+
+def made(tokens: int, inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float32):
+    """x, weight and perhaps bias, as leaves."""
+    torch.manual_seed(tokens + inputs)
+    shapes = [(tokens, inputs), (outputs, inputs), *([(outputs,)] if bias else [])]
+    return [(torch.randn(shape, dtype=dtype) / 4).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 300])
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (256, 320), (300, 256)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_torch(tokens: int, inputs: int, outputs: int, bias: bool) -> None:
+    leaves = made(tokens, inputs, outputs, bias)
+    ours, expected = linear(*leaves), F.linear(*leaves)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    slope = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, leaves, slope), torch.autograd.grad(expected, leaves, slope), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(*leaves), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight, bias = made(100, 24, 40)
+    frozen = weight.detach()
+    (to_x,) = torch.autograd.grad(linear(x, frozen, bias).sum(), [x])
+    torch.testing.assert_close(to_x, frozen.sum(0).expand(100, -1), rtol=1e-4, atol=1e-4)
+    assert not linear(x.detach(), frozen).requires_grad
+
+
+def test_views_are_read_as_they_lie() -> None:
+    """A slice of wider rows, and gradients that are transposed or spread."""
+    wide, weight, _ = made(200, 64, 40)
+    x = wide[:, 8:32]
+    weight = weight[:, :24].detach().requires_grad_()
+    for reduce in (lambda y: y.t().contiguous().sum(), lambda y: y.sum(), lambda y: (y.t() * 2)[::2].sum()):
+        ours = torch.autograd.grad(reduce(linear(x, weight)), [wide, weight])
+        expected = torch.autograd.grad(reduce(F.linear(x, weight)), [wide, weight])
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_other_types_are_torchs_own() -> None:
+    leaves = made(100, 24, 40, dtype=torch.float64)
+    assert torch.equal(linear(*leaves), F.linear(*leaves))
+    assert torch.autograd.gradcheck(linear, made(70, 3, 4, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*made(100, 24, 40)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_without_the_operators_it_is_the_same(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packs:
+        monkeypatch.setattr(product, "_HAS_ONEDNN", False)
+    for rows in (1, 2, 9, 100):
+        for outputs in (40, 4096):
+            x, weight, bias = (leaf.detach() for leaf in made(rows, 128, outputs))
+            expected = F.linear(x, weight, bias)
+            torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(Product(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
+            added = Product(weight).added(x, expected)
+            torch.testing.assert_close(added, 2 * expected - bias, rtol=1e-5, atol=1e-5)
