@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tetrad.objectives.masks import How, select, token_weights
+from tetrad.objectives.product import linear
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}  # of float32 logits alive at a time
 CHUNK_ROWS = 256  # at least, or the matrix products starve
@@ -109,19 +110,18 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> list
 
 
 class _Head:
-    """hidden @ weight.T, chunk by chunk. Two buffers serve all chunks: fresh memory costs a page fault every 4 KiB."""
+    """hidden @ weight.T, chunk by chunk. One buffer serves the probabilities of all: fresh memory costs page faults."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, sizes: list[slice], temperature: float = 1.0) -> None:
         self.hidden, self.weight, self.temperature = hidden, weight.to(hidden.dtype), temperature
         self.wide = _accumulator(hidden.dtype)
         rows = sizes[0].stop if sizes else 0
-        self.logits, self.probs = (hidden.new_empty(rows, len(weight), dtype=self.wide) for _ in range(2))
+        self.probs = hidden.new_empty(rows, len(weight), dtype=self.wide)
 
     def softmax(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The chunk's logits, probabilities, and log of the normaliser [n, 1]; the next call overwrites them."""
-        size = rows.stop - rows.start
-        logits, probs = self.logits[:size], self.probs[:size]
-        _product(self.hidden[rows], self.weight.T, logits)
+        """The chunk's logits, probabilities (which the next call overwrites), and log of the normaliser [n, 1]."""
+        probs = self.probs[: rows.stop - rows.start]
+        logits = linear(self.hidden[rows], self.weight).to(self.wide)
         if self.temperature != 1.0:
             logits /= self.temperature
         torch.softmax(logits, 1, out=probs)
@@ -142,20 +142,13 @@ class _Gradients:
         part = head.hidden[rows]
         slopes = slopes.to(part.dtype)
         if self.hidden is not None:
-            _product(slopes, head.weight, self.hidden[rows])
+            self.hidden[rows] = linear(slopes, head.weight.T)
         if self.weight is None:
             return
         if part.dtype == self.weight.dtype:
             self.weight.addmm_(slopes.T, part)
         else:
             self.weight += slopes.T @ part
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)
 
 
 class _NllSum(torch.autograd.Function):
