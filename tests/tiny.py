@@ -95,7 +95,7 @@ def write_tiny(folder: Path) -> Path:
         others = [sentence() for _ in range(2)]
         answers = {rest: score} | {text: value for _, text, value in others}
         choices = [{"text": text, "rank": 1 if value > 0 else 2} for text, value in answers.items()]
-        ranked.append({**asked(first), "choices": choices})
+        ranked.append({**asked(first), "choices": choices, "annotator": ("kim", "lee")[len(ranked) % 2]})
     lines("ranked.jsonl", [record for record in ranked if len(record["choices"]) > 1])  # type: ignore[arg-type]
     (folder / "judge.py").write_text(JUDGE)
     path = folder / "recipe.toml"

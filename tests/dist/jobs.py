@@ -16,7 +16,7 @@ from torch import nn
 
 import ppo_toys
 import toys
-from tetrad.data.loader import batch_indices
+from tetrad.data.loader import batch_indices, whole
 from tetrad.engine import mesh
 from tetrad.engine.batches import language_micros
 from tetrad.engine.optim import Optimizer
@@ -50,7 +50,7 @@ def sft(muon_lr: float = 0.0) -> Found:
     documents = toys.documents(31)
     stats = []
     for step in range(STEPS):
-        wanted = mesh.share(batch_indices(SEED, len(documents), BATCH, step).tolist())
+        wanted = mesh.share(batch_indices(SEED, whole(len(documents)), BATCH, step).tolist())
         micros = language_micros([documents[i] for i in wanted], 64, toys.CPU)
         stats.append(update(model, optimizer, micros, language_terms, toys.CPU, max_norm=0.5))
     return found(stats, model)
@@ -72,7 +72,7 @@ def reward() -> Found:
     optimizer = Optimizer(latent, 1e-3, Optim())
     stats = []
     for step in range(STEPS):
-        wanted = mesh.share(batch_indices(SEED, len(records), BATCH, step).tolist())
+        wanted = mesh.share(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
         chosen = [records[i] for i in wanted], [answers[i] for i in wanted]
         micros = preference_micros(*chosen, 48, 2.0, 1.5, toys.CPU)
         terms = preference_terms(Reward(center=0.01))

@@ -4,7 +4,8 @@ State is float32 and named by parameter, so that a checkpoint reads like the mod
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tetrad.errors import UserError
 from tetrad.settings.common import Optim
 
+_NONE: Mapping[str, float] = MappingProxyType({})
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: five steps bring singular values near 1
 
 
@@ -61,15 +63,20 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019), with Muon for the matrices of the blocks where `muon_lr` is given."""
 
-    def __init__(self, model: nn.Module, lr: float, settings: Optim, *, muon_lr: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float, settings: Optim, *, muon_lr: float = 0.0, quick: Mapping[str, float] = _NONE
+    ) -> None:
+        """quick: highest learning rates of their own for parameters whose name begins so."""
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {n for n, p in self.names.items() if muon_lr and p.dim() == 2 and ".layers." in n}
+        own = {n: rate for n in self.names for start, rate in quick.items() if n.startswith(start)}
         matrices = [p for n, p in self.names.items() if n not in hidden and p.dim() > 1]
-        vectors = [p for p in self.names.values() if p.dim() < 2]
-        groups = [
+        vectors = [p for n, p in self.names.items() if p.dim() < 2 and n not in own]
+        groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": settings.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
+        groups += [{"params": [self.names[n]], "weight_decay": 0.0, "lr": rate} for n, rate in own.items()]
         betas = (settings.beta1, settings.beta2)
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=lr, betas=betas, eps=settings.eps, fused=True)

@@ -4,8 +4,9 @@ Documents lie in a token store in the order of the records; a record knows its f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -148,6 +149,7 @@ class Judgements:
     winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; places_P: the
     winner's place among the documents of lists. ranked_N: documents of the lists,
     ranks_N and bounds: their ranks, list by list. scored_S: documents with a score; targets_S: the standardised score.
+    by_P, by_L, by_S: numbers of the annotators of pairs, lists and scores; 0 where none is named.
     """
 
     winners_P: Tensor
@@ -160,6 +162,9 @@ class Judgements:
     bounds: tuple[int, ...]
     scored_S: Tensor
     targets_S: Tensor
+    by_P: Tensor
+    by_L: Tensor
+    by_S: Tensor
 
 
 def _informative(record: Record) -> bool:
@@ -167,22 +172,19 @@ def _informative(record: Record) -> bool:
     return isinstance(record, Score) or len(set(record.ranks)) > 1
 
 
-def judgements(records: Sequence[Record], mean: float, std: float, place: torch.device) -> Judgements:
-    """mean, std: of the training scores."""
-    lists: list[Comparison] = []
-    firsts: list[int] = []
-    scored: list[int] = []
-    targets: list[float] = []
-    document = 0
-    for record in records:
-        if isinstance(record, Score):
-            scored.append(document)
-            targets.append((record.score - mean) / std)
-            document += 1
-            continue
-        lists.append(record)
-        firsts.append(document)
-        document += len(record.answers)
+def judgements(
+    records: Sequence[Record],
+    mean: float,
+    std: float,
+    place: torch.device,
+    numbers: Mapping[str, int] = MappingProxyType({}),
+) -> Judgements:
+    """mean, std: of the training scores; numbers: of the annotators."""
+    lists = [record for record in records if isinstance(record, Comparison)]
+    rated = [record for record in records if isinstance(record, Score)]
+    starts = np.cumsum([0, *(1 if isinstance(r, Score) else len(r.answers) for r in records)]).tolist()
+    scored = [start for start, record in zip(starts, records, strict=False) if isinstance(record, Score)]
+    firsts = [start for start, record in zip(starts, records, strict=False) if isinstance(record, Comparison)]
     sizes = [len(record.answers) for record in lists]
     bounds = (0, *np.cumsum(sizes).tolist())
     ranked = torch.tensor([first + i for first, size in zip(firsts, sizes, strict=True) for i in range(size)])
@@ -192,6 +194,7 @@ def judgements(records: Sequence[Record], mean: float, std: float, place: torch.
     of_list = torch.searchsorted(torch.tensor(bounds), winners, right=True) - 1
     margins = torch.tensor([record.margin for record in lists])[of_list] if lists else torch.empty(0)
     ranked = ranked.long()
+    by = [torch.tensor([numbers.get(r.annotator, 0) for r in of]).long() for of in (lists, rated)]
     return Judgements(
         winners_P=ranked[winners].to(place),
         losers_P=ranked[losers].to(place),
@@ -202,7 +205,10 @@ def judgements(records: Sequence[Record], mean: float, std: float, place: torch.
         ranks_N=ranks.to(place),
         bounds=bounds,
         scored_S=torch.tensor(scored).long().to(place),
-        targets_S=torch.tensor(targets).to(place),
+        targets_S=torch.tensor([(record.score - mean) / std for record in rated]).to(place),
+        by_P=by[0][of_list].to(place),
+        by_L=by[0].to(place),
+        by_S=by[1].to(place),
     )
 
 
@@ -213,6 +219,7 @@ def preference_micros(
     mean: float,
     std: float,
     device: Device,
+    numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Micro]:
     """Micro-batches of whole records. Counts: "comparisons" with an order, and "scores"."""
     whole = [Tokens(np.concatenate([t.ids for t in answers]), np.empty(0, np.bool_)) for answers in documents]
@@ -223,5 +230,5 @@ def preference_micros(
         scores = sum(isinstance(record, Score) for record in chosen)
         lists = sum(isinstance(record, Comparison) and _informative(record) for record in chosen)
         counts = {"comparisons": float(lists), "scores": float(scores)}
-        micros.append(Micro(packed, counts, judgements(chosen, mean, std, device.place)))
+        micros.append(Micro(packed, counts, judgements(chosen, mean, std, device.place, numbers)))
     return micros

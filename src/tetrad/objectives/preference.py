@@ -147,6 +147,13 @@ def center_penalty(chosen: Tensor, rejected: Tensor, coef: float, kind: Literal[
     return coef * torch.cat([chosen, rejected]).square().mean()
 
 
+def crowd_pair_losses(gap_P: Tensor, competence_P: Tensor) -> Tensor:
+    """-log(c sigmoid(gap) + (1 - c) sigmoid(-gap)), c = sigmoid(competence): somebody who is right with probability c
+    says that the first is better (Chen et al. 2013). Broadcasts; as exact for large numbers as for small ones."""
+    right = logsigmoid(competence_P) + logsigmoid(gap_P)
+    return -torch.logaddexp(right, logsigmoid(-competence_P) + logsigmoid(-gap_P))
+
+
 def crowd_bt_loss(s: Tensor, eta: Tensor, i: Tensor, j: Tensor, k: Tensor, lam: float = 0.5) -> Tensor:
     """Mean over P answers "annotator k: item i beats item j" of -log P, where k is right with probability eta_k.
 

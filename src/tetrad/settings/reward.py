@@ -39,6 +39,8 @@ class Reward:
     """Weight of the mean loss of a batch's comparisons; where they are few, a low one keeps their noise small."""
     score_weight: NotNegative = 0.5
     """Weight of the mean squared error of a batch's scores."""
+    annotators: bool = True
+    """Learn how often each named annotator is right, and each one's offset and gain of scores; else all count alike."""
     center: NotNegative = 0.0
     """Weight of the centring penalty, mean of (r_chosen + r_rejected)^2."""
     baselines: Functions = ()

@@ -7,23 +7,28 @@ other. Afterwards a temperature is fitted on held-out pairs, and gain and bias g
 replies of the policy to held-out prompts (Ziegler et al. 2019). The figures go into the model's manifest.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from tetrad.data.loader import batch_indices, epoch_size, order, steps_for
 from tetrad.data.records import answers, read_preferences, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize
 from tetrad.engine import mesh
+from tetrad.engine.annotators import LR as ANNOTATORS_LR
+from tetrad.engine.annotators import Annotators, judged, numbers_of, written
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
 from tetrad.engine.optim import Optimizer, lr_factor
-from tetrad.engine.preferences import Examples, Judgements, Pairs, preference_micros
+from tetrad.engine.preferences import Examples, Judgements, Pairs, judgements, preference_micros
 from tetrad.engine.prepare import first_parent
 from tetrad.engine.rollout import read_questions, roll_out
 from tetrad.engine.scoring import Reward as RewardFunction
@@ -55,11 +60,11 @@ Record = Comparison | Score
 
 
 class Latent(nn.Module):
-    """The reward model and rho, in one optimizer and one checkpoint."""
+    """The reward model, rho and what is known of annotators, in one optimizer and one checkpoint."""
 
-    def __init__(self, reward: ScalarModel, learn_rho: bool) -> None:
+    def __init__(self, reward: ScalarModel, learn_rho: bool, annotators: Annotators | None = None) -> None:
         super().__init__()
-        self.reward = reward
+        self.reward, self.annotators = reward, annotators
         self.log_rho = nn.Parameter(torch.zeros(()), requires_grad=learn_rho)
 
 
@@ -77,10 +82,12 @@ def run(ctx: StageContext) -> None:
     tests = [read_examples(ctx, f, form, tokenizer, model, Counts()) for f in (s.held_out, s.test or s.held_out) if f]
     baselines = {spec.rpartition(":")[2]: python_function(spec) for spec in s.baselines}
     mean, std = score_moments(examples.records)
-    kinds = {type(record) for record in examples.records}
-    latent = Latent(model, learn_rho=len(kinds) > 1).to(device.place)
+    numbers = numbers_of(examples.records) if s.annotators else {}
+    annotators = Annotators(examples.records, numbers) if numbers else None
+    latent = Latent(model, len({type(record) for record in examples.records}) > 1, annotators).to(device.place)
     model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
-    optimizer = Optimizer(latent, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
+    max_norm, muon_lr = ctx.recipe.optim.max_norm, s.muon_lr if s.optimizer == "muon" else 0.0
+    optimizer = Optimizer(latent, s.lr, ctx.recipe.optim, muon_lr=muon_lr, quick={"annotators.": ANNOTATORS_LR})
     mixture = ctx.files(s.data, s.weights).mixture(record.where for record in examples.records)
     steps = steps_for(epoch_size(mixture), s.batch, s.epochs)
     terms = preference_terms(s)
@@ -89,18 +96,17 @@ def run(ctx: StageContext) -> None:
             for step in stage.steps():
                 wanted = mesh.share(batch_indices(seed, mixture, s.batch, step).tolist())
                 records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
-                micros = preference_micros(records, documents, micro_tokens, mean, std, device)
+                micros = preference_micros(records, documents, micro_tokens, mean, std, device, numbers)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
                 latent.train()
                 torch.manual_seed(seed_for(seed, "dropout", step, mesh.rank()))
-                stats = update(
-                    latent, optimizer, micros, terms, device, factor=factor, max_norm=ctx.recipe.optim.max_norm
-                )
+                stats = update(latent, optimizer, micros, terms, device, factor=factor, max_norm=max_norm)
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr, **stats.terms)
                 bar.advance(1, loss=stats.loss)
+        told = report_annotators(ctx, latent, examples, numbers, device) if numbers else {}
         figures = normalise(ctx, model, policy, tokenizer, form, device)
         figures |= judge(ctx, model, tests, baselines, device) if tests else {}
-        finish(ctx, stage, model, tokenizer, form, figures)
+        finish(ctx, stage, model, tokenizer, form, figures, told)
 
 
 def preference_terms(s: Reward) -> Terms:
@@ -110,20 +116,60 @@ def preference_terms(s: Reward) -> Terms:
         latent = cast(Latent, model)
         found: Judgements = micro.data
         r_D = latent.reward(micro.packed, "scores")
-        scaled = r_D * latent.log_rho.exp()
-        if s.comparison_loss == "pairs" or not len(found.ranked_N):  # without lists, a sum of no pairs
-            loss = preference.pair_loss_sum(scaled, found.winners_P, found.losers_P, found.weights_P, found.margins_P)
-        else:
-            loss = preference.plackett_luce_losses(scaled[found.ranked_N], found.ranks_N, found.bounds, "auto").sum()
         sums = r_D[found.winners_P] + r_D[found.losers_P]
-        error = (r_D[found.scored_S] - found.targets_S).square().sum()
-        return [
-            Term("comparisons", loss, "comparisons", s.comparison_weight),
-            Term("scores", error, "scores", s.score_weight),
+        parts = [
+            Term("comparisons", _comparison_loss(s, latent, found, r_D), "comparisons", s.comparison_weight),
+            Term("scores", _score_loss(latent, found, r_D), "scores", s.score_weight),
             Term("centre", (found.weights_P * sums.square()).sum(), "comparisons", s.center),
         ]
+        if latent.annotators:
+            of_lists, of_scores = latent.annotators.comparison_prior, latent.annotators.score_prior
+            parts.append(Term("competence_prior", of_lists(found.by_L), "comparisons", s.comparison_weight))
+            parts.append(Term("scale_prior", of_scores(found.by_S), "scores", s.score_weight))
+        return parts
 
     return terms
+
+
+def _comparison_loss(s: Reward, latent: Latent, found: Judgements, r_D: Tensor) -> Tensor:
+    """Summed over lists: the mean over a list's pairs, or the whole order; who gave it may have it the wrong way."""
+    scaled, who = r_D * latent.log_rho.exp(), latent.annotators
+    if s.comparison_loss == "pairs" or not len(found.ranked_N):  # without lists, a sum of no pairs
+        if who is None:
+            pairs = (found.winners_P, found.losers_P, found.weights_P, found.margins_P)
+            return preference.pair_loss_sum(scaled, *pairs)
+        gaps = scaled[found.winners_P] - scaled[found.losers_P] - found.margins_P
+        return (found.weights_P * preference.crowd_pair_losses(gaps, who.competence(found.by_P))).sum()
+    ranked = scaled[found.ranked_N]
+    losses = preference.plackett_luce_losses(ranked, found.ranks_N, found.bounds, "auto")
+    if who is None:
+        return losses.sum()
+    back = preference.plackett_luce_losses(ranked, -found.ranks_N, found.bounds, "auto")
+    c = who.competence(found.by_L)
+    return -torch.logaddexp(logsigmoid(c) - losses, logsigmoid(-c) - back).sum()
+
+
+def _score_loss(latent: Latent, found: Judgements, r_D: Tensor) -> Tensor:
+    """Summed squared errors, each on its annotator's own scale."""
+    rated = r_D[found.scored_S]
+    if latent.annotators:
+        rated = latent.annotators.rated(rated, found.by_S)
+    return (rated - found.targets_S).square().sum()
+
+
+def report_annotators(
+    ctx: StageContext, latent: Latent, examples: Examples, numbers: Mapping[str, int], device: Device
+) -> dict[str, bytes]:
+    """Says who is how reliable; annotators.json has it all, with the records that look flipped."""
+    rewards = torch.tensor(score_tokens(latent.reward, examples.tokens, device, ctx.recipe.run.micro_tokens))
+    found = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
+    scaled = rewards * latent.log_rho.detach().exp().cpu()
+    reliabilities, suspects = judged(examples.records, found, scaled, numbers)
+    if reliabilities:
+        columns = ("annotator", "comparisons", "right", "from", "to")
+        ctx.console.table("Annotators, the least reliable first", columns, [astuple(r) for r in reliabilities[:20]])
+        ctx.console.say(f"reward     {len(suspects)} comparisons look given the wrong way round: annotators.json")
+    return {"annotators.json": (json.dumps(written(reliabilities, suspects), ensure_ascii=False) + "\n").encode()}
 
 
 def score_moments(records: Sequence[Record]) -> tuple[float, float]:

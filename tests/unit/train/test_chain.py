@@ -114,3 +114,11 @@ def test_a_change_redoes_what_depends_on_it(chain: Chain) -> None:
     scores = chain.path.parent / "scores.jsonl"
     scores.write_text(scores.read_text().replace("1.0}\n", "0.5}\n", 1))
     assert chain.run("--ppo.kl-coefficient", "0.2") == ["reward", "ppo", "evaluate"]
+
+
+def test_annotators_are_told(chain: Chain) -> None:
+    """Both of the ranked file, beside the model; without their names there is nothing to tell."""
+    told = json.loads((chain.home / "reward" / "model" / "annotators.json").read_text())
+    assert {found["annotator"] for found in told["annotators"]} == {"kim", "lee"}
+    assert all(0 < found["low"] <= found["right"] <= found["high"] < 1 for found in told["annotators"])
+    assert all(suspect["where"].rpartition("/")[2].startswith("ranked.jsonl:") for suspect in told["suspects"])
