@@ -18,8 +18,8 @@ _STAGE_TABLES = {
     "tokenizer": ("tokenizer",),
     "pretrain": ("pretrain", "model", "optim", "run"),
     "sft": ("sft", "optim", "run"),
-    "reward": ("reward", "optim", "run"),
-    "ppo": ("ppo", "optim", "run"),
+    "reward": ("reward", "gate", "optim", "run"),
+    "ppo": ("ppo", "gate", "optim", "run"),
     "evaluate": ("evaluate", "sampling", "run"),
 }
 _VERBS = {

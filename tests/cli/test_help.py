@@ -72,7 +72,7 @@ def test_every_setting_has_its_meaning_and_default(capsys: pytest.CaptureFixture
 def test_a_stage_shows_its_own_tables(capsys: pytest.CaptureFixture[str]) -> None:
     main(["ppo", "--help"])
     text = capsys.readouterr().out
-    assert re.findall(r"^\[(\w+)\]", text, re.MULTILINE) == ["ppo", "run", "optim"]
+    assert re.findall(r"^\[(\w+)\]", text, re.MULTILINE) == ["ppo", "gate", "run", "optim"]
 
 
 @pytest.mark.parametrize("cls", [use.Generate, use.Chat, use.ScoreFile, use.Doctor])

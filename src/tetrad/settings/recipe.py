@@ -3,6 +3,7 @@
 from tetrad.settings.base import Seed, settings
 from tetrad.settings.common import Data, Optim, Run, Sampling
 from tetrad.settings.evaluate import Evaluate
+from tetrad.settings.gate import Gate
 from tetrad.settings.model import Model
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.pretrain import Pretrain
@@ -25,6 +26,7 @@ class Recipe:
     sft: Sft = Sft()
     reward: Reward = Reward()
     ppo: Ppo = Ppo()
+    gate: Gate = Gate()
     evaluate: Evaluate = Evaluate()
     data: Data = Data()
     run: Run = Run()

@@ -47,6 +47,7 @@ from tetrad.seeds import generator_for, seed_for
 from tetrad.settings.common import Sampling
 from tetrad.settings.ppo import Ppo
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.train import gate
 from tetrad.types import StepStats, Term
 
 
@@ -175,11 +176,12 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
 
 
 def reward_of(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Reward:
-    """The recipe's reward model, or the sum of its Python functions. Errors: E-CONF-FUNCTION."""
+    """The recipe's reward model, or the sum of its Python functions. Errors: E-CONF-FUNCTION, E-NUM-GATE."""
     if ctx.recipe.ppo.rewards:
         functions = [python_function(spec) for spec in ctx.recipe.ppo.rewards]
         return lambda samples: [math.fsum(parts) for parts in zip(*(f(samples) for f in functions), strict=True)]
     folder = ctx.parents["reward"]
+    gate.heed(ctx, folder)
     return trained(read_scalar(folder).requires_grad_(False).to(device.place), device, ctx.recipe.run.micro_tokens)
 
 

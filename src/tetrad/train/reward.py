@@ -49,11 +49,13 @@ from tetrad.errors import UserError
 from tetrad.model.decoder import ScalarModel
 from tetrad.model.weights import read_scalar
 from tetrad.objectives import preference
+from tetrad.objectives.calibration import spearman
 from tetrad.seeds import seed_for
 from tetrad.settings.common import Sampling
 from tetrad.settings.reward import Reward
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.train import gate
 from tetrad.types import Comparison, Score, Term
 
 Record = Comparison | Score
@@ -106,6 +108,7 @@ def run(ctx: StageContext) -> None:
         told = report_annotators(ctx, latent, examples, numbers, device) if numbers else {}
         figures = normalise(ctx, model, policy, tokenizer, form, device)
         figures |= judge(ctx, model, tests, baselines, device) if tests else {}
+        ctx.console.say(f"reward     {gate.verdict(figures, ctx.recipe.gate)}")
         finish(ctx, stage, model, tokenizer, form, figures, told)
 
 
@@ -208,6 +211,9 @@ def judge(
     figures = {"temperature": temperature, **test.figures(temperature)}
     said = ", ".join(f"{name} {figures[name]:.3f}" for name in ("pair_accuracy", "spearman", "ece") if name in figures)
     ctx.console.say(f"reward     on {len(test.gaps_P)} test pairs: {said}")
+    lengths = torch.tensor([float(len(sample.text)) for sample in read[1].samples()])
+    if "pair_accuracy" in (by_length := Pairs.of(read[1], lengths, s.pair_gap).figures(1.0)):
+        figures["length_accuracy"] = max(by_length["pair_accuracy"], 1 - by_length["pair_accuracy"])
     for name, function in baselines.items():
         rated = torch.tensor(function(read[1].samples()))
         beside = Pairs.of(read[1], rated, s.pair_gap).figures(1.0)
@@ -218,15 +224,20 @@ def judge(
 def normalise(
     ctx: StageContext, model: ScalarModel, policy: Path, tokenizer: Tokenizer, form: Template, device: Device
 ) -> dict[str, float]:
-    """Sets gain and bias: mean 0 and standard deviation 1 on the policy's replies to the RM's held-out prompts."""
+    """Sets gain and bias: mean 0 and standard deviation 1 on the policy's replies to the RM's held-out prompts; returns
+    what they were, and how fresh replies to the same prompts come out afterwards."""
     s, seed = ctx.recipe.reward, ctx.recipe.seed
     actor = frozen(read_policy(policy, tokenizer, form)).to(device.place)
     limit, files = actor.config.max_positions, ctx.files(s.held_out or s.data)
     questions = read_questions(files, form, tokenizer, Counts(), limit, s.normalise_max_new)
     chosen = [questions[i] for i in order(seed, 0, len(questions))[: s.normalise]]
     sampling = Sampling(max_new=s.normalise_max_new, slots=ctx.recipe.sampling.slots)
-    rollout = roll_out(actor, chosen, range(len(chosen)), (seed, "normalise", 0), sampling, tokenizer, device)
-    scores = np.array(trained(model, device, ctx.recipe.run.micro_tokens)(rollout.samples))
+    rate = trained(model, device, ctx.recipe.run.micro_tokens)
+    used, fresh = (
+        roll_out(actor, chosen, range(len(chosen)), (seed, name, 0), sampling, tokenizer, device).samples
+        for name in ("normalise", "fresh")
+    )
+    scores = np.array(rate(used))
     mean, std = float(scores.mean()), float(scores.std())
     if not std > 1e-6:
         what = f"the reward of {len(chosen)} replies has standard deviation {std:.2g}: it tells none apart"
@@ -234,4 +245,13 @@ def normalise(
     with torch.no_grad():
         model.score.weight /= std
         model.bias.copy_((model.bias - mean) / std)
-    return {"policy_mean": mean, "policy_std": std}
+    again = np.array(rate(fresh))
+    figures = {
+        "policy_mean": mean,
+        "policy_std": std,
+        "fresh_mean": float(again.mean()),
+        "fresh_std": float(again.std()),
+    }
+    lengths = torch.tensor([float(len(sample.reply_ids)) for sample in fresh])
+    correlation = spearman(torch.from_numpy(again), lengths)
+    return figures | ({"length_correlation": correlation} if np.isfinite(correlation) else {})

@@ -122,3 +122,14 @@ def test_annotators_are_told(chain: Chain) -> None:
     assert {found["annotator"] for found in told["annotators"]} == {"kim", "lee"}
     assert all(0 < found["low"] <= found["right"] <= found["high"] < 1 for found in told["annotators"])
     assert all(suspect["where"].rpartition("/")[2].startswith("ranked.jsonl:") for suspect in told["suspects"])
+
+
+def test_the_gate_is_told_and_heeded(chain: Chain) -> None:
+    """What it judges is noted with the model; under `strict` PPO refuses one that fails, and moves no earlier stage."""
+    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["figures"]
+    assert abs(figures["fresh_mean"]) < 3 and 0.2 < figures["fresh_std"] < 5
+    assert 0.5 <= figures["length_accuracy"] <= 1
+    chain.run()
+    assert chain.run("--gate.strict", "true", "--gate.least-std", "0") == []
+    with pytest.raises(UserError, match="E-NUM-GATE"):
+        chain.run("--gate.strict", "true", "--gate.accuracy", "1", "--ppo.steps", "9")

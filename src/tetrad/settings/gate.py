@@ -1,0 +1,25 @@
+"""What a reward model must reach before PPO trusts it."""
+
+from tetrad.settings.base import NotNegative, Share, settings, unkeyed
+
+
+@settings
+class Gate:
+    """The gate between reward model and PPO: it judges what the reward stage measured, and changes no number."""
+
+    strict: bool = unkeyed(False)
+    """PPO refuses a reward model that fails; else it says so and goes on."""
+    accuracy: Share = unkeyed(0.55)
+    """Fails where the lower end of the 95 % interval of the accuracy on test pairs is not above this."""
+    ece: Share = unkeyed(0.1)
+    """Fails where the calibration error at the fitted temperature is above this."""
+    length_margin: Share = unkeyed(0.03)
+    """Fails where taking the longer (or the shorter) answer is right nearly as often: less than this below."""
+    length_correlation: Share = unkeyed(0.5)
+    """Fails where reward and length of the SFT model's replies have a rank correlation beyond this."""
+    least_std: NotNegative = unkeyed(0.5)
+    """Fails where fresh replies of the SFT model get rewards of a smaller standard deviation (it was set to 1)."""
+    most_std: NotNegative = unkeyed(2.0)
+    """Fails where it is larger."""
+    most_mean: NotNegative = unkeyed(1.0)
+    """Fails where their mean is farther from 0."""
