@@ -144,8 +144,8 @@ def test_each_ones_scale_of_scores_is_learned() -> None:
         micros = preference_micros(records[rows], documents[rows], 4096, 0.0, 1.0, toys.CPU, numbers)
         update(latent, optimizer, micros, preference_terms(Reward()), toys.CPU, factor=1 - step / 75, max_norm=1.0)
     assert latent.annotators is not None
-    offset = {name: float(latent.annotators.offset[i]) for name, i in numbers.items()}
-    gain = {name: float(latent.annotators.log_gain[i].exp()) for name, i in numbers.items()}
+    offset = {name: float(latent.annotators.offset[i].detach()) for name, i in numbers.items()}
+    gain = {name: float(latent.annotators.log_gain[i].detach().exp()) for name, i in numbers.items()}
     assert offset["high"] - offset["plain"] == pytest.approx(0.8, abs=0.2)
     assert offset["plain"] - offset["low"] == pytest.approx(0.8, abs=0.2)
     assert gain["flat"] / gain["plain"] == pytest.approx(0.5, abs=0.15)
