@@ -14,7 +14,6 @@ processors that others took. `bandwidth` is what a step reads of weights and cac
 import argparse
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from clock import measured
 
 from tetrad.engine.device import Device
 from tetrad.engine.generate import Engine, Request, generate
@@ -124,22 +124,18 @@ def ours_of(model: CausalLM, prompts: list[list[int]], batch: int, bias: float) 
     return sample
 
 
-def busy() -> tuple[float, float]:
-    """Processor seconds of the whole machine, and of this process."""
-    fields = [float(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
-    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:2])
-
-
 def rate(sample: Callable[[int], int], seed: int, seconds: float) -> tuple[float, float]:
     """Useful tokens a second over at least so many seconds, and the share that others took."""
-    before, began, tokens = busy(), time.perf_counter(), 0
-    while True:
-        tokens += sample(seed)
-        if (took := time.perf_counter() - began) >= seconds:
-            break
-    after = busy()
-    others = max(0.0, (after[0] - before[0]) - (after[1] - before[1]))
-    return tokens / took, others / (took * (os.cpu_count() or 1))
+    tokens = 0
+
+    def work() -> None:
+        nonlocal tokens
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            tokens += sample(seed)
+
+    took, others = measured(work)
+    return tokens / took, others
 
 
 def reading_speed() -> float:

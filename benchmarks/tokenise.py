@@ -14,10 +14,10 @@ import os
 import random
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from clock import measured
 
 from tetrad import storage
 from tetrad.data.records import read_documents
@@ -39,23 +39,6 @@ def corpus(source: Path, size: int, seed: int = 0) -> list[str]:
             if left <= 0:
                 break
     return found
-
-
-def busy() -> tuple[float, float]:
-    """Processor seconds of the whole machine, and of this process with its children."""
-    fields = [float(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
-    times = os.times()
-    tick = os.sysconf("SC_CLK_TCK")
-    return (sum(fields[:3]) + sum(fields[5:8])) / tick, sum(times[:4])
-
-
-def measured(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and the share of the processors' time that others took."""
-    before, began = busy(), time.perf_counter()
-    work()
-    seconds, after = time.perf_counter() - began, busy()
-    others = max(0.0, (after[0] - before[0]) - (after[1] - before[1]))
-    return seconds, others / (seconds * (os.cpu_count() or 1))
 
 
 def run(name: str, source: Path, megabytes: int, pairs: int, workers: int) -> dict[str, object]:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from tetrad.engine.preferences import Judgements
+from tetrad.engine.preferences import Judgements, Record
 from tetrad.objectives.preference import crowd_pair_losses
 from tetrad.types import Comparison, Score
 
-Record = Comparison | Score
 START = 2.2  # logit of the competence before anything is known: 0.9
 SPREAD, OFFSET_SPREAD, GAIN_SPREAD = 1.5, 0.5, 0.3  # of logits; of offsets and log gains, in standard deviations
 LR = 0.2  # these few numbers must go far in few steps
@@ -103,7 +102,7 @@ def judged(
     found: the judgements of all records; rewards_D: of their answers, on the scale that was trained.
     """
     lists = [record for record in records if isinstance(record, Comparison)]
-    of_list = torch.searchsorted(torch.tensor(found.bounds), found.places_P, right=True) - 1
+    of_list = found.lists_P
     gaps, weights = rewards_D[found.winners_P] - rewards_D[found.losers_P], found.weights_P
     rows: dict[str, list[int]] = defaultdict(list)
     for pair, number in enumerate(of_list.tolist()):

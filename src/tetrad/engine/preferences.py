@@ -96,8 +96,7 @@ class Pairs:
         rewards, scores = rewards_D[found.scored_S], _scores(examples.records)
         better, worse = _scored_pairs(scores, gap)
         gaps = torch.cat((lists, rewards[better] - rewards[worse]))
-        of_list = torch.searchsorted(torch.tensor(found.bounds), found.places_P, right=True) - 1
-        groups = torch.cat((of_list, len(found.bounds) + better))
+        groups = torch.cat((found.lists_P, len(found.bounds) + better))
         return cls(gaps, groups, rewards, scores)
 
     def temperature(self) -> float:
@@ -146,8 +145,8 @@ def _group_interval(values_P: Tensor, groups_P: Tensor) -> tuple[float, float]:
 class Judgements:
     """What people said about the D documents of a micro-batch.
 
-    winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; places_P: the
-    winner's place among the documents of lists. ranked_N: documents of the lists,
+    winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; lists_P: the
+    number of each pair's list, on the CPU. ranked_N: documents of the lists,
     ranks_N and bounds: their ranks, list by list. scored_S: documents with a score; targets_S: the standardised score.
     by_P, by_L, by_S: numbers of the annotators of pairs, lists and scores; 0 where none is named.
     """
@@ -155,7 +154,7 @@ class Judgements:
     winners_P: Tensor
     losers_P: Tensor
     weights_P: Tensor
-    places_P: Tensor
+    lists_P: Tensor
     margins_P: Tensor
     ranked_N: Tensor
     ranks_N: Tensor
@@ -199,7 +198,7 @@ def judgements(
         winners_P=ranked[winners].to(place),
         losers_P=ranked[losers].to(place),
         weights_P=weights.float().to(place),
-        places_P=winners,
+        lists_P=of_list,
         margins_P=margins.to(place),
         ranked_N=ranked.to(place),
         ranks_N=ranks.to(place),

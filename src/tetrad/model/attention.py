@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q_THD, k_TGD, v_TGD) -> [T, H, D]
-
 
 @dataclass(frozen=True)
 class Bucket:

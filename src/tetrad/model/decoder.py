@@ -1,9 +1,9 @@
 """The decoder, and the two models made of it: a language model and a scalar model (reward, critic).
 
-One forward for training (packed documents) and for decoding (one token a row against a cache): they differ in the
-`attend` that a block is given. The head is applied inside `forward`, only where a target is, and in chunks, so the
-matrix of all logits never exists and sharded parameters work. Parameters are named as in Hugging Face folders.
-Frozen copies, dropout and precision are the caller's choice; text is unknown here.
+It reads packed documents, for training and wherever log-probabilities or values are wanted; decoding has a form of its
+own (fused.py). The head is applied inside `forward`, only where a target is, and in chunks, so the matrix of all logits
+never exists and sharded parameters work. Parameters are named as in Hugging Face folders. Frozen copies, dropout and
+precision are the caller's choice; text is unknown here.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tetrad.model.attention import Attend, packed_attention, plan_for
+from tetrad.model.attention import Plan, packed_attention, plan_for
 from tetrad.model.config import DecoderConfig
 from tetrad.objectives.language import nll_sum, token_logprobs
 from tetrad.objectives.product import linear
@@ -101,11 +101,11 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(layer, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
+        out = packed_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, plan)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
 
@@ -132,9 +132,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int, dropout: float) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, dropout: float) -> Tensor:
         drop = self.training and dropout > 0
-        out = self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+        out = self.self_attn(self.input_layernorm(x), cos, sin, plan)
         x = x + (F.dropout(out, dropout) if drop else out)
         out = self.mlp(self.post_attention_layernorm(x))
         return x + (F.dropout(out, dropout) if drop else out)
@@ -153,20 +153,17 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
         self.dropout = self.token_dropout = 0.0
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def forward(self, packed: Packed) -> Tensor:
         """Returns the normed hidden states [T, hidden]."""
-        x = self.embed_tokens(ids_T)
+        x = self.embed_tokens(packed.ids_T)
         if self.training and self.token_dropout > 0:
             x = x * (torch.rand(len(x), 1, device=x.device) >= self.token_dropout)
-        angle = positions_T[:, None].float() * self.inv_freq
+        angle = packed.positions_T[:, None].float() * self.inv_freq
         cos, sin = (f(angle)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
-        for number, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, attend, number, self.dropout)
+        plan = plan_for(packed.bounds, x.device)
+        for layer in self.layers:
+            x = layer(x, cos, sin, plan, self.dropout)
         return self.norm(x)  # type: ignore[no-any-return]
-
-    def packed(self, packed: Packed) -> Tensor:
-        plan = plan_for(packed.bounds, packed.ids_T.device)
-        return self(packed.ids_T, packed.positions_T, lambda _, q, k, v: packed_attention(q, k, v, plan))  # type: ignore[no-any-return]
 
 
 def rope_frequencies(c: DecoderConfig) -> Tensor:
@@ -197,7 +194,7 @@ class CausalLM(nn.Module):
     def forward(self, packed: Packed, want: str = "nll", temperature: float = 1.0) -> Any:
         """want: "nll", the summed negative log-likelihood of the targets, with a cheap gradient; "logprobs", a pair of
         [N] log-probabilities of the N targets and entropies (float32, differentiable); "logits", [T, V] for tests."""
-        hidden = self.model.packed(packed)
+        hidden = self.model(packed)
         if want == "logits":
             return (hidden @ self.head_weight.t()).float()
         at = (packed.targets_T != IGNORE).nonzero()[:, 0]
@@ -224,7 +221,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, packed: Packed, want: str = "scores") -> Tensor:
         """want: "scores", [D] at the last token of each document; "values", [N] at the positions that have a target."""
-        hidden = self.model.packed(packed)
+        hidden = self.model(packed)
         if want == "scores":
             at = torch.tensor(packed.bounds[1:], device=hidden.device) - 1
         else:

@@ -3,8 +3,9 @@
 A comparison says P(i over j) = sigmoid(rho (r_i - r_j)), all pairs of a list averaged (Ouyang et al. 2022, eq. 1) or
 the order as a whole (Plackett-Luce); a score says y = r in units of the scores' standard deviation. The likelihoods are
 added, each divided by its own count. rho is learned where both kinds meet, so that neither forces its scale on the
-other. Afterwards a temperature is fitted on held-out pairs, and gain and bias give mean 0 and standard deviation 1 on
-replies of the policy to held-out prompts (Ziegler et al. 2019). The figures go into the model's manifest.
+other; who is named as annotator may err and has a scale of scores of its own (engine.annotators). Afterwards a
+temperature is fitted on held-out pairs, and gain and bias give mean 0 and standard deviation 1 on replies of the policy
+to held-out prompts (Ziegler et al. 2019). The figures go into the model's manifest, and the gate judges them.
 """
 
 import json
@@ -28,7 +29,7 @@ from tetrad.engine.annotators import Annotators, judged, numbers_of, written
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
 from tetrad.engine.optim import Optimizer, lr_factor
-from tetrad.engine.preferences import Examples, Judgements, Pairs, judgements, preference_micros
+from tetrad.engine.preferences import Examples, Judgements, Pairs, Record, judgements, preference_micros
 from tetrad.engine.prepare import first_parent
 from tetrad.engine.rollout import read_questions, roll_out
 from tetrad.engine.scoring import Reward as RewardFunction
@@ -56,9 +57,7 @@ from tetrad.settings.reward import Reward
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.train import gate
-from tetrad.types import Comparison, Score, Term
-
-Record = Comparison | Score
+from tetrad.types import Score, Term
 
 
 class Latent(nn.Module):

@@ -69,7 +69,7 @@ def test_read_back_in_place(micro_tokens):
         n, first = int(document.train.sum()), int((~document.train).sum())
         with torch.no_grad():
             logits = model(toys.packed([document]), "logits").log_softmax(-1)
-            hidden = critic.model.packed(toys.packed([document])) @ critic.score.weight[0]
+            hidden = critic.model(toys.packed([document])) @ critic.score.weight[0]
         expected = torch.stack([logits[t - 1, document.ids[t]] for t in range(first, first + n)])
         torch.testing.assert_close(logprobs[i, :n], expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(values[i, :n], hidden[first - 1 : first + n - 1], rtol=0, atol=1e-5)

@@ -83,7 +83,7 @@ def test_scalar_reads_last_tokens_or_each_before_a_label():
     model = toys.scalar(seed=1, bias=0.5)
     documents = toys.documents(5)
     packed = toys.packed(documents)
-    every = (model.model.packed(packed) @ model.score.weight[0]) + 0.5
+    every = (model.model(packed) @ model.score.weight[0]) + 0.5
     last = torch.tensor(packed.bounds[1:]) - 1
     torch.testing.assert_close(model(packed), every[last])
     torch.testing.assert_close(model(packed, "values"), every[packed.targets_T != IGNORE])

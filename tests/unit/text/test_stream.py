@@ -14,6 +14,10 @@ CORPUS = ["The fox 🦊 jumps over the lazy dog.\n", "狐狸跳过懒狗。很�
 LEARNED = bpe.learn(CORPUS, 400)
 
 
+def test_the_words_are_tokens_of_several_letters():
+    assert len(LEARNED.encode("the lazy dog")) <= 6
+
+
 def pieces(tokenizer, ids, stops=()):
     stream = TextStream(tokenizer, stops)
     found = []
@@ -54,6 +58,7 @@ def test_control_tokens_show_nothing():
         ("aaab", ["aab"], "a"),
         ("abcabd", ["abd", "bca"], "a"),  # the first in the text, not in the list
         ("xabby", ["abb", "b"], "xa"),  # complete first
+        ("the lazy dog", ["laz", "a"], "the l"),  # and so where one token brings both
         ("狐狸跳过懒狗。", ["懒狗"], "狐狸跳过"),
         ("🦊🦊🦊", ["🦊🦊"], ""),
         ("ends with la", ["lazy"], None),
