@@ -1,15 +1,21 @@
 """Model folders as a run leaves them, untrained: a learned tokenizer, Chinese text included, and random weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import toys
+from tetrad.engine import scoring
+from tetrad.engine.scoring import Sample
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.weights import model_files
+from tetrad.serve import models
+from tetrad.serve.models import RewardModel
 from tetrad.storage import write_folder
 from tetrad.text.bpe import learn
 from tetrad.text.template import TEMPLATES
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Prompt, Tokens
 
 TEXT = [
     "the plot is a warm and funny story with a dull ending",
@@ -34,3 +40,16 @@ def write_model(
     toys.randomise(model, seed, std=0.25)
     write_folder(folder / "model", {**model_files(model), **words.files(template)}, {"key": "k"})
     return folder
+
+
+def written(judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]) -> list[Tokens]:
+    """Prompts and answers as the judge's documents."""
+    samples = [Sample((), (), p.turns, text, p.where, e) for p, text, e in zip(prompts, texts, ended, strict=True)]
+    return scoring.written(judge.form, judge.tokenizer, samples)
+
+
+def rate(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:
+    """Rewards of a judge that is one model."""
+    (rewards,) = models.rate(judge, documents).tolist()
+    found: list[float] = rewards
+    return found

@@ -1,8 +1,15 @@
 """A recipe that runs all stages in seconds: generated text in which some words are liked and others not."""
 
+import io
 import json
 import random
 from pathlib import Path
+from typing import Any
+
+from tetrad import pipeline, recipe
+from tetrad.engine.console import Console
+
+STAGES = ["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
 
 GOOD, BAD = ("warm", "funny", "bright", "moving"), ("dull", "flat", "slow", "empty")
 THINGS = ("film", "story", "scene", "score", "actor", "ending")
@@ -39,6 +46,7 @@ score_scale = [-1, 1]
 epochs = 2
 batch = 16
 token_dropout = 0.1
+patience = 9
 normalise = 16
 normalise_max_new = 8
 [ppo]
@@ -101,3 +109,21 @@ def write_tiny(folder: Path) -> Path:
     path = folder / "recipe.toml"
     path.write_text(RECIPE)
     return path
+
+
+class Chain:
+    """The recipe in a folder, and what running it said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.runs = write_tiny(folder / "data"), folder / "runs"
+        self.home = self.runs / "tiny"
+
+    def run(self, *overrides: str) -> list[str]:
+        """The stages that were done, not skipped."""
+        said = io.StringIO()
+        read = recipe.read(self.path, ["--run.out", str(self.runs), *overrides])
+        pipeline.run(read, Console(out=said, err=io.StringIO()))
+        return [stage for stage in STAGES if f"{stage:<10} done in" in said.getvalue()]
+
+    def lines(self, stage: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.home / stage / "metrics.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ from tetrad.engine.device import Device
 from tetrad.engine.generate import Request
 from tetrad.model.config import DecoderConfig
 from tetrad.model.decoder import CausalLM, ScalarModel
-from tetrad.model.weights import model_files
+from tetrad.model.weights import members_content, model_files
 from tetrad.settings.common import Sampling
 from tetrad.storage import Content
 from tetrad.text.tokenizer import Tokenizer
@@ -112,3 +112,8 @@ def tokenizer(size: int = 40) -> Tokenizer:
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "w3"}
     spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}, "model": model}
     return Tokenizer.from_json(json.dumps(spec))
+
+
+def members(models: Sequence[ScalarModel]) -> dict[str, Content]:
+    """The files of an ensemble beyond its first member."""
+    return members_content(models)

@@ -45,7 +45,7 @@ STAGES = {
     "evaluate": "prompts",
 }
 """Each stage with the setting that turns it on."""
-VERSIONS = dict.fromkeys(STAGES, 1) | {"reward": 2}
+VERSIONS = dict.fromkeys(STAGES, 1) | {"reward": 3}
 """Raised when a stage's arithmetic changes, so that its results are made anew."""
 _SHARED = {"pretrain": "optim", "sft": "optim", "reward": "optim", "ppo": "optim", "evaluate": "sampling"}
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")

@@ -46,7 +46,10 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Answers to one prompt in an order of preference: the lowest rank is best, equal ranks are ties."""
+    """Answers to one prompt in an order of preference: the lowest rank is best, equal ranks are ties.
+
+    votes: how many people preferred each answer, where that is what made the ranks.
+    """
 
     prompt: Prompt
     answers: tuple[str, ...]
@@ -54,17 +57,19 @@ class Comparison:
     annotator: str = ""
     margin: float = 0.0
     where: str = ""
+    votes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One answer with a number on the declared scale."""
+    """One answer with a number on the declared scale. spread: the standard error of that number, where it is known."""
 
     prompt: Prompt
     answer: str
     score: float
     annotator: str = ""
     where: str = ""
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ ASKED = ppo_toys.questions(12, VOCAB)
 def some_models(s: Ppo = S, pad: int = toys.PAD, other: bool = False) -> FourModels:
     """Rewards are a random reward model's. other: the reference is not the actor."""
     actor = toys.causal(seed=1, pad_id=pad, vocab_size=VOCAB)
-    reward = trained(toys.scalar(seed=2, vocab_size=VOCAB), toys.CPU, 256)
+    reward = trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256)
     reference = toys.causal(seed=3, vocab_size=VOCAB) if other else None
     return ppo_toys.four_models(s, actor, toys.scalar(seed=4, vocab_size=VOCAB), reward, reference)
 
@@ -63,7 +63,7 @@ def test_dropout_is_off_in_all_four():
         for model in (four.actor, four.reference, four.critic, scorer):
             model.model.dropout = dropout
             model.train()
-        scores = torch.tensor(trained(scorer, toys.CPU, 256)(rollout.samples))
+        scores = torch.tensor(trained([scorer], toys.CPU, 256)(rollout.samples))
         made, _ = ppo_toys.experience(four, rollout, S)
         four.actor.train()
         again = ppo_toys.sampled(four, ASKED, S, (0, 0)).sampled_BT
@@ -275,7 +275,7 @@ def test_the_frozen_stay_frozen():
 
 def test_replies_are_scored_as_sampled():
     """By their ids: a text that would be tokenised otherwise, or look finished, must not be read again."""
-    reward = trained(toys.scalar(seed=2), toys.CPU, 64)
+    reward = trained([toys.scalar(seed=2)], toys.CPU, 64)
     plain = Sample((5, 6), (7, 8, 9), (), "w7 w8 w9")
     assert reward([plain]) == reward([replace(plain, text="w9 w9 <|endoftext|>")])
     assert reward([plain]) != reward([replace(plain, reply_ids=(7, 8, 9, toys.EOS))])

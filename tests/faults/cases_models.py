@@ -422,7 +422,7 @@ CASES += [
         hf(tokenizer(_foreign_actor), "reward"),
         ("run", "recipe.toml", "--reward.from", "hf", "--reward.data", "[]", "--ppo.steps", "4"),
         "E-MODEL-TOKENIZER",
-        "different tokenizers",
+        "whose tokenizer isn't the answering model's",
     ),
     Case(
         "reward-is-a-language-model",

@@ -21,7 +21,7 @@ Mixture = tuple[tuple[int, float], ...]
 """Runs of records in the order of the store: how many, and how often an epoch reads each."""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # several epochs of each member of an ensemble
 def order(seed: int, epoch: int, n: int) -> Indices:
     """The permutation of n records in this epoch, read-only."""
     permutation = generator_for(seed, "order", epoch).permutation(n).astype(np.int64, copy=False)

@@ -18,8 +18,8 @@ from tetrad.errors import UserError
 
 MAX_JSON_BYTES = 512 << 20  # a .json file is held whole
 _SPACE = re.compile(r"[ \t\r\n]*")
-_JSON_CELLS = ("messages", "conversations", "choices", "history")
-_NUMBER_CELLS = ("score", "margin", "rank")
+_JSON_CELLS = ("messages", "conversations", "choices", "history", "votes")
+_NUMBER_CELLS = ("score", "margin", "rank", "spread")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 

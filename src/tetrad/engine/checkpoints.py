@@ -17,7 +17,7 @@ from tetrad.model.headers import read_header
 PARTS = {
     "pretrain": ("model", "optimizer"),
     "sft": ("model", "optimizer"),
-    "reward": ("model", "optimizer"),
+    "reward": ("model", "optimizer", "best"),
     "ppo": ("actor", "actor_optimizer", "critic", "critic_optimizer"),
 }
 """What each stage's checkpoints hold: told by the stages themselves where they run, and by this table before."""

@@ -111,10 +111,11 @@ def refuse_small_vocabulary(rows: int, tokenizer: Tokenizer, folder: Path) -> No
 
 
 def refuse_other_tokenizer(folder: Path, own: Tokenizer, policy: Tokenizer) -> None:
-    """A reward model reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
+    """A critic reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
     if own.fingerprint != policy.fingerprint:
-        what = "the reward model and the model that answers have different tokenizers"
-        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="train it from this recipe's SFT model")
+        what = "the critic can't start from a reward model whose tokenizer isn't the answering model's"
+        hint = 'set ppo.critic = "actor", or train the reward model from this recipe\'s SFT model'
+        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint=hint)
 
 
 def foreign_files(folder: Path, setting: str) -> list[Path]:

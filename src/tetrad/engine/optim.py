@@ -4,7 +4,7 @@ State is float32 and named by parameter, so that a checkpoint reads like the mod
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -125,6 +125,25 @@ class Optimizer:
                 raise UserError("E-CKPT-KEYS", f"the optimizer's state names {name!r}, which isn't trained", where=key)
             parameter = self.names[name]
             owners[id(parameter)].state[parameter][slot] = value.to(parameter.device)
+
+
+class Together:
+    """The optimizers of several models as one part of a checkpoint."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": t for i, one in enumerate(self.optimizers) for name, t in one.tensors().items()}
+
+    def full_bytes(self) -> int:
+        return sum(one.full_bytes() for one in self.optimizers)
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Errors: E-CKPT-KEYS."""
+        for i, one in enumerate(self.optimizers):
+            mine = {n.removeprefix(f"{i}."): tensor for n, tensor in tensors.items() if n.startswith(f"{i}.")}
+            one.load_tensors(mine)
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:

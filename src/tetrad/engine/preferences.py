@@ -19,12 +19,10 @@ from tetrad.engine.device import Device
 from tetrad.engine.scoring import Sample
 from tetrad.engine.update import Micro
 from tetrad.errors import UserError
-from tetrad.objectives import calibration
 from tetrad.objectives.preference import pairs_of
 from tetrad.types import Comparison, Score, Tokens
 
 Record = Comparison | Score
-MOST_SCORED = 4000  # scored answers that are paired for a report: all pairs of more would fill the memory
 
 
 @dataclass(frozen=True)
@@ -75,79 +73,13 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Judged answers in pairs of a better and a worse one: within lists, and between scored answers.
-
-    gaps_P: reward of the better less that of the worse. groups_P: the pair's list, or its better answer. rewards_S,
-    scores_S: of the scored answers.
-    """
-
-    gaps_P: Tensor
-    groups_P: Tensor
-    rewards_S: Tensor
-    scores_S: Tensor
-
-    @classmethod
-    def of(cls, examples: Examples, rewards_D: Tensor, gap: float) -> "Pairs":
-        """gap: scored answers closer than this make no pair."""
-        found = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
-        rewards_D = rewards_D.double()
-        lists = rewards_D[found.winners_P] - rewards_D[found.losers_P]
-        rewards, scores = rewards_D[found.scored_S], _scores(examples.records)
-        better, worse = _scored_pairs(scores, gap)
-        gaps = torch.cat((lists, rewards[better] - rewards[worse]))
-        groups = torch.cat((found.lists_P, len(found.bounds) + better))
-        return cls(gaps, groups, rewards, scores)
-
-    def temperature(self) -> float:
-        """The T at which sigmoid(gap / T) is the best calibrated on these pairs; 1 without pairs."""
-        return calibration.fit_temperature(self.gaps_P, torch.ones_like(self.gaps_P)) if len(self.gaps_P) else 1.0
-
-    def figures(self, temperature: float) -> dict[str, float]:
-        """pair_accuracy with its 95 % interval, ece and brier at this temperature, spearman of scored answers."""
-        found: dict[str, float] = {"pairs": float(len(self.gaps_P))}
-        if len(self.gaps_P):
-            correct = (self.gaps_P.sign() + 1) / 2
-            low, high = _group_interval(correct, self.groups_P)
-            chance = torch.sigmoid(self.gaps_P / temperature)
-            confidence = torch.maximum(chance, 1 - chance)
-            found |= {"pair_accuracy": float(correct.mean()), "pair_accuracy_low": low, "pair_accuracy_high": high}
-            found |= {
-                "ece": float(calibration.ece(confidence, correct)),
-                "brier": float(calibration.brier(confidence, correct)),
-            }
-        if len(self.scores_S) > 2:
-            rank = calibration.spearman(self.rewards_S, self.scores_S)
-            found |= {"spearman": rank} if math.isfinite(rank) else {}
-        return found
-
-
-def _scores(records: Sequence[Record]) -> Tensor:
-    return torch.tensor([record.score for record in records if isinstance(record, Score)], dtype=torch.float64)
-
-
-def _scored_pairs(scores_S: Tensor, gap: float) -> tuple[Tensor, Tensor]:
-    """Better and worse, among the first MOST_SCORED, of all pairs that differ by at least `gap` (and at all)."""
-    scores_S = scores_S[:MOST_SCORED]
-    difference = scores_S[:, None] - scores_S[None]
-    return tuple(((difference >= gap) & (difference > 0)).nonzero().unbind(1))  # type: ignore[return-value]
-
-
-def _group_interval(values_P: Tensor, groups_P: Tensor) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean of pairs, drawing whole groups: from each group's sum and size."""
-    _, place = groups_P.unique(return_inverse=True)
-    sums = torch.zeros(int(place.max()) + 1, 2, dtype=torch.float64)
-    sums.index_add_(0, place, torch.stack((values_P, torch.ones_like(values_P)), 1))
-    return calibration.bootstrap_interval(sums, lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum())
-
-
-@dataclass(frozen=True)
 class Judgements:
     """What people said about the D documents of a micro-batch.
 
     winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; lists_P: the
-    number of each pair's list, on the CPU. ranked_N: documents of the lists,
-    ranks_N and bounds: their ranks, list by list. scored_S: documents with a score; targets_S: the standardised score.
+    number of each pair's list, on the CPU; labels_P: the share of votes for the winner, 1 where nobody counted.
+    ranked_N: documents of the lists, ranks_N and bounds: their ranks, list by list. scored_S: documents with a score;
+    targets_S: the standardised score, weights_S: how much it counts beside one that is known exactly.
     by_P, by_L, by_S: numbers of the annotators of pairs, lists and scores; 0 where none is named.
     """
 
@@ -155,12 +87,14 @@ class Judgements:
     losers_P: Tensor
     weights_P: Tensor
     lists_P: Tensor
+    labels_P: Tensor
     margins_P: Tensor
     ranked_N: Tensor
     ranks_N: Tensor
     bounds: tuple[int, ...]
     scored_S: Tensor
     targets_S: Tensor
+    weights_S: Tensor
     by_P: Tensor
     by_L: Tensor
     by_S: Tensor
@@ -173,12 +107,12 @@ def _informative(record: Record) -> bool:
 
 def judgements(
     records: Sequence[Record],
-    mean: float,
-    std: float,
+    zero: float,
+    unit: float,
     place: torch.device,
     numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> Judgements:
-    """mean, std: of the training scores; numbers: of the annotators."""
+    """zero, unit: the score whose target is 0, and the points of a target of 1; numbers: of the annotators."""
     lists = [record for record in records if isinstance(record, Comparison)]
     rated = [record for record in records if isinstance(record, Score)]
     starts = np.cumsum([0, *(1 if isinstance(r, Score) else len(r.answers) for r in records)]).tolist()
@@ -199,24 +133,32 @@ def judgements(
         losers_P=ranked[losers].to(place),
         weights_P=weights.float().to(place),
         lists_P=of_list,
+        labels_P=_labels(lists, winners, losers).to(place),
         margins_P=margins.to(place),
         ranked_N=ranked.to(place),
         ranks_N=ranks.to(place),
         bounds=bounds,
         scored_S=torch.tensor(scored).long().to(place),
-        targets_S=torch.tensor([(record.score - mean) / std for record in rated]).to(place),
+        targets_S=torch.tensor([(record.score - zero) / unit for record in rated]).to(place),
+        weights_S=torch.tensor([1 / (1 + (record.spread / unit) ** 2) for record in rated]).to(place),
         by_P=by[0][of_list].to(place),
         by_L=by[0].to(place),
         by_S=by[1].to(place),
     )
 
 
+def _labels(lists: Sequence[Comparison], winners: Tensor, losers: Tensor) -> Tensor:
+    """The winners' shares of the votes; all of them where nobody counted."""
+    votes = torch.tensor([vote for record in lists for vote in record.votes or [math.nan] * len(record.ranks)])
+    return (votes[winners] / (votes[winners] + votes[losers])).nan_to_num(1.0) if lists else torch.empty(0)
+
+
 def preference_micros(
     records: Sequence[Record],
     documents: Sequence[Sequence[Tokens]],
     micro_tokens: int,
-    mean: float,
-    std: float,
+    zero: float,
+    unit: float,
     device: Device,
     numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Micro]:
@@ -229,5 +171,5 @@ def preference_micros(
         scores = sum(isinstance(record, Score) for record in chosen)
         lists = sum(isinstance(record, Comparison) and _informative(record) for record in chosen)
         counts = {"comparisons": float(lists), "scores": float(scores)}
-        micros.append(Micro(packed, counts, judgements(chosen, mean, std, device.place, numbers)))
+        micros.append(Micro(packed, counts, judgements(chosen, zero, unit, device.place, numbers)))
     return micros

@@ -35,9 +35,9 @@ class Preflight:
             Tokenizer.load(parents["tokenizer"])
         found = {role: self._look(folder, _ROLES.get(role, "language")) for role, folder in there.items()}
         policy = next((found.get(role) for role in _POLICY if role in parents), None)
-        for role in ("reward", "from"):
-            if role in found and policy and not (role == "reward" and stage == "reward"):
-                folders.refuse_other_tokenizer(there[role], found[role].tokenizer, policy.tokenizer)
+        role = {"ppo": "reward", "reward": "from"}.get(stage, "")
+        if role in found and policy and self.recipe.ppo.prompts and self.recipe.ppo.critic == "reward":
+            folders.refuse_other_tokenizer(there[role], found[role].tokenizer, policy.tokenizer)
         if stage == "sft" and policy:
             folder = next(there[role] for role in _POLICY if role in there)
             self._refuse_template(folder, policy.tokenizer)

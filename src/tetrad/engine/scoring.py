@@ -13,21 +13,25 @@ import torch
 
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
+from tetrad.data.tokens import tokenize
 from tetrad.engine.device import Device
 from tetrad.errors import UserError
 from tetrad.model.decoder import ScalarModel
-from tetrad.types import Tokens, Turn
+from tetrad.text.template import Template
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Prompt, Tokens, Turn
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A reply as it was sampled: its ids (never re-tokenised), the text they stand for, and what was asked."""
+    """A reply as it was sampled: its ids, the text they stand for, what was asked, and whether it ended by itself."""
 
     prompt_ids: tuple[int, ...]
     reply_ids: tuple[int, ...]
     turns: tuple[Turn, ...]
     text: str
     where: str = ""
+    ended: bool = True
 
     @property
     def asked(self) -> str:
@@ -54,6 +58,21 @@ def joined(samples: Sequence[Sample]) -> list[Tokens]:
     ]
 
 
+def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Sample]) -> list[Tokens]:
+    """The same from their texts, for a reward model with its own tokenizer; those that ended have their end token.
+
+    Errors: E-DATA-*, E-MODEL-*.
+    """
+    heads = tokenize(form, tokenizer, [Prompt(sample.turns, sample.where) for sample in samples])
+    bodies = tokenizer.encode_batch([form.said(sample.text) for sample in samples])
+    end = form.end_id(tokenizer)
+    documents = []
+    for head, body, sample in zip(heads, bodies, samples, strict=True):
+        ids = np.array([*head.ids.tolist(), *body, *([end] if sample.ended else [])], np.int32)
+        documents.append(Tokens(ids, np.zeros(len(ids), np.bool_), head.where))
+    return documents
+
+
 @torch.no_grad()
 def score_tokens(model: ScalarModel, documents: Sequence[Tokens], device: Device, micro_tokens: int) -> list[float]:
     """The model's number at the last token of each document."""
@@ -68,9 +87,36 @@ def score_tokens(model: ScalarModel, documents: Sequence[Tokens], device: Device
     return found.tolist()
 
 
-def trained(model: ScalarModel, device: Device, micro_tokens: int) -> Reward:
-    """A reward model that reads the sampled ids themselves."""
-    return lambda samples: score_tokens(model, joined(samples), device, micro_tokens)
+def member_scores(
+    members: Sequence[ScalarModel], documents: Sequence[Tokens], device: Device, micro_tokens: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Every member's number for every document, [members, documents]. Errors: E-DATA-LONG."""
+    limit = members[0].config.max_positions
+    for document in documents:
+        if len(document.ids) > limit:
+            what = f"prompt and answer have {len(document.ids)} tokens, the reward model reads {limit}"
+            raise UserError("E-DATA-LONG", what, where=document.where, hint="shorten the answer")
+    return np.array([score_tokens(member, documents, device, micro_tokens) for member in members])
+
+
+def trained(
+    members: Sequence[ScalarModel],
+    device: Device,
+    micro_tokens: int,
+    read: Callable[[Sequence[Sample]], list[Tokens]] = joined,
+    doubt: float = 0.0,
+) -> Reward:
+    """A reward model: the mean of its members, less `doubt` times their standard deviation (Coste et al. 2024).
+
+    read: how samples become documents; by the sampled ids themselves, or by `written`.
+    """
+
+    def reward(samples: Sequence[Sample]) -> list[float]:
+        scores = member_scores(members, read(samples), device, micro_tokens)
+        found: list[float] = (scores.mean(0) - doubt * scores.std(0)).tolist()
+        return found
+
+    return reward
 
 
 def python_function(spec: str) -> Reward:

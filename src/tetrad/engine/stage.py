@@ -16,13 +16,14 @@ from tetrad.engine.batches import mean_nll
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
 from tetrad.engine.folders import refuse_other_tokenizer
-from tetrad.engine.prepare import Prepared
+from tetrad.engine.prepare import Prepared, first_parent
 from tetrad.engine.runs import Run, Stateful, open_run
+from tetrad.engine.scoring import Reward, Sample, joined, trained, written
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.safetensors_io import file_bytes
-from tetrad.model.weights import model_files, read_causal
+from tetrad.model.weights import model_files, read_causal, read_members
 from tetrad.storage import Content, Json
 from tetrad.text.template import Template, choose
 from tetrad.text.tokenizer import Tokenizer
@@ -163,8 +164,26 @@ def _ending_at(config: DecoderConfig, end: int) -> DecoderConfig:
 
 
 def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """A reward model reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
+    """What reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
     refuse_other_tokenizer(folder, Tokenizer.load(folder), tokenizer)
+
+
+def reward_model(ctx: StageContext, folder: Path, tokenizer: Tokenizer, device: Device, doubt: float = 0.0) -> Reward:
+    """A finished reward model. It reads the sampled ids themselves where it shares tokenizer and template with the
+    model that answers, else the text; see `scoring.trained`."""
+    members = [member.requires_grad_(False).to(device.place) for member in read_members(folder)]
+    read = reader(ctx, folder, tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
+    return trained(members, device, ctx.recipe.run.micro_tokens, read, doubt)
+
+
+def reader(
+    ctx: StageContext, folder: Path, tokenizer: Tokenizer, form: Template
+) -> Callable[[Sequence[Sample]], list[Tokens]]:
+    """How the reward model of this folder reads replies of a model with that tokenizer and template."""
+    own, own_form = Tokenizer.load(folder), template_for(ctx, folder)
+    if (own.fingerprint, own_form) == (tokenizer.fingerprint, form):
+        return joined
+    return lambda samples: written(own_form, own, samples)
 
 
 def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Prepared:

@@ -76,6 +76,21 @@ def update(
     return StepStats(loss, norm, optimizer.lr * factor, means)
 
 
+@torch.no_grad()
+def measured(model: nn.Module, micros: Sequence[Micro], terms: Terms, device: Device) -> float:
+    """The loss of a batch as `update` would see it, on this rank alone; no weight changes."""
+    counts: dict[str, float] = defaultdict(float)
+    for micro in micros:
+        for name, count in micro.counts.items():
+            counts[name] += count
+    loss = 0.0
+    for micro in micros:
+        with device.compute():
+            parts = terms(model, micro)
+        loss += math.fsum(float(t.sum) * t.coefficient / counts[t.per] for t in parts if counts[t.per])
+    return loss
+
+
 def _backward(parts: list[Tensor]) -> None:
     if parts:
         torch.stack(parts).sum().backward()

@@ -6,11 +6,13 @@ wrote carry a manifest and are verified before they are read.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tetrad.errors import UserError
 from tetrad.model.config import config_json
 from tetrad.model.decoder import CausalLM, ScalarModel, initial_head, rope_frequencies
 from tetrad.model.inspect import Facts, has_manifest, inspect
@@ -39,6 +41,38 @@ def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
         tensors["score.weight"] = initial_head(facts.config.hidden_size, seed)
     _fill(model, tensors)
     return model
+
+
+def read_members(folder: Path) -> tuple[ScalarModel, ...]:
+    """A reward model and the further members of its ensemble, where it has any. Errors: E-MODEL-*, E-CKPT-*."""
+    members = [read_scalar(folder)]
+    for path in member_files(folder):
+        tensors = read_tensors(path)
+        with torch.device("meta"):
+            model = ScalarModel(members[0].config)
+        if tensors.keys() != {*dict(model.named_parameters()), "bias"}:
+            raise UserError("E-CKPT-KEYS", "its tensors are not those of the model beside it", where=str(path))
+        _fill(model, tensors)
+        model.bias = tensors["bias"]
+        members.append(model)
+    return tuple(members)
+
+
+def member_files(folder: Path) -> list[Path]:
+    """The weights of the second, third ... member of an ensemble."""
+    return sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+
+
+def members_content(members: Sequence[ScalarModel]) -> dict[str, Content]:
+    """The files of all but the first, which is the folder's own model."""
+    return {
+        f"member-{number}.safetensors": tensor_chunks({**_trained(member), "bias": member.bias})
+        for number, member in enumerate(members[1:], start=2)
+    }
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def _inspected(folder: Path, *, scalar: bool = False) -> Facts:
@@ -79,7 +113,7 @@ def model_files(model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES) -
         files["generation_config.json"] = _json(
             {"eos_token_id": eos[0] if len(eos) == 1 else eos or None, "pad_token_id": config.pad_id}
         )
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    tensors = _trained(model)
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():

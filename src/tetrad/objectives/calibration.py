@@ -75,6 +75,14 @@ def spearman(x_N: Tensor, y_N: Tensor) -> float:
     return float(x @ y) / scale if scale > 0 else math.nan
 
 
+def kendall(x_N: Tensor, y_N: Tensor) -> float:
+    """tau-b: pairs in the same order less those in the other, over the pairs untied on each side (Kendall 1945); NaN
+    where either side is constant. Memory: N^2 numbers."""
+    x, y = (torch.sign(v[:, None] - v[None]).float() for v in (x_N.detach(), y_N.detach()))
+    scale = float(x.norm()) * float(y.norm())
+    return float((x * y).sum(dtype=torch.float64)) / scale if scale else math.nan
+
+
 def bootstrap_interval(
     values_N: Tensor,
     statistic: Callable[[Tensor], Tensor | float] = torch.mean,

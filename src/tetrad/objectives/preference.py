@@ -67,13 +67,22 @@ def pair_loss_sum(
     losers_P: Tensor,
     weights_P: Tensor,
     margins_P: Tensor | None = None,
-    smoothing: float = 0.0,
+    labels_P: Tensor | None = None,
+    competence_P: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum over pairs of the Bradley-Terry loss; with `pairs_of`'s weights, the sum of each list's mean."""
+    """Weighted sum over pairs of the Bradley-Terry loss; with `pairs_of`'s weights, the sum of each list's mean.
+
+    labels_P: how likely the winner is the better one, 1 by default. competence_P: as in `crowd_pair_losses`.
+    """
     gap = rewards_N[winners_P] - rewards_N[losers_P]
     if margins_P is not None:
         gap = gap - margins_P
-    return (weights_P.to(gap.dtype) * _pair_losses(gap, torch.full_like(gap, 1 - smoothing))).sum()
+    label = torch.ones_like(gap) if labels_P is None else labels_P
+    if competence_P is None:
+        losses = _pair_losses(gap, label)
+    else:
+        losses = label * crowd_pair_losses(gap, competence_P) + (1 - label) * crowd_pair_losses(-gap, competence_P)
+    return (weights_P.to(gap.dtype) * losses).sum()
 
 
 def kwise_loss(scores_K: Tensor, ranks_K: Tensor, ties: PairTies = "skip") -> Tensor:
@@ -119,24 +128,21 @@ def plackett_luce_loss(scores_K: Tensor, ranks_K: Tensor, ties: OrderTies = "exa
     return plackett_luce_losses(scores_K, ranks_K, (0, len(scores_K)), ties)[0]
 
 
-def score_regression_sum(
-    pred_N: Tensor, target_N: Tensor, lo: float, hi: float, kind: Literal["mse", "bce"] = "mse"
-) -> Tensor:
-    """Sum of squared errors, or of binary cross-entropies with sigmoid(pred), against (target - lo) / (hi - lo)."""
-    if not lo < hi:
-        raise ValueError(f"a scale must rise: {lo} to {hi}")
-    share = (target_N - lo) / (hi - lo)
+def score_losses(pred_N: Tensor, share_N: Tensor, kind: Literal["mse", "bce"] = "mse") -> Tensor:
+    """Squared errors, or binary cross-entropies with sigmoid(pred); [N]."""
     if kind == "mse":
-        return (pred_N - share).square().sum()
-    return binary_cross_entropy_with_logits(pred_N, share, reduction="sum")
+        return (pred_N - share_N).square()
+    return binary_cross_entropy_with_logits(pred_N, share_N, reduction="none")
 
 
 def score_regression(
     pred_N: Tensor, target_N: Tensor, lo: float, hi: float, kind: Literal["mse", "bce"] = "mse"
 ) -> Tensor:
-    """Mean of `score_regression_sum`."""
+    """Mean of `score_losses` against (target - lo) / (hi - lo)."""
     _require_values(pred_N)
-    return score_regression_sum(pred_N, target_N, lo, hi, kind) / len(pred_N)
+    if not lo < hi:
+        raise ValueError(f"a scale must rise: {lo} to {hi}")
+    return score_losses(pred_N, (target_N - lo) / (hi - lo), kind).mean()
 
 
 def center_penalty(chosen: Tensor, rejected: Tensor, coef: float, kind: Literal["square", "sum"] = "sum") -> Tensor:

@@ -61,13 +61,15 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[Stage]:
         found.append(Stage("sft", 1, 0, r.tokens * recipe.sft.epochs))
     if (r := readings.get("reward.data")) and r.tokens:
         held = sum(readings[n].tokens for n in ("reward.held_out", "reward.test") if n in readings)
-        sampled = recipe.reward.normalise * recipe.reward.normalise_max_new / 2
-        found.append(Stage("reward", 1, 1, r.tokens * recipe.reward.epochs, held, sampled))
+        sampled, members = recipe.reward.normalise * recipe.reward.normalise_max_new / 2, recipe.reward.seeds
+        best = 1 if recipe.reward.patience else 0  # the weights that did best on held-out records
+        learned = members * r.tokens * recipe.reward.epochs
+        found.append(Stage("reward", members, 1 + best * members, learned, members * held, sampled))
     if (r := readings.get("ppo.prompts")) and r.tokens:
         s = recipe.ppo
         replies = s.steps * s.batch
         long = r.tokens / len(r.lengths) + s.max_new * 0.6
-        frozen = 1 if s.rewards else 2
+        frozen = 1 if s.rewards else 1 + recipe.reward.seeds
         learned, sampled = 2 * replies * long * s.epochs, replies * s.max_new * 0.6
         found.append(Stage("ppo", 2, frozen, learned, 4 * replies * long, sampled))
     return found

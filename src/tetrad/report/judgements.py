@@ -15,9 +15,10 @@ import krippendorff
 import networkx
 import numpy as np
 
+from tetrad.data.likeness import Texts
 from tetrad.report.reading import Reading, asked, squeezed
 from tetrad.report.sections import Finding, Plot, Section, Table, histogram, share
-from tetrad.report.texts import Texts, folds
+from tetrad.report.texts import folds
 from tetrad.types import Comparison, Score
 
 MOST_PAIRS = 40_000  # pairs that the linear reader learns from

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tetrad.data.likeness import LONGEST
 from tetrad.data.records import (
     Record,
     Refuse,
@@ -50,7 +51,6 @@ SETTINGS = {
     "evaluate.prompts": "prompts",
 }
 """The settings that name files, and what their records are."""
-LONGEST = 20_000  # characters of a text that are compared, counted and classified; all of it is read
 _CHUNK = 512
 _NO_LETTER = re.compile(r"[\W_]+")
 

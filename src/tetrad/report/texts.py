@@ -8,18 +8,15 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import py3langid
 
-from tetrad.report.reading import LONGEST, Reading, asked
+from tetrad.data.likeness import LONGEST, MOST, covered, embed, spread
+from tetrad.report.reading import Reading, asked
 from tetrad.report.sections import Finding, Section, Table, histogram, share
 
-Rows = np.ndarray[Any, np.dtype[np.float32]]
-PLACES = 1024
-MOST = 20_000  # texts that are compared
 MOST_CLASSIFIED = 1_000
 CLUSTERS = 12
 GROUPED = ("sft.data", "reward.data", "ppo.prompts")
@@ -38,38 +35,6 @@ _SCRIPTS = {
 }
 _PATTERNS = {name: re.compile(f"[{letters}]") for name, letters in _SCRIPTS.items()}
 _LETTER = re.compile(r"[^\W\d_]")
-_PIECE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff]|[^\W_]+")
-
-
-def features(text: str) -> list[int]:
-    """The hashed pieces of a text: words, pairs of neighbours, and word starts; Han characters count as words."""
-    words = _PIECE.findall(text[:LONGEST].lower())
-    pieces = [*words, *(f"{a} {b}" for a, b in pairwise(words))]
-    pieces += [f"^{word[:4]}" for word in words if len(word) > 4]
-    return [zlib.crc32(piece.encode(errors="surrogatepass")) for piece in pieces]
-
-
-class Texts:
-    """Texts as rows of unit length, [n, PLACES] float32; equal texts are worked out once."""
-
-    def __init__(self, texts: Sequence[str], weights: Rows | None = None) -> None:
-        different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        found = np.zeros((len(different), PLACES), np.float32)
-        for text, i in different.items():
-            hashed = np.array(features(text), np.int64)
-            signs = np.where(hashed >> 31 & 1, 1.0, -1.0).astype(np.float32)
-            np.add.at(found[i], hashed % PLACES, signs)
-        np.sign(found, out=found, where=np.abs(found) > 1)  # often is hardly more than once
-        rare = np.log((1 + len(found)) / (1 + (found != 0).sum(0))) + 1
-        self.weights: Rows = rare.astype(np.float32) if weights is None else weights
-        found *= self.weights
-        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
-        self.rows: Rows = found[[different[text] for text in texts]]
-
-
-def embed(texts: Sequence[str]) -> Rows:
-    """Rows of unit length whose products say how alike texts are."""
-    return Texts(texts).rows
 
 
 def folds(names: Sequence[str], parts: int = 5) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -84,7 +49,7 @@ def scripts(readings: Sequence[Reading]) -> Section:
     """Shares of letters by script and of texts by language."""
     rows, figures, findings = [], {}, []
     for reading in readings:
-        texts = [text[:LONGEST] for text in _spread(reading.texts, MOST_CLASSIFIED)]
+        texts = [text[:LONGEST] for text in spread(reading.texts, MOST_CLASSIFIED)]
         if not texts:
             continue
         letters = Counter({name: sum(len(p.findall(text)) for text in texts) for name, p in _PATTERNS.items()})
@@ -114,13 +79,6 @@ def _listed(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items() if value >= 0.005) or "-"
 
 
-def _spread(texts: Sequence[str], most: int) -> list[str]:
-    """At most so many of the texts, evenly from first to last."""
-    if len(texts) <= most:
-        return list(texts)
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, most).astype(int)]
-
-
 # --- prompts ---
 
 
@@ -134,7 +92,7 @@ def prompts(readings: Sequence[Reading]) -> Section:
         different = len(np.unique(np.frombuffer(reading.prompt_keys, np.uint64)))
         found: dict[str, Any] = {"prompts": len(reading.prompt_keys), "different": different}
         if different >= 5 * CLUSTERS and reading.setting in GROUPED:
-            groups = clusters(list(dict.fromkeys(_spread(texts, MOST))))
+            groups = clusters(list(dict.fromkeys(spread(texts, MOST))))
             found |= {"clusters": [s for s, _ in groups], "effective_clusters": _effective([s for s, _ in groups])}
             lines = tuple((f"{100 * size:.1f} %", example) for size, example in groups)
             title = f"groups in {reading.setting}"
@@ -190,39 +148,22 @@ def coverage(asks: Reading, judged: Reading) -> Section:
 
     Each prompt's likeness to its nearest among the reward model's; what is usual is how near those are to each other.
     """
-    new = _spread(list(dict.fromkeys(asked(record) for record in asks.records)), MOST // 2)
-    known = _spread(list(dict.fromkeys(asked(record) for record in judged.records)), MOST // 2)
-    if len(new) < 10 or len(known) < 10:
+    told = covered([asked(record) for record in asks.records], [asked(record) for record in judged.records])
+    if told is None:
         return Section("coverage", "PPO's prompts and the reward model's")
-    base = Texts(known)
-    usual = _nearest(base.rows, base.rows, itself=True)
-    found = _nearest(Texts(new, base.weights).rows, base.rows, itself=False)
-    limit = float(np.quantile(usual, 0.05))
-    far = float((found < limit - 1e-6).mean())
-    figures = {"nearest": float(np.median(found)), "usual": float(np.median(usual)), "limit": limit, "far": far}
+    figures = {"nearest": told.nearest, "usual": told.usual, "limit": told.limit, "far": told.far}
     rows = (
-        ("likeness of a PPO prompt to its nearest, median", f"{np.median(found):.2f}"),
-        ("the same among the reward model's own", f"{np.median(usual):.2f}"),
-        ("PPO prompts further away than 95 % of those", f"{far:.1%}"),
+        ("likeness of a PPO prompt to its nearest, median", f"{told.nearest:.2f}"),
+        ("the same among the reward model's own", f"{told.usual:.2f}"),
+        ("PPO prompts further away than 95 % of those", f"{told.far:.1%}"),
     )
     findings: tuple[Finding, ...] = ()
-    if far > 0.2:
+    if told.far > 0.2:
         where = asks.records[0].where.rpartition(":")[0]
-        text = f"{far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
-        example = _line(new[int(found.argmin())])
+        text = f"{told.far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
+        example = _line(told.farthest)
         findings = (Finding("warning", "coverage", f"{text}, as {example!r}", where),)
-    plot = histogram("PPO prompts: likeness to the nearest of the reward model's", "cosine", found)
+    plot = histogram("PPO prompts: likeness to the nearest of the reward model's", "cosine", told.each)
     return Section(
         "coverage", "PPO's prompts and the reward model's", figures, (Table("", ("", ""), rows),), (plot,), findings
     )
-
-
-def _nearest(rows: Rows, others: Rows, *, itself: bool) -> Rows:
-    """Each row's largest product with another. itself: the rows are the others, and none is its own neighbour."""
-    found = []
-    for start in range(0, len(rows), 2048):
-        alike = rows[start : start + 2048] @ others.T
-        if itself:
-            alike[np.arange(len(alike)), np.arange(start, start + len(alike))] = -1
-        found.append(alike.max(1))
-    return np.concatenate(found)

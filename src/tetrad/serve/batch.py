@@ -19,6 +19,7 @@ from tetrad.data.rows import rows
 from tetrad.data.source import Counts, files
 from tetrad.engine.console import Console
 from tetrad.engine.rollout import Question, read_questions
+from tetrad.engine.scoring import Sample, written
 from tetrad.errors import UserError
 from tetrad.serve.models import (
     Answer,
@@ -33,7 +34,6 @@ from tetrad.serve.models import (
     question,
     rate,
     rate_answers,
-    written,
 )
 from tetrad.settings.use import Generate, ScoreFile
 from tetrad.storage import write_file
@@ -81,17 +81,19 @@ def score_file(settings: ScoreFile, console: Console) -> None:
     paths = files([settings.data])
     prompts, records = read_prompts(paths, Counts()), _records(paths)
     texts, ended = zip(*(_answer(r, p.where) for r, p in zip(records, prompts, strict=True)), strict=True)
-    documents = written(judge, prompts, texts, ended)
+    samples = [Sample((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, ended, strict=True)]
+    documents = written(judge.form, judge.tokenizer, samples)
     scores: list[float] = []
 
     def scored() -> Iterator[Fields]:
         with console.progress("score", len(documents)) as bar:
             for start in range(0, len(documents), SCORES_AT_ONCE):
                 part = documents[start : start + SCORES_AT_ONCE]
-                new = rate(judge, part)
-                scores.extend(new)
-                for record, score in zip(records[start : start + SCORES_AT_ONCE], new, strict=True):
-                    yield _extended(record, {"score": score})
+                rated = rate(judge, part)
+                means, spreads = rated.mean(0).tolist(), rated.std(0).tolist()
+                scores.extend(means)
+                for record, score, spread in zip(records[start : start + len(part)], means, spreads, strict=True):
+                    yield _extended(record, {"score": score} | ({"score_std": spread} if len(rated) > 1 else {}))
                 bar.advance(len(part), mean=float(np.mean(scores)))
 
     _deliver(scored(), settings.out, console)

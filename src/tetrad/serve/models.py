@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from tetrad.data.tokens import tokenize
 from tetrad.engine.device import Device, choose
 from tetrad.engine.folders import (
     folder_template,
@@ -26,14 +25,14 @@ from tetrad.engine.folders import (
 )
 from tetrad.engine.generate import Engine, Request
 from tetrad.engine.rollout import Question
-from tetrad.engine.scoring import Sample, joined, score_tokens
+from tetrad.engine.scoring import Sample, joined, member_scores, written
 from tetrad.engine.stage import frozen
 from tetrad.errors import UserError
 from tetrad.model.cache import cache_bytes
 from tetrad.model.config import is_reward
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.fused import Fused
-from tetrad.model.weights import read_causal, read_scalar
+from tetrad.model.weights import read_causal, read_members
 from tetrad.settings import use
 from tetrad.settings.check import build
 from tetrad.settings.common import Run
@@ -71,9 +70,9 @@ class Model:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model in use."""
+    """A reward model in use, one or several as an ensemble."""
 
-    model: ScalarModel
+    members: tuple[ScalarModel, ...]
     tokenizer: Tokenizer
     form: Template
     device: Device
@@ -111,10 +110,11 @@ def load_reward(folder: str | Path, template: str = "") -> RewardModel:
     if not is_reward(path):
         raise no_reward(path)
     device = choose(Run())
-    model, tokenizer = read_scalar(path), Tokenizer.load(path)
-    model.requires_grad_(False).eval().to(device.place)
-    refuse_small_vocabulary(model.config.vocab_size, tokenizer, path)
-    return RewardModel(model, tokenizer, needed_template(folder_template(path, template), path), device, path)
+    members, tokenizer = read_members(path), Tokenizer.load(path)
+    for member in members:
+        member.requires_grad_(False).eval().to(device.place)
+    refuse_small_vocabulary(members[0].config.vocab_size, tokenizer, path)
+    return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), device, path)
 
 
 def question(model: Model, prompt: Prompt) -> Question:
@@ -181,7 +181,7 @@ def request(model: Model, question: Question, settings: use.Sample, number: int,
 def answer(question: Question, reply: Reply) -> Answer:
     """The reply beside its prompt."""
     prompt = question.prompt
-    return Answer(Sample(question.ids, reply.ids, prompt.turns, reply.text, prompt.where), reply)
+    return Answer(Sample(question.ids, reply.ids, prompt.turns, reply.text, prompt.where, reply.ended), reply)
 
 
 def generate(model: Model, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
@@ -208,35 +208,19 @@ def rate_answers(judge: RewardModel, model: Model, found: Sequence[Answer]) -> l
     same = judge.tokenizer.fingerprint == model.tokenizer.fingerprint and judge.form == model.form
     by_ids = [same and answer.reply.reason != "stop" for answer in found]
     read = iter(joined([answer.sample for answer, ids in zip(found, by_ids, strict=True) if ids]))
-    others = [answer for answer, ids in zip(found, by_ids, strict=True) if not ids]
-    prompts = [Prompt(answer.sample.turns, answer.sample.where) for answer in others]
-    texts = [answer.sample.text for answer in others]
-    again = iter(written(judge, prompts, texts, [answer.ended for answer in others]) if others else ())
+    others = [answer.sample for answer, ids in zip(found, by_ids, strict=True) if not ids]
+    again = iter(written(judge.form, judge.tokenizer, others) if others else ())
     documents = [next(read if ids else again) for ids in by_ids]
-    return rate(judge, [replace(d, where=a.sample.where) for d, a in zip(documents, found, strict=True)])
+    rated = rate(judge, [replace(d, where=a.sample.where) for d, a in zip(documents, found, strict=True)])
+    means: list[float] = rated.mean(0).tolist()
+    return means
 
 
-def written(judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]) -> list[Tokens]:
-    """Prompts and answers as the judge's documents; those that ended have their end token."""
-    heads = tokenize(judge.form, judge.tokenizer, prompts)
-    bodies = judge.tokenizer.encode_batch([judge.form.said(text) for text in texts])
-    end = judge.form.end_id(judge.tokenizer)
-    documents = []
-    for head, body, whole in zip(heads, bodies, ended, strict=True):
-        ids = np.array([*head.ids.tolist(), *body, *([end] if whole else [])], np.int32)
-        documents.append(Tokens(ids, np.zeros(len(ids), np.bool_), head.where))
-    return documents
-
-
-def rate(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:
-    """The reward at each document's last token. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
-    limit = judge.model.config.max_positions
-    for document in documents:
-        if len(document.ids) > limit:
-            what = f"prompt and answer have {len(document.ids)} tokens, the reward model reads {limit}"
-            raise UserError("E-DATA-LONG", what, where=document.where, hint="shorten the answer")
-    found = score_tokens(judge.model, documents, judge.device, Run().micro_tokens)
-    for score, document in zip(found, documents, strict=True):
+def rate(judge: RewardModel, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Each member's reward at each document's last token, [members, documents]. Errors: E-DATA-LONG,
+    E-NUM-NONFINITE."""
+    found = member_scores(judge.members, documents, judge.device, Run().micro_tokens)
+    for score, document in zip(found.sum(0).tolist(), documents, strict=True):
         if not math.isfinite(score):
             what = f"the reward model gives {score}"
             raise UserError("E-NUM-NONFINITE", what, where=document.where, hint="it is damaged: train it again")

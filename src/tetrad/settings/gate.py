@@ -17,6 +17,12 @@ class Gate:
     """Fails where taking the longer (or the shorter) answer is right nearly as often: less than this below."""
     length_correlation: Share = unkeyed(0.5)
     """Fails where reward and length of the SFT model's replies have a rank correlation beyond this."""
+    probe_shift: NotNegative = unkeyed(1.0)
+    """Fails where padding, doubling or a polite phrase raises rewards by more than this, in standard deviations."""
+    prompts_far: Share = unkeyed(0.5)
+    """Fails where more than this share of PPO's prompts is unlike all that the reward model was trained on."""
+    least_raw_std: NotNegative = unkeyed(0.02)
+    """Fails where replies of the SFT model differed by less before rewards were scaled to a standard deviation of 1."""
     least_std: NotNegative = unkeyed(0.5)
     """Fails where fresh replies of the SFT model get rewards of a smaller standard deviation (it was set to 1)."""
     most_std: NotNegative = unkeyed(2.0)

@@ -69,6 +69,8 @@ class Ppo:
     """Range of the value around the old one; 0 is off."""
     score_clip: NotNegative = 5.0
     """The reward model's scores are cut to this many standard deviations; 0 is off. Functions' scores are not cut."""
+    doubt: NotNegative = 0.0
+    """Of an ensemble (`reward.seeds`): standard deviations of its members' scores that are taken off their mean."""
     missing_eos_penalty: NotNegative = 1.0
     """Taken from the score of a cut reply, in standard deviations, after the clip."""
     whiten_rewards: bool = False

@@ -4,6 +4,7 @@ from typing import Literal
 
 from tetrad.settings.base import (
     Below1,
+    BelowHalf,
     Count,
     Files,
     Functions,
@@ -35,10 +36,15 @@ class Reward:
     """Lowest and highest possible score, as [1, 5]; needed as soon as a record has a score."""
     comparison_loss: Literal["pairs", "plackett-luce"] = "pairs"
     """pairs: all pairs of a list, averaged (Ouyang et al. 2022), less the margin; plackett-luce: the whole order."""
+    smoothing: BelowHalf = 0.0
+    """How likely each stated order of a pair is taken to be wrong; 0 takes people, or their votes, at their word."""
+    score_loss: Literal["gaussian", "mse", "bce"] = "gaussian"
+    """gaussian: squared error in standard deviations of the training scores; mse, bce: the share of score_scale as a
+    squared error, or as a logit by cross-entropy."""
     comparison_weight: NotNegative = 1.0
     """Weight of the mean loss of a batch's comparisons; where they are few, a low one keeps their noise small."""
     score_weight: NotNegative = 0.5
-    """Weight of the mean squared error of a batch's scores."""
+    """Weight of the mean loss of a batch's scores."""
     annotators: bool = True
     """Learn how often each named annotator is right, and each one's offset and gain of scores; else all count alike."""
     center: NotNegative = 0.0
@@ -59,6 +65,11 @@ class Reward:
     """Times the records are read."""
     batch: Count = 32
     """Records of an optimizer step, on all machines together."""
+    seeds: Count = 1
+    """Reward models from as many seeds, averaged; the first is the folder's own, how far they differ is told."""
+    patience: Whole = 3
+    """Of ten looks at held-out records, those without a gain after which training stops; 0 never stops. The weights of
+    the best look are kept."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices, AdamW on the rest."""
     lr: Rate = 5e-4

@@ -25,10 +25,10 @@ from tetrad.engine.device import Device, choose
 from tetrad.engine.metrics import reply_figures
 from tetrad.engine.prepare import first_parent
 from tetrad.engine.rollout import Question, Rollout, read_questions, roll_out
-from tetrad.engine.scoring import Reward, Sample, python_function, trained
-from tetrad.engine.stage import POLICY, figures_of, frozen, read_policy, require_tokenizer, template_for
+from tetrad.engine.scoring import Reward, Sample, python_function
+from tetrad.engine.stage import POLICY, figures_of, frozen, read_policy, reward_model, template_for
 from tetrad.model.decoder import CausalLM
-from tetrad.model.weights import read_causal, read_scalar
+from tetrad.model.weights import read_causal
 from tetrad.objectives.calibration import bootstrap_interval
 from tetrad.storage import RunLock, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
@@ -66,9 +66,7 @@ def _run(ctx: StageContext, device: Device) -> None:
     questions = [questions[i] for i in order(seed, 0, len(questions))[: s.samples]]
     judges: dict[str, Reward] = {spec.rpartition(":")[2]: python_function(spec) for spec in s.judges}
     if "reward" in ctx.parents:
-        require_tokenizer(ctx.parents["reward"], tokenizer)
-        model = read_scalar(ctx.parents["reward"]).to(device.place)
-        judges = {"reward": trained(model, device, ctx.recipe.run.micro_tokens), **judges}
+        judges = {"reward": reward_model(ctx, ctx.parents["reward"], tokenizer, device), **judges}
     systems = answers_of_all(ctx, sft, questions, tokenizer, judges.get("reward"), device)
     referee = _referee(ctx, device)
     table = {name: figures(answers, systems["sft"], judges, referee, seed) for name, answers in systems.items()}

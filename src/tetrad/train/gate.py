@@ -4,15 +4,18 @@ It reads what the reward stage noted about its model. A failure has a reason tha
 model of which nothing was measured is neither passed nor failed, but PPO says so.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetrad.data.likeness import covered
+from tetrad.data.records import read_prompts
 from tetrad.engine.context import StageContext
 from tetrad.engine.stage import figures_of
 from tetrad.errors import UserError
 from tetrad.settings.gate import Gate
+from tetrad.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,25 @@ _RULES = (
         lambda s, correlation: abs(correlation) > s.length_correlation,
         "the reward follows the length of replies: rank correlation {:+.2f}",
     ),
+    *(
+        _Rule(
+            f"the probe {name!r}",
+            (f"probe_{name}",),
+            lambda s, shift: shift > s.probe_shift,
+            f"{how} raises the reward by {{:.2f}} standard deviations",
+        )
+        for name, how in (
+            ("padded", "padding an answer with empty words"),
+            ("duplicated", "saying an answer twice"),
+            ("phrase", "adding a polite phrase"),
+        )
+    ),
+    _Rule(
+        "spread of rewards",
+        ("policy_std",),
+        lambda s, std: std < s.least_raw_std,
+        "the model hardly tells replies apart: before it was scaled, their rewards had a standard deviation of {:.2g}",
+    ),
     _Rule(
         "scale on fresh replies",
         ("fresh_mean", "fresh_std"),
@@ -63,12 +85,18 @@ _RULES = (
         "fresh replies have mean {:+.2f} and standard deviation {:.2f}",
     ),
 )
+_COVERAGE = _Rule(
+    "how near PPO's prompts are to the reward model's",
+    ("prompts_far",),
+    lambda s, far: far > s.prompts_far,
+    "{:.0%} of PPO's prompts are unlike all that the reward model was trained on",
+)
 
 
-def verdict(figures: Mapping[str, Any], s: Gate) -> Verdict:
+def verdict(figures: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) -> Verdict:
     """figures: of the reward stage."""
     failed, unknown = list[str](), list[str]()
-    for rule in _RULES:
+    for rule in rules:
         values = [figures[name] for name in rule.needs if name in figures]
         if len(values) < len(rule.needs):
             unknown.append(f"{rule.what} was not measured")
@@ -77,10 +105,20 @@ def verdict(figures: Mapping[str, Any], s: Gate) -> Verdict:
     return Verdict("fail" if failed else "warn" if unknown else "pass", (*failed, *unknown))
 
 
-def heed(ctx: StageContext, folder: Path) -> None:
-    """Before PPO: says what the gate finds. Errors: E-NUM-GATE where it fails and `gate.strict` is set."""
-    found = verdict(figures_of(folder), ctx.recipe.gate)
+def heed(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Before PPO with these prompts: says what the gate finds. Errors: E-NUM-GATE where it fails and `gate.strict` is
+    set."""
+    figures = figures_of(folder)
+    if ctx.recipe.reward.data:
+        known = read_prompts(ctx.files(ctx.recipe.reward.data))
+        near = covered([_asked(prompt) for prompt in prompts], [_asked(prompt) for prompt in known])
+        figures |= {"prompts_far": near.far} if near else {}
+    found = verdict(figures, ctx.recipe.gate, (*_RULES, _COVERAGE))
     if found.outcome == "fail" and ctx.recipe.gate.strict:
         hint = "train a better reward model, move the limit under [gate], or set gate.strict = false"
         raise UserError("E-NUM-GATE", "; ".join(found.reasons), where=str(folder), hint=hint)
     ctx.console.say(f"ppo        {found}")
+
+
+def _asked(prompt: Prompt) -> str:
+    return "\n".join(turn.text for turn in prompt.turns if turn.text)

@@ -25,7 +25,7 @@ from tetrad.engine.metrics import reply_figures
 from tetrad.engine.optim import Optimizer, lr_factor
 from tetrad.engine.prepare import first_parent
 from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questions, read_values, roll_out
-from tetrad.engine.scoring import Reward, python_function, trained
+from tetrad.engine.scoring import Reward, python_function
 from tetrad.engine.stage import (
     POLICY,
     Weights,
@@ -34,6 +34,7 @@ from tetrad.engine.stage import (
     read_policy,
     report_counts,
     require_tokenizer,
+    reward_model,
     start,
     template_for,
 )
@@ -160,9 +161,8 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
     form = template_for(ctx, folder)
     actor = read_policy(folder, tokenizer, form).to(device.place)
     reference = frozen(read_policy(folder, tokenizer, form)).to(device.place)
-    if "reward" in ctx.parents:
-        require_tokenizer(ctx.parents["reward"], tokenizer)
     critic_folder = ctx.parents["reward"] if s.critic == "reward" else folder
+    require_tokenizer(critic_folder, tokenizer)
     critic = read_scalar(critic_folder, seed_for(ctx.recipe.seed, "critic")).to(device.place)
     optim = replace(ctx.recipe.optim, eps=s.adam_eps)
     return FourModels(
@@ -176,23 +176,24 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
 
 
 def reward_of(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Reward:
-    """The recipe's reward model, or the sum of its Python functions. Errors: E-CONF-FUNCTION, E-NUM-GATE."""
+    """The recipe's reward model, or the sum of its Python functions. Errors: E-CONF-FUNCTION."""
     if ctx.recipe.ppo.rewards:
         functions = [python_function(spec) for spec in ctx.recipe.ppo.rewards]
         return lambda samples: [math.fsum(parts) for parts in zip(*(f(samples) for f in functions), strict=True)]
     folder = ctx.parents["reward"]
-    gate.heed(ctx, folder)
-    return trained(read_scalar(folder).requires_grad_(False).to(device.place), device, ctx.recipe.run.micro_tokens)
+    return reward_model(ctx, folder, tokenizer, device, ctx.recipe.ppo.doubt)
 
 
 def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tuple[list[Question], Mixture]:
-    """The prompts, and how often each is asked."""
+    """The prompts, and how often each is asked. Errors: E-DATA-*, E-NUM-GATE."""
     s, counts = ctx.recipe.ppo, Counts()
     form = template_for(ctx, first_parent(ctx, *POLICY))
     limit = min(s.max_prompt + s.max_new if s.max_prompt else math.inf, actor.config.max_positions)
     given = ctx.files(s.prompts, s.weights)
     questions = read_questions(given, form, tokenizer, counts, int(limit), s.max_new)
     report_counts(ctx, counts, len(questions))
+    if not s.rewards:
+        gate.heed(ctx, ctx.parents["reward"], [question.prompt for question in questions])
     return questions, given.mixture(question.prompt.where for question in questions)
 
 

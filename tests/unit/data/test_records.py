@@ -229,10 +229,25 @@ def test_comparisons(write):
     assert first.where.endswith("f.jsonl:1") and third.prompt.where.endswith("f.jsonl:3")
 
 
+def test_votes_are_ranks(write):
+    three = [("a", 3), ("b", 5), ("c", 3)]
+    listed = {"input": "q", "choices": [{"text": text, "votes": votes} for text, votes in three]}
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "votes": [2, 7]}
+    first, second = read_preferences(write(listed, pair))
+    assert (first.ranks, first.votes) == ((2, 1, 2), (3, 5, 3))
+    assert (second.answers, second.ranks, second.votes) == (("a", "b"), (2, 1), (2, 7))
+    counts = Counts()
+    (tied,) = read_preferences(write({**pair, "votes": [4, 4]}), (), counts)
+    assert tied.ranks == (1, 1) and counts.tied == 1
+    assert not counts.unknown
+
+
 def test_scores(write):
     record = {"input": "hello", "output": "x", "score": 4.5, "annotator": 7}
     (score,) = read_preferences(write(record), (1, 5))
     assert score == Score(Prompt(ALONE, score.where), "x", 4.5, "7", score.where)
+    (unsure,) = read_preferences(write({**record, "spread": 0.25}), (1, 5))
+    assert unsure.spread == 0.25
     mixed = read_preferences(write(record, {"prompt": "p", "chosen": "a", "rejected": "b"}), (1, 5))
     assert [type(r) for r in mixed] == [Score, Comparison]
 
@@ -308,6 +323,23 @@ BAD = [
     (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "a"}, "E-DATA-RANK", "different ranks"),
     (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}, "E-DATA-NUMBER", "margin"),
     (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "annotator": ["k"]}, "E-DATA-TYPE", "annotator"),
+    (read_preferences, {"input": "a", "output": "b", "score": 4, "spread": -1}, "E-DATA-NUMBER", "spread"),
+    (read_preferences, {"input": "a", "output": "b", "score": 4, "spread": "1"}, "E-DATA-TYPE", "spread"),
+    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "votes": 3}, "E-DATA-TYPE", "two numbers"),
+    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "votes": [3]}, "E-DATA-TYPE", "two numbers"),
+    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "votes": [3, -1]}, "E-DATA-NUMBER", "votes"),
+    (
+        read_preferences,
+        {"input": "a", "choices": [{"text": "x", "votes": 1}, {"text": "y", "rank": 2}]},
+        "E-DATA-MISSING",
+        '"rank" in answer 1',
+    ),
+    (
+        read_preferences,
+        {"input": "a", "choices": [{"text": "x", "votes": "1"}, {"text": "y", "votes": 2}]},
+        "E-DATA-TYPE",
+        '"votes"',
+    ),
     (read_preferences, {"prompt": "p", "chosen": [], "rejected": []}, "E-DATA-TYPE", "chosen"),
     (read_preferences, {"input": "a", "output": "b", "score": "4"}, "E-DATA-TYPE", "score"),
     (read_preferences, '{"input": "a", "output": "b", "score": 1e999}\n', "E-DATA-NUMBER", "score"),

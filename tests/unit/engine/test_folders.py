@@ -8,6 +8,7 @@ import served
 from tetrad.engine.folders import check, model_folder, others_may_write, refuse_other_tokenizer, usable
 from tetrad.engine.preflight import Preflight
 from tetrad.errors import UserError
+from tetrad.settings.ppo import Ppo
 from tetrad.settings.recipe import Recipe
 from tetrad.settings.sft import Sft
 from tetrad.text.tokenizer import Tokenizer
@@ -82,9 +83,15 @@ def test_each_folder_is_read_once_and_what_is_ahead_not_at_all(language: Path, j
 
 def test_another_tokenizer_of_the_reward_model(language: Path, tmp_path: Path) -> None:
     other = served.write_model(tmp_path, reward=True, size=290) / "model"
-    look = Preflight(Recipe(), [], lambda folder: None)
-    refused("E-MODEL-TOKENIZER", look.refuse, "ppo", {"sft": language, "reward": other})
-    refused("E-MODEL-TOKENIZER", look.refuse, "reward", {"from": other, "base": language})
+    """Only a critic that starts from it must share it; told before the reward model is trained."""
+    ways = [("ppo", {"sft": language, "reward": other}), ("reward", {"from": other, "base": language})]
+    for stage, parents in ways:
+        for ppo, wrong in ((Ppo(prompts=("p",)), True), (Ppo(prompts=("p",), critic="actor"), False), (Ppo(), False)):
+            look = Preflight(Recipe(ppo=ppo), [], lambda folder: None)
+            if wrong:
+                refused("E-MODEL-TOKENIZER", look.refuse, stage, parents)
+            else:
+                look.refuse(stage, parents)
 
 
 def test_the_template_needs_its_control_tokens(language: Path, tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""Comparisons and scores on their way to the reward model, and the pairs it is judged on."""
-
-import math
+"""Comparisons and scores on their way to the reward model."""
 
 import numpy as np
 import pytest
@@ -8,7 +6,7 @@ import torch
 
 import toys
 from tetrad.data.source import Counts
-from tetrad.engine.preferences import Examples, Pairs, judgements, preference_micros
+from tetrad.engine.preferences import Examples, judgements, preference_micros
 from tetrad.errors import UserError
 from tetrad.types import IGNORE, Comparison, Prompt, Score, Turn
 
@@ -44,6 +42,14 @@ def test_judgements():
     assert found.bounds == (0, 3, 5, 7)
     assert found.scored_S.tolist() == [3, 8]
     assert found.targets_S.tolist() == [1.0, -0.5]
+
+
+def test_votes_are_soft_labels_and_spread_lowers_weight():
+    voted = Comparison(PROMPT, ("a", "b", "c"), (1.0, 2.0, 2.0), votes=(6.0, 2.0, 2.0))
+    records = (voted, listed(1, 2), Score(PROMPT, "s", 5.0, spread=2.0), Score(PROMPT, "t", 1.0))
+    found = judgements(records, 3.0, 2.0, CPU)
+    assert found.labels_P.tolist() == [0.75, 0.75, 1.0]
+    assert found.weights_S.tolist() == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("records", [RECORDS[1:2], RECORDS[2:3], RECORDS[:1]])
@@ -89,48 +95,3 @@ def test_long_records():
     assert counts.cut == 2
     with pytest.raises(UserError, match="E-DATA-EMPTY"):
         examples.fitted(3, "drop", counts)
-
-
-def test_pairs_of_lists_and_scores():
-    rewards = torch.tensor([0.1, 0.5, 0.9, 2.0, 7.0, 8.0, 1.0, 4.0, 1.5])
-    pairs = Pairs.of(EXAMPLES, rewards, 1.0)
-    assert pairs.gaps_P.tolist() == pytest.approx([0.4, -0.4, 3.0, 0.5])
-    assert len(pairs.groups_P.unique()) == 3  # two lists and a pair of scores
-    figures = pairs.figures(1.0)
-    assert figures["pairs"] == 4
-    assert figures["pair_accuracy"] == 0.75
-    assert figures["pair_accuracy_low"] <= 0.75 <= figures["pair_accuracy_high"]
-    assert "spearman" not in figures  # of two scores it says nothing
-    assert len(Pairs.of(EXAMPLES, rewards, 4.0).gaps_P) == 3  # the scores are 3 apart
-
-
-def test_figures_of_scores():
-    values = [1.0, 2.0, 3.0, 4.0, 5.0]
-    examples = Examples.of([Score(PROMPT, "", v) for v in values], TOKENS[:5])
-    good, bad, blind = (
-        Pairs.of(examples, torch.tensor(r), 0.0).figures(1.0)
-        for r in ([0.1, 0.2, 0.3, 0.4, 0.5], [5.0, 4.0, 3.0, 2.0, 1.0], [1.0] * 5)
-    )
-    assert (good["spearman"], good["pair_accuracy"], good["pairs"]) == (pytest.approx(1), 1.0, 10.0)
-    assert (bad["spearman"], bad["pair_accuracy"]) == (pytest.approx(-1), 0.0)
-    assert "spearman" not in blind  # undefined, and not a number
-    assert blind["pair_accuracy"] == 0.5
-    assert all(math.isfinite(value) for found in (good, bad, blind) for value in found.values())
-
-
-def test_temperature_makes_confidence_honest():
-    """Gaps ten times too large: the fitted temperature is about ten, and the calibration error falls."""
-    generator = torch.Generator().manual_seed(0)
-    gaps = torch.randn(2000, generator=generator, dtype=torch.float64) * 1.5
-    right = torch.rand(2000, generator=generator) < torch.sigmoid(gaps.abs())
-    shown = torch.where(right, gaps.abs(), -gaps.abs()) * 10
-    pairs = Pairs(shown, torch.arange(2000), torch.empty(0), torch.empty(0))
-    temperature = pairs.temperature()
-    assert 8 < temperature < 12.5
-    assert pairs.figures(temperature)["ece"] < 0.03 < pairs.figures(1.0)["ece"]
-
-
-def test_no_pairs():
-    pairs = Pairs.of(Examples.of([Score(PROMPT, "", 1.0)], TOKENS[:1]), torch.tensor([0.3]), 0.0)
-    assert pairs.temperature() == 1
-    assert pairs.figures(1.0) == {"pairs": 0.0}

@@ -95,7 +95,7 @@ def test_joined():
 def test_a_trained_model_keeps_the_order():
     """Documents are read by length, scores come back in their own order."""
     model = toys.scalar(seed=1)
-    reward = trained(model, toys.CPU, 8)
+    reward = trained([model], toys.CPU, 8)
     assert reward(SAMPLES) == pytest.approx([reward([sample])[0] for sample in SAMPLES], abs=1e-6)
     assert len({round(score, 4) for score in reward(SAMPLES)}) == 3
     assert score_tokens(model, [], toys.CPU, 8) == []

@@ -125,13 +125,22 @@ def test_pair_losses():
         preference.bt_loss(chosen[:0], rejected[:0])
 
 
-def test_weighted_pairs_take_margins_and_smoothing():
+def test_weighted_pairs_take_margins_labels_and_competence():
     rewards = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)
     winners, losers, weights = torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([2.0, 1.0])
     margins = torch.tensor([0.5, 0.0])
-    found = preference.pair_loss_sum(rewards, winners, losers, weights, margins, 0.1)
-    each = [preference.bt_loss(rewards[:1], rewards[n : n + 1], margins[n - 1 : n], 0.1) for n in (1, 2)]
+    labels = torch.tensor([0.9, 0.6], dtype=torch.float64)
+    found = preference.pair_loss_sum(rewards, winners, losers, weights, margins, labels)
+    each = [
+        preference.bt_loss(rewards[:1], rewards[n : n + 1], margins[n - 1 : n], label=labels[n - 1 : n]) for n in (1, 2)
+    ]
     assert torch.allclose(found, 2 * each[0] + each[1])
+    sure, unsure = (torch.full((2,), c, dtype=torch.float64) for c in (60.0, 0.0))
+    assert torch.allclose(
+        preference.pair_loss_sum(rewards, winners, losers, weights, margins, labels, sure), found, atol=1e-12
+    )
+    coin = preference.pair_loss_sum(rewards, winners, losers, weights, margins, labels, unsure)
+    assert float(coin) == pytest.approx(3 * math.log(2))  # who throws a coin says nothing, whatever the label
 
 
 def test_a_hopeless_gap_stays_finite():
@@ -144,8 +153,7 @@ def test_scores_are_regressed_on_the_share_of_their_scale():
     target = torch.tensor([1.0, 3.0, 5.0])
     assert float(preference.score_regression(torch.tensor([0.0, 0.5, 1.0]), target, 1, 5)) == 0
     assert float(preference.score_regression(torch.zeros(3), target, 1, 5, "bce")) == pytest.approx(math.log(2))
-    wanted = 2 * preference.score_regression_sum(torch.zeros(3), target, 1, 5)
-    assert float(preference.score_regression_sum(torch.zeros(6), target.repeat(2), 1, 5)) == float(wanted)
+    assert preference.score_losses(torch.zeros(3), (target - 1) / 4).tolist() == [0, 0.25, 1]
     with pytest.raises(ValueError, match="rise"):
         preference.score_regression(target, target, 5, 5)
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from served import rate, written
 from tetrad.engine.console import Console
 from tetrad.errors import UserError
 from tetrad.serve import batch
 from tetrad.serve.batch import generate_file, score_file
-from tetrad.serve.models import load, load_reward, rate, written
+from tetrad.serve.models import load, load_reward
 from tetrad.settings.use import Generate, ScoreFile
 from tetrad.types import Prompt, Turn
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tetrad
-from served import tokenizer, write_model
+from served import rate, tokenizer, write_model, written
 from tetrad.engine.rollout import Question
 from tetrad.engine.scoring import score_tokens
 from tetrad.errors import UserError
@@ -24,9 +24,7 @@ from tetrad.serve.models import (
     load_reward,
     model_folder,
     question,
-    rate,
     rate_answers,
-    written,
 )
 from tetrad.settings import use
 from tetrad.types import Prompt, Tokens, Turn
@@ -178,7 +176,7 @@ def test_rewards_read_the_sampled_ids(run: Path) -> None:
     assert len({answer.ended for answer in found}) == 2
     whole = [np.array(a.sample.prompt_ids + a.sample.reply_ids, np.int32) for a in found]
     documents = [Tokens(ids, np.zeros(len(ids), np.bool_)) for ids in whole]
-    assert rate_answers(judge, model, found) == score_tokens(judge.model, documents, judge.device, 10_000)
+    assert rate_answers(judge, model, found) == score_tokens(judge.members[0], documents, judge.device, 10_000)
     written_anew = written(
         judge, [Prompt(a.sample.turns) for a in found], [a.sample.text for a in found], [a.ended for a in found]
     )
@@ -244,7 +242,7 @@ def test_rate_refuses_what_it_cannot_read(run: Path) -> None:
     error = code_of(rate, judge, long)
     assert (error.code, error.where) == ("E-DATA-LONG", "f:3")
     with torch.no_grad():
-        judge.model.score.weight.fill_(float("nan"))
+        judge.members[0].score.weight.fill_(float("nan"))
     error = code_of(rate, judge, written(judge, [asked("x", where="f:4")], ["warm"], [True]))
     assert (error.code, error.where) == ("E-NUM-NONFINITE", "f:4")
 

@@ -1,48 +1,23 @@
 """All stages of the tiny recipe: what they leave, what a change redoes, and that the reward is normalised."""
 
-import io
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tetrad import pipeline, recipe
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
-from tetrad.engine.console import Console
 from tetrad.engine.device import Device
 from tetrad.engine.rollout import read_questions, roll_out
 from tetrad.engine.scoring import trained
 from tetrad.errors import UserError
 from tetrad.model.safetensors_io import read_tensors
-from tetrad.model.weights import read_causal, read_scalar
+from tetrad.model.weights import read_causal, read_members
 from tetrad.settings.common import Sampling
 from tetrad.text.template import template
 from tetrad.text.tokenizer import Tokenizer
-from tiny import write_tiny
-
-STAGES = ["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
-
-
-class Chain:
-    """The recipe in a folder, and what running it said."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.runs = write_tiny(folder / "data"), folder / "runs"
-        self.home = self.runs / "tiny"
-
-    def run(self, *overrides: str) -> list[str]:
-        """The stages that were done, not skipped."""
-        said = io.StringIO()
-        read = recipe.read(self.path, ["--run.out", str(self.runs), *overrides])
-        pipeline.run(read, Console(out=said, err=io.StringIO()))
-        return [stage for stage in STAGES if f"{stage:<10} done in" in said.getvalue()]
-
-    def lines(self, stage: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.home / stage / "metrics.jsonl").read_text().splitlines()]
+from tiny import STAGES, Chain
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +60,7 @@ def test_the_reward_is_normalised_on_replies_to_its_held_out_prompts(chain: Chai
     chosen = [questions[i] for i in order(3, 0, len(questions))[:16]]
     sampling = Sampling(max_new=8)
     rollout = roll_out(actor, chosen, range(16), (3, "normalise", 0), sampling, tokenizer, device)
-    scores = np.array(trained(read_scalar(chain.home / "reward" / "model"), device, 512)(rollout.samples))
+    scores = np.array(trained(read_members(chain.home / "reward" / "model"), device, 512)(rollout.samples))
     assert scores.mean() == pytest.approx(0, abs=1e-4)
     assert scores.std() == pytest.approx(1, abs=1e-4)
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+import planted
 from tetrad.engine.console import Console
 from tetrad.errors import UserError
 from tetrad.settings.gate import Gate
+from tetrad.settings.reward import Reward
 from tetrad.train import gate
 from tetrad.train.gate import verdict
+from tetrad.types import Prompt, Turn
 
 SOUND = {
     "pair_accuracy": 0.76,
@@ -19,6 +22,10 @@ SOUND = {
     "ece": 0.02,
     "length_accuracy": 0.53,
     "length_correlation": -0.2,
+    "probe_padded": -0.3,
+    "probe_duplicated": 0.2,
+    "probe_phrase": 0.4,
+    "policy_std": 0.7,
     "fresh_mean": 0.1,
     "fresh_std": 0.9,
 }
@@ -28,6 +35,10 @@ FAULTS = [
     ({"length_accuracy": 0.74}, "length alone is right in 0.740 of the pairs, the model in 0.760"),
     ({"length_correlation": 0.6}, "rank correlation +0.60"),
     ({"length_correlation": -0.6}, "rank correlation -0.60"),
+    ({"probe_padded": 1.1}, "padding an answer with empty words raises the reward by 1.10"),
+    ({"probe_duplicated": 1.2}, "saying an answer twice raises the reward by 1.20"),
+    ({"probe_phrase": 1.3}, "adding a polite phrase raises the reward by 1.30"),
+    ({"policy_std": 0.01}, "had a standard deviation of 0.01"),
     ({"fresh_std": 0.4}, "standard deviation 0.40"),
     ({"fresh_std": 2.1}, "standard deviation 2.10"),
     ({"fresh_mean": -1.2}, "mean -1.20"),
@@ -46,7 +57,15 @@ def test_each_fault_has_its_reason(fault: dict[str, float], reason: str) -> None
 
 def test_limits_can_be_moved() -> None:
     loose = Gate(
-        accuracy=0.5, ece=0.2, length_margin=0.0, length_correlation=0.7, least_std=0.3, most_std=3.0, most_mean=2.0
+        accuracy=0.5,
+        ece=0.2,
+        length_margin=0.0,
+        length_correlation=0.7,
+        probe_shift=2.0,
+        least_raw_std=0.001,
+        least_std=0.3,
+        most_std=3.0,
+        most_mean=2.0,
     )
     assert {verdict({**SOUND, **fault}, loose).outcome for fault, _ in FAULTS} == {"pass"}
     assert verdict(SOUND, replace(Gate(), accuracy=0.74)).outcome == "fail"
@@ -58,7 +77,7 @@ def test_what_was_not_measured_is_said(missing: str) -> None:
     found = verdict(figures, Gate())
     assert found.outcome == "warn" and all("was not measured" in reason for reason in found.reasons)
     assert verdict({**figures, **({"ece": 0.5} if missing != "ece" else {"fresh_std": 9.0})}, Gate()).outcome == "fail"
-    assert len(verdict({}, Gate()).reasons) == 5
+    assert len(verdict({}, Gate()).reasons) == 9
 
 
 def test_ppo_is_told_or_refused(
@@ -67,11 +86,29 @@ def test_ppo_is_told_or_refused(
     monkeypatch.setattr(gate, "figures_of", lambda folder: {**SOUND, "ece": 0.3})
 
     def heed(strict: bool) -> None:
-        ctx: Any = SimpleNamespace(recipe=SimpleNamespace(gate=Gate(strict=strict)), console=Console())
-        gate.heed(ctx, tmp_path)
+        recipe = SimpleNamespace(gate=Gate(strict=strict), reward=Reward())
+        ctx: Any = SimpleNamespace(recipe=recipe, console=Console())
+        gate.heed(ctx, tmp_path, [])
 
     heed(strict=False)
     assert "gate: fail; the calibration error is 0.300" in capsys.readouterr().out
     with pytest.raises(UserError) as raised:
         heed(strict=True)
     assert (raised.value.code, raised.value.exit_code) == ("E-NUM-GATE", 5)
+
+
+def test_prompts_unlike_the_reward_models_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gate, "figures_of", lambda folder: dict(SOUND))
+    data = planted.write(tmp_path / "rm.jsonl", planted.comparisons(planted.prompts(200)))
+    recipe = SimpleNamespace(gate=Gate(), reward=Reward(data=(data,)))
+    ctx: Any = SimpleNamespace(recipe=recipe, console=Console(), files=lambda names: names)
+    like = [Prompt((Turn("instruction", text),)) for text in planted.prompts(50, seed=9)]
+    gate.heed(ctx, tmp_path, like)
+    assert "gate: pass" in capsys.readouterr().out
+    other = [Prompt((Turn("instruction", f"integrate x^{i} over the unit circle"),)) for i in range(40)]
+    gate.heed(ctx, tmp_path, [*like[:20], *other])
+    assert "gate: fail; 67% of PPO's prompts are unlike all" in capsys.readouterr().out
+    gate.heed(ctx, tmp_path, like[:5])
+    assert "gate: warn; how near PPO's prompts are to the reward model's was not measured" in capsys.readouterr().out

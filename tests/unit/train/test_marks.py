@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 
 import families
-import toys
 from tetrad import recipe
 from tetrad.data.source import Counts
 from tetrad.engine.console import Console
 from tetrad.engine.context import StageContext
-from tetrad.model.decoder import ScalarModel
 from tetrad.text.template import TEMPLATES
 from tetrad.train.reward import read_examples
 
@@ -33,6 +31,5 @@ def context(folder: Path, *words: str) -> StageContext:
 def test_the_reward_model_reads_the_end_token_last(tmp_path: Path, row: str) -> None:
     """As in PPO, where a reply ends with it: no newline stands behind."""
     ctx, tokenizer, form = context(tmp_path), families.learned(), TEMPLATES[row]
-    model = ScalarModel(toys.config(vocab_size=tokenizer.size, max_positions=512))
-    examples = read_examples(ctx, ctx.recipe.reward.data, form, tokenizer, model, Counts())
+    examples = read_examples(ctx, ctx.recipe.reward.data, form, tokenizer, 512, Counts())
     assert [int(tokens.ids[-1]) for tokens in examples.tokens] == [form.end_id(tokenizer)] * 2

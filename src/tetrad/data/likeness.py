@@ -1,0 +1,94 @@
+"""How alike texts are, as far as counting goes: their words and short runs of letters, hashed into signed places and
+weighted by how rare they are; no model is asked."""
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+Rows = np.ndarray[Any, np.dtype[np.float32]]
+PLACES = 1024
+MOST = 20_000  # texts that are compared
+LONGEST = 20_000  # characters of a text that are compared, counted and classified
+_PIECE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff]|[^\W_]+")
+
+
+def features(text: str) -> list[int]:
+    """The hashed pieces of a text: words, pairs of neighbours, and word starts; Han characters count as words."""
+    words = _PIECE.findall(text[:LONGEST].lower())
+    pieces = [*words, *(f"{a} {b}" for a, b in pairwise(words))]
+    pieces += [f"^{word[:4]}" for word in words if len(word) > 4]
+    return [zlib.crc32(piece.encode(errors="surrogatepass")) for piece in pieces]
+
+
+class Texts:
+    """Texts as rows of unit length, [n, PLACES] float32; equal texts are worked out once."""
+
+    def __init__(self, texts: Sequence[str], weights: Rows | None = None) -> None:
+        different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        found = np.zeros((len(different), PLACES), np.float32)
+        for text, i in different.items():
+            hashed = np.array(features(text), np.int64)
+            signs = np.where(hashed >> 31 & 1, 1.0, -1.0).astype(np.float32)
+            np.add.at(found[i], hashed % PLACES, signs)
+        np.sign(found, out=found, where=np.abs(found) > 1)  # often is hardly more than once
+        rare = np.log((1 + len(found)) / (1 + (found != 0).sum(0))) + 1
+        self.weights: Rows = rare.astype(np.float32) if weights is None else weights
+        found *= self.weights
+        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
+        self.rows: Rows = found[[different[text] for text in texts]]
+
+
+def embed(texts: Sequence[str]) -> Rows:
+    """Rows of unit length whose products say how alike texts are."""
+    return Texts(texts).rows
+
+
+def spread(texts: Sequence[str], most: int) -> list[str]:
+    """At most so many of the texts, evenly from first to last."""
+    if len(texts) <= most:
+        return list(texts)
+    return [texts[i] for i in np.linspace(0, len(texts) - 1, most).astype(int)]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How near new texts are to known ones. each: a text's likeness to its nearest; nearest: their median; usual: the
+    same of known texts among themselves, of which 95 % are nearer than `limit`; far: the share of new ones that are
+    not; farthest: one of them."""
+
+    each: Rows
+    nearest: float
+    usual: float
+    limit: float
+    far: float
+    farthest: str
+
+
+def covered(new: Sequence[str], known: Sequence[str]) -> Coverage | None:
+    """Whether new texts lie where the known ones do; nothing where there are fewer than ten of either."""
+    new, known = (spread(list(dict.fromkeys(texts)), MOST // 2) for texts in (new, known))
+    if len(new) < 10 or len(known) < 10:
+        return None
+    base = Texts(known)
+    usual = _nearest(base.rows, base.rows, itself=True)
+    each = _nearest(Texts(new, base.weights).rows, base.rows, itself=False)
+    limit = float(np.quantile(usual, 0.05))
+    far = float((each < limit - 1e-6).mean())
+    farthest = new[int(each.argmin())]
+    return Coverage(each, float(np.median(each)), float(np.median(usual)), limit, far, farthest)
+
+
+def _nearest(rows: Rows, others: Rows, *, itself: bool) -> Rows:
+    """Each row's largest product with another. itself: the rows are the others, and none is its own neighbour."""
+    found = []
+    for start in range(0, len(rows), 2048):
+        alike = rows[start : start + 2048] @ others.T
+        if itself:
+            alike[np.arange(len(alike)), np.arange(start, start + len(alike))] = -1
+        found.append(alike.max(1))
+    return np.concatenate(found)

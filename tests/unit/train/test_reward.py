@@ -1,0 +1,175 @@
+"""The reward model through the chain: early stopping, an ensemble, a model with a tokenizer of its own; and the losses
+that a record can choose."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import toys
+from tetrad.engine.best import Best
+from tetrad.engine.optim import Optimizer
+from tetrad.engine.preferences import preference_micros
+from tetrad.engine.scoring import Sample, member_scores, trained
+from tetrad.engine.update import update
+from tetrad.errors import UserError
+from tetrad.model.safetensors_io import read_tensors
+from tetrad.model.weights import read_members
+from tetrad.objectives import preference
+from tetrad.serve.models import load_reward
+from tetrad.settings.common import Optim
+from tetrad.settings.reward import Reward
+from tetrad.train.reward import Latent, preference_terms, score_unit
+from tetrad.types import Comparison, Prompt, Score, Turn
+from tiny import Chain
+
+PROMPT = Prompt((Turn("instruction", "w5"),))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    chain = Chain(tmp_path_factory.mktemp("chain"))
+    chain.run()
+    return chain
+
+
+# --- losses ---
+
+
+def loss_of(records: list[Comparison | Score], **settings: object) -> tuple[float, torch.Tensor]:
+    """The stage's loss on records whose answers are fixed documents, and the rewards it saw."""
+    s = Reward(**{"score_scale": (1.0, 5.0), "center": 0.0, **settings})  # type: ignore[arg-type]
+    sizes = [len(r.answers) if isinstance(r, Comparison) else 1 for r in records]
+    documents = iter([toys.document(toys.ids(6, i)) for i in range(sum(sizes))])
+    answers = [[next(documents) for _ in range(n)] for n in sizes]
+    latent = Latent(toys.scalar(seed=1), False)
+    micros = preference_micros(records, answers, 4096, *score_unit(s, records), toys.CPU)
+    rewards = latent.reward(micros[0].packed, "scores").detach()
+    return update(latent, Optimizer(latent, 0.0, Optim()), micros, preference_terms(s), toys.CPU).loss, rewards
+
+
+def test_smoothing_and_votes_are_the_label() -> None:
+    pair = [Comparison(PROMPT, ("a", "b"), (1.0, 2.0))]
+    voted = [Comparison(PROMPT, ("a", "b"), (1.0, 2.0), votes=(7.0, 3.0))]
+    for records, settings, label in (
+        (pair, {}, 1.0),
+        (pair, {"smoothing": 0.1}, 0.9),
+        (voted, {}, 0.7),
+        (voted, {"smoothing": 0.1}, 0.66),
+    ):
+        found, r = loss_of(records, **settings)
+        wanted = preference.bt_loss(r[:1], r[1:], label=torch.tensor([label]))
+        assert found == pytest.approx(float(wanted), abs=1e-6)
+
+
+def test_scores_on_their_scale() -> None:
+    records = [Score(PROMPT, "a", 2.0), Score(PROMPT, "b", 5.0), Score(PROMPT, "c", 3.0)]
+    target = torch.tensor([2.0, 5.0, 3.0])
+    for kind in ("mse", "bce"):
+        found, r = loss_of(records, score_loss=kind, score_weight=1.0)
+        assert found == pytest.approx(float(preference.score_regression(r, target, 1, 5, kind)), abs=1e-6)  # type: ignore[arg-type]
+    found, r = loss_of(records, score_weight=1.0)
+    standard = (target - target.mean()) / target.std(correction=0)
+    assert found == pytest.approx(float((r - standard).square().mean()), abs=1e-6)
+
+
+def test_an_uncertain_score_counts_less() -> None:
+    records = [Score(PROMPT, "a", 2.0, spread=1.5), Score(PROMPT, "b", 5.0)]
+    found, r = loss_of(records, score_weight=1.0)  # the scores' standard deviation is 1.5: half the weight
+    assert found == pytest.approx(float((0.5 * (r[0] + 1) ** 2 + (r[1] - 1) ** 2) / 2), abs=1e-6)
+
+
+# --- early stopping ---
+
+
+def test_best_weights_are_kept_and_put_back() -> None:
+    model = toys.scalar(seed=1)
+    best = Best(model, patience=2)
+    assert not best.seen(1.0)
+    wanted = model.score.weight.detach().clone()
+    for loss, enough in ((1.1, False), (1.0, True)):
+        with torch.no_grad():
+            model.score.weight += 1
+        assert best.seen(loss) is enough
+    again = Best(model, patience=2)
+    again.load_tensors({name: tensor.clone() for name, tensor in best.tensors().items()})
+    assert (again.loss, again.waited) == (1.0, 2)
+    again.put_back()
+    assert torch.equal(model.score.weight, wanted)
+
+
+def test_without_patience_nothing_is_kept() -> None:
+    best = Best(toys.scalar(), 0)
+    assert not any(best.seen(loss) for loss in (1.0, 2.0, 3.0, 4.0))
+    assert best.tensors() == {} and best.full_bytes() == 0
+    best.load_tensors({})
+    best.put_back()
+
+
+def test_training_stops_where_held_out_records_gain_no_more(chain: Chain) -> None:
+    chain.run("--reward.patience", "1", "--reward.lr", "0.3", "--reward.schedule", "constant", "--ppo.steps", "1")
+    lines = chain.lines("reward")
+    assert 2 < len(lines) < 14 and len(lines) % 2 == 0
+    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["figures"]
+    assert figures["pairs"] > 0
+
+
+# --- an ensemble ---
+
+
+def test_an_ensemble_is_averaged_and_its_doubt_subtracted(chain: Chain) -> None:
+    chain.run("--reward.seeds", "3", "--ppo.doubt", "1")
+    folder = chain.home / "reward" / "model"
+    members = read_members(folder)
+    assert len(members) == 3 and (folder / "member-3.safetensors").is_file()
+    told = json.loads((folder / "evaluation.json").read_text())
+    figures = json.loads((folder / "manifest.json").read_text())["figures"]
+    assert len({member["pair_accuracy"] for member in told["members"]}) > 1
+    assert figures["spearman_sd"] > 0 and figures["disagreement"] > 0
+    samples = [Sample((5, 6), (7 + i, 8, 9), (), "") for i in range(4)]
+    documents = [toys.document([5, 6, 7 + i, 8, 9]) for i in range(4)]
+    scores = member_scores(members, documents, toys.CPU, 64)
+    assert scores.std(0).min() > 1e-3
+    assert trained(members, toys.CPU, 64)(samples) == pytest.approx(scores.mean(0).tolist(), abs=1e-5)
+    wary = trained(members, toys.CPU, 64, doubt=2.0)(samples)
+    assert wary == pytest.approx((scores.mean(0) - 2 * scores.std(0)).tolist(), abs=1e-5)
+    assert len(load_reward(folder).members) == 3
+    doubted = chain.lines("ppo")
+    chain.run("--reward.seeds", "3")
+    assert chain.lines("ppo")[0]["score"] > doubted[0]["score"]
+
+
+def test_the_first_member_is_what_it_is_alone(chain: Chain) -> None:
+    chain.run("--reward.seeds", "2", "--reward.patience", "0")
+    first = read_tensors(chain.home / "reward" / "model" / "model.safetensors")
+    chain.run("--reward.patience", "0")
+    alone = read_tensors(chain.home / "reward" / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in first.items())
+
+
+def test_a_foreign_member_is_refused(chain: Chain, tmp_path: Path) -> None:
+    toys.saved(tmp_path, toys.scalar())
+    assert len(read_members(tmp_path)) == 1
+    other = toys.scalar(layers=1)
+    toys.write(tmp_path, {"member-2.safetensors": toys.members([toys.scalar(), other])["member-2.safetensors"]})
+    with pytest.raises(UserError, match="E-CKPT-KEYS"):
+        read_members(tmp_path)
+
+
+# --- a tokenizer of its own ---
+
+
+def test_a_reward_model_with_its_own_tokenizer_reads_texts(chain: Chain) -> None:
+    chain.run("--name", "small", "--tokenizer.vocab-size", "280", "--reward.data", "[]", "--ppo.prompts", "[]")
+    small = str(chain.runs / "small" / "sft")
+    with pytest.raises(UserError, match="E-MODEL-TOKENIZER") as raised:
+        chain.run("--reward.from", small)
+    assert 'ppo.critic = "actor"' in (raised.value.hint or "")
+    chain.run("--reward.from", small, "--ppo.critic", "actor")
+    tokenizers = [(chain.home / stage / "model" / "tokenizer.json").read_bytes() for stage in ("sft", "reward")]
+    assert tokenizers[0] != tokenizers[1]
+    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["figures"]
+    assert abs(figures["fresh_mean"]) < 3 and np.isfinite(chain.lines("ppo")[-1]["score"])
