@@ -7,15 +7,21 @@ the answer with more good words and fewer bad ones.
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import planted
+import toys
 from tetrad import pipeline, recipe
 from tetrad.engine.console import Console
+from tetrad.model.weights import model_files, read_scalar
+from tetrad.text.template import template
+from tetrad.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.learn
 
@@ -125,12 +131,13 @@ def judged(
     records: list[dict[str, Any]] | None = None,
     held: Callable[[str], float] | None = None,
     seed: int = 0,
+    extra: tuple[str, ...] = (),
 ) -> str:
     """The gate's line after training on pairs that `better` orders (or on these records)."""
     planted.write(home / "train.jsonl", records or pairs(2400, 10 + seed, better))
     for name, count, draw in (("held_out", 200, 1000), ("test", 300, 2000)):
         planted.write(home / f"{name}.jsonl", pairs(count, draw + seed, held or better))
-    said = trained(home, "judge", "--seed", str(seed))
+    said = trained(home, "judge", "--seed", str(seed), *extra)
     figures = json.loads((home / "runs/judge/reward/model/manifest.json").read_text())["figures"]
     line = next(line for line in said.splitlines() if "gate:" in line)
     print(line, {name: round(value, 3) for name, value in figures.items()})
@@ -154,7 +161,8 @@ def test_one_that_pays_for_thanks(home: Path) -> None:
 
 def test_one_that_learned_the_wrong_way_round(home: Path) -> None:
     line = judged(home, lambda text: -worth(text), held=worth)
-    assert "gate: fail" in line and "the accuracy on pairs may be as low as 0.0" in line
+    found = re.search(r"gate: fail; the accuracy on pairs may be as low as (0\.\d+)", line)
+    assert found and float(found[1]) < 0.4  # early stopping keeps the weights that are the least wrong
 
 
 def test_one_that_learned_from_coins(home: Path) -> None:
@@ -167,4 +175,15 @@ def test_one_that_learned_that_all_is_equal(home: Path) -> None:
     draw = random.Random(4)
     same = [{"input": "Tell me about the film.", "output": answer(draw), "score": 3} for _ in range(1600)]
     line = judged(home, records=same)
+    assert "gate: fail" in line and "the accuracy on pairs may be as low as 0.4" in line
+
+
+def test_a_constant_one(home: Path) -> None:
+    """Its head is zero and hardly learns."""
+    model = read_scalar(home / "runs/policy/sft/model")
+    with torch.no_grad():
+        model.score.weight.zero_()
+    tokenizer = Tokenizer.load(home / "runs/policy/sft/model")
+    toys.write(home / "constant", {**model_files(model), **tokenizer.files(template("instruction"))})
+    line = judged(home, extra=("--reward.from", str(home / "constant"), "--reward.lr", "1e-9"))
     assert "gate: fail" in line and "hardly tells replies apart" in line

@@ -21,7 +21,7 @@ class Gate:
     """Fails where padding, doubling or a polite phrase raises rewards by more than this, in standard deviations."""
     prompts_far: Share = unkeyed(0.5)
     """Fails where more than this share of PPO's prompts is unlike all that the reward model was trained on."""
-    least_raw_std: NotNegative = unkeyed(0.02)
+    least_raw_std: NotNegative = unkeyed(0.05)
     """Fails where replies of the SFT model differed by less before rewards were scaled to a standard deviation of 1."""
     least_std: NotNegative = unkeyed(0.5)
     """Fails where fresh replies of the SFT model get rewards of a smaller standard deviation (it was set to 1)."""
