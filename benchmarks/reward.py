@@ -8,7 +8,7 @@ line an arm and seed has the figures on the test sentences.
 
 mixed   half of the sentences as lists of four, the other half with their scores: lists alone, scores alone, both, all
         with the same number of steps and of answers a step
-lists   lists of four, against the same lists as six pairs each: accuracy, and seconds of training
+lists   lists of four, against the same lists as six pairs each: accuracy, and processor seconds of training
 trl     RewardTrainer of TRL and Tetrad on the same pairs, in the same order and batches, as TRL has them; Tetrad on the
         scores that the pairs come from beside them
 """
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -29,6 +30,7 @@ from tetrad.engine.assessment import Pairs
 from tetrad.engine.console import Console
 from tetrad.engine.folders import model_folder
 from tetrad.engine.preferences import Examples
+from tetrad.train.reward import Lessons
 from tetrad.types import Prompt, Score, Tokens, Turn
 
 DATA = Path(__file__).parent.parent / "examples/reviews-en/data"
@@ -114,11 +116,22 @@ def train(policy: str, records: Mapping[str, Sequence[Row]], seed: int, **settin
         }
         path = Path(folder, "recipe.toml")
         path.write_text(COMMON.format(**given) + "".join(f"{name} = {value}\n" for name, value in settings.items()))
-        pipeline.run(recipe.read(path, []), Console())
+        seconds = 0.0
+
+        def timed(lessons: Lessons, *given: Any) -> Any:
+            nonlocal seconds
+            began = time.process_time()
+            stats = learn(lessons, *given)
+            seconds += time.process_time() - began
+            return stats
+
+        learn = Lessons.learn
+        with mock.patch.object(Lessons, "learn", timed):
+            pipeline.run(recipe.read(path, []), Console())
         home = Path(folder, "runs/reward/reward")
         metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
         told = json.loads((home / "model/evaluation.json").read_text())
-        return {"steps": len(metrics), **parts(told)}
+        return {"steps": len(metrics), **parts(told), "seconds": round(seconds, 1)}
 
 
 def parts(told: Mapping[str, Any]) -> dict[str, float]:
@@ -154,9 +167,7 @@ def lists(policy: str, seed: int) -> Iterator[Row]:
     """As many steps and judgements a step; pairs read each answer three times as often."""
     found = lists_of(rows_of("train"), seed)
     for arm, records, batch in (("lists", found, 16), ("pairs", exploded(found, seed), 96)):
-        began = time.monotonic()
-        figures = train(policy, {"train": records}, seed, batch=batch, epochs=1)
-        yield {"case": "lists", "arm": arm, **figures, "seconds": round(time.monotonic() - began, 1)}
+        yield {"case": "lists", "arm": arm, **train(policy, {"train": records}, seed, batch=batch, epochs=1)}
 
 
 def paired(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -218,9 +229,9 @@ def trl_trained(policy: str, pairs: Sequence[Row], batch: int, seed: int) -> dic
             bf16=False,
             seed=seed,
         )
-        began = time.monotonic()
+        began = time.process_time()
         RewardTrainer(model=model, args=how, train_dataset=Dataset.from_list(rows), processing_class=words).train()
-        seconds = round(time.monotonic() - began, 1)
+        seconds = round(time.process_time() - began, 1)
     model.eval()
     test = rows_of("test")
     rewards = []

@@ -65,6 +65,7 @@ CODES = {
     "E-MODEL-TEMPLATE": "the folder names no template, or its tokenizer cannot hold the one named",
     "E-MODEL-TOKENIZER": "the tokenizer cannot be read, or lacks a token",
     "E-MODEL-UNSUPPORTED": "an architecture or option that Tetrad does not have",
+    "E-NUM-ALARM": "an alarm of PPO reached its second limit, and `alarms.strict` is set",
     "E-NUM-GATE": "the reward model fails its gate, and `gate.strict` is set",
     "E-NUM-NONFINITE": "a loss, gradient, weight or logged number is NaN or infinite: stopped before it was kept",
     "E-NUM-REWARD": "a reward or judge function failed, or returned something that is no finite number",

@@ -21,7 +21,7 @@ PARTS = {
     "ppo": ("actor", "actor_optimizer", "critic", "critic_optimizer"),
 }
 """What each stage's checkpoints hold: told by the stages themselves where they run, and by this table before."""
-VALUES = {"ppo": ("beta",)}
+VALUES = {"ppo": ("beta", "alarms")}
 _STATE = ("step", "seed", "total_steps", "logs", "values", "environment")
 _HEADS = {"critic": True, "actor": False}  # whether a part has a scalar head
 _HINT = "put back a copy of it, or remove the folder and run the stage again"

@@ -5,6 +5,7 @@ probes, baselines, and the members of an ensemble one by one.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
 
 Json = dict[str, Any]
+MOST_SEEN = 4096
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ def normalise(ctx: StageContext, judge: Judge) -> dict[str, float]:
     lengths = torch.tensor([float(len(sample.reply_ids)) for sample in fresh])
     correlation = spearman(torch.from_numpy(again.mean(0)), lengths)
     return figures | ({"length_correlation": correlation} if np.isfinite(correlation) else {})
+
+
+def highest_seen(judge: Judge, examples: Examples) -> float:
+    """What all but a thousandth of (at most 4,096) training answers get at most: higher scores are news."""
+    documents = examples.tokens[:: max(1, math.ceil(len(examples.tokens) / MOST_SEEN))]
+    scores = member_scores(judge.members, documents, judge.device, judge.micro_tokens).mean(0)
+    return float(np.quantile(scores, 0.999))
 
 
 @torch.no_grad()

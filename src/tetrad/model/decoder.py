@@ -220,12 +220,12 @@ class ScalarModel(nn.Module):
         self.register_buffer("bias", torch.tensor(config.reward_bias), persistent=False)
 
     def forward(self, packed: Packed, want: str = "scores") -> Tensor:
-        """want: "scores", [D] at the last token of each document; "values", [N] at the positions that have a target."""
+        """want: "scores", [D] at the last token of each document; "values", [N] at the positions that have a target;
+        "both", [D + N], one after the other."""
         hidden = self.model(packed)
-        if want == "scores":
-            at = torch.tensor(packed.bounds[1:], device=hidden.device) - 1
-        else:
-            at = (packed.targets_T != IGNORE).nonzero()[:, 0]
+        last = torch.tensor(packed.bounds[1:], device=hidden.device) - 1
+        inside = (packed.targets_T != IGNORE).nonzero()[:, 0]
+        at = {"scores": last, "values": inside}[want] if want != "both" else torch.cat((last, inside))
         read: Tensor = self.score(hidden.index_select(0, at))
         scores: Tensor = read[:, 0].float() + self.bias
         return scores

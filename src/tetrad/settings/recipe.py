@@ -1,5 +1,6 @@
 """A recipe: the settings of all stages, joined. Reading and writing the file is `tetrad.recipe`'s."""
 
+from tetrad.settings.alarms import Alarms
 from tetrad.settings.base import Seed, settings
 from tetrad.settings.common import Data, Optim, Run, Sampling
 from tetrad.settings.evaluate import Evaluate
@@ -27,6 +28,7 @@ class Recipe:
     reward: Reward = Reward()
     ppo: Ppo = Ppo()
     gate: Gate = Gate()
+    alarms: Alarms = Alarms()
     evaluate: Evaluate = Evaluate()
     data: Data = Data()
     run: Run = Run()

@@ -45,6 +45,8 @@ class Reward:
     """Weight of the mean loss of a batch's comparisons; where they are few, a low one keeps their noise small."""
     score_weight: NotNegative = 0.5
     """Weight of the mean loss of a batch's scores."""
+    token_weight: NotNegative = 0.0
+    """Weight of the same losses on what is read so far, at every token of an answer (Cobbe et al. 2021); 0 is off."""
     annotators: bool = True
     """Learn how often each named annotator is right, and each one's offset and gain of scores; else all count alike."""
     center: NotNegative = 0.0

@@ -29,6 +29,7 @@ from tetrad.engine.scoring import Reward, python_function
 from tetrad.engine.stage import (
     POLICY,
     Weights,
+    figures_of,
     finish,
     frozen,
     read_policy,
@@ -49,22 +50,22 @@ from tetrad.settings.common import Sampling
 from tetrad.settings.ppo import Ppo
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.train import gate
+from tetrad.train.alarms import Watch
 from tetrad.types import StepStats, Term
 
 
 def run(ctx: StageContext) -> None:
     s, seed, micro_tokens = ctx.recipe.ppo, ctx.recipe.seed, ctx.recipe.run.micro_tokens
     device = choose(ctx.recipe.run)
-    if s.batch % mesh.size():
-        what = f"batch = {s.batch} can't be shared by {mesh.size()} processes"
-        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {mesh.size()}")
+    refuse_uneven(s)
     tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
     four = four_models(ctx, tokenizer, device)
     questions, mixture = questions_of(ctx, four.actor, tokenizer)
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=ctx.recipe.sampling.slots)
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
+    steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup))
     with (
-        start(ctx, device, s.steps, four.parts(), kl.state, kl.restore, ctx.recipe.run.grace) as stage,
+        start(ctx, device, s.steps, four.parts(), steered.state, steered.restore, ctx.recipe.run.grace) as stage,
         ctx.console.progress("ppo", s.steps, stage.step) as bar,
     ):
         for step in stage.steps():
@@ -82,8 +83,9 @@ def run(ctx: StageContext) -> None:
             advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)
             experience = Experience(rollout, old, ref, values, advantages, returns)
             learned = learn(four, experience, s, (seed, step), micro_tokens, device)
-            figures = figures_of_step(experience, scores, rewards, kl.beta) | learned
+            figures = figures_of_step(experience, scores, rewards, kl.beta, four.seen) | learned
             kl.follow(figures["kl"], s.batch)
+            figures |= steered.watch.heed(ctx, step, figures)
             stage.log(step, **figures)
             if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0):
                 show(ctx, stage.sample, step, experience, scores)
@@ -95,7 +97,8 @@ def run(ctx: StageContext) -> None:
 
 @dataclass(frozen=True)
 class FourModels:
-    """Who is updated: actor and critic. reference: the actor before PPO; reward: samples in, scores out."""
+    """Who is updated: actor and critic. reference: the actor before PPO; reward: samples in, scores out; seen: what a
+    thousandth of the reward model's training answers got at least."""
 
     actor: CausalLM
     critic: ScalarModel
@@ -103,6 +106,7 @@ class FourModels:
     reward: Reward
     actor_optimizer: Optimizer
     critic_optimizer: Optimizer
+    seen: float = math.inf
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on exactly; the frozen models are read from their own stages."""
@@ -126,11 +130,20 @@ class KLController:
         if self.target:
             self.beta = policy.adaptive_kl(self.beta, kl, replies, self.target, self.horizon)
 
-    def state(self) -> dict[str, float]:
-        return {"beta": self.beta}
+
+@dataclass(frozen=True)
+class Steered:
+    """What one iteration hands to the next beside the weights: beta, and what the alarms remember."""
+
+    kl: KLController
+    watch: Watch
+
+    def state(self) -> dict[str, Any]:
+        return {"beta": self.kl.beta, **self.watch.state()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        self.beta = saved["beta"]
+        self.kl.beta = saved["beta"]
+        self.watch.restore(saved)
 
 
 @dataclass(frozen=True)
@@ -172,6 +185,7 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
         reward_of(ctx, tokenizer, device),
         Optimizer(actor, s.actor_lr, optim),
         Optimizer(critic, s.critic_lr, optim),
+        figures_of(ctx.parents["reward"]).get("train_high", math.inf) if not s.rewards else math.inf,
     )
 
 
@@ -182,6 +196,13 @@ def reward_of(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Reward
         return lambda samples: [math.fsum(parts) for parts in zip(*(f(samples) for f in functions), strict=True)]
     folder = ctx.parents["reward"]
     return reward_model(ctx, folder, tokenizer, device, ctx.recipe.ppo.doubt)
+
+
+def refuse_uneven(s: Ppo) -> None:
+    """Errors: E-CONF-DIVIDE where processes can't have equal shares of a batch."""
+    if s.batch % mesh.size():
+        what = f"batch = {s.batch} can't be shared by {mesh.size()} processes"
+        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {mesh.size()}")
 
 
 def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tuple[list[Question], Mixture]:
@@ -290,7 +311,9 @@ def value_terms(s: Ppo) -> Terms:
     return terms
 
 
-def figures_of_step(experience: Experience, scores: Tensor, rewards: Tensor, beta: float) -> dict[str, float]:
+def figures_of_step(
+    experience: Experience, scores: Tensor, rewards: Tensor, beta: float, seen: float = math.inf
+) -> dict[str, float]:
     """What the iteration sampled, a reply on average over all ranks. kl: nats against the reference (k1, k3)."""
     rollout, mask = experience.rollout, experience.rollout.mask_BT
     k1, k3 = (policy.kl_tokens(experience.old, experience.ref, mask, kind) for kind in ("k1", "k3"))
@@ -299,6 +322,7 @@ def figures_of_step(experience: Experience, scores: Tensor, rewards: Tensor, bet
     n = len(scores)
     sums = {
         "score": float(scores.sum()),
+        "unseen_scores": float((scores > seen).sum()),
         "kl": float(k1.sum()),
         "kl_k3": float(k3.sum()),
         "reward": float(rewards.sum()),

@@ -28,7 +28,7 @@ from tetrad.engine.annotators import Annotators, judged, numbers_of, written
 from tetrad.engine.best import Best
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
-from tetrad.engine.judging import Json, Judge, as_files, assess, normalise
+from tetrad.engine.judging import Json, Judge, as_files, assess, highest_seen, normalise
 from tetrad.engine.optim import Optimizer, Together, lr_factor
 from tetrad.engine.preferences import Examples, Judgements, Record, judgements, preference_micros
 from tetrad.engine.prepare import first_parent
@@ -44,7 +44,7 @@ from tetrad.settings.reward import Reward
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.train import gate
-from tetrad.types import Score, StepStats, Term
+from tetrad.types import IGNORE, Score, StepStats, Term
 
 LOOKS = 10  # at held-out records, where training may stop early
 MOST_HELD_OUT = 1000  # records of such a look
@@ -99,6 +99,7 @@ def run(ctx: StageContext) -> None:
         judge = Judge(models, tokenizer, form, folder, device, ctx.recipe.run.micro_tokens)
         told = report_annotators(ctx, members[0].latent, lessons) if lessons.numbers else {}
         figures, evaluation = normalise(ctx, judge), Json()
+        figures["train_high"] = highest_seen(judge, examples)
         if tests:
             found, evaluation = assess(ctx, judge, tests, baselines)
             figures |= found
@@ -177,13 +178,19 @@ def preference_terms(s: Reward) -> Terms:
     def terms(model: nn.Module, micro: Micro) -> list[Term]:
         latent = cast(Latent, model)
         found: Judgements = micro.data
-        r_D = latent.reward(micro.packed, "scores")
+        every_S = torch.arange(len(found.scored_S), device=found.scored_S.device)
+        r_D = latent.reward(micro.packed, "both" if s.token_weight else "scores")
+        r_D, read_N = r_D[: len(micro.packed.bounds) - 1], r_D[len(micro.packed.bounds) - 1 :]
         sums = r_D[found.winners_P] + r_D[found.losers_P]
         parts = [
             Term("comparisons", _comparison_loss(s, latent, found, r_D), "comparisons", s.comparison_weight),
-            Term("scores", _score_loss(s, latent, found, r_D), "scores", s.score_weight),
+            Term(
+                "scores", _score_losses(s, latent, found, r_D[found.scored_S], every_S).sum(), "scores", s.score_weight
+            ),
             Term("centre", (found.weights_P * sums.square()).sum(), "comparisons", s.center),
         ]
+        if s.token_weight:
+            parts += token_terms(s, latent, micro, read_N)
         if latent.annotators:
             of_lists, of_scores = latent.annotators.comparison_prior, latent.annotators.score_prior
             parts.append(Term("competence_prior", of_lists(found.by_L), "comparisons", s.comparison_weight))
@@ -191,6 +198,25 @@ def preference_terms(s: Reward) -> Terms:
         return parts
 
     return terms
+
+
+def token_terms(s: Reward, latent: Latent, micro: Micro, read_N: Tensor) -> list[Term]:
+    """The same losses on what is read so far (Cobbe et al. 2021, section 4.2): of a scored answer the mean over its
+    tokens, of a list on each answer's mean. read_N: the head before each token of the answers."""
+    found: Judgements = micro.data
+    ends = torch.tensor(micro.packed.bounds[1:], device=read_N.device)
+    of_N = torch.searchsorted(ends, (micro.packed.targets_T != IGNORE).nonzero()[:, 0], right=True)
+    count_D = torch.zeros(len(ends), device=read_N.device).index_add_(0, of_N, torch.ones_like(read_N))
+    mean_D = torch.zeros_like(count_D).index_add(0, of_N, read_N) / count_D.clamp(min=1)
+    score_of_D = torch.full_like(ends, -1)
+    score_of_D[found.scored_S] = torch.arange(len(found.scored_S), device=ends.device)
+    rated = score_of_D[of_N] >= 0
+    losses = _score_losses(s, latent, found, read_N[rated], score_of_D[of_N[rated]])
+    lists, scores = _comparison_loss(s, latent, found, mean_D), (losses / count_D[of_N[rated]]).sum()
+    return [
+        Term("comparisons_read", lists, "comparisons", s.token_weight * s.comparison_weight),
+        Term("scores_read", scores, "scores", s.token_weight * s.score_weight),
+    ]
 
 
 def _comparison_loss(s: Reward, latent: Latent, found: Judgements, r_D: Tensor) -> Tensor:
@@ -209,13 +235,12 @@ def _comparison_loss(s: Reward, latent: Latent, found: Judgements, r_D: Tensor) 
     return -torch.logaddexp(logsigmoid(c) - losses, logsigmoid(-c) - back).sum()
 
 
-def _score_loss(s: Reward, latent: Latent, found: Judgements, r_D: Tensor) -> Tensor:
-    """Summed over scores, each on its annotator's own scale; uncertain ones count less."""
-    rated = r_D[found.scored_S]
+def _score_losses(s: Reward, latent: Latent, found: Judgements, rewards_N: Tensor, of_N: Tensor) -> Tensor:
+    """The loss of each reward against score number of_N, on its annotator's own scale; uncertain ones count less."""
     if latent.annotators:
-        rated = latent.annotators.rated(rated, found.by_S)
+        rewards_N = latent.annotators.rated(rewards_N, found.by_S[of_N])
     kind: Literal["mse", "bce"] = "bce" if s.score_loss == "bce" else "mse"
-    return (found.weights_S * preference.score_losses(rated, found.targets_S, kind)).sum()
+    return found.weights_S[of_N] * preference.score_losses(rewards_N, found.targets_S[of_N], kind)
 
 
 def report_annotators(ctx: StageContext, latent: Latent, lessons: Lessons) -> Json:

@@ -103,3 +103,15 @@ def test_rows_of_one_group_are_drawn_together():
         values, lambda rows: float(len(rows)), groups_N=torch.tensor([5] * 150 + [2] * 50)
     )
     assert counted == (100, 300)
+
+
+def test_kendall_counts_pairs():
+    x = torch.tensor([1.0, 2, 3, 4])
+    assert calibration.kendall(x, torch.tensor([1.0, 3, 2, 4])) == pytest.approx(4 / 6)
+    assert calibration.kendall(x, -x) == pytest.approx(-1)
+    # By hand: 3 pairs in one order, 1 in the other; 5 and 5 of 6 untied.
+    tied_x, tied_y = torch.tensor([1.0, 1, 2, 3]), torch.tensor([1.0, 2, 2, 0])
+    untied = [(i, j) for i in range(4) for j in range(i)]
+    signs = [float(torch.sign(tied_x[i] - tied_x[j]) * torch.sign(tied_y[i] - tied_y[j])) for i, j in untied]
+    assert calibration.kendall(tied_x, tied_y) == pytest.approx(sum(signs) / 5)
+    assert math.isnan(calibration.kendall(x, torch.ones(4)))

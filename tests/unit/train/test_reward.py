@@ -82,6 +82,27 @@ def test_an_uncertain_score_counts_less() -> None:
     assert found == pytest.approx(float((0.5 * (r[0] + 1) ** 2 + (r[1] - 1) ** 2) / 2), abs=1e-6)
 
 
+def test_every_token_of_an_answer_can_learn() -> None:
+    """Of a score the mean loss over its answer's tokens, of a pair the loss between the means."""
+    records: list[Comparison | Score] = [
+        Score(PROMPT, "a", 2.0),
+        Comparison(PROMPT, ("b", "c"), (2.0, 1.0)),
+        Score(PROMPT, "d", 5.0),
+    ]
+    documents = [[toys.document(toys.ids(n, n), prompt=2) for n in of] for of in ((5,), (7, 4), (9,))]
+    s = Reward(score_scale=(1.0, 5.0), token_weight=0.5, score_weight=2.0, comparison_weight=3.0)
+    latent = Latent(toys.scalar(seed=1), False)
+    micros = preference_micros(records, documents, 4096, 3.5, 1.5, toys.CPU)
+    stats = update(latent, Optimizer(latent, 0.0, Optim()), micros, preference_terms(s), toys.CPU)
+    values = latent.reward(micros[0].packed, "values").detach().split([3, 5, 2, 7])
+    scores = ((values[0] + 1).square().mean() + (values[3] - 1).square().mean()) / 2
+    pairs = preference.bt_loss(values[2].mean()[None], values[1].mean()[None])
+    assert stats.terms["scores_read"] == pytest.approx(float(scores), rel=1e-5)
+    assert stats.terms["comparisons_read"] == pytest.approx(float(pairs), rel=1e-5)
+    rest = 2.0 * stats.terms["scores"] + 3.0 * stats.terms["comparisons"]
+    assert stats.loss == pytest.approx(rest + 0.5 * (2.0 * float(scores) + 3.0 * float(pairs)), rel=1e-5)
+
+
 # --- early stopping ---
 
 

@@ -1,0 +1,34 @@
+"""When PPO's own figures say that it is going wrong."""
+
+from tetrad.settings.base import Limits, Positive, settings, unkeyed
+
+
+@settings
+class Alarms:
+    """Alarms of PPO. Each has two limits: at the first it warns, at the second it stops where `strict` is set.
+    Shares and multiples are of the first iterations."""
+
+    strict: bool = unkeyed(False)
+    """Stop (exit 5) at the second limit; else every alarm is a warning."""
+    nats: Positive = unkeyed(10.0)
+    """KL a reply that is expected where no `ppo.kl_target` is set."""
+    kl: Limits = unkeyed((2.0, 5.0))
+    """Multiples of the expected KL a reply."""
+    negative_kl: Limits = unkeyed((0.5, 2.0))
+    """Nats below 0 of the mean KL a reply: the sampler and the log-probabilities disagree."""
+    length: Limits = unkeyed((1.5, 2.0))
+    """Multiples of the length of replies at the start."""
+    ended: Limits = unkeyed((0.7, 0.4))
+    """Share of ended replies, against the start."""
+    entropy: Limits = unkeyed((0.3, 0.1))
+    """Entropy a token, against the start."""
+    distinct_2: Limits = unkeyed((0.5, 0.25))
+    """Different pairs of neighbouring tokens, against the start."""
+    clip_fraction: Limits = unkeyed((0.4, 0.7))
+    """Share of tokens whose policy ratio is cut."""
+    explained_variance: Limits = unkeyed((5.0, 20.0))
+    """Iterations in a row, after the critic's warm-up, in which the critic explains less than nothing."""
+    unseen_scores: Limits = unkeyed((0.05, 0.25))
+    """Share of scores above all but a thousandth of what the reward model gave to its training answers."""
+    score_std: Limits = unkeyed((1e-6, 1e-9))
+    """Standard deviation of an iteration's scores: the reward tells nothing apart."""

@@ -1,0 +1,110 @@
+"""Alarms: what PPO's figures look like when it cheats or breaks, and what to do about it.
+
+Every iteration is held against limits, most of them as shares of the first iterations: a policy that found a hole in
+its reward changes length, endings, variety or entropy long before its texts are read by anybody.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tetrad.engine.context import StageContext
+from tetrad.errors import UserError
+from tetrad.settings.alarms import Alarms
+
+STARTS = 3  # iterations that make the start
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """figure: its name, of the limits too; above: whether too much is wrong; relative: against the start; meaning: what
+    it is a sign of."""
+
+    figure: str
+    above: bool
+    relative: bool
+    meaning: str
+
+
+_RULES = (
+    _Rule("kl", True, False, "the actor is far from the reference: raise ppo.kl_coefficient or lower ppo.actor_lr"),
+    _Rule("negative_kl", True, False, "log-probabilities of sampler and training differ: a temperature, or a bug"),
+    _Rule("length", True, True, "replies grow: the reward may pay for length"),
+    _Rule("ended", False, True, "replies no longer end: raise ppo.missing_eos_penalty or ppo.max_new"),
+    _Rule("entropy", False, True, "the actor collapses onto few replies: lower ppo.actor_lr, raise ppo.entropy_bonus"),
+    _Rule("distinct_2", False, True, "replies repeat themselves: the reward may pay for a phrase"),
+    _Rule("clip_fraction", True, False, "the updates are too large: lower ppo.actor_lr or ppo.epochs"),
+    _Rule("explained_variance", True, False, "the critic doesn't follow: raise ppo.critic_lr or ppo.critic_warmup"),
+    _Rule("unseen_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled"),
+    _Rule("score_std", False, False, "the reward tells no replies apart"),
+)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One figure at a limit. level: 1 at the first, 2 at the second."""
+
+    figure: str
+    level: int
+    text: str
+
+
+class Watch:
+    """The memory of the alarms: how it began, and how long the critic has failed."""
+
+    def __init__(self, s: Alarms, expected_kl: float, warmup: int) -> None:
+        self.s, self.warmup = s, warmup
+        self.expected_kl = expected_kl or s.nats
+        self.start: dict[str, list[float]] = {}
+        self.failing = 0.0
+        self.told: dict[str, int] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"alarms": {"start": self.start, "failing": self.failing, "told": self.told}}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        kept = saved["alarms"]
+        self.start, self.failing, self.told = kept["start"], kept["failing"], kept["told"]
+
+    def look(self, step: int, figures: Mapping[str, float]) -> list[Alarm]:
+        """The alarms of this iteration."""
+        if step >= self.warmup and "explained_variance" in figures:
+            self.failing = self.failing + 1 if figures["explained_variance"] < 0 else 0.0
+        measured = dict(figures) | {
+            "kl": figures["kl"] / self.expected_kl,
+            "negative_kl": -figures["kl"],
+            "explained_variance": self.failing,
+        }
+        return [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured))]
+
+    def _judge(self, rule: _Rule, measured: Mapping[str, float]) -> Alarm | None:
+        value = measured[rule.figure]
+        if rule.relative:
+            start = self.start.setdefault(rule.figure, [])
+            if len(start) < STARTS:
+                start.append(value)
+                return None
+            value /= max(sum(start) / len(start), 1e-12)
+        limits = getattr(self.s, rule.figure)
+        sign = 1 if rule.above else -1
+        level = sum(sign * value >= sign * limit for limit in limits)
+        if not level:
+            return None
+        share = " of the start" if rule.relative else ""
+        text = f"{rule.figure} is {value:.3g}{share}, the limit is {limits[level - 1]:g}: {rule.meaning}"
+        return Alarm(rule.figure, level, text)
+
+    def heed(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
+        """Says what is new, and returns how many alarms there are. Errors: E-NUM-ALARM under `strict`."""
+        alarms = self.look(step, figures)
+        now = {alarm.figure: alarm.level for alarm in alarms}
+        for alarm in alarms:
+            if alarm.level > self.told.get(alarm.figure, 0):
+                ctx.console.say(f"alarm      step {step}: {alarm.text}")
+        self.told = now
+        worst = [alarm for alarm in alarms if alarm.level == 2]
+        if worst and self.s.strict:
+            hint = "look at samples.jsonl; a change of the recipe begins this stage anew"
+            what = f"step {step}: " + "; ".join(alarm.text for alarm in worst)
+            raise UserError("E-NUM-ALARM", what, where="ppo", hint=hint)
+        return {"alarms": float(len(alarms))}

@@ -1,0 +1,101 @@
+"""Alarms on figures: each limit has its alarm, a healthy course has none, and what is remembered survives a stop."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tetrad.engine.console import Console
+from tetrad.errors import UserError
+from tetrad.settings.alarms import Alarms
+from tetrad.train.alarms import Watch
+
+HEALTHY = {
+    "kl": 3.0,
+    "length": 20.0,
+    "ended": 0.95,
+    "entropy": 3.0,
+    "distinct_2": 0.8,
+    "clip_fraction": 0.1,
+    "explained_variance": 0.4,
+    "unseen_scores": 0.0,
+    "score_std": 1.0,
+}
+CASES = [
+    ("kl", {"kl": 21.0}, {"kl": 51.0}),
+    ("negative_kl", {"kl": -0.6}, {"kl": -2.5}),
+    ("length", {"length": 31.0}, {"length": 41.0}),
+    ("ended", {"ended": 0.6}, {"ended": 0.3}),
+    ("entropy", {"entropy": 0.8}, {"entropy": 0.2}),
+    ("distinct_2", {"distinct_2": 0.3}, {"distinct_2": 0.1}),
+    ("clip_fraction", {"clip_fraction": 0.5}, {"clip_fraction": 0.8}),
+    ("unseen_scores", {"unseen_scores": 0.1}, {"unseen_scores": 0.3}),
+    ("score_std", {"score_std": 1e-7}, {"score_std": 0.0}),
+]
+
+
+def watch(**settings: Any) -> Watch:
+    """One that has seen how it began."""
+    found = Watch(Alarms(**settings), 0.0, warmup=2)
+    assert [found.look(step, HEALTHY) for step in range(3)] == [[], [], []]
+    return found
+
+
+def levels(found: Watch, step: int, **changes: float) -> dict[str, int]:
+    return {alarm.figure: alarm.level for alarm in found.look(step, HEALTHY | changes)}
+
+
+@pytest.mark.parametrize(("name", "first", "second"), CASES)
+def test_each_figure_has_its_alarm(name: str, first: dict[str, float], second: dict[str, float]) -> None:
+    found = watch()
+    assert levels(found, 3) == {}
+    assert levels(found, 4, **first) == {name: 1}
+    assert levels(found, 5, **second) == {name: 2}
+    assert levels(found, 6) == {}
+
+
+def test_the_critic_must_fail_in_a_row_after_its_warm_up() -> None:
+    found = Watch(Alarms(), 0.0, warmup=2)
+    assert [levels(found, step, explained_variance=-0.1) for step in range(6)] == [{}] * 6
+    assert levels(found, 6, explained_variance=-0.1) == {"explained_variance": 1}
+    assert levels(found, 7, explained_variance=0.1) == {}
+    assert [levels(found, 8 + i, explained_variance=-1.0) for i in range(20)][-1] == {"explained_variance": 2}
+
+
+def test_kl_is_held_against_its_target() -> None:
+    found = Watch(Alarms(), 4.0, warmup=0)
+    assert levels(found, 0, kl=7.9) == {} and levels(found, 1, kl=8.1) == {"kl": 1}
+
+
+def test_limits_are_settings() -> None:
+    assert levels(watch(length=(3.0, 4.0)), 3, length=41.0) == {}
+
+
+def test_figures_that_are_missing_raise_nothing() -> None:
+    assert watch().look(3, {"kl": 1.0}) == []
+
+
+def test_the_start_survives_a_stop() -> None:
+    before, after = watch(), Watch(Alarms(), 0.0, warmup=2)
+    before.look(3, HEALTHY | {"explained_variance": -1.0})
+    after.restore(json.loads(json.dumps(before.state())))
+    assert after.state() == before.state()
+    assert levels(after, 4, length=31.0) == {"length": 1}
+
+
+def test_an_alarm_is_said_once_and_stops_under_strict(capsys: pytest.CaptureFixture[str]) -> None:
+    ctx: Any = SimpleNamespace(console=Console())
+    found = watch()
+    assert found.heed(ctx, 3, HEALTHY | {"length": 31.0}) == {"alarms": 1.0}
+    assert "alarm      step 3: length is 1.55 of the start, the limit is 1.5" in capsys.readouterr().out
+    found.heed(ctx, 4, HEALTHY | {"length": 32.0})
+    assert capsys.readouterr().out == ""
+    found.heed(ctx, 5, HEALTHY | {"length": 45.0})
+    assert "the limit is 2" in capsys.readouterr().out
+    assert found.heed(ctx, 6, HEALTHY) == {"alarms": 0.0}
+    strict = watch(strict=True)
+    strict.heed(ctx, 3, HEALTHY | {"length": 31.0})
+    with pytest.raises(UserError) as raised:
+        strict.heed(ctx, 4, HEALTHY | {"length": 45.0})
+    assert (raised.value.code, raised.value.exit_code) == ("E-NUM-ALARM", 5)
