@@ -82,11 +82,22 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """Documents one after another, without padding; attention never crosses a bound.
+class Prefix:
+    """The first `length` tokens of document number `document` also begin each document after it, up to number `last`,
+    and are not stored there again."""
 
-    ids_T; positions_T (from 0 in each document); bounds: the D + 1 offsets; targets_T: the next token of the same
-    document where it is a label, else IGNORE; where: the place of each document's record.
+    document: int
+    length: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Documents one after another, without padding; attention never crosses a bound, but to a shared prefix.
+
+    ids_T; positions_T (from 0 in each document, or from its prefix's length); bounds: the D + 1 offsets; targets_T:
+    the next token of the same document where it is a label, else IGNORE; where: the place of each document's record;
+    prefixes: what documents have in common and is stored once.
     """
 
     ids_T: Array
@@ -94,6 +105,7 @@ class Packed:
     bounds: tuple[int, ...]
     targets_T: Array
     where: tuple[str, ...] = ()
+    prefixes: tuple[Prefix, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,10 +132,14 @@ class Rows:
 
 def micro_batches(documents: Sequence[Tokens], micro_tokens: int) -> list[list[int]]:
     """Indices in order, in groups of at most `micro_tokens` tokens; a longer document alone."""
+    return groups_of([len(document.ids) for document in documents], micro_tokens)
+
+
+def groups_of(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """The same for any lengths."""
     groups: list[list[int]] = []
     tokens = 0
-    for index, document in enumerate(documents):
-        length = len(document.ids)
+    for index, length in enumerate(lengths):
         if not groups or tokens + length > micro_tokens:
             groups.append([])
             tokens = 0

@@ -5,10 +5,11 @@ has none. Numpy only: the batch becomes tensors where it reaches the device.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from tetrad.types import IGNORE, Packed, Tokens
+from tetrad.types import IGNORE, Packed, Prefix, Tokens
 
 
 def pack(documents: Sequence[Tokens]) -> Packed:
@@ -30,3 +31,33 @@ def pack(documents: Sequence[Tokens]) -> Packed:
     positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
     bounds = (0, *ends.tolist())
     return Packed(ids, positions, bounds, targets, tuple(document.where for document in documents))
+
+
+def common_prefix(documents: Sequence[Tokens]) -> int:
+    """The number of tokens that all of them begin with, such that each but the first has one more of its own."""
+    first, *others = documents
+    if not others:
+        return 0
+    most = min(len(first.ids), *(len(other.ids) - 1 for other in others))
+    same = np.all([other.ids[:most] == first.ids[:most] for other in others], axis=0)
+    return most if same.all() else int(same.argmin())
+
+
+def pack_groups(groups: Sequence[Sequence[Tokens]], prefixes: Sequence[int]) -> Packed:
+    """Documents in groups, of which the first `prefixes[i]` tokens of group i are stored once, in its first document.
+
+    The label of the first token after a prefix is lost but for the first document: for scores, not for language.
+    Raises ValueError as `pack` does, and where a document has nothing but the prefix.
+    """
+    cuts = [prefix * (n > 0) for group, prefix in zip(groups, prefixes, strict=True) for n in range(len(group))]
+    documents = [document for group in groups for document in group]
+    rest = [Tokens(d.ids[cut:], d.train[cut:], d.where) for d, cut in zip(documents, cuts, strict=True)]
+    packed = pack(rest)
+    positions = packed.positions_T + np.repeat(cuts, np.diff(packed.bounds))
+    ends = np.cumsum([len(group) for group in groups]).tolist()
+    shared = tuple(
+        Prefix(end - len(group), prefix, end - 1)
+        for group, prefix, end in zip(groups, prefixes, ends, strict=True)
+        if prefix
+    )
+    return replace(packed, positions_T=positions, prefixes=shared)

@@ -7,7 +7,7 @@ units is several times slower with it).
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ class Device:
         """numpy to tensors: ids, positions and targets as int64."""
         arrays = (packed.ids_T, packed.positions_T, packed.targets_T)
         ids, positions, targets = (torch.as_tensor(a).to(self.place, torch.int64, non_blocking=True) for a in arrays)
-        return Packed(ids, positions, packed.bounds, targets, packed.where)
+        return replace(packed, ids_T=ids, positions_T=positions, targets_T=targets)
 
 
 def choose(run: Run) -> Device:

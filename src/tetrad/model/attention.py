@@ -3,6 +3,9 @@
 Packed: documents of one micro-batch lie one after another without padding. They are sorted into buckets of like length,
 each bucket is one causal kernel call, and its few padded slots lie to the right, where no real query looks: so no mask
 is needed, and no document sees another. On a GPU with 16-bit compute one variable-length kernel takes them all.
+
+A prefix that documents share (on a CPU only) is one more call for all that continue it: their queries, without a mask,
+against its keys. Two partial softmaxes become one by their log-sum-exps.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from tetrad.types import Prefix
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,14 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Where the tokens of a prefix lie, and those of all documents that continue it."""
+
+    prefix: slice
+    tails: slice
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one packed micro-batch is attended; made once, used by every layer."""
 
@@ -35,9 +51,10 @@ class Plan:
     offsets: Tensor
     longest: int
     rows: int  # of documents where all have one length, else 0
+    shared: tuple[Shared, ...] = ()
 
 
-def plan_for(bounds: Sequence[int], device: torch.device) -> Plan:
+def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Prefix] = ()) -> Plan:
     """bounds: the D + 1 offsets of the documents."""
     start = torch.tensor(bounds[:-1])
     length = torch.tensor(bounds[1:]) - start
@@ -56,7 +73,14 @@ def plan_for(bounds: Sequence[int], device: torch.device) -> Plan:
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(sizes, default=0)
     rows = len(sizes) if longest and sum(sizes) == len(sizes) * longest else 0
-    return Plan(bounds[-1], buckets, offsets, longest, rows)
+    shared = tuple(
+        Shared(
+            slice(bounds[prefix.document], bounds[prefix.document] + prefix.length),
+            slice(bounds[prefix.document + 1], bounds[prefix.last + 1]),
+        )
+        for prefix in prefixes
+    )
+    return Plan(bounds[-1], buckets, offsets, longest, rows, shared)
 
 
 def _bucket(group: Tensor, start: Tensor, length: Tensor, device: torch.device) -> Bucket:
@@ -115,8 +139,73 @@ _apply_to_buckets: Callable[..., tuple[Tensor, ...]] = _ToBuckets.apply
 _from_buckets: Callable[..., Tensor] = _FromBuckets.apply
 
 
+class _ToPrefixes(torch.autograd.Function):
+    """Attention inside documents and to their prefixes, on [T, H, D]. A part's own backward, given the whole's output
+    and log-sum-exp, is that part's share of the gradient (ring attention, Liu et al. 2023)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        out, logsum = torch.empty_like(q), q.new_empty(q.shape[:2])
+        for bucket in plan.buckets:
+            found = _flash(*(_in_rows(x, bucket) for x in (q, k, v)), 0.0, True)
+            _put_back((out, logsum), found, bucket)
+        for shared in plan.shared:
+            part, sums = _flash(_as_row(q[shared.tails]), *(_as_row(x[shared.prefix]) for x in (k, v)), 0.0, False)
+            own, sums = logsum[shared.tails], sums[0].transpose(0, 1)
+            out[shared.tails].lerp_(part[0].transpose(0, 1), torch.sigmoid(sums - own).unsqueeze_(-1))
+            torch.logaddexp(own, sums, out=own)
+        ctx.save_for_backward(q, k, v, out, logsum)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, logsum = ctx.saved_tensors
+        to_q, to_k, to_v = (torch.empty_like(x) for x in (q, k, v))
+        for bucket in ctx.plan.buckets:
+            rows = (_in_rows(x, bucket) for x in (q, k, v, out, logsum))
+            found = _flash_backward(_in_rows(grad, bucket, padding=False), *rows, 0.0, True)
+            _put_back((to_q, to_k, to_v), found, bucket)
+        for shared in ctx.plan.shared:
+            q_, out_, logsum_, grad_ = (_as_row(x[shared.tails]) for x in (q, out, logsum, grad))
+            keys = (_as_row(x[shared.prefix]) for x in (k, v))
+            found = _flash_backward(grad_, q_, *keys, out_, logsum_, 0.0, False)
+            places = (shared.tails, shared.prefix, shared.prefix)
+            for to, part, place in zip((to_q, to_k, to_v), found, places, strict=True):
+                to[place] += part[0].transpose(0, 1)
+        return to_q, to_k, to_v, None
+
+
+def _in_rows(x: Tensor, bucket: Bucket, *, padding: bool = True) -> Tensor:
+    """[T, H, ...] to [B, H, L, ...]. padding: a real token in padded slots, else zeros."""
+    if padding:
+        slots = x.index_select(0, bucket.slots)
+    else:
+        slots = x.new_zeros(len(bucket.slots), *x.shape[1:])
+        slots.index_copy_(0, bucket.valid, x.index_select(0, bucket.tokens))
+    return slots.unflatten(0, (bucket.rows, -1)).transpose(1, 2)
+
+
+def _put_back(to: Sequence[Tensor], rows: Sequence[Tensor], bucket: Bucket) -> None:
+    """The inverse, written into place."""
+    for x, found in zip(to, rows, strict=True):
+        x.index_copy_(0, bucket.tokens, found.transpose(1, 2).flatten(0, 1).index_select(0, bucket.valid))
+
+
+def _as_row(x: Tensor) -> Tensor:
+    """[n, H, ...] to [1, H, n, ...]."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+_to_prefixes: Callable[..., Tensor] = _ToPrefixes.apply
+
+
 def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, plan: Plan) -> Tensor:
     """Causal attention inside each document. H query heads, G key and value heads. Returns [T, H, D]."""
+    if plan.shared:
+        spread = q_THD.shape[1] // k_TGD.shape[1]
+        return _to_prefixes(q_THD, *(x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD)), plan)
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         spread = q_THD.shape[1] // k_TGD.shape[1]
         k_THD, v_THD = (x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD))

@@ -160,7 +160,7 @@ class Decoder(nn.Module):
             x = x * (torch.rand(len(x), 1, device=x.device) >= self.token_dropout)
         angle = packed.positions_T[:, None].float() * self.inv_freq
         cos, sin = (f(angle)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
-        plan = plan_for(packed.bounds, x.device)
+        plan = plan_for(packed.bounds, x.device, packed.prefixes)
         for layer in self.layers:
             x = layer(x, cos, sin, plan, self.dropout)
         return self.norm(x)  # type: ignore[no-any-return]
