@@ -11,6 +11,8 @@ import numpy as np
 
 from tetrad.types import IGNORE, Packed, Prefix, Tokens
 
+LEAST_SAVED = 16  # tokens of a group
+
 
 def pack(documents: Sequence[Tokens]) -> Packed:
     """T is the sum of the documents' lengths; ids, positions and targets are int64.
@@ -61,3 +63,9 @@ def pack_groups(groups: Sequence[Sequence[Tokens]], prefixes: Sequence[int]) -> 
         if prefix
     )
     return replace(packed, positions_T=positions, prefixes=shared)
+
+
+def prefix_pays(prefix: int, documents: int) -> bool:
+    """Whether so many documents are computed faster with their first `prefix` tokens shared: for a group the calls of
+    attention cost as much as some tokens, whatever the length of the rest (benchmarks/shared_prefix.py)."""
+    return prefix * (documents - 1) >= LEAST_SAVED

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrad.data.loader import micro_batches
-from tetrad.data.pack import pack
+from tetrad.data.loader import groups_of
+from tetrad.data.pack import common_prefix, pack_groups, prefix_pays
 from tetrad.data.source import Counts
 from tetrad.engine.device import Device
 from tetrad.engine.scoring import Sample
@@ -161,15 +161,30 @@ def preference_micros(
     unit: float,
     device: Device,
     numbers: Mapping[str, int] = MappingProxyType({}),
+    shared_prefix: str = "auto",
 ) -> list[Micro]:
-    """Micro-batches of whole records. Counts: "comparisons" with an order, and "scores"."""
-    whole = [Tokens(np.concatenate([t.ids for t in answers]), np.empty(0, np.bool_)) for answers in documents]
+    """Micro-batches of whole records, of at most `micro_tokens` tokens that are computed. Counts: "comparisons" with an
+    order, and "scores". shared_prefix: the setting of that name."""
+    prefixes = [_prefix(answers, shared_prefix, device) for answers in documents]
     micros = []
-    for group in micro_batches(whole, micro_tokens):
+    for group in groups_of([_computed(*each) for each in zip(documents, prefixes, strict=True)], micro_tokens):
         chosen = [records[i] for i in group]
-        packed = device.put(pack([tokens for i in group for tokens in documents[i]]))
+        packed = device.put(pack_groups([documents[i] for i in group], [prefixes[i] for i in group]))
         scores = sum(isinstance(record, Score) for record in chosen)
         lists = sum(isinstance(record, Comparison) and _informative(record) for record in chosen)
         counts = {"comparisons": float(lists), "scores": float(scores)}
         micros.append(Micro(packed, counts, judgements(chosen, zero, unit, device.place, numbers)))
     return micros
+
+
+def _prefix(answers: Sequence[Tokens], shared_prefix: str, device: Device) -> int:
+    """Tokens of a record that are computed once for all its answers; on a GPU, which has no such kernel, none are."""
+    if shared_prefix == "never" or device.place.type != "cpu":
+        return 0
+    prefix = common_prefix(answers)
+    pays = shared_prefix == "always" or prefix_pays(prefix, len(answers))
+    return prefix if pays else 0
+
+
+def _computed(answers: Sequence[Tokens], prefix: int) -> int:
+    return sum(len(tokens.ids) for tokens in answers) - (len(answers) - 1) * prefix

@@ -15,6 +15,7 @@ from tetrad.settings.base import (
     Weights,
     Whole,
     settings,
+    unkeyed,
 )
 
 
@@ -63,6 +64,9 @@ class Reward:
     """Longest prompt with answer; 0 is the model's."""
     on_long: Literal["refuse", "cut", "drop"] = "refuse"
     """What to do with a longer one; cut (from the left) and drop are counted."""
+    shared_prefix: Literal["auto", "always", "never"] = unkeyed("auto")
+    """Whether a list's answers are computed from one prompt, on a CPU; auto: where that is faster. Numbers change by
+    rounding only and, as dropout then drops the same of the prompt for all answers, by its masks."""
     epochs: Positive = 1.0
     """Times the records are read."""
     batch: Count = 32

@@ -168,8 +168,8 @@ class Lessons:
 
     def _micros(self, examples: Examples, wanted: Sequence[int]) -> list[Micro]:
         records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
-        scale = (self.zero, self.unit)
-        return preference_micros(records, documents, self.run.micro_tokens, *scale, self.device, self.numbers)
+        how = (self.run.micro_tokens, self.zero, self.unit, self.device, self.numbers, self.s.shared_prefix)
+        return preference_micros(records, documents, *how)
 
 
 def preference_terms(s: Reward) -> Terms:

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 import toys
+from tetrad.data.pack import LEAST_SAVED, prefix_pays
 from tetrad.data.source import Counts
+from tetrad.engine.device import Device
 from tetrad.engine.preferences import Examples, judgements, preference_micros
 from tetrad.errors import UserError
-from tetrad.types import IGNORE, Comparison, Prompt, Score, Turn
+from tetrad.types import IGNORE, Comparison, Prefix, Prompt, Score, Turn
 
 PROMPT = Prompt((Turn("instruction", "say"),))
 CPU = torch.device("cpu")
@@ -95,3 +97,45 @@ def test_long_records():
     assert counts.cut == 2
     with pytest.raises(UserError, match="E-DATA-EMPTY"):
         examples.fitted(3, "drop", counts)
+
+
+PROMPTS = [toys.ids(n, n) for n in (12, 30, 2, 5, 9)]  # of each record
+ANSWERED = [
+    [toys.document([*prompt, *toys.ids(3 + j, 50 * i + j)], len(prompt)) for j in range(n)]
+    for i, (prompt, n) in enumerate(zip(PROMPTS, (3, 1, 2, 2, 1), strict=True))
+]
+
+
+def shared(setting, micro_tokens=4096, device=toys.CPU):
+    return preference_micros(RECORDS, ANSWERED, micro_tokens, 3.0, 2.0, device, shared_prefix=setting)
+
+
+def test_a_prompt_is_shared_where_that_pays():
+    """24 tokens of the first record are saved; the pairs would save 2 and 5."""
+    (never,), (auto,), (always,) = shared("never"), shared("auto"), shared("always")
+    assert never.packed.prefixes == ()
+    assert auto.packed.prefixes == (Prefix(0, 12, 2),)
+    assert always.packed.prefixes == (Prefix(0, 12, 2), Prefix(4, 2, 5), Prefix(6, 5, 7))
+    assert [len(never.packed.ids_T) - len(micro.packed.ids_T) for micro in (auto, always)] == [24, 31]
+    model = toys.scalar(seed=1)
+    for micro in (auto, always):
+        torch.testing.assert_close(model(micro.packed), model(never.packed))
+        assert micro.counts == never.counts
+        assert torch.equal(micro.data.winners_P, never.data.winners_P)
+
+
+def test_what_is_shared_counts_once_in_a_micro_batch():
+    """The first record has 48 tokens, or 24; with the second, of 33, it fits into 57."""
+    assert [len(micro.packed.bounds) - 1 for micro in shared("never", 57)] == [3, 3, 3]
+    assert [len(micro.packed.bounds) - 1 for micro in shared("auto", 57)] == [4, 5]
+
+
+def test_nothing_is_shared_on_a_gpu():
+    elsewhere = Device(torch.device("meta"), torch.float32)
+    assert all(not micro.packed.prefixes for micro in shared("always", device=elsewhere))
+
+
+def test_the_rule_counts_what_is_saved():
+    assert [prefix_pays(prefix, 2) for prefix in (0, LEAST_SAVED - 1, LEAST_SAVED)] == [False, False, True]
+    assert prefix_pays(LEAST_SAVED // 4, 5)
+    assert not prefix_pays(1000, 1)
