@@ -11,7 +11,7 @@ import numpy as np
 
 from tetrad.types import IGNORE, Packed, Prefix, Tokens
 
-LEAST_SAVED = 16  # tokens of a group
+LEAST_SAVED, LEAST_SHARE = 16, 1 / 8  # of a group's tokens, for a prefix to be shared
 
 
 def pack(documents: Sequence[Tokens]) -> Packed:
@@ -65,7 +65,8 @@ def pack_groups(groups: Sequence[Sequence[Tokens]], prefixes: Sequence[int]) -> 
     return replace(packed, positions_T=positions, prefixes=shared)
 
 
-def prefix_pays(prefix: int, documents: int) -> bool:
-    """Whether so many documents are computed faster with their first `prefix` tokens shared: for a group the calls of
-    attention cost as much as some tokens, whatever the length of the rest (benchmarks/shared_prefix.py)."""
-    return prefix * (documents - 1) >= LEAST_SAVED
+def prefix_pays(prefix: int, lengths: Sequence[int]) -> bool:
+    """Whether documents of these lengths are computed faster with their first `prefix` tokens shared. Merging two
+    attentions costs a few percent of a step, and some tokens' worth a group (benchmarks/shared_prefix.py)."""
+    saved = prefix * (len(lengths) - 1)
+    return saved >= max(LEAST_SAVED, LEAST_SHARE * sum(lengths))

@@ -182,7 +182,7 @@ def _prefix(answers: Sequence[Tokens], shared_prefix: str, device: Device) -> in
     if shared_prefix == "never" or device.place.type != "cpu":
         return 0
     prefix = common_prefix(answers)
-    pays = shared_prefix == "always" or prefix_pays(prefix, len(answers))
+    pays = shared_prefix == "always" or prefix_pays(prefix, [len(tokens.ids) for tokens in answers])
     return prefix if pays else 0
 
 

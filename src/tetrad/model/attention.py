@@ -4,11 +4,11 @@ Packed: documents of one micro-batch lie one after another without padding. They
 each bucket is one causal kernel call, and its few padded slots lie to the right, where no real query looks: so no mask
 is needed, and no document sees another. On a GPU with 16-bit compute one variable-length kernel takes them all.
 
-A prefix that documents share (on a CPU only) is one more call for all that continue it: their queries, without a mask,
-against its keys. Two partial softmaxes become one by their log-sum-exps.
+A prefix that documents share (on a CPU only) brings one more call for all that continue it: their queries against its
+keys, in buckets of records of like sizes. Two partial softmaxes become one by their log-sum-exps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,11 +35,18 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Where the tokens of a prefix lie, and those of all documents that continue it."""
+class Part:
+    """One call of several that make the attention together: each document to itself, causally, where keys and queries
+    are the same bucket; else all that continues a prefix, a row, to the prefix. bias: -inf at padded keys, where there
+    are any."""
 
-    prefix: slice
-    tails: slice
+    queries: Bucket
+    keys: Bucket
+    bias: Tensor | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.queries is self.keys
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Plan:
     offsets: Tensor
     longest: int
     rows: int  # of documents where all have one length, else 0
-    shared: tuple[Shared, ...] = ()
+    parts: tuple[Part, ...] = ()  # where prefixes are shared; those of single documents come first
 
 
 def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Prefix] = ()) -> Plan:
@@ -73,14 +80,31 @@ def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Pre
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(sizes, default=0)
     rows = len(sizes) if longest and sum(sizes) == len(sizes) * longest else 0
-    shared = tuple(
-        Shared(
-            slice(bounds[prefix.document], bounds[prefix.document] + prefix.length),
-            slice(bounds[prefix.document + 1], bounds[prefix.last + 1]),
-        )
-        for prefix in prefixes
-    )
-    return Plan(bounds[-1], buckets, offsets, longest, rows, shared)
+    parts = (*(Part(bucket, bucket) for bucket in buckets), *_shared(bounds, prefixes, device)) if prefixes else ()
+    return Plan(bounds[-1], buckets, offsets, longest, rows, parts)
+
+
+def _shared(bounds: Sequence[int], prefixes: Sequence[Prefix], device: torch.device) -> Iterator[Part]:
+    """Calls of what continues a prefix to the prefix: records of like sizes in one."""
+    start = torch.tensor([(bounds[p.document + 1], bounds[p.document]) for p in prefixes])
+    length = torch.tensor([(bounds[p.last + 1], bounds[p.document] + p.length) for p in prefixes]) - start
+    groups: list[list[int]] = []
+    for record in torch.argsort(length[:, 1], descending=True, stable=True).tolist():
+        if groups and _alike(length[[*groups[-1], record]]):
+            groups[-1].append(record)
+        else:
+            groups.append([record])
+    for group in map(torch.tensor, groups):
+        queries, keys = (_bucket(group, start[:, side], length[:, side], device) for side in (0, 1))
+        bias = torch.full((len(keys.slots),), -torch.inf, device=device).index_fill_(0, keys.valid, 0.0)
+        padded = len(keys.valid) < len(keys.slots)
+        yield Part(queries, keys, bias.view(len(group), 1, 1, -1) if padded else None)
+
+
+def _alike(sizes_N2: Tensor) -> bool:
+    """Whether rows of so many queries and keys waste at most a sixth as one call, or less than a call of their own costs."""
+    rows, products = len(sizes_N2), int(sizes_N2.prod(1).sum())
+    return rows * int(sizes_N2.amax(0).prod()) <= max(1.2 * products, products + 2048 * rows)
 
 
 def _bucket(group: Tensor, start: Tensor, length: Tensor, device: torch.device) -> Bucket:
@@ -139,47 +163,53 @@ _apply_to_buckets: Callable[..., tuple[Tensor, ...]] = _ToBuckets.apply
 _from_buckets: Callable[..., Tensor] = _FromBuckets.apply
 
 
-class _ToPrefixes(torch.autograd.Function):
-    """Attention inside documents and to their prefixes, on [T, H, D]. A part's own backward, given the whole's output
-    and log-sum-exp, is that part's share of the gradient (ring attention, Liu et al. 2023)."""
+class _InParts(torch.autograd.Function):
+    """Attention of all parts of a plan, on [T, H, D]. A part's own backward, given the whole's output and log-sum-exp,
+    is that part's share of the gradient (ring attention, Liu et al. 2023)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         out, logsum = torch.empty_like(q), q.new_empty(q.shape[:2])
-        for bucket in plan.buckets:
-            found = _flash(*(_in_rows(x, bucket) for x in (q, k, v)), 0.0, True)
-            _put_back((out, logsum), found, bucket)
-        for shared in plan.shared:
-            part, sums = _flash(_as_row(q[shared.tails]), *(_as_row(x[shared.prefix]) for x in (k, v)), 0.0, False)
-            own, sums = logsum[shared.tails], sums[0].transpose(0, 1)
-            out[shared.tails].lerp_(part[0].transpose(0, 1), torch.sigmoid(sums - own).unsqueeze_(-1))
-            torch.logaddexp(own, sums, out=own)
-        ctx.save_for_backward(q, k, v, out, logsum)
+        saved: list[Tensor] = []
+        for part in plan.parts:
+            rows = (_in_rows(q, part.queries), *(_in_rows(x, part.keys) for x in (k, v)))
+            found, sums = _flash(*rows, 0.0, part.causal, attn_mask=_bias(part, q))
+            if not part.causal:
+                own, own_sums = (_in_rows(x, part.queries) for x in (out, logsum))
+                found = own.lerp_(found, torch.sigmoid(sums - own_sums).unsqueeze_(-1))
+                sums = torch.logaddexp(own_sums, sums)
+            for x, rows_of_x in ((out, found), (logsum, sums)):
+                x.index_copy_(0, part.queries.tokens, _of_rows(rows_of_x, part.queries))
+            saved += rows
+        ctx.save_for_backward(out, logsum, *saved)
         ctx.plan = plan
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logsum = ctx.saved_tensors
-        to_q, to_k, to_v = (torch.empty_like(x) for x in (q, k, v))
-        for bucket in ctx.plan.buckets:
-            rows = (_in_rows(x, bucket) for x in (q, k, v, out, logsum))
-            found = _flash_backward(_in_rows(grad, bucket, padding=False), *rows, 0.0, True)
-            _put_back((to_q, to_k, to_v), found, bucket)
-        for shared in ctx.plan.shared:
-            q_, out_, logsum_, grad_ = (_as_row(x[shared.tails]) for x in (q, out, logsum, grad))
-            keys = (_as_row(x[shared.prefix]) for x in (k, v))
-            found = _flash_backward(grad_, q_, *keys, out_, logsum_, 0.0, False)
-            places = (shared.tails, shared.prefix, shared.prefix)
-            for to, part, place in zip((to_q, to_k, to_v), found, places, strict=True):
-                to[place] += part[0].transpose(0, 1)
-        return to_q, to_k, to_v, None
+        out, logsum, *saved = ctx.saved_tensors
+        to = [torch.empty_like(out) for _ in range(3)]
+        for number, part in enumerate(ctx.plan.parts):
+            rows = saved[3 * number : 3 * number + 3]
+            whole = (_in_rows(x, part.queries) for x in (out, logsum))
+            given = _in_rows(grad, part.queries, padding=False)
+            found = _flash_backward(given, *rows, *whole, 0.0, part.causal, attn_mask=_bias(part, out))
+            for x, rows_of_x, bucket in zip(to, found, (part.queries, part.keys, part.keys), strict=True):
+                new = _of_rows(rows_of_x, bucket)
+                if not part.causal:
+                    new += x.index_select(0, bucket.tokens)
+                x.index_copy_(0, bucket.tokens, new)
+        return *to, None
+
+
+def _bias(part: Part, like: Tensor) -> Tensor | None:
+    return None if part.bias is None else part.bias.to(like.dtype)
 
 
 def _in_rows(x: Tensor, bucket: Bucket, *, padding: bool = True) -> Tensor:
     """[T, H, ...] to [B, H, L, ...]. padding: a real token in padded slots, else zeros."""
-    if padding:
+    if padding or len(bucket.valid) == len(bucket.slots):
         slots = x.index_select(0, bucket.slots)
     else:
         slots = x.new_zeros(len(bucket.slots), *x.shape[1:])
@@ -187,25 +217,19 @@ def _in_rows(x: Tensor, bucket: Bucket, *, padding: bool = True) -> Tensor:
     return slots.unflatten(0, (bucket.rows, -1)).transpose(1, 2)
 
 
-def _put_back(to: Sequence[Tensor], rows: Sequence[Tensor], bucket: Bucket) -> None:
-    """The inverse, written into place."""
-    for x, found in zip(to, rows, strict=True):
-        x.index_copy_(0, bucket.tokens, found.transpose(1, 2).flatten(0, 1).index_select(0, bucket.valid))
+def _of_rows(rows: Tensor, bucket: Bucket) -> Tensor:
+    """[B, H, L, ...] to [n, H, ...], without what was padded."""
+    return rows.transpose(1, 2).flatten(0, 1).index_select(0, bucket.valid)
 
 
-def _as_row(x: Tensor) -> Tensor:
-    """[n, H, ...] to [1, H, n, ...]."""
-    return x.transpose(0, 1).unsqueeze(0)
-
-
-_to_prefixes: Callable[..., Tensor] = _ToPrefixes.apply
+_in_parts: Callable[..., Tensor] = _InParts.apply
 
 
 def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, plan: Plan) -> Tensor:
     """Causal attention inside each document. H query heads, G key and value heads. Returns [T, H, D]."""
-    if plan.shared:
+    if plan.parts:
         spread = q_THD.shape[1] // k_TGD.shape[1]
-        return _to_prefixes(q_THD, *(x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD)), plan)
+        return _in_parts(q_THD, *(x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD)), plan)
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         spread = q_THD.shape[1] // k_TGD.shape[1]
         k_THD, v_THD = (x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD))

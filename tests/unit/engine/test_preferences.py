@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import toys
-from tetrad.data.pack import LEAST_SAVED, prefix_pays
+from tetrad.data.pack import LEAST_SAVED, LEAST_SHARE, prefix_pays
 from tetrad.data.source import Counts
 from tetrad.engine.device import Device
 from tetrad.engine.preferences import Examples, judgements, preference_micros
@@ -136,6 +136,9 @@ def test_nothing_is_shared_on_a_gpu():
 
 
 def test_the_rule_counts_what_is_saved():
-    assert [prefix_pays(prefix, 2) for prefix in (0, LEAST_SAVED - 1, LEAST_SAVED)] == [False, False, True]
-    assert prefix_pays(LEAST_SAVED // 4, 5)
-    assert not prefix_pays(1000, 1)
+    """Some tokens, and a share of all, however they are spread."""
+    assert [prefix_pays(prefix, [20, 30]) for prefix in (0, LEAST_SAVED - 1, LEAST_SAVED)] == [False, False, True]
+    assert prefix_pays(LEAST_SAVED // 4, [LEAST_SAVED] * 5)
+    limit = int(LEAST_SHARE * 600)
+    assert [prefix_pays(prefix, [500, 100]) for prefix in (limit - 1, limit)] == [False, True]
+    assert not prefix_pays(1000, [2000])

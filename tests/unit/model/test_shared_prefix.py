@@ -159,7 +159,10 @@ def test_what_is_shared_is_stored_once():
     whole = pack([*first, *second])
     assert packed.bounds == (0, 7, 8, 11, 17)
     assert packed.prefixes == (Prefix(0, 5, 2),)
-    assert packed.ids_T.tolist() == np.concatenate((whole.ids_T[:7], whole.ids_T[[12, 18, 19, 20]], whole.ids_T[21:])).tolist()
+    assert (
+        packed.ids_T.tolist()
+        == np.concatenate((whole.ids_T[:7], whole.ids_T[[12, 18, 19, 20]], whole.ids_T[21:])).tolist()
+    )
     assert packed.positions_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 5, 6, 7, 0, 1, 2, 3, 4, 5]
     assert toys.CPU.put(packed).prefixes == packed.prefixes
     with pytest.raises(ValueError, match="nothing to pack"):
@@ -180,4 +183,4 @@ def test_documents_that_share_nothing_are_packed_as_ever():
     assert (ours.bounds, ours.where) == (theirs.bounds, theirs.where)
     for name in ("ids_T", "positions_T", "targets_T"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name))
-    assert plan_for(theirs.bounds, CPU).shared == ()
+    assert plan_for(theirs.bounds, CPU).parts == ()
