@@ -102,7 +102,7 @@ def _shared(bounds: Sequence[int], prefixes: Sequence[Prefix], device: torch.dev
 
 
 def _alike(sizes_N2: Tensor) -> bool:
-    """Whether rows of so many queries and keys waste at most a sixth as one call, or less than a call of their own costs."""
+    """Whether rows of so many queries and keys waste at most a sixth as one call, or less than their own calls cost."""
     rows, products = len(sizes_N2), int(sizes_N2.prod(1).sum())
     return rows * int(sizes_N2.amax(0).prod()) <= max(1.2 * products, products + 2048 * rows)
 
@@ -214,7 +214,8 @@ def _in_rows(x: Tensor, bucket: Bucket, *, padding: bool = True) -> Tensor:
     else:
         slots = x.new_zeros(len(bucket.slots), *x.shape[1:])
         slots.index_copy_(0, bucket.valid, x.index_select(0, bucket.tokens))
-    return slots.unflatten(0, (bucket.rows, -1)).transpose(1, 2)
+    rows: Tensor = slots.unflatten(0, (bucket.rows, -1))
+    return rows.transpose(1, 2)
 
 
 def _of_rows(rows: Tensor, bucket: Bucket) -> Tensor:

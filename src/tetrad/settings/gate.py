@@ -17,7 +17,7 @@ class Gate:
     """Fails where taking the longer (or the shorter) answer is right nearly as often: less than this below."""
     length_correlation: Share = unkeyed(0.5)
     """Fails where reward and length of the SFT model's replies have a rank correlation beyond this."""
-    probe_shift: NotNegative = unkeyed(1.0)
+    probe_shift: NotNegative = unkeyed(1.25)
     """Fails where padding, doubling or a polite phrase raises rewards by more than this, in standard deviations."""
     prompts_far: Share = unkeyed(0.5)
     """Fails where more than this share of PPO's prompts is unlike all that the reward model was trained on."""

@@ -168,7 +168,9 @@ class Lessons:
 
     def _micros(self, examples: Examples, wanted: Sequence[int]) -> list[Micro]:
         records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
-        how = (self.run.micro_tokens, self.zero, self.unit, self.device, self.numbers, self.s.shared_prefix)
+        # A shared prefix has no label after it but in the first answer, and every label counts here.
+        shared = "never" if self.s.token_weight else self.s.shared_prefix
+        how = (self.run.micro_tokens, self.zero, self.unit, self.device, self.numbers, shared)
         return preference_micros(records, documents, *how)
 
 
