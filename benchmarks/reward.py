@@ -6,9 +6,9 @@
 POLICY: an SFT model of that example, as runs/reviews-en/sft. All arms start from it and read the same answers; one JSON
 line an arm and seed has the figures on the test sentences.
 
-mixed   half of the sentences as lists of four, the other half with their scores: lists alone, scores alone, both, all
-        with the same number of steps and of answers a step
-lists   lists of four, against the same lists as six pairs each: accuracy, and processor seconds of training
+mixed   half of the sentences as lists of four, the other half with their scores: lists alone, scores alone, and both
+        in as many steps, each with what the two have in theirs
+lists   lists of four, against the same lists as six pairs each: in one pass, and with as many answers read
 trl     RewardTrainer of TRL and Tetrad on the same pairs, in the same order and batches, as TRL has them; Tetrad on the
         scores that the pairs come from beside them
 """
@@ -148,7 +148,7 @@ def parts(told: Mapping[str, Any]) -> dict[str, float]:
 
 
 def mixed(policy: str, seed: int) -> Iterator[Row]:
-    """Each arm has the same steps and answers a step; the mixed one reads each half once, the others theirs twice."""
+    """Every arm reads its records four times, in the same number of steps."""
     rows = rows_of("train")
     random.Random(7).shuffle(rows)
     half = len(rows) // 2
@@ -157,17 +157,22 @@ def mixed(policy: str, seed: int) -> Iterator[Row]:
     arms: dict[str, tuple[dict[str, Sequence[Row]], int, float]] = {
         "lists": ({"lists": lists}, four, 4),
         "scores": ({"scores": scores}, ANSWERS, 4),
-        "both": ({"lists": lists, "scores": scores}, (four + ANSWERS) // 2, 2),
+        "both": ({"lists": lists, "scores": scores}, four + ANSWERS, 4),
     }
     for arm, (records, batch, epochs) in arms.items():
         yield {"case": "mixed", "arm": arm, **train(policy, records, seed, batch=batch, epochs=epochs)}
 
 
 def lists(policy: str, seed: int) -> Iterator[Row]:
-    """As many steps and judgements a step; pairs read each answer three times as often."""
+    """A pass over pairs reads each answer three times; all have the same steps. seconds: of a processor, training."""
     found = lists_of(rows_of("train"), seed)
-    for arm, records, batch in (("lists", found, 16), ("pairs", exploded(found, seed), 96)):
-        yield {"case": "lists", "arm": arm, **train(policy, {"train": records}, seed, batch=batch, epochs=1)}
+    pairs = exploded(found, seed)
+    for arm, records, batch, epochs in (
+        ("lists", found, 16, 1),
+        ("lists thrice", found, 48, 3),
+        ("pairs", pairs, 96, 1),
+    ):
+        yield {"case": "lists", "arm": arm, **train(policy, {"train": records}, seed, batch=batch, epochs=epochs)}
 
 
 def paired(rows: Sequence[Row], count: int, seed: int) -> list[Row]:

@@ -38,15 +38,16 @@ def claims(report: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:
     gain, distinct, length = ppo["ridge_gain"], ppo["distinct_2"] / sft["distinct_2"], ppo["length"] / sft["length"]
     nll = ppo["referee_nll"] / sft["referee_nll"]
     return {
-        "RM Spearman >= 0.55": (reward["spearman"], reward["spearman"] >= 0.55),
-        "RM pair accuracy >= 0.73": (reward["pair_accuracy"], reward["pair_accuracy"] >= 0.73),
-        "ridge gain >= 0.6": (gain["mean"], gain["mean"] >= 0.6),
-        "its lower bound > 0.4": (gain["low"], gain["low"] > 0.4),
+        "RM Spearman >= 0.62": (reward["spearman"], reward["spearman"] >= 0.62),
+        "RM pair accuracy >= 0.765": (reward["pair_accuracy"], reward["pair_accuracy"] >= 0.765),
+        "RM calibration error <= 0.02": (reward["ece"], reward["ece"] <= 0.02),
+        "ridge gain >= 0.9": (gain["mean"], gain["mean"] >= 0.9),
+        "its lower bound > 0.6": (gain["low"], gain["low"] > 0.6),
         "above best-of-16's": (best["ridge_gain"]["mean"], gain["mean"] > best["ridge_gain"]["mean"]),
         "distinct-2 >= 0.85 of SFT's": (distinct, distinct >= 0.85),
-        "length 0.7 to 1.3 of SFT's": (length, 0.7 <= length <= 1.3),
+        "length 0.75 to 1.25 of SFT's": (length, 0.75 <= length <= 1.25),
         "share ended not below SFT's": (ppo["ended"] - sft["ended"], ppo["ended"] >= sft["ended"]),
-        "KL <= 8 nats": (ppo["kl"], ppo["kl"] <= 8),
+        "KL <= 7 nats": (ppo["kl"], ppo["kl"] <= 7),
         "commonest word in <= 0.2": (ppo["commonest_word"], ppo["commonest_word"] <= 0.2),
         "NLL apart <= 1.2 of SFT's": (nll, nll <= 1.2),
     }
