@@ -223,7 +223,7 @@ def trl_trained(policy: str, pairs: Sequence[Row], batch: int, seed: int) -> dic
             adam_beta2=0.95,
             weight_decay=0.0,
             lr_scheduler_type="linear",
-            warmup_ratio=0.05,
+            warmup_steps=len(pairs) // batch // 20,
             max_length=512,
             use_cpu=True,
             report_to="none",

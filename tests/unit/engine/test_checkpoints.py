@@ -20,7 +20,14 @@ HEAD = {**BODY, "score.weight": torch.ones(1, 2)}
 
 def write(folder: Path, number: int, drop: str = "", **changes: Any) -> Path:
     """A checkpoint of PPO."""
-    state = {"step": number, "seed": 3, "total_steps": 9, "logs": {}, "values": {"beta": 0.1}, "environment": {}}
+    state = {
+        "step": number,
+        "seed": 3,
+        "total_steps": 9,
+        "logs": {},
+        "values": {"beta": 0.1, "alarms": {}},
+        "environment": {},
+    }
     parts = {"actor": BODY, "actor_optimizer": BODY, "critic": HEAD, "critic_optimizer": HEAD}
     files: dict[str, Any] = {checkpoints.file_of(name): tensor_chunks(parts[name]) for name in parts}
     files["state.json"] = json.dumps({**state, **changes}).encode()
