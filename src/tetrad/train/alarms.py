@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
 from tetrad.errors import UserError
 from tetrad.settings.alarms import Alarms
@@ -103,8 +104,8 @@ class Watch:
                 ctx.console.say(f"alarm      step {step}: {alarm.text}")
         self.told = now
         worst = [alarm for alarm in alarms if alarm.level == 2]
-        if worst and self.s.strict:
+        if self.s.strict and mesh.on_any(bool(worst)):  # figures of a rank are its own: all stop, or none
             hint = "look at samples.jsonl; a change of the recipe begins this stage anew"
-            what = f"step {step}: " + "; ".join(alarm.text for alarm in worst)
+            what = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
             raise UserError("E-NUM-ALARM", what, where="ppo", hint=hint)
         return {"alarms": float(len(alarms))}

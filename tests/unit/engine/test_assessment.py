@@ -135,3 +135,12 @@ def test_one_source_is_no_slice():
     examples = Examples.of([Score(PROMPT, "x", float(i), where=f"a:{i}") for i in range(40)], [TOKENS[0]] * 40)
     pairs = Pairs.of(examples, torch.arange(40.0), 0.0)
     assert {part.by for part in slices(examples, pairs, 1.0)} == {"apart", "sure", "length"}
+
+
+def test_the_worse_answers_are_drawn_too():
+    """A hundred good answers against two bad ones, right about one and wrong about the other: hardly known at all."""
+    records = [*(Score(PROMPT, "", 10.0) for _ in range(100)), Score(PROMPT, "", 0.0), Score(PROMPT, "", 0.0)]
+    rewards = torch.tensor([*[0.0] * 100, -1.0, 1.0])
+    figures = Pairs.of(Examples.of(records, [TOKENS[0]] * 102), rewards, 1.0).figures(1.0)
+    assert figures["pair_accuracy"] == 0.5
+    assert figures["pair_accuracy_low"] < 0.2 and figures["pair_accuracy_high"] > 0.8
