@@ -9,8 +9,8 @@ line an arm and seed has the figures on the test sentences.
 mixed   half of the sentences as lists of four, the other half with their scores: lists alone, scores alone, and both
         in as many steps, each with what the two have in theirs
 lists   lists of four, against the same lists as six pairs each: in one pass, and with as many answers read
-trl     RewardTrainer of TRL and Tetrad on the same pairs, in the same order and batches, as TRL has them; Tetrad on the
-        scores that the pairs come from beside them
+trl     RewardTrainer of TRL and Tetrad on the same pairs, in the same order and batches, as TRL has them; Tetrad
+        without dropout, as TRL trains, and with the loss at every token; Tetrad on the scores that the pairs come from
 """
 
 import argparse
@@ -50,8 +50,6 @@ test = {test}
 score_scale = [-4, 4]
 pair_gap = 0.5
 lr = 2e-3
-dropout = 0.15
-token_dropout = 0.1
 patience = 0
 """
 
@@ -115,6 +113,7 @@ def train(policy: str, records: Mapping[str, Sequence[Row]], seed: int, **settin
             "test": f"[{files['scores.test']}, {files['lists.test']}]",
         }
         path = Path(folder, "recipe.toml")
+        settings = {"dropout": 0.15, "token_dropout": 0.1, **settings}
         path.write_text(COMMON.format(**given) + "".join(f"{name} = {value}\n" for name, value in settings.items()))
         seconds = 0.0
 
@@ -194,7 +193,12 @@ def trl(policy: str, seed: int) -> Iterator[Row]:
     pairs = paired(rows, len(rows), seed)
     half = ANSWERS // 2
     yield {"case": "trl", "arm": "tetrad, scores", **train(policy, {"t": scored(rows)}, seed, batch=ANSWERS, epochs=2)}
-    yield {"case": "trl", "arm": "tetrad, pairs", **train(policy, {"t": pairs}, seed, batch=half, epochs=1)}
+    once = {"batch": half, "epochs": 1}
+    yield {"case": "trl", "arm": "tetrad, pairs", **train(policy, {"t": pairs}, seed, **once)}
+    plain = {**once, "dropout": 0.0, "token_dropout": 0.0}
+    yield {"case": "trl", "arm": "tetrad, pairs, no dropout", **train(policy, {"t": pairs}, seed, **plain)}
+    tokens = {**once, "token_weight": 1.0}
+    yield {"case": "trl", "arm": "tetrad, pairs, every token", **train(policy, {"t": pairs}, seed, **tokens)}
     yield {"case": "trl", "arm": "trl", **trl_trained(policy, pairs, half, seed)}
 
 

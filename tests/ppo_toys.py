@@ -7,14 +7,18 @@ from dataclasses import replace
 import torch
 
 import toys
+from tetrad.engine.experience import Experience, RunningStd
 from tetrad.engine.optim import Optimizer
-from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_values, roll_out
+from tetrad.engine.rewards import Source, Sources
+from tetrad.engine.roles import FourModels
+from tetrad.engine.rollout import Question, Rollout, roll_out
 from tetrad.engine.scoring import Reward, Sample
 from tetrad.model.decoder import CausalLM, ScalarModel
-from tetrad.objectives import policy
+from tetrad.settings.alarms import Alarms
 from tetrad.settings.common import Optim, Sampling
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import Experience, FourModels, learn, shaped_rewards, whitened
+from tetrad.train.alarms import Watch
+from tetrad.train.ppo import KLController, Steered, experience_of, learn
 from tetrad.types import Prompt, Turn
 
 TOKENIZER = toys.tokenizer()
@@ -33,7 +37,12 @@ def four_models(
     optim = replace(Optim(), eps=s.adam_eps)
     held = (reference or deepcopy(actor)).requires_grad_(False)
     optimizers = Optimizer(actor, s.actor_lr, optim), Optimizer(critic, s.critic_lr, optim)
-    return FourModels(actor, critic, held, reward, *optimizers)
+    return FourModels(actor, critic, held, Sources({"reward": Source(reward)}), *optimizers)
+
+
+def steered(s: Ppo, beta: float | None = None) -> Steered:
+    kl = KLController(s.kl_coefficient if beta is None else beta, s.kl_target, s.kl_horizon)
+    return Steered(kl, Watch(Alarms(), s.kl_target, s.critic_warmup), RunningStd())
 
 
 def by_ids(score: Callable[[tuple[int, ...]], float]) -> Reward:
@@ -54,24 +63,16 @@ def sampled(
 
 
 def experience(
-    four: FourModels, rollout: Rollout, s: Ppo, micro_tokens: int = 4096, beta: float | None = None
+    four: FourModels, rollout: Rollout, s: Ppo, micro_tokens: int = 4096, beta: float | None = None, step: int = 0
 ) -> tuple[Experience, torch.Tensor]:
     """What the stage makes of a rollout, and its rewards."""
-    scores = torch.tensor(four.reward(rollout.samples), dtype=torch.float32)
-    old = read_logprobs(four.actor, rollout, micro_tokens, toys.CPU, s.temperature)
-    ref = read_logprobs(four.reference, rollout, micro_tokens, toys.CPU, s.temperature)
-    values = read_values(four.critic, rollout, micro_tokens, toys.CPU)
-    rewards = shaped_rewards(s, scores, old, ref, rollout, s.kl_coefficient if beta is None else beta)
-    if s.whiten_rewards:
-        rewards = whitened(rewards, rollout.mask_BT, toys.CPU, shift_mean=False)
-    advantages, returns = policy.gae(rewards, values, rollout.mask_BT, s.gamma, s.lam)
-    advantages = whitened(advantages, rollout.mask_BT, toys.CPU, shift_mean=True)
-    return Experience(rollout, old, ref, values, advantages, returns), rewards
+    made = experience_of(four, rollout, s, steered(s, beta), step, micro_tokens, toys.CPU)
+    return made, made.rewards
 
 
 def iterate(
     four: FourModels, asked: Sequence[Question], s: Ppo, key: tuple[int, int], micro_tokens: int = 4096
 ) -> tuple[Experience, dict[str, float]]:
     """One iteration: sample, score, learn."""
-    made, _ = experience(four, sampled(four, asked, s, key), s, micro_tokens)
+    made, _ = experience(four, sampled(four, asked, s, key), s, micro_tokens, step=key[1])
     return made, learn(four, made, s, key, micro_tokens, toys.CPU)

@@ -68,7 +68,7 @@ CODES = {
     "E-NUM-ALARM": "an alarm of PPO reached its second limit, and `alarms.strict` is set",
     "E-NUM-GATE": "the reward model fails its gate, and `gate.strict` is set",
     "E-NUM-NONFINITE": "a loss, gradient, weight or logged number is NaN or infinite: stopped before it was kept",
-    "E-NUM-REWARD": "a reward or judge function failed, or returned something that is no finite number",
+    "E-NUM-REWARD": "a reward or judge function or endpoint failed, or returned something that is no finite number",
     "E-IO-READ": "the disk refuses to read",
     "E-IO-SPACE": "not enough room, told before or when it happens",
     "E-IO-WRITE": "the disk refuses to write",

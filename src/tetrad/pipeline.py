@@ -30,7 +30,7 @@ from tetrad.engine.preflight import Preflight
 from tetrad.errors import UserError
 from tetrad.recipe import write
 from tetrad.report.ahead import read_ahead
-from tetrad.settings.base import FILES, FUNCTIONS, knobs
+from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, is_function, knobs
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 from tetrad.storage import Json
@@ -45,7 +45,7 @@ STAGES = {
     "evaluate": "prompts",
 }
 """Each stage with the setting that turns it on."""
-VERSIONS = dict.fromkeys(STAGES, 1) | {"reward": 3}
+VERSIONS = dict.fromkeys(STAGES, 1) | {"reward": 3, "ppo": 2}
 """Raised when a stage's arithmetic changes, so that its results are made anew."""
 _SHARED = {"pretrain": "optim", "sft": "optim", "reward": "optim", "ppo": "optim", "evaluate": "sampling"}
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")
@@ -114,7 +114,7 @@ def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Cons
     for step, found in todo:
         look.refuse(step.stage, step.parents)
         if found == "stopped":
-            checkpoints.check(step.folder, step.stage, recipe.seed)
+            checkpoints.check(step.folder, step.stage, recipe)
     for note in look.notes:
         console.say(f"note: {note}")
     if todo and is_first():
@@ -208,7 +208,7 @@ def _roles(recipe: Recipe, stage: str, on: list[str]) -> list[str]:
         referee = ["referee"] if recipe.evaluate.referee else []
         told = [role for role in ("pretrain", "ppo") if role in on and role not in roles]
         return roles + reward + told + referee
-    if stage == "ppo" and not recipe.ppo.rewards:
+    if stage == "ppo" and "reward" in (recipe.ppo.rewards or ("reward",)):
         roles = roles + _needed(
             stage, "a reward", reward, '[reward] data = ["FILE"], or [ppo] rewards = ["FILE.py:NAME"]'
         )
@@ -248,13 +248,14 @@ def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, tuple
     names = [name for name in _KNOBS(Recipe) if name.partition(".")[0] in prefixes]
     names += ["data.rename", *(["seed", "run.dtype"] if stage != "tokenizer" else [])]
     names += _TEMPLATE if stage in ("reward", "ppo", "evaluate") and not has_sft else ()
+    names += [n for n in _KNOBS(Recipe) for table in _beside(recipe, stage) if n.startswith(table)]
     settings: dict[str, Json] = {}
     data: dict[str, list[dict[str, str]]] = {}
     for name in names:
         knob, value = _KNOBS(Recipe)[name], _get(recipe, name)
         if knob.mark == FILES:
             data[name] = [{"path": str(path), "sha256": hashes.of(path)} for path in source.files(value)]
-        elif knob.mark == FUNCTIONS:
+        elif knob.mark in (FUNCTIONS, REWARDS):
             data[name] = [_function(text, hashes) for text in value]
         elif knob.keyed and name not in _FOLDERS.values():
             settings[name] = float(value) if knob.kind == "number" else value
@@ -266,7 +267,15 @@ def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, tuple
     return Step(stage, _home(recipe) / stage, key, {role: folder for role, (folder, _) in parents.items()}, made)
 
 
+def _beside(recipe: Recipe, stage: str) -> list[str]:
+    """Further tables that a stage reads: adapters' where it has any, PPO's text where there is some."""
+    lora = ["lora."] if getattr(getattr(recipe, stage), "adapters", False) else []
+    return lora + (["ptx."] if stage == "ppo" and recipe.ptx.text else [])
+
+
 def _function(text: str, hashes: Hashes) -> dict[str, str]:
+    if not is_function(text):
+        return {"path": text, "sha256": "", "function": text}
     file, _, function = text.rpartition(":")
     if not Path(file).is_file():
         raise UserError("E-CONF-MISSING", "there is no such Python file", where=file, hint="write FILE.py:FUNCTION")

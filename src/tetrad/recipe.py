@@ -18,7 +18,7 @@ from typing import Any
 from tetrad import disk
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
-from tetrad.settings.base import FUNCTIONS, Knob, knobs, toml_name
+from tetrad.settings.base import FUNCTIONS, REWARDS, Knob, is_function, knobs, toml_name
 from tetrad.settings.check import build
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
@@ -36,6 +36,13 @@ _DEPTH = 16
 _SEARCH = 10_000
 _LARGEST_WHOLE = 2**53
 _LARGEST_MODEL = 10**12
+_WEIGHED = {
+    "pretrain.weights": "pretrain.text",
+    "sft.weights": "sft.data",
+    "reward.weights": "reward.data",
+    "ppo.weights": "ppo.prompts",
+    "ppo.reward_weights": "ppo.rewards",
+}
 _PATHS = ("model.from", "reward.from", "evaluate.referee", "run.out")
 _KNOBS = cache(knobs)
 
@@ -171,8 +178,8 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _path(knob: Knob, value: Any, folder: Path) -> Any:
-    if knob.mark == FUNCTIONS:
-        return tuple(os.path.abspath(_from(folder, text)) for text in value)
+    if knob.mark in (FUNCTIONS, REWARDS):
+        return tuple(os.path.abspath(_from(folder, text)) if is_function(text) else text for text in value)
     if knob.mark:
         return tuple(str(_from(folder, text)) for text in value)
     if knob.name in _PATHS[:3] and value:
@@ -198,10 +205,13 @@ def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
     _check_size(recipe, places)
     _check_lengths(recipe, places)
     _check_pairs(recipe, places)
+    _check_adapters(recipe, places)
     for name, knob in _KNOBS(Recipe).items():
-        if knob.mark == FUNCTIONS:
+        if knob.mark in (FUNCTIONS, REWARDS):
             table, _, key = name.partition(".")
             for text in getattr(getattr(recipe, table), key):
+                if knob.mark == REWARDS and not is_function(text):
+                    continue
                 if not re.fullmatch(r".+\.py:[^\W\d]\w*", text, re.DOTALL):
                     what = f'{name} has "{text}", which names no Python function'
                     hint = f'write {key} = ["file.py:function"]'
@@ -303,6 +313,24 @@ def _check_size(recipe: Recipe, places: Mapping[str, str]) -> None:
         raise UserError("E-CONF-RANGE", what, where=where, hint="lower one of them")
 
 
+def _check_adapters(recipe: Recipe, places: Mapping[str, str]) -> None:
+    """PPO's adapters stand on the SFT model, and so must the reward model's."""
+    ppo, reward = recipe.ppo, recipe.reward
+    if ppo.prompts and ppo.adapters and reward.data and not reward.adapters:
+        what = "ppo.adapters = true needs a reward model that is an adapter, and reward.adapters is false"
+        where, hint = places.get("ppo.adapters", ""), "write adapters = true in [reward] too"
+        raise UserError("E-CONF-CONFLICT", what, where=where, hint=hint)
+    if ppo.adapters and ppo.doubt:
+        what = "ppo.doubt needs an ensemble, and with ppo.adapters the reward model's first member alone is read"
+        raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.doubt", ""), hint="set one of them off")
+    if reward.data and reward.adapters and reward.from_:
+        what = "reward.adapters = true trains on the SFT model, and reward.from names another"
+        raise UserError("E-CONF-CONFLICT", what, where=places.get("reward.from", ""), hint="remove one of them")
+    if 0 < ppo.dual_clip <= 1:
+        what = f"ppo.dual_clip = {ppo.dual_clip:g} would cut every loss"
+        raise UserError("E-CONF-RANGE", what, where=places.get("ppo.dual_clip", ""), hint="write 0, or 3 for one")
+
+
 def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
     scale = recipe.reward.score_scale
     if scale and not scale[0] < scale[1]:
@@ -317,14 +345,15 @@ def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
         what = "model.from brings its own tokenizer, and [tokenizer] learns another"
         hint = "remove [tokenizer] text, or model.from"
         raise UserError("E-CONF-CONFLICT", what, where=places.get("tokenizer.text", ""), hint=hint)
-    for name, files in (("pretrain", "text"), ("sft", "data"), ("reward", "data"), ("ppo", "prompts")):
-        table = getattr(recipe, name)
-        entries, weights = len(getattr(table, files)), table.weights
+    for name, of in _WEIGHED.items():
+        table, _, key = name.partition(".")
+        weights: tuple[float, ...] = getattr(getattr(recipe, table), key)
+        entries = len(getattr(getattr(recipe, table), of.partition(".")[2]))
         if weights and (len(weights) != entries or not any(weights)):
-            what = f"{name}.weights has {len(weights)} numbers for {entries} entries of {name}.{files}"
-            what = what if any(weights) else f"{name}.weights leaves nothing to read"
+            what = f"{name} has {len(weights)} numbers for {entries} entries of {of}"
+            what = what if any(weights) else f"{name} leaves nothing to read"
             hint = "write one number, at least 0, for each"
-            raise UserError("E-CONF-CONFLICT", what, where=places.get(f"{name}.weights", ""), hint=hint)
+            raise UserError("E-CONF-CONFLICT", what, where=places.get(name, ""), hint=hint)
     for pair in recipe.data.rename:
         if not re.fullmatch(r"\s*[^\s=][^=]*=\s*[^\s=][^=]*", pair):
             what = f'data.rename has "{pair}", which is no pair of names'

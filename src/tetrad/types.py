@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Array = Any  # numpy.ndarray or torch.Tensor
+MOST = "most"
 IGNORE = -100  # the target of a position that no loss reads, as in transformers
 
 
@@ -131,7 +132,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A part of a loss: coefficient * sum / (the whole batch's count named `per`). sum: a scalar with gradient."""
+    """A part of a loss: coefficient * sum / (the whole batch's count named `per`). sum: a scalar with gradient.
+
+    per = MOST: no part of the loss but a figure of which the largest is told.
+    """
 
     name: str
     sum: Array

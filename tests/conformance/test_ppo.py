@@ -7,11 +7,13 @@ import torch
 
 import ppo_toys
 import toys
+from tetrad.engine.experience import mini_batches, whitened
+from tetrad.engine.roles import FourModels
 from tetrad.engine.rollout import read_logprobs, read_values
 from tetrad.engine.scoring import Sample, score_tokens, trained
 from tetrad.objectives import policy
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import FourModels, learn, mini_batches, policy_terms, shaped_rewards, whitened
+from tetrad.train.ppo import learn, policy_terms, shaped_rewards
 
 S = Ppo(batch=12, max_new=10, epochs=2, mini_batches=3, actor_lr=1e-3, critic_lr=1e-3, steps=10)
 VOCAB = 12  # so few that one reply in twelve ends at each token
@@ -116,7 +118,11 @@ def test_values_stand_before_their_tokens():
     """The value of token t is the critic's number after the prompt and t tokens: it hasn't seen the token."""
     four = some_models()
     rollout = ppo_toys.sampled(four, ASKED[:4], S, (0, 0))
-    values = read_values(four.critic, rollout, 64, toys.CPU)
+    values, after = read_values(four.critic, rollout, 64, toys.CPU)
+    whole = torch.tensor(
+        score_tokens(four.critic, [toys.document(s.prompt_ids + s.reply_ids) for s in rollout.samples], toys.CPU, 64)
+    )
+    torch.testing.assert_close(after, whole.float(), rtol=0, atol=1e-5)
     for row, sample in enumerate(rollout.samples):
         cut = [toys.document(sample.prompt_ids + sample.reply_ids[:t]) for t in range(len(sample.reply_ids))]
         expected = torch.tensor(score_tokens(four.critic, cut, toys.CPU, 64)).float()

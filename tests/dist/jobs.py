@@ -99,7 +99,7 @@ def four(s: Ppo) -> ppo_toys.FourModels:
     return ppo_toys.four_models(s, *models, reward, toys.causal(seed=3, vocab_size=12))
 
 
-PPO = Ppo(batch=BATCH, max_new=6, epochs=2, actor_lr=1e-3, critic_lr=1e-3, steps=10, whiten_rewards=True)
+PPO = Ppo(batch=BATCH, max_new=6, epochs=2, actor_lr=1e-3, critic_lr=1e-3, steps=10, reward_scaling="whiten")
 
 
 def ppo(s: Ppo = PPO) -> Found:

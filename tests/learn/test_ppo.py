@@ -9,11 +9,12 @@ import torch
 import ppo_toys
 import toys
 from tetrad.engine.batches import reply_logprobs
+from tetrad.engine.experience import Experience
+from tetrad.engine.roles import FourModels
 from tetrad.engine.rollout import Question
 from tetrad.model.decoder import CausalLM
 from tetrad.objectives import policy
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import Experience, FourModels
 from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn

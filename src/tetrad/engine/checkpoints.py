@@ -13,20 +13,29 @@ from typing import Any
 from tetrad import storage
 from tetrad.errors import UserError
 from tetrad.model.headers import read_header
+from tetrad.settings.recipe import Recipe
 
-PARTS = {
+_PARTS = {
     "pretrain": ("model", "optimizer"),
     "sft": ("model", "optimizer"),
     "reward": ("model", "optimizer", "best"),
-    "ppo": ("actor", "actor_optimizer", "critic", "critic_optimizer"),
+    "ppo": ("actor", "actor_optimizer", "critic"),
 }
-"""What each stage's checkpoints hold: told by the stages themselves where they run, and by this table before."""
-VALUES = {"ppo": ("beta", "alarms")}
+VALUES = {"ppo": ("beta", "alarms", "scores")}
 _STATE = ("step", "seed", "total_steps", "logs", "values", "environment")
 _HEADS = {"critic": True, "actor": False}  # whether a part has a scalar head
 _HINT = "put back a copy of it, or remove the folder and run the stage again"
 
 Failures = list[tuple[Path, UserError]]
+
+
+def parts_of(stage: str, recipe: Recipe) -> tuple[str, ...]:
+    """What a stage's checkpoints hold: told by the stages themselves where they run, and by this table before."""
+    own = _PARTS.get(stage, ())
+    if stage == "ppo":
+        own += ("critic_optimizer",) if recipe.ppo.critic != "shared" else ()
+        own += ("average",) if recipe.ppo.ema else ()
+    return own
 
 
 def newest(checkpoints: Path, read: Callable[[Path], Any]) -> tuple[Path | None, Any, Failures]:
@@ -69,12 +78,12 @@ def read_state(path: Path, parts: Collection[str], values: Collection[str], ours
     return state
 
 
-def check(folder: Path, stage: str, seed: int) -> None:
+def check(folder: Path, stage: str, recipe: Recipe) -> None:
     """Raises UserError E-CKPT-* if a stopped stage has checkpoints and can go on from none."""
-    place, parts, values = folder / "checkpoints", PARTS.get(stage, ()), VALUES.get(stage, ())
+    place, parts, values = folder / "checkpoints", parts_of(stage, recipe), VALUES.get(stage, ())
     if any(place.glob(".old-*")):  # a killed writer's, which the stage puts back first
         return
-    newest(place, lambda path: read_state(path, parts, values, {"seed": seed}))
+    newest(place, lambda path: read_state(path, parts, values, {"seed": recipe.seed}))
 
 
 def file_of(part: str) -> str:

@@ -70,7 +70,7 @@ class Optimizer:
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {n for n, p in self.names.items() if muon_lr and p.dim() == 2 and ".layers." in n}
         own = {n: rate for n in self.names for start, rate in quick.items() if n.startswith(start)}
-        matrices = [p for n, p in self.names.items() if n not in hidden and p.dim() > 1]
+        matrices = [p for n, p in self.names.items() if n not in hidden and n not in own and p.dim() > 1]
         vectors = [p for n, p in self.names.items() if p.dim() < 2 and n not in own]
         groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": settings.weight_decay},

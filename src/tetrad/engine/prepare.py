@@ -53,6 +53,12 @@ def conversations(ctx: StageContext) -> Prepared:
     return _tokens(ctx, "sft.data", s.weights, encoding, tokenizer)
 
 
+def ptx(ctx: StageContext) -> Prepared:
+    """The text beside PPO, in the actor's tokens. Errors: E-DATA-*, E-MODEL-*, E-IO-*."""
+    tokenizer = Tokenizer.load(first_parent(ctx, "sft", "pretrain", "base"))
+    return _tokens(ctx, "ptx.text", (), Encoding(tokenizer.text, tokenizer.eos_ids), tokenizer)
+
+
 def _tokens(
     ctx: StageContext, setting: str, weights: tuple[float, ...], encoding: Encoding, tokenizer: Tokenizer
 ) -> Prepared:
@@ -77,5 +83,11 @@ def check_sft(ctx: StageContext) -> None:
     conversations(ctx)
 
 
-STAGES: Mapping[str, Callable[[StageContext], object]] = {"pretrain": documents, "sft": check_sft}
+def check_ptx(ctx: StageContext) -> None:
+    """The tokens of the text beside PPO, where there is any."""
+    if ctx.recipe.ptx.text:
+        ptx(ctx)
+
+
+STAGES: Mapping[str, Callable[[StageContext], object]] = {"pretrain": documents, "sft": check_sft, "ppo": check_ptx}
 """What is prepared before a stage is imported."""

@@ -17,7 +17,7 @@ from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.data.records import Paths, read_prompts
 from tetrad.data.source import Counts
-from tetrad.data.tokens import tokenize
+from tetrad.data.tokens import OnLong, tokenize
 from tetrad.engine.device import Device
 from tetrad.engine.generate import Request, generate
 from tetrad.engine.scoring import Sample
@@ -104,28 +104,44 @@ def read_logprobs(model: CausalLM, rollout: Rollout, micro_tokens: int, device: 
 
 
 @torch.no_grad()
-def read_values(critic: ScalarModel, rollout: Rollout, micro_tokens: int, device: Device) -> Tensor:
-    """The critic's value before each reply token, [B, T]."""
+def read_values(critic: ScalarModel, rollout: Rollout, micro_tokens: int, device: Device) -> tuple[Tensor, Tensor]:
+    """The critic's value before each reply token, [B, T], and after the last one, [B]."""
     critic.eval()
-    parts = []
-    for _, packed in packs(rollout.documents, micro_tokens, device):
+    before, after = [], []
+    for group, packed in packs(rollout.documents, micro_tokens, device):
         with device.compute():
-            parts.append(critic(packed, "values"))
-    return spread(torch.cat(parts), rollout.mask_BT)
+            both = critic(packed, "both")
+        after.append(both[: len(group)])
+        before.append(both[len(group) :])
+    return spread(torch.cat(before), rollout.mask_BT), torch.cat(after).cpu()
 
 
 def read_questions(
-    paths: Paths, form: Template, tokenizer: Tokenizer, counts: Counts, limit: int, room: int
+    paths: Paths,
+    form: Template,
+    tokenizer: Tokenizer,
+    counts: Counts,
+    limit: int,
+    room: int,
+    on_long: OnLong = "refuse",
 ) -> list[Question]:
-    """The prompts of record files. limit: the model's positions; room: tokens that the reply needs.
+    """The prompts of record files. limit: the model's positions; room: tokens that the reply needs; on_long: what to
+    do with a prompt that leaves too little, where cut takes tokens of its beginning.
 
-    Errors: E-DATA-*; E-DATA-LONG names the first prompt that leaves too little room.
+    Errors: E-DATA-*; E-DATA-LONG names the first prompt that leaves too little room; E-DATA-EMPTY.
     """
-    prompts = read_prompts(paths, counts)
+    prompts, most = read_prompts(paths, counts), limit - room
     found = []
     for prompt, tokens in zip(prompts, tokenize(form, tokenizer, prompts, counts=counts), strict=True):
-        if len(tokens.ids) > limit - room:
-            what = f"the prompt has {len(tokens.ids)} tokens; {limit - room} fit beside a reply of {room}"
+        long = len(tokens.ids) > most
+        if long and on_long == "refuse":
+            what = f"the prompt has {len(tokens.ids)} tokens; {most} fit beside a reply of {room}"
             raise UserError("E-DATA-LONG", what, where=prompt.where, hint="shorten it, or lower max_new")
-        found.append(Question(tuple(tokens.ids.tolist()), prompt))
+        counts.cut += long and on_long == "cut"
+        counts.dropped += long and on_long == "drop"
+        if not (long and on_long == "drop"):
+            found.append(Question(tuple(tokens.ids[-most:].tolist()), prompt))
+    if not found:
+        what = f"no prompt leaves room for a reply of {room} tokens"
+        raise UserError("E-DATA-EMPTY", what, hint="shorten the prompts, or lower max_new")
     return found

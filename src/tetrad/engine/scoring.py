@@ -1,10 +1,16 @@
-"""Where rewards and judgements come from: a trained model on ids, or Python functions on text, behind one protocol."""
+"""Where rewards and judgements come from, behind one protocol: a trained model on ids, Python functions or an HTTP
+endpoint on text."""
 
 import importlib.util
+import json
 import math
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +26,10 @@ from tetrad.model.decoder import ScalarModel
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Prompt, Tokens, Turn
+
+_PATIENCE = 300.0  # seconds for one answer of an endpoint
+_WAITS = (1.0, 5.0)  # before it is asked again
+_MOST_ANSWER = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,33 +132,79 @@ def trained(
 def python_function(spec: str) -> Reward:
     """`file.py:name`: a list of dicts in, one finite number each out.
 
-    A dict has "text" (the reply), "input" (the Input or last user turn) and "prompt" (all that was asked).
-
+    A dict has "text" (the reply), "input" (the Input or last user turn), "prompt" (all that was asked), "ids" (the
+    reply's tokens as they were sampled) and "ended" (false where it was cut).
 
     Errors: E-CONF-FUNCTION where it can't be loaded, E-NUM-REWARD where what it returns isn't that.
     """
     function = _load(spec)
 
     def reward(samples: Sequence[Sample]) -> list[float]:
-        given = [{"prompt": s.prompt, "input": s.asked, "text": s.text} for s in samples]
         try:
-            scores = [float(x) for x in function(given)]
+            scores = [float(x) for x in function(_told(samples))]
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(
-                "E-NUM-REWARD", f"the function failed on {len(given)} samples: {what}", where=spec
-            ) from error
-        if len(scores) != len(samples):
-            raise UserError(
-                "E-NUM-REWARD", f"{len(samples)} samples went in, {len(scores)} numbers came out", where=spec
-            )
-        for sample, score in zip(samples, scores, strict=True):
-            if not math.isfinite(score):
-                what = f"the score is {score} for the reply {sample.text[:80]!r} ({sample.where or 'no place'})"
-                raise UserError("E-NUM-REWARD", what, where=spec, hint="return finite numbers")
-        return scores
+            what = f"the function failed on {len(samples)} samples: {type(error).__name__}: {error}"
+            raise UserError("E-NUM-REWARD", what, where=spec) from error
+        return _finite(scores, samples, spec)
 
     return reward
+
+
+def endpoint(url: str) -> Reward:
+    """An HTTP endpoint: {"samples": [...]}, with dicts as `python_function` has them, is posted as JSON and answered
+    by {"scores": [...]}. It is asked three times before an error ends the stage, which can then go on.
+
+    Errors: E-NUM-REWARD.
+    """
+
+    def reward(samples: Sequence[Sample]) -> list[float]:
+        body = json.dumps({"samples": _told(samples)}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        for wait in (*_WAITS, None):
+            try:
+                with _NO_REDIRECT.open(request, timeout=_PATIENCE) as answer:
+                    scores = [float(x) for x in json.loads(answer.read(_MOST_ANSWER))["scores"]]
+                break
+            except (OSError, HTTPException, ValueError, TypeError, KeyError) as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
+                if wait is None:
+                    what = f"the endpoint failed on {len(samples)} samples: {type(error).__name__}: {error}"
+                    hint = 'it must answer a POST with {"scores": [one number a sample]}'
+                    raise UserError("E-NUM-REWARD", what, where=url, hint=hint) from error
+                time.sleep(wait)
+        return _finite(scores, samples, url)
+
+    return reward
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """The recipe named one address: no other is opened."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_NO_REDIRECT = urllib.request.build_opener(_Stay)
+
+
+def _told(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": s.prompt, "input": s.asked, "text": s.text, "ids": list(s.reply_ids), "ended": s.ended}
+        for s in samples
+    ]
+
+
+def _finite(scores: list[float], samples: Sequence[Sample], where: str) -> list[float]:
+    """Errors: E-NUM-REWARD."""
+    if len(scores) != len(samples):
+        what = f"{len(samples)} samples went in, {len(scores)} numbers came out"
+        raise UserError("E-NUM-REWARD", what, where=where)
+    for sample, score in zip(samples, scores, strict=True):
+        if not math.isfinite(score):
+            what = f"the score is {score} for the reply {sample.text[:80]!r} ({sample.where or 'no place'})"
+            raise UserError("E-NUM-REWARD", what, where=where, hint="return finite numbers")
+    return scores
 
 
 def _load(spec: str) -> Callable[[list[dict[str, Any]]], Sequence[float]]:

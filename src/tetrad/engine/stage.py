@@ -33,19 +33,25 @@ POLICY = ("sft", "pretrain", "base")  # roles of the model that the last stages 
 
 
 class Weights:
-    """A model as a part of a checkpoint: its trained parameters by name."""
+    """A model as a part of a checkpoint: its trained parameters by name; frozen ones are read where they come from."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def full_bytes(self) -> int:
         return file_bytes(self.tensors())
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
+        own = self.check(tensors)
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own tensors, where these have their names and shapes. Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
         own = self.tensors()
         if own.keys() != tensors.keys():
             names = sorted(own.keys() ^ tensors.keys())
@@ -54,7 +60,7 @@ class Weights:
             if own[name].shape != tensor.shape:
                 what = f"{name} is {list(tensor.shape)}, the model's is {list(own[name].shape)}"
                 raise UserError("E-CKPT-SHAPE", what)
-            own[name].copy_(tensor)
+        return own
 
 
 @contextmanager
@@ -69,7 +75,7 @@ def start(
 ) -> Iterator[Run]:
     """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
     settings = ctx.recipe.run
-    _refuse_unlisted(ctx.folder.name, parts, state())
+    _refuse_unlisted(ctx, parts, state())
     with open_run(
         ctx.folder,
         seed=ctx.recipe.seed,
@@ -100,10 +106,11 @@ def start(
         yield run
 
 
-def _refuse_unlisted(stage: str, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
+def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
     """The table by which checkpoints are judged before a stage starts must be what the stage keeps."""
-    listed = checkpoints.PARTS.get(stage), checkpoints.VALUES.get(stage, ())
-    if listed[0] is not None and listed != (tuple(parts), tuple(values)):
+    stage = ctx.folder.name
+    listed = checkpoints.parts_of(stage, ctx.recipe), checkpoints.VALUES.get(stage, ())
+    if listed[0] and listed != (tuple(parts), tuple(values)):
         raise RuntimeError(
             f"engine.checkpoints lists {listed} for {stage}, which keeps {tuple(parts)}, {tuple(values)}"
         )

@@ -17,7 +17,7 @@ from tetrad.engine import mesh
 from tetrad.engine.device import Device
 from tetrad.engine.optim import Optimizer
 from tetrad.errors import UserError
-from tetrad.types import Packed, StepStats, Term
+from tetrad.types import MOST, Packed, StepStats, Term
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,16 @@ def update(
 
     Errors: E-NUM-NONFINITE before any weight changes, with the places of the batch's records.
     """
-    counts: dict[str, float] = defaultdict(float)
-    for micro in micros:
-        for name, count in micro.counts.items():
-            counts[name] += count
-    totals = mesh.sum_counts(counts)
+    totals = mesh.sum_counts(_counted(micros))
     optimizer.clear()
     sums: dict[str, Tensor] = {}
     scales: dict[str, tuple[str, float]] = {}
+    most: dict[str, float] = {}
     for micro in micros:
         with device.compute():
             parts = terms(model, micro)
+        most |= {t.name: max(float(t.sum), most.get(t.name, -math.inf)) for t in parts if t.per == MOST}
+        parts = [t for t in parts if t.per != MOST]
         _backward([t.coefficient / totals[t.per] * t.sum for t in parts if t.coefficient and totals[t.per]])
         for t in parts:
             sums[t.name] = sums.get(t.name, 0) + t.sum.detach().double()
@@ -66,29 +65,36 @@ def update(
     mesh.sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
     summed = mesh.sum_counts({name: float(value) for name, value in sums.items()})
-    for others in mesh.everyone(scales):  # a rank without rows knows no terms of its own
+    for others, theirs in mesh.everyone((scales, most)):  # a rank without rows knows no terms of its own
         scales |= others
+        most |= {name: max(value, most.get(name, -math.inf)) for name, value in theirs.items()}
     means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
     loss = math.fsum(means[name] * scales[name][1] for name in means)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _stop(loss, norm, micros)
     optimizer.step(factor)
-    return StepStats(loss, norm, optimizer.lr * factor, means)
+    return StepStats(loss, norm, optimizer.lr * factor, means | most)
 
 
 @torch.no_grad()
 def measured(model: nn.Module, micros: Sequence[Micro], terms: Terms, device: Device) -> float:
     """The loss of a batch as `update` would see it, on this rank alone; no weight changes."""
-    counts: dict[str, float] = defaultdict(float)
-    for micro in micros:
-        for name, count in micro.counts.items():
-            counts[name] += count
+    counts = _counted(micros)
     loss = 0.0
     for micro in micros:
         with device.compute():
             parts = terms(model, micro)
         loss += math.fsum(float(t.sum) * t.coefficient / counts[t.per] for t in parts if counts[t.per])
     return loss
+
+
+def _counted(micros: Sequence[Micro]) -> dict[str, float]:
+    """The denominators of a batch in parts; 0 for a name that no part has."""
+    counts: dict[str, float] = defaultdict(float)
+    for micro in micros:
+        for name, count in micro.counts.items():
+            counts[name] += count
+    return counts
 
 
 def _backward(parts: list[Tensor]) -> None:

@@ -80,11 +80,33 @@ class RMSNorm(nn.Module):
         return _normed(x.to(wide), self.weight.to(wide), self.eps).to(x.dtype)
 
 
-class Linear(nn.Linear):
-    """torch's, by the faster product where there is one."""
+class Adapter(nn.Module):
+    """B A scaled, a: [rank, in], b: [out, rank] (Hu et al. 2021)."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(linear(x, self.a), self.b).mul(self.scale)
+
+
+class Linear(nn.Linear):
+    """torch's, by the faster product where there is one; with an adapter beside it where the model has some."""
+
+    def __init__(self, size_in: int, size_out: int, *, bias: bool) -> None:
+        super().__init__(size_in, size_out, bias)
+        self.adapter: Adapter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = linear(x, self.weight, self.bias)
+        return out if self.adapter is None else out + self.adapter(x)
+
+    def whole(self) -> Tensor:
+        """The weight with its adapter."""
+        if self.adapter is None:
+            return self.weight.detach()
+        return torch.addmm(self.weight, self.adapter.b, self.adapter.a, alpha=self.adapter.scale).detach()
 
 
 class Attention(nn.Module):
@@ -194,7 +216,10 @@ class CausalLM(nn.Module):
     def forward(self, packed: Packed, want: str = "nll", temperature: float = 1.0) -> Any:
         """want: "nll", the summed negative log-likelihood of the targets, with a cheap gradient; "logprobs", a pair of
         [N] log-probabilities of the N targets and entropies (float32, differentiable); "logits", [T, V] for tests."""
-        hidden = self.model(packed)
+        return self.read(self.model(packed), packed, want, temperature)
+
+    def read(self, hidden: Tensor, packed: Packed, want: str, temperature: float = 1.0) -> Any:
+        """The same from the decoder's hidden states."""
         if want == "logits":
             return (hidden @ self.head_weight.t()).float()
         at = (packed.targets_T != IGNORE).nonzero()[:, 0]
@@ -222,7 +247,10 @@ class ScalarModel(nn.Module):
     def forward(self, packed: Packed, want: str = "scores") -> Tensor:
         """want: "scores", [D] at the last token of each document; "values", [N] at the positions that have a target;
         "both", [D + N], one after the other."""
-        hidden = self.model(packed)
+        return self.read(self.model(packed), packed, want)
+
+    def read(self, hidden: Tensor, packed: Packed, want: str) -> Tensor:
+        """The same from the decoder's hidden states."""
         last = torch.tensor(packed.bounds[1:], device=hidden.device) - 1
         inside = (packed.targets_T != IGNORE).nonzero()[:, 0]
         at = {"scores": last, "values": inside}[want] if want != "both" else torch.cat((last, inside))

@@ -99,7 +99,7 @@ def _fused(layer: Block, c: DecoderConfig, dtype: torch.dtype) -> _Layer:
     before = sqrt(c.hidden_size) * layer.input_layernorm.weight
     between = sqrt(c.hidden_size) * layer.post_attention_layernorm.weight
     q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-    qk = [_paired(x.weight.unflatten(0, (-1, c.head_dim))).flatten(0, 1) for x in (q, k)]
+    qk = [_paired(x.whole().unflatten(0, (-1, c.head_dim))).flatten(0, 1) for x in (q, k)]
     bias = scale = None
     if c.qkv_bias:
         paired = [_paired(x.bias.unflatten(0, (-1, c.head_dim))).flatten() for x in (q, k)]
@@ -108,11 +108,11 @@ def _fused(layer: Block, c: DecoderConfig, dtype: torch.dtype) -> _Layer:
         norms = ((attention.q_norm, c.heads), (attention.k_norm, c.kv_heads))
         scale = torch.cat([_paired(n.weight[None]).expand(times, -1) for n, times in norms]) * sqrt(c.head_dim)
     return _Layer(
-        Product((torch.cat((*qk, v.weight)) * before).to(dtype), bias),
+        Product((torch.cat((*qk, v.whole())) * before).to(dtype), bias),
         scale,
-        Product(attention.o_proj.weight.detach().to(dtype)),
-        Product((torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)) * between).to(dtype)),
-        Product(mlp.down_proj.weight.detach().to(dtype)),
+        Product(attention.o_proj.whole().to(dtype)),
+        Product((torch.cat((mlp.gate_proj.whole(), mlp.up_proj.whole())) * between).to(dtype)),
+        Product(mlp.down_proj.whole().to(dtype)),
     )
 
 

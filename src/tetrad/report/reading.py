@@ -48,6 +48,7 @@ SETTINGS = {
     "reward.held_out": "preferences",
     "reward.test": "preferences",
     "ppo.prompts": "prompts",
+    "ptx.text": "documents",
     "evaluate.prompts": "prompts",
 }
 """The settings that name files, and what their records are."""

@@ -1,6 +1,6 @@
 """When PPO's own figures say that it is going wrong."""
 
-from tetrad.settings.base import Limits, Positive, settings, unkeyed
+from tetrad.settings.base import Functions, Limits, Positive, settings, unkeyed
 
 
 @settings
@@ -10,6 +10,9 @@ class Alarms:
 
     strict: bool = unkeyed(False)
     """Stop (exit 5) at the second limit; else every alarm is a warning."""
+    judges: Functions = unkeyed(())
+    """Python functions `file.py:name` that PPO isn't paid by: each is asked at every iteration, and an alarm tells
+    when one falls while the score rises."""
     nats: Positive = unkeyed(10.0)
     """KL a reply that is expected where no `ppo.kl_target` is set."""
     kl: Limits = unkeyed((2.0, 5.0))
@@ -32,3 +35,5 @@ class Alarms:
     """Share of scores above all but a thousandth of what the reward model gave to its training answers."""
     score_std: Limits = unkeyed((1e-6, 1e-9))
     """Standard deviation of an iteration's scores: the reward tells nothing apart."""
+    falls: Limits = unkeyed((3.0, 6.0))
+    """Windows of ten iterations in a row in which a judge fell while the score rose."""

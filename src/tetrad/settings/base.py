@@ -19,6 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt
 T = TypeVar("T")
 FILES = "files"
 FUNCTIONS = "functions"
+REWARDS = "rewards"
 
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
@@ -38,6 +39,13 @@ Files = Annotated[tuple[str, ...], FILES]
 """Paths, globs allowed, from the recipe's folder; the content of the files is part of a stage's key."""
 Functions = Annotated[tuple[str, ...], FUNCTIONS]
 """`file.py:name`; the content of the file is part of a stage's key."""
+Rewards = Annotated[tuple[str, ...], REWARDS]
+"""Functions, "reward" for the reward model, and addresses of HTTP endpoints."""
+
+
+def is_function(reward: str) -> bool:
+    """Whether an entry of Rewards names a Python function."""
+    return reward != "reward" and not reward.startswith(("http://", "https://"))
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -52,10 +60,17 @@ def unkeyed(default: Any) -> Any:
     return field(default=default, metadata={"keyed": False})
 
 
+_LISTS = {
+    FILES: "a list of files",
+    FUNCTIONS: "a list of file.py:name",
+    REWARDS: 'a list of "reward", file.py:name, https://...',
+}
+
+
 @dataclass(frozen=True)
 class Knob:
-    """One setting. kind: truth | whole | number | text | choice | list | numbers | series. mark: files, functions or
-    empty."""
+    """One setting. kind: truth | whole | number | text | choice | list | numbers | series. mark: files, functions,
+    rewards or empty."""
 
     name: str
     default: Any
@@ -76,7 +91,7 @@ class Knob:
         if self.kind == "choice":
             return " or ".join(f'"{choice}"' for choice in self.choices)
         if self.mark:
-            return {FILES: "a list of files", FUNCTIONS: "a list of file.py:name"}[self.mark]
+            return _LISTS[self.mark]
         noun = {
             "truth": "true or false",
             "whole": "a whole number",

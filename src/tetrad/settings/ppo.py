@@ -3,12 +3,13 @@
 from typing import Literal
 
 from tetrad.settings.base import (
+    Below1,
     Count,
     Files,
-    Functions,
     NotNegative,
     Positive,
     Rate,
+    Rewards,
     Share,
     Weights,
     Whole,
@@ -25,18 +26,27 @@ class Ppo:
     """Files of prompts; SFT and RM files are legal, their answers are ignored."""
     weights: Weights = ()
     """How often an epoch reads the records of each entry of `prompts`, as [1, 0.5]; empty reads all once."""
-    rewards: Functions = ()
-    """Python functions `file.py:name` as the reward instead of the reward model; their sum."""
-    critic: Literal["reward", "actor"] = "reward"
-    """What the critic starts from."""
+    rewards: Rewards = ()
+    """What pays: "reward" (the reward model), Python functions `file.py:name`, addresses `https://...`; their weighted
+    sum. Empty is the reward model alone."""
+    reward_weights: Weights = ()
+    """The weight of each entry of `rewards`, as [1, 0.5]; empty weighs all 1."""
+    critic: Literal["reward", "actor", "shared"] = "reward"
+    """What the critic starts from; shared is a head on the actor's own trunk, trained in one step with it."""
+    adapters: bool = False
+    """One frozen base for the four roles: actor, critic and reward model are adapters on it (see [lora])."""
     steps: Count = 100
     """Iterations: sample, score, update."""
     batch: Count = 64
     """Prompts of an iteration, on all machines together."""
+    replies: Count = 1
+    """Replies to each prompt of an iteration."""
     max_new: Count = 64
     """Longest reply, in tokens; a longer one is cut and pays `missing_eos_penalty`."""
     max_prompt: Whole = 0
-    """Longest prompt, in tokens; 0 is what the model leaves beside `max_new`. Longer prompts are an error."""
+    """Longest prompt, in tokens; 0 is what the model leaves beside `max_new`."""
+    on_long: Literal["refuse", "cut", "drop"] = "refuse"
+    """What to do with a longer prompt; cut (on the left) and drop are counted."""
     temperature: Positive = 1.0
     """Of sampling, actor and reference alike."""
     epochs: Count = 4
@@ -50,7 +60,10 @@ class Ppo:
     schedule: Literal["linear", "constant"] = "linear"
     """How both learning rates fall; linear ends at 0."""
     critic_warmup: Whole = 0
-    """First iterations in which only the critic learns."""
+    """First iterations in which the actor is frozen and the critic learns whole returns (lambda 1, unclipped): value
+    pre-training (Yuan et al. 2025)."""
+    value_coefficient: NotNegative = 0.1
+    """Weight of the value loss where actor and critic share a trunk."""
     adam_eps: Positive = 1e-5
     """AdamW: added to the root, for actor and critic."""
     kl_coefficient: NotNegative = 0.05
@@ -63,20 +76,32 @@ class Ppo:
     """Discount."""
     lam: Share = 0.95
     """lambda of generalised advantage estimation."""
+    cut_value: bool = False
+    """A reply that was cut goes on in the critic's value after its last token; else its end is terminal too."""
+    reduction: Literal["token", "sequence"] = "token"
+    """A batch's losses are the mean over its tokens, or over its replies of each one's mean."""
     clip: Positive = 0.2
     """Range of the policy ratio, 1 - clip to 1 + clip."""
+    dual_clip: NotNegative = 0.0
+    """Above 1: a token's loss is at most this many times its negative advantage (Ye et al. 2020); 0 is off."""
+    stop_kl: NotNegative = 0.0
+    """The actor learns no more from an iteration once its approximate KL from the old policy is above this, in nats a
+    token; 0 is off."""
     value_clip: NotNegative = 0.2
     """Range of the value around the old one; 0 is off."""
     score_clip: NotNegative = 5.0
-    """The reward model's scores are cut to this many standard deviations; 0 is off. Functions' scores are not cut."""
+    """The reward model's scores, and scaled ones, are cut to this many standard deviations; 0 is off."""
     doubt: NotNegative = 0.0
     """Of an ensemble (`reward.seeds`): standard deviations of its members' scores that are taken off their mean."""
     missing_eos_penalty: NotNegative = 1.0
     """Taken from the score of a cut reply, in standard deviations, after the clip."""
-    whiten_rewards: bool = False
-    """Divide rewards by their standard deviation (the mean stays)."""
+    reward_scaling: Literal["none", "running", "whiten"] = "none"
+    """running: scores are divided by the standard deviation of all so far, then clipped; whiten: the rewards of all
+    tokens by their own in the batch (the mean stays)."""
     entropy_bonus: NotNegative = 0.0
     """Weight of the entropy in the actor's loss."""
+    ema: Below1 = 0.0
+    """The result is the moving average of the actor over iterations with this decay; 0 is the actor itself."""
     max_norm: NotNegative = 1.0
     """Gradients of actor and critic are scaled to at most this norm; 0 turns it off."""
     eval_every: Whole = unkeyed(20)

@@ -5,9 +5,11 @@ from tetrad.settings.base import Seed, settings
 from tetrad.settings.common import Data, Optim, Run, Sampling
 from tetrad.settings.evaluate import Evaluate
 from tetrad.settings.gate import Gate
+from tetrad.settings.lora import Lora
 from tetrad.settings.model import Model
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.pretrain import Pretrain
+from tetrad.settings.ptx import Ptx
 from tetrad.settings.reward import Reward
 from tetrad.settings.sft import Sft
 from tetrad.settings.tokenizer import Tokenizer
@@ -27,10 +29,12 @@ class Recipe:
     sft: Sft = Sft()
     reward: Reward = Reward()
     ppo: Ppo = Ppo()
+    ptx: Ptx = Ptx()
     gate: Gate = Gate()
     alarms: Alarms = Alarms()
     evaluate: Evaluate = Evaluate()
     data: Data = Data()
     run: Run = Run()
+    lora: Lora = Lora()
     optim: Optim = Optim()
     sampling: Sampling = Sampling()

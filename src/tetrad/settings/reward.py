@@ -67,6 +67,8 @@ class Reward:
     shared_prefix: Literal["auto", "always", "never"] = unkeyed("auto")
     """Whether a list's answers are computed from one prompt, on a CPU; auto: where that is faster. Numbers change by
     rounding only and, as dropout then drops the same of the prompt for all answers, by its masks."""
+    adapters: bool = False
+    """Train low-rank adapters (see [lora]) and the head on the frozen SFT model; `ppo.adapters` needs it."""
     epochs: Positive = 1.0
     """Times the records are read."""
     batch: Count = 32

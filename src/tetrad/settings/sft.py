@@ -29,6 +29,8 @@ class Sft:
     """Longest record; 0 is the model's."""
     on_long: Literal["refuse", "cut", "drop"] = "refuse"
     """What to do with a longer record; cut and drop are counted."""
+    adapters: bool = False
+    """Train low-rank adapters (see [lora]); the result has them merged, and beside it in `adapter`."""
     epochs: Positive = 1.0
     """Times the records are read."""
     batch: Count = 32

@@ -4,7 +4,8 @@ Every iteration is held against limits, most of them as shares of the first iter
 its reward changes length, endings, variety or entropy long before its texts are read by anybody.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,11 @@ from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
 from tetrad.errors import UserError
 from tetrad.settings.alarms import Alarms
+from tetrad.settings.ppo import Ppo
+from tetrad.settings.recipe import Recipe
 
 STARTS = 3  # iterations that make the start
+WINDOW = 10  # iterations whose means are compared between score and judges
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ _RULES = (
     _Rule("explained_variance", True, False, "the critic doesn't follow: raise ppo.critic_lr or ppo.critic_warmup"),
     _Rule("unseen_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled"),
     _Rule("score_std", False, False, "the reward tells no replies apart"),
+    _Rule("falls", True, False, "a judge falls while the score rises: what is learned is the reward's fault"),
 )
 
 
@@ -59,13 +64,17 @@ class Watch:
         self.start: dict[str, list[float]] = {}
         self.failing = 0.0
         self.told: dict[str, int] = {}
+        self.windows: dict[str, list[list[float]]] = {}
+        self.falls: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
-        return {"alarms": {"start": self.start, "failing": self.failing, "told": self.told}}
+        kept = {"start": self.start, "failing": self.failing, "told": self.told}
+        return {"alarms": {**kept, "windows": self.windows, "falls": self.falls}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         kept = saved["alarms"]
         self.start, self.failing, self.told = kept["start"], kept["failing"], kept["told"]
+        self.windows, self.falls = kept["windows"], kept["falls"]
 
     def look(self, step: int, figures: Mapping[str, float]) -> list[Alarm]:
         """The alarms of this iteration."""
@@ -75,8 +84,24 @@ class Watch:
             "kl": figures["kl"] / self.expected_kl,
             "negative_kl": -figures["kl"],
             "explained_variance": self.failing,
+            "falls": self._judges(figures),
         }
         return [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured))]
+
+    def _judges(self, figures: Mapping[str, float]) -> float:
+        """Windows in a row in which the judge that is worst off fell by more than chance, and the score rose."""
+        judges = [name for name in figures if name.startswith("judge_")]
+        for name in ("score", *judges) if judges else ():
+            seen = self.windows.setdefault(name, [[]])
+            seen[-1].append(figures[name])
+        if not judges or len(self.windows["score"][-1]) < WINDOW:
+            return max(self.falls.values(), default=0.0)
+        rises = _moved(self.windows["score"]) > 0
+        for name in judges:
+            fell = rises and _moved(self.windows[name]) < -1
+            self.falls[name] = self.falls.get(name, 0.0) + 1 if fell else 0.0
+        self.windows = {name: [seen[-1], []] for name, seen in self.windows.items()}
+        return max(self.falls.values())
 
     def _judge(self, rule: _Rule, measured: Mapping[str, float]) -> Alarm | None:
         value = measured[rule.figure]
@@ -109,3 +134,40 @@ class Watch:
             what = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
             raise UserError("E-NUM-ALARM", what, where="ppo", hint=hint)
         return {"alarms": float(len(alarms))}
+
+
+def _moved(windows: Sequence[Sequence[float]]) -> float:
+    """How far the mean of the last window is from that of the one before, in standard errors of the difference."""
+    if len(windows) < 2:
+        return 0.0
+    means = [sum(window) / len(window) for window in windows]
+    squares = [sum((x - mean) ** 2 for x in window) for window, mean in zip(windows, means, strict=True)]
+    variance = sum(s / (len(w) - 1) / len(w) for s, w in zip(squares, windows, strict=True))
+    return (means[1] - means[0]) / max(math.sqrt(variance), 1e-12)
+
+
+_IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
+    ("kl_target", lambda r: r.ppo.kl_coefficient == 0, "kl_coefficient = 0 stays 0, so the reference plays no part"),
+    ("kl_horizon", lambda r: not r.ppo.kl_target, "beta is fixed: no kl_target is set"),
+    (
+        "value_coefficient",
+        lambda r: r.ppo.critic != "shared",
+        "the critic has a trunk of its own",
+    ),
+    (
+        "doubt",
+        lambda r: r.reward.data != () and r.reward.seeds == 1,
+        "the reward model is no ensemble: reward.seeds = 1",
+    ),
+    ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),
+)
+
+
+def idle(recipe: Recipe) -> list[str]:
+    """Settings that were changed and have no effect in this recipe, each with its reason."""
+    plain = Ppo()
+    changed = {name for name, _, _ in _IDLE if getattr(recipe.ppo, name) != getattr(plain, name)}
+    found = [f"ppo.{name} has no effect: {why}" for name, holds, why in _IDLE if name in changed and holds(recipe)]
+    if recipe.ppo.kl_coefficient == 0 and not recipe.ppo.kl_target:
+        found.append("ppo.kl_coefficient = 0: nothing holds the actor near the SFT model")
+    return found

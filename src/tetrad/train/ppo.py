@@ -4,54 +4,51 @@ One iteration: sample replies, score them, read them with actor, reference and c
 and those into advantages, then a few epochs of clipped updates (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et
 al. 2022). Old log-probabilities come from the training forward, not from the sampler. Reply arrays are [B, T] and
 already shifted: a value stands before its token, the score lands on the last token of the reply, its end is terminal.
+The models are made in engine.roles, what pays in engine.rewards; train.alarms tells when it goes wrong.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tetrad.data.loader import Mixture, batch_indices, micro_batches
-from tetrad.data.pack import pack
+from tetrad.data.loader import Mixture, Rows, batch_indices
 from tetrad.data.source import Counts
-from tetrad.engine import mesh
+from tetrad.engine import adapters, mesh
+from tetrad.engine.batches import language_micros
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
+from tetrad.engine.experience import Experience, Replies, RunningStd, mean_variance, mini_batches, numbers_of, whitened
 from tetrad.engine.metrics import reply_figures
-from tetrad.engine.optim import Optimizer, lr_factor
-from tetrad.engine.prepare import first_parent
+from tetrad.engine.optim import lr_factor
+from tetrad.engine.prepare import first_parent, ptx
+from tetrad.engine.rewards import MODEL, entries
+from tetrad.engine.roles import ActorCritic, FourModels, four_models
 from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questions, read_values, roll_out
-from tetrad.engine.scoring import Reward, python_function
-from tetrad.engine.stage import (
-    POLICY,
-    Weights,
-    figures_of,
-    finish,
-    frozen,
-    read_policy,
-    report_counts,
-    require_tokenizer,
-    reward_model,
-    start,
-    template_for,
-)
+from tetrad.engine.runs import Run
+from tetrad.engine.samples import Samples
+from tetrad.engine.scoring import python_function
+from tetrad.engine.stage import POLICY, Weights, finish, prepared, report_counts, start, template_for
 from tetrad.engine.update import Micro, Terms, update
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.model.lora import merged
 from tetrad.model.safetensors_io import tensor_chunks
-from tetrad.model.weights import read_scalar
 from tetrad.objectives import policy
-from tetrad.seeds import generator_for, seed_for
+from tetrad.objectives.calibration import spearman
 from tetrad.settings.common import Sampling
 from tetrad.settings.ppo import Ppo
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.train import gate
-from tetrad.train.alarms import Watch
-from tetrad.types import StepStats, Term
+from tetrad.train.alarms import Watch, idle
+from tetrad.types import MOST, StepStats, Term
+
+Text = Callable[[int], list[Micro]]
+"""Pre-training text beside PPO: the micro-batches of the n-th update of the actor."""
 
 
 def run(ctx: StageContext) -> None:
@@ -61,61 +58,44 @@ def run(ctx: StageContext) -> None:
     tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
     four = four_models(ctx, tokenizer, device)
     questions, mixture = questions_of(ctx, four.actor, tokenizer)
+    text = text_of(ctx, device)
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=ctx.recipe.sampling.slots)
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
-    steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup))
+    steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup), RunningStd())
+    judges = {f"judge_{spec.rpartition(':')[2]}": python_function(spec) for spec in ctx.recipe.alarms.judges}
+    samples = Samples(ctx, four.actor, four.reference, questions, tokenizer, device)
     with (
         start(ctx, device, s.steps, four.parts(), steered.state, steered.restore, ctx.recipe.run.grace) as stage,
         ctx.console.progress("ppo", s.steps, stage.step) as bar,
     ):
         for step in stage.steps():
-            asked = [questions[i] for i in mesh.share(batch_indices(seed, mixture, s.batch, step).tolist())]
-            numbers = mesh.share(range(s.batch))
-            rollout = roll_out(four.actor, asked, numbers, (seed, "rollout", step), sampling, tokenizer, device)
-            scores = torch.tensor(four.reward(rollout.samples), dtype=torch.float32)
-            old = read_logprobs(four.actor, rollout, micro_tokens, device, s.temperature)
-            ref = read_logprobs(four.reference, rollout, micro_tokens, device, s.temperature)
-            values = read_values(four.critic, rollout, micro_tokens, device)
-            rewards = shaped_rewards(s, scores, old, ref, rollout, kl.beta)
-            if s.whiten_rewards:
-                rewards = whitened(rewards, rollout.mask_BT, device, shift_mean=False)
-            advantages, returns = policy.gae(rewards, values, rollout.mask_BT, s.gamma, s.lam)
-            advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)
-            experience = Experience(rollout, old, ref, values, advantages, returns)
-            learned = learn(four, experience, s, (seed, step), micro_tokens, device)
-            figures = figures_of_step(experience, scores, rewards, kl.beta, four.seen) | learned
-            kl.follow(figures["kl"], s.batch)
+            asked = mesh.share(batch_indices(seed, mixture, s.batch, step).tolist())
+            repeated = [questions[i] for i in asked for _ in range(s.replies)]
+            numbers = numbers_of(s.batch, s.replies)
+            rollout = roll_out(four.actor, repeated, numbers, (seed, "rollout", step), sampling, tokenizer, device)
+            made = experience_of(four, rollout, s, steered, step, micro_tokens, device)
+            learned = learn(four, made, s, (seed, step), micro_tokens, device, text)
+            judged = {name: judge(rollout.samples) for name, judge in judges.items()}
+            figures = figures_of_step(made, kl.beta, device, four.seen, judged) | learned
+            kl.follow(figures["kl"], s.batch * s.replies)
+            if four.average:
+                four.average.follow()
             figures |= steered.watch.heed(ctx, step, figures)
             stage.log(step, **figures)
             if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0):
-                show(ctx, stage.sample, step, experience, scores)
+                samples.show(stage.sample, step, made)
             bar.advance(1, **{name: figures[name] for name in ("score", "kl", "length", "ended")})
-        form = template_for(ctx, first_parent(ctx, *POLICY))
-        kept = {"critic.safetensors": tensor_chunks({**Weights(four.critic).tensors(), "bias": four.critic.bias})}
-        finish(ctx, stage, four.actor, tokenizer, form, {}, kept)
+        end(ctx, stage, four, tokenizer)
 
 
 @dataclass(frozen=True)
-class FourModels:
-    """Who is updated: actor and critic. reference: the actor before PPO; reward: samples in, scores out; seen: what a
-    thousandth of the reward model's training answers got at least."""
+class Beside:
+    """Marks a micro-batch of text; its loss has this weight."""
 
-    actor: CausalLM
-    critic: ScalarModel
-    reference: CausalLM
-    reward: Reward
-    actor_optimizer: Optimizer
-    critic_optimizer: Optimizer
-    seen: float = math.inf
+    coefficient: float
 
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint must hold to go on exactly; the frozen models are read from their own stages."""
-        return {
-            "actor": Weights(self.actor),
-            "actor_optimizer": self.actor_optimizer,
-            "critic": Weights(self.critic),
-            "critic_optimizer": self.critic_optimizer,
-        }
+
+# What one iteration hands to the next beside the weights
 
 
 @dataclass
@@ -133,69 +113,145 @@ class KLController:
 
 @dataclass(frozen=True)
 class Steered:
-    """What one iteration hands to the next beside the weights: beta, and what the alarms remember."""
+    """beta, what the alarms remember, and how scores have spread so far."""
 
     kl: KLController
     watch: Watch
+    spread: RunningStd
 
     def state(self) -> dict[str, Any]:
-        return {"beta": self.kl.beta, **self.watch.state()}
+        return {"beta": self.kl.beta, **self.watch.state(), "scores": self.spread.state()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         self.kl.beta = saved["beta"]
         self.watch.restore(saved)
+        self.spread.restore(saved["scores"])
 
 
-@dataclass(frozen=True)
-class Experience:
-    """What one iteration learns from; all [B, T], on the CPU. old, ref: log-probabilities of actor and reference."""
-
-    rollout: Rollout
-    old: Tensor
-    ref: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+# From replies to advantages
 
 
-@dataclass(frozen=True)
-class Replies:
-    """The same for the N reply tokens of a micro-batch, on the device."""
-
-    old: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> FourModels:
-    """Actor and reference from the SFT model, critic and reward from the reward model (or as the recipe says)."""
-    s, folder = ctx.recipe.ppo, first_parent(ctx, *POLICY)
-    form = template_for(ctx, folder)
-    actor = read_policy(folder, tokenizer, form).to(device.place)
-    reference = frozen(read_policy(folder, tokenizer, form)).to(device.place)
-    critic_folder = ctx.parents["reward"] if s.critic == "reward" else folder
-    require_tokenizer(critic_folder, tokenizer)
-    critic = read_scalar(critic_folder, seed_for(ctx.recipe.seed, "critic")).to(device.place)
-    optim = replace(ctx.recipe.optim, eps=s.adam_eps)
-    return FourModels(
-        actor,
-        critic,
-        reference,
-        reward_of(ctx, tokenizer, device),
-        Optimizer(actor, s.actor_lr, optim),
-        Optimizer(critic, s.critic_lr, optim),
-        figures_of(ctx.parents["reward"]).get("train_high", math.inf) if not s.rewards else math.inf,
-    )
+def experience_of(
+    four: FourModels, rollout: Rollout, s: Ppo, steered: Steered, step: int, micro_tokens: int, device: Device
+) -> Experience:
+    """Scores, what the three models read in the replies, rewards, advantages and returns."""
+    parts = four.reward.parts(rollout.samples)
+    scores = torch.tensor(four.reward.total(parts), dtype=torch.float32)
+    old = read_logprobs(four.actor, rollout, micro_tokens, device, s.temperature)
+    ref = read_logprobs(four.reference, rollout, micro_tokens, device, s.temperature)
+    values, after_B = read_values(four.critic, rollout, micro_tokens, device)
+    unit = steered.spread.follow(scores, device) if s.reward_scaling == "running" else 1.0
+    rewards = shaped_rewards(s, scores / unit, old, ref, rollout, steered.kl.beta)
+    if s.reward_scaling == "whiten":
+        rewards = whitened(rewards, rollout.mask_BT, device, shift_mean=False)
+    goes_on = torch.where(rollout.ended_B, 0, after_B) if s.cut_value else None
+    lam = 1.0 if step < s.critic_warmup else s.lam
+    advantages, returns = policy.gae(rewards, values, rollout.mask_BT, s.gamma, lam, goes_on)
+    advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)
+    return Experience(rollout, parts, scores, old, ref, values, rewards, advantages, returns)
 
 
-def reward_of(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Reward:
-    """The recipe's reward model, or the sum of its Python functions. Errors: E-CONF-FUNCTION."""
-    if ctx.recipe.ppo.rewards:
-        functions = [python_function(spec) for spec in ctx.recipe.ppo.rewards]
-        return lambda samples: [math.fsum(parts) for parts in zip(*(f(samples) for f in functions), strict=True)]
-    folder = ctx.parents["reward"]
-    return reward_model(ctx, folder, tokenizer, device, ctx.recipe.ppo.doubt)
+def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, beta: float) -> Tensor:
+    """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a cut reply."""
+    clips = s.reward_scaling == "running" or entries(s.rewards) == (MODEL,)
+    clip = s.score_clip if clips and s.score_clip else None
+    scores = policy.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.ended_B, s.missing_eos_penalty)
+    kl = policy.kl_tokens(old, ref, rollout.mask_BT)
+    return policy.shape_rewards(scores, kl, rollout.mask_BT, beta)
+
+
+# Learning
+
+
+def learn(
+    four: FourModels,
+    experience: Experience,
+    s: Ppo,
+    key: tuple[int, int],
+    micro_tokens: int,
+    device: Device,
+    text: Text | None = None,
+) -> dict[str, float]:
+    """Epochs of mini-batches: one step of the actor and one of the critic each. Returns the means over all steps."""
+    step = key[1]
+    warming, per_step = step < s.critic_warmup, s.epochs * s.mini_batches
+    go = partial(update, device=device, factor=lr_factor(step, s.steps, 0.0, s.schedule), max_norm=s.max_norm)
+    learned: list[tuple[str, StepStats]] = []
+    stopped = False
+    four.freeze_actor(warming)
+    for number, micros in enumerate(mini_batches(experience, s, key, micro_tokens, device)):
+        if not (warming or stopped):
+            beside = text(step * per_step + number) if text else []
+            stats = go(four.both or four.actor, four.actor_optimizer, micros + beside, policy_terms(s))
+            stopped = bool(s.stop_kl) and stats.terms["approx_kl"] > s.stop_kl
+            learned.append(("actor", stats))
+        elif warming and four.both:
+            learned.append(("critic", go(four.both, four.actor_optimizer, micros, value_terms(s, warming))))
+        if four.critic_optimizer:
+            learned.append(("critic", go(four.critic, four.critic_optimizer, micros, value_terms(s, warming))))
+    four.freeze_actor(False)
+    found: dict[str, list[float]] = {}
+    for who, stats in learned:
+        for name, value in (*stats.terms.items(), (f"{who}_grad_norm", stats.grad_norm), (f"{who}_lr", stats.lr)):
+            found.setdefault(name, []).append(value)
+    means = {name: math.fsum(values) / len(values) for name, values in found.items()}
+    most = {"ratio_max": max(found["ratio_max"])} if "ratio_max" in found else {}
+    return means | most | {"actor_updates": float(sum(who == "actor" for who, _ in learned))}
+
+
+def policy_terms(s: Ppo) -> Terms:
+    """The clipped policy objective and the entropy bonus; on a trunk of both, the critic's error beside them; of text
+    beside PPO its language model's loss. What has no coefficient is reported only."""
+
+    def terms(model: nn.Module, micro: Micro) -> list[Term]:
+        actor = model.actor if isinstance(model, ActorCritic) else cast(CausalLM, model)
+        if isinstance(micro.data, Beside):
+            return [Term("ptx_loss", actor(micro.packed, "nll"), "ptx_tokens", micro.data.coefficient)]
+        hidden = actor.model(micro.packed)
+        logprobs, entropy = actor.read(hidden, micro.packed, "logprobs", s.temperature)
+        if not s.entropy_bonus:
+            entropy = entropy.detach()  # a weight of 0 would still pay for its backward
+        every, data = torch.ones_like(logprobs, dtype=torch.bool), micro.data
+        how = (s.clip, s.clip, s.dual_clip or None, data.weights)
+        sums = policy.policy_loss_sum(logprobs, data.old, data.advantages, every, *how)
+        found = [
+            Term("policy_loss", sums.loss, "losses"),
+            Term("entropy", entropy.sum(), "tokens", -s.entropy_bonus),
+            Term("clip_fraction", sums.clipped, "tokens", 0.0),
+            Term("approx_kl", sums.half_square, "tokens", 0.0),
+            Term("ratio", sums.ratio, "tokens", 0.0),
+            Term("ratio_max", sums.highest_ratio, MOST),
+        ]
+        if s.dual_clip:
+            found.append(Term("dual_clip_fraction", sums.dual_clipped, "tokens", 0.0))
+        if isinstance(model, ActorCritic):
+            values = model.critic.read(hidden, micro.packed, "values")
+            found += _value_parts(values, data, s.value_clip, s.value_coefficient)
+        return found
+
+    return terms
+
+
+def value_terms(s: Ppo, warming: bool = False) -> Terms:
+    """The clipped squared error of the critic; while it warms up it may move freely."""
+
+    def terms(model: nn.Module, micro: Micro) -> list[Term]:
+        critic = model.critic if isinstance(model, ActorCritic) else cast(ScalarModel, model)
+        return _value_parts(critic(micro.packed, "values"), micro.data, 0.0 if warming else s.value_clip, 1.0)
+
+    return terms
+
+
+def _value_parts(values: Tensor, data: Replies, clip: float, coefficient: float) -> list[Term]:
+    every = torch.ones_like(values, dtype=torch.bool)
+    sums = policy.value_loss_sum(values, data.values, data.returns, every, clip or None, data.weights)
+    return [
+        Term("value_loss", sums.loss, "losses", coefficient),
+        Term("value_clip_fraction", sums.clipped, "tokens", 0.0),
+    ]
+
+
+# What it works on, and what it leaves
 
 
 def refuse_uneven(s: Ppo) -> None:
@@ -211,134 +267,86 @@ def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tu
     form = template_for(ctx, first_parent(ctx, *POLICY))
     limit = min(s.max_prompt + s.max_new if s.max_prompt else math.inf, actor.config.max_positions)
     given = ctx.files(s.prompts, s.weights)
-    questions = read_questions(given, form, tokenizer, counts, int(limit), s.max_new)
+    questions = read_questions(given, form, tokenizer, counts, int(limit), s.max_new, s.on_long)
     report_counts(ctx, counts, len(questions))
-    if not s.rewards:
+    for note in idle(ctx.recipe):
+        ctx.console.say(f"note: {note}")
+    if MODEL in entries(s.rewards):
         gate.heed(ctx, ctx.parents["reward"], [question.prompt for question in questions])
     return questions, given.mixture(question.prompt.where for question in questions)
 
 
-def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, beta: float) -> Tensor:
-    """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a cut reply."""
-    scores = policy.normalize_scores(
-        scores, 0.0, 1.0, None if s.rewards else s.score_clip or None, ~rollout.ended_B, s.missing_eos_penalty
-    )
-    kl = policy.kl_tokens(old, ref, rollout.mask_BT)
-    return policy.shape_rewards(scores, kl, rollout.mask_BT, beta)
+def text_of(ctx: StageContext, device: Device) -> Text | None:
+    """The text that the actor reads beside its replies: rows in the order of pre-training, a batch an update."""
+    s = ctx.recipe.ptx
+    if not s.text:
+        return None
+    found = prepared(ctx, ptx)
+    rows = Rows(found.store, s.row_tokens, ctx.recipe.seed, found.mixture)
+    batch = max(1, s.batch_tokens // s.row_tokens)
+
+    def micros(update: int) -> list[Micro]:
+        wanted = mesh.share(range(update * batch, (update + 1) * batch))
+        made = language_micros(
+            [piece for row in wanted for piece in rows.row(row)], ctx.recipe.run.micro_tokens, device
+        )
+        return [Micro(m.packed, {"ptx_tokens": m.counts["tokens"]}, Beside(s.coefficient)) for m in made]
+
+    return micros
 
 
-def whitened(x: Tensor, mask: Tensor, device: Device, *, shift_mean: bool) -> Tensor:
-    """Over the reply tokens of the whole batch on all ranks."""
-
-    def summed(about: Tensor | float) -> Tensor:
-        return mesh.sum_tensor(policy.moments(x, mask, about).to(device.place)).cpu()
-
-    first, _ = policy.mean_variance(summed(0.0))
-    return policy.whiten(x, mask, shift_mean, mean_and_variance=policy.mean_variance(summed(first), first))
-
-
-def learn(
-    four: FourModels, experience: Experience, s: Ppo, key: tuple[int, int], micro_tokens: int, device: Device
-) -> dict[str, float]:
-    """Epochs of mini-batches: one step of the actor and one of the critic each. Returns the means over all steps."""
-    factor = lr_factor(key[1], s.steps, 0.0, s.schedule)
-    step = partial(update, device=device, factor=factor, max_norm=s.max_norm)
-    learned: list[tuple[str, StepStats]] = []
-    for micros in mini_batches(experience, s, key, micro_tokens, device):
-        if key[1] >= s.critic_warmup:
-            learned.append(("actor", step(four.actor, four.actor_optimizer, micros, policy_terms(s))))
-        learned.append(("critic", step(four.critic, four.critic_optimizer, micros, value_terms(s))))
-    found: dict[str, list[float]] = {}
-    for who, stats in learned:
-        for name, value in (*stats.terms.items(), (f"{who}_grad_norm", stats.grad_norm), (f"{who}_lr", stats.lr)):
-            found.setdefault(name, []).append(value)
-    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+def end(ctx: StageContext, stage: Run, four: FourModels, tokenizer: Tokenizer) -> None:
+    """The result is the actor or its moving average; the critic, and then the actor itself, are kept beside it."""
+    folder = first_parent(ctx, *POLICY)
+    critic = {**Weights(four.critic).tensors(), "score.weight": four.critic.score.weight, "bias": four.critic.bias}
+    kept = {"critic.safetensors": tensor_chunks(critic)}
+    if four.average:
+        last = {name: tensor.clone() for name, tensor in four.average.weights.tensors().items()}
+        kept["last.safetensors"] = tensor_chunks(last)
+        four.average.weights.load_tensors(four.average.kept)
+    adapters.keep(ctx, four.actor, folder)
+    finish(ctx, stage, merged(four.actor), tokenizer, template_for(ctx, folder), {}, kept)
 
 
-def mini_batches(
-    experience: Experience, s: Ppo, key: tuple[int, int], micro_tokens: int, device: Device
-) -> Iterator[list[Micro]]:
-    """Each epoch's batch in a fresh permutation, in `mini_batches` equal parts; this rank's rows as micro-batches."""
-    rollout = experience.rollout
-    batch = len(rollout.documents) * mesh.size()
-    row_of = {number: row for row, number in enumerate(mesh.share(range(batch)))}
-    for epoch in range(s.epochs):
-        shuffled = generator_for(key[0], "mini-batches", key[1], epoch).permutation(batch)
-        for part in range(s.mini_batches):
-            chosen = sorted(row_of[n] for n in shuffled[part :: s.mini_batches].tolist() if n in row_of)
-            groups = micro_batches([rollout.documents[i] for i in chosen], micro_tokens)
-            yield [_micro(experience, [chosen[i] for i in group], device) for group in groups]
-
-
-def _micro(experience: Experience, rows: Sequence[int], device: Device) -> Micro:
-    rollout, index = experience.rollout, torch.tensor(rows)
-    mask = rollout.mask_BT[index]
-    arrays = (experience.old, experience.values, experience.advantages, experience.returns)
-    replies = Replies(*(x[index][mask].to(device.place) for x in arrays))
-    packed = device.put(pack([rollout.documents[i] for i in rows]))
-    return Micro(packed, {"tokens": float(mask.sum())}, replies)
-
-
-def policy_terms(s: Ppo) -> Terms:
-    """The clipped policy objective and the entropy bonus; the rest is reported only."""
-
-    def terms(actor: nn.Module, micro: Micro) -> list[Term]:
-        logprobs, entropy = actor(micro.packed, "logprobs", s.temperature)
-        if not s.entropy_bonus:
-            entropy = entropy.detach()  # a weight of 0 would still pay for its backward
-        every = torch.ones_like(logprobs, dtype=torch.bool)
-        sums = policy.policy_loss_sum(logprobs, micro.data.old, micro.data.advantages, every, s.clip, s.clip)
-        return [
-            Term("policy_loss", sums.loss, "tokens"),
-            Term("entropy", entropy.sum(), "tokens", -s.entropy_bonus),
-            Term("clip_fraction", sums.clipped, "tokens", 0.0),
-            Term("approx_kl", sums.half_square, "tokens", 0.0),
-            Term("ratio", sums.ratio, "tokens", 0.0),
-        ]
-
-    return terms
-
-
-def value_terms(s: Ppo) -> Terms:
-    """The clipped squared error of the critic."""
-
-    def terms(critic: nn.Module, micro: Micro) -> list[Term]:
-        values = critic(micro.packed, "values")
-        every = torch.ones_like(values, dtype=torch.bool)
-        sums = policy.value_loss_sum(values, micro.data.values, micro.data.returns, every, s.value_clip or None)
-        return [Term("value_loss", sums.loss, "tokens"), Term("value_clip_fraction", sums.clipped, "tokens", 0.0)]
-
-    return terms
+# What is told
 
 
 def figures_of_step(
-    experience: Experience, scores: Tensor, rewards: Tensor, beta: float, seen: float = math.inf
+    made: Experience,
+    beta: float,
+    device: Device,
+    seen: float = math.inf,
+    judged: Mapping[str, list[float]] | None = None,
 ) -> dict[str, float]:
     """What the iteration sampled, a reply on average over all ranks. kl: nats against the reference (k1, k3)."""
-    rollout, mask = experience.rollout, experience.rollout.mask_BT
-    k1, k3 = (policy.kl_tokens(experience.old, experience.ref, mask, kind) for kind in ("k1", "k3"))
-    gap = (experience.old - rollout.sampled_BT).abs()[mask].max()
-    variance = policy.explained_variance(experience.values, experience.returns, mask)
+    rollout, mask, scores = made.rollout, made.rollout.mask_BT, made.scores
+    k1, k3 = (policy.kl_tokens(made.old, made.ref, mask, kind) for kind in ("k1", "k3"))
+    parts = {f"score_{name}": part for name, part in made.parts.items()} if len(made.parts) > 1 else {}
+    model = made.parts.get(MODEL, [])
     n = len(scores)
     sums = {
         "score": float(scores.sum()),
-        "unseen_scores": float((scores > seen).sum()),
+        "unseen_scores": float(sum(score > seen for score in model)),
         "kl": float(k1.sum()),
         "kl_k3": float(k3.sum()),
-        "reward": float(rewards.sum()),
-        "sampler_gap": float(gap) * n,
+        "reward": float(made.rewards.sum()),
+        "sampler_gap": float((made.old - rollout.sampled_BT).abs()[mask].max()) * n,
         **{name: value * n for name, value in reply_figures(rollout.samples, rollout.ended_B.tolist()).items()},
+        **{name: math.fsum(values) for name, values in {**parts, **(judged or {})}.items()},
     }
     total = mesh.sum_counts({**sums, "replies": float(n)})
     replies = total.pop("replies")
     found = {name: value / replies for name, value in total.items()}
-    defined = {"explained_variance": float(variance)} if math.isfinite(variance) else {}
-    return {**found, **defined, "score_std": float(scores.std(correction=0)), "beta": beta}
+    _, variance = mean_variance(scores, torch.ones_like(scores, dtype=torch.bool), device)
+    return found | critic_figures(made, device) | {"score_std": float(variance) ** 0.5, "beta": beta}
 
 
-def show(ctx: StageContext, keep: Any, step: int, experience: Experience, scores: Tensor) -> None:
-    """Three samples with score and KL, on the terminal and in samples.jsonl."""
-    kl = policy.kl_tokens(experience.old, experience.ref, experience.rollout.mask_BT).sum(-1).tolist()
-    for sample, score, nats in list(zip(experience.rollout.samples, scores.tolist(), kl, strict=True))[:3]:
-        keep({"step": step, "prompt": sample.prompt, "text": sample.text, "score": score, "kl": nats})
-        ctx.console.say(f"  {sample.asked} |{sample.text}  (score {score:+.2f}, KL {nats:.1f})")
+def critic_figures(made: Experience, device: Device) -> dict[str, float]:
+    """How much of the returns the critic explains, and whether its last values rank replies as their scores do; not
+    what is undefined."""
+    mask = made.rollout.mask_BT
+    whole, left = (float(mean_variance(x, mask, device)[1]) for x in (made.returns, made.returns - made.values))
+    last = made.values.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+    rank = spearman(torch.tensor(mesh.gather(last.tolist())), torch.tensor(mesh.gather(made.scores.tolist())))
+    found = {"explained_variance": 1 - left / whole if whole else math.nan, "value_rank": rank}
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -11,6 +11,7 @@ engine.judging, and the gate judges it.
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from tetrad.data.loader import batch_indices, epoch_size, order, steps_for
 from tetrad.data.records import answers, read_preferences, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize
-from tetrad.engine import mesh
+from tetrad.engine import adapters, mesh
 from tetrad.engine.annotators import LR as ANNOTATORS_LR
 from tetrad.engine.annotators import Annotators, judged, numbers_of, written
 from tetrad.engine.best import Best
@@ -34,10 +35,11 @@ from tetrad.engine.preferences import Examples, Judgements, Record, judgements, 
 from tetrad.engine.prepare import first_parent
 from tetrad.engine.runs import Stateful
 from tetrad.engine.scoring import python_function, score_tokens
-from tetrad.engine.stage import POLICY, Weights, finish, report_counts, start, template_for
+from tetrad.engine.stage import POLICY, Weights, finish, frozen, report_counts, start, template_for
 from tetrad.engine.update import Micro, Terms, measured, update
 from tetrad.model.decoder import ScalarModel
-from tetrad.model.weights import members_content, read_scalar
+from tetrad.model.lora import merged
+from tetrad.model.weights import members_content, read_causal, read_scalar
 from tetrad.objectives import preference
 from tetrad.seeds import seed_for
 from tetrad.settings.reward import Reward
@@ -72,7 +74,7 @@ def run(ctx: StageContext) -> None:
     s, device = ctx.recipe.reward, choose(ctx.recipe.run)
     folder = first_parent(ctx, "from", *POLICY)
     tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
-    models = [read_scalar(folder, seed_for(seed, "head")) for seed in seeds(ctx)]
+    models = new_models(ctx, folder, device)
     longest, counts = s.max_tokens or models[0].config.max_positions, Counts()
     examples = read_examples(ctx, s.data, form, tokenizer, longest, counts)
     report_counts(ctx, counts, len(examples.records))
@@ -104,8 +106,19 @@ def run(ctx: StageContext) -> None:
             found, evaluation = assess(ctx, judge, tests, baselines)
             figures |= found
         ctx.console.say(f"reward     {gate.verdict(figures, ctx.recipe.gate)}")
-        extra = as_files({"annotators": told, "evaluation": evaluation}) | members_content(models)
-        finish(ctx, stage, models[0], tokenizer, form, figures, extra)
+        adapters.keep(ctx, models[0], folder)
+        whole = [merged(model) for model in models]
+        extra = as_files({"annotators": told, "evaluation": evaluation}) | members_content(whole)
+        finish(ctx, stage, whole[0], tokenizer, form, figures, extra)
+
+
+def new_models(ctx: StageContext, folder: Path, device: Device) -> list[ScalarModel]:
+    """One a seed: the folder's model with a fresh head, or adapters on one frozen copy of it. Errors: E-MODEL-*,
+    E-CKPT-*."""
+    if not ctx.recipe.reward.adapters:
+        return [read_scalar(folder, seed_for(seed, "head")) for seed in seeds(ctx)]
+    base = frozen(read_causal(folder)).to(device.place)
+    return [adapters.scalar_on(ctx, base, seed_for(seed, "head")) for seed in seeds(ctx)]
 
 
 def seeds(ctx: StageContext) -> list[int]:

@@ -7,7 +7,7 @@ from tetrad.data.loader import batch_indices, epoch_size, steps_for
 from tetrad.data.records import read_conversations
 from tetrad.data.source import Counts
 from tetrad.data.tokens import fit, refuse_long, tokenize
-from tetrad.engine import mesh
+from tetrad.engine import adapters, mesh
 from tetrad.engine.batches import language_micros
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import choose
@@ -16,6 +16,7 @@ from tetrad.engine.prepare import conversations, first_parent
 from tetrad.engine.stage import Weights, finish, held_out_figures, prepared, report_counts, start
 from tetrad.engine.update import language_terms, update
 from tetrad.model.decoder import CausalLM, grow_vocabulary
+from tetrad.model.lora import merged
 from tetrad.model.weights import read_causal
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
@@ -34,6 +35,8 @@ def run(ctx: StageContext) -> None:
     if s.add_separator:
         grow_vocabulary(model, tokenizer.size)
     model.to(device.place)
+    if s.adapters:
+        adapters.adapt(ctx, model, ctx.recipe.seed)
     held_out = _held_out(ctx, form, tokenizer, model)
     steps = steps_for(epoch_size(found.mixture), s.batch, s.epochs)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
@@ -49,7 +52,9 @@ def run(ctx: StageContext) -> None:
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
                 bar.advance(1, loss=stats.loss)
-        finish(ctx, stage, model, tokenizer, form, held_out_figures(ctx, model, held_out, device))
+        figures = held_out_figures(ctx, model, held_out, device)
+        adapters.keep(ctx, model, folder)
+        finish(ctx, stage, merged(model), tokenizer, form, figures)
 
 
 def _held_out(ctx: StageContext, form: Template, tokenizer: Tokenizer, model: CausalLM) -> list[Tokens]:

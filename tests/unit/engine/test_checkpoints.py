@@ -1,19 +1,23 @@
 """Which checkpoint a stopped stage goes on from, told without torch. Damage is in tests/faults."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tetrad import storage
+from tetrad import pipeline, storage
 from tetrad.engine import checkpoints
 from tetrad.engine.stage import _refuse_unlisted
 from tetrad.errors import UserError
 from tetrad.model.safetensors_io import tensor_chunks
-from tetrad.train import ppo, pretrain, reward, sft
+from tetrad.settings.ppo import Ppo
+from tetrad.settings.recipe import Recipe
 
+STAGES = ("pretrain", "sft", "reward", "ppo")
 BODY = {"model.norm.weight": torch.ones(2)}
 HEAD = {**BODY, "score.weight": torch.ones(1, 2)}
 
@@ -25,7 +29,7 @@ def write(folder: Path, number: int, drop: str = "", **changes: Any) -> Path:
         "seed": 3,
         "total_steps": 9,
         "logs": {},
-        "values": {"beta": 0.1, "alarms": {}},
+        "values": {"beta": 0.1, "alarms": {}, "scores": []},
         "environment": {},
     }
     parts = {"actor": BODY, "actor_optimizer": BODY, "critic": HEAD, "critic_optimizer": HEAD}
@@ -37,7 +41,7 @@ def write(folder: Path, number: int, drop: str = "", **changes: Any) -> Path:
 
 
 def check(folder: Path) -> None:
-    checkpoints.check(folder, "ppo", 3)
+    checkpoints.check(folder, "ppo", Recipe(seed=3))
 
 
 def test_nothing_to_go_on_from(tmp_path: Path) -> None:
@@ -91,15 +95,21 @@ def test_another_state(tmp_path: Path, changes: dict[str, Any], code: str) -> No
 
 
 def test_the_table_is_held_against_what_a_stage_keeps() -> None:
-    for stage, parts in checkpoints.PARTS.items():
-        values = checkpoints.VALUES.get(stage, ())
-        _refuse_unlisted(stage, dict.fromkeys(parts, None), dict.fromkeys(values, 0.0))  # type: ignore[arg-type]
+    for stage in STAGES:
+        ctx = SimpleNamespace(folder=Path(stage), recipe=Recipe())
+        parts, values = checkpoints.parts_of(stage, Recipe()), checkpoints.VALUES.get(stage, ())
+        _refuse_unlisted(ctx, dict.fromkeys(parts), dict.fromkeys(values, 0.0))  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match=stage):
-            _refuse_unlisted(stage, dict.fromkeys(parts[1:], None), dict.fromkeys(values, 0.0))  # type: ignore[arg-type]
+            _refuse_unlisted(ctx, dict.fromkeys(parts[1:]), dict.fromkeys(values, 0.0))  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match=stage):
-            _refuse_unlisted(stage, dict.fromkeys(parts, None), {**dict.fromkeys(values, 0.0), "more": 1.0})  # type: ignore[arg-type]
+            _refuse_unlisted(ctx, dict.fromkeys(parts), {**dict.fromkeys(values, 0.0), "more": 1.0})  # type: ignore[arg-type]
 
 
 def test_every_stage_that_trains_is_listed() -> None:
-    trained = {module.__name__.rpartition(".")[2] for module in (ppo, pretrain, reward, sft)}
-    assert set(checkpoints.PARTS) == trained
+    assert [stage for stage in pipeline.STAGES if checkpoints.parts_of(stage, Recipe())] == list(STAGES)
+
+
+def test_parts_of_ppo_follow_the_recipe() -> None:
+    shared = replace(Recipe(), ppo=Ppo(critic="shared", ema=0.9))
+    assert checkpoints.parts_of("ppo", shared) == ("actor", "actor_optimizer", "critic", "average")
+    assert "critic_optimizer" in checkpoints.parts_of("ppo", Recipe())

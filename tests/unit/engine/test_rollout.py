@@ -63,7 +63,7 @@ def test_a_prompt_keeps_its_random_numbers():
 def test_read_back_in_place(micro_tokens):
     rollout, model, critic = rolled(), toys.causal(seed=4), toys.scalar(seed=5)
     logprobs = read_logprobs(model, rollout, micro_tokens, toys.CPU, 1.0)
-    values = read_values(critic, rollout, micro_tokens, toys.CPU)
+    values, after = read_values(critic, rollout, micro_tokens, toys.CPU)
     assert logprobs.shape == values.shape == rollout.mask_BT.shape
     for i, document in enumerate(rollout.documents):
         n, first = int(document.train.sum()), int((~document.train).sum())
@@ -73,6 +73,7 @@ def test_read_back_in_place(micro_tokens):
         expected = torch.stack([logits[t - 1, document.ids[t]] for t in range(first, first + n)])
         torch.testing.assert_close(logprobs[i, :n], expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(values[i, :n], hidden[first - 1 : first + n - 1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(after[i], hidden[-1], rtol=0, atol=1e-5)
     assert not logprobs[~rollout.mask_BT].any()
 
 

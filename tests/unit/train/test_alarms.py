@@ -1,6 +1,8 @@
 """Alarms on figures: each limit has its alarm, a healthy course has none, and what is remembered survives a stop."""
 
 import json
+import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 from tetrad.engine.console import Console
 from tetrad.errors import UserError
 from tetrad.settings.alarms import Alarms
-from tetrad.train.alarms import Watch
+from tetrad.settings.ppo import Ppo
+from tetrad.settings.recipe import Recipe
+from tetrad.train.alarms import Watch, idle
 
 HEALTHY = {
     "kl": 3.0,
@@ -99,3 +103,54 @@ def test_an_alarm_is_said_once_and_stops_under_strict(capsys: pytest.CaptureFixt
     with pytest.raises(UserError) as raised:
         strict.heed(ctx, 4, HEALTHY | {"length": 45.0})
     assert (raised.value.code, raised.value.exit_code) == ("E-NUM-ALARM", 5)
+
+
+def falls(score: float, judge: float, noise: float = 0.05, steps: int = 70) -> list[int]:
+    """Levels of the alarm when score and judge move by so much an iteration."""
+    found, draw = watch(), random.Random(1)
+
+    def near(x: float) -> float:
+        return x + draw.gauss(0, noise)
+
+    told = [
+        levels(found, step, score=near(score * step), judge_x=near(judge * step), judge_y=near(0.0))
+        for step in range(3, 3 + steps)
+    ]
+    return [one.get("falls", 0) for one in told]
+
+
+def test_a_judge_that_falls_while_the_score_rises() -> None:
+    found = falls(0.02, -0.02)
+    assert found.index(1) == 39  # three falls from window to window of ten
+    assert found[-1] == 2
+    assert not any(falls(0.02, 0.02))
+    assert not any(falls(-0.02, -0.02))  # both fall: nothing is fooled
+    assert not any(any(falls(0.02, 0.0, noise)) for noise in (0.01, 0.1, 1.0))  # chance alone
+
+
+def test_the_judges_memory_survives_a_stop() -> None:
+    whole, first, second = watch(), watch(), Watch(Alarms(), 0.0, warmup=2)
+    figures = [HEALTHY | {"score": 0.1 * step, "judge_x": -0.1 * step} for step in range(60)]
+    expected = [[a.figure for a in whole.look(step + 3, one)] for step, one in enumerate(figures)]
+    assert ["falls"] in expected
+    found = [[a.figure for a in first.look(step + 3, one)] for step, one in enumerate(figures[:27])]
+    second.restore(json.loads(json.dumps(first.state())))
+    found += [[a.figure for a in second.look(step + 30, one)] for step, one in enumerate(figures[27:])]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"kl_coefficient": 0.0, "kl_target": 3.0}, "kl_target"),
+        ({"kl_horizon": 9.0}, "kl_horizon"),
+        ({"value_coefficient": 0.5}, "value_coefficient"),
+        ({"critic_warmup": 100, "actor_lr": 1e-4}, "actor_lr"),
+        ({"kl_coefficient": 0.0}, "kl_coefficient"),
+    ],
+)
+def test_settings_without_an_effect_are_told(settings: dict[str, Any], name: str) -> None:
+    assert idle(Recipe()) == []
+    found = idle(replace(Recipe(), ppo=Ppo(**settings)))
+    assert len(found) == 1
+    assert f"ppo.{name}" in found[0]

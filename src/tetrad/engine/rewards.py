@@ -1,0 +1,80 @@
+"""What pays in PPO: the reward model, Python functions, HTTP endpoints, or a weighted sum of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetrad.engine.context import StageContext
+from tetrad.engine.device import Device
+from tetrad.engine.scoring import Reward, Sample, endpoint, python_function
+from tetrad.engine.stage import reward_model
+from tetrad.settings.base import is_function
+from tetrad.text.tokenizer import Tokenizer
+
+MODEL = "reward"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of the score. clip: the part is cut to this many standard deviations before it is weighed; 0 is off."""
+
+    reward: Reward
+    weight: float = 1.0
+    clip: float = 0.0
+
+
+class Sources:
+    """The parts by name, and their weighted sum; a Reward itself."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self.sources = dict(sources)
+
+    def parts(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
+        """What each source says, as it says it."""
+        return {name: list(source.reward(samples)) for name, source in self.sources.items()}
+
+    def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
+        """A score for each sample."""
+        weighed = [[one.weight * _cut(x, one.clip) for x in parts[name]] for name, one in self.sources.items()]
+        return [sum(row) for row in zip(*weighed, strict=True)]
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return self.total(self.parts(samples))
+
+
+def _cut(x: float, clip: float) -> float:
+    return min(max(x, -clip), clip) if clip else x
+
+
+def entries(rewards: Sequence[str]) -> tuple[str, ...]:
+    """What pays, as the recipe has it: nothing means the reward model."""
+    return tuple(rewards) or (MODEL,)
+
+
+def named(rewards: Sequence[str]) -> list[str]:
+    """A name for each entry that no other has: `reward`, a function's own, an address's host."""
+    names = list[str]()
+    for entry in rewards:
+        last = entry.rpartition(":")[2] if is_function(entry) else entry.partition("//")[2].partition("/")[0] or entry
+        name = last.replace(":", "_").replace(".", "_")
+        names.append(name if name not in names else f"{name}_{len(names) + 1}")
+    return names
+
+
+def reward_sources(ctx: StageContext, tokenizer: Tokenizer, device: Device, model: Reward | None = None) -> Sources:
+    """The recipe's. model: the reward model where it is at hand. Errors: E-CONF-FUNCTION, E-MODEL-*, E-CKPT-*."""
+    s = ctx.recipe.ppo
+    told = entries(s.rewards)
+    weights = s.reward_weights or (1.0,) * len(told)
+    found = {}
+    for name, entry, weight in zip(named(told), told, weights, strict=True):
+        if entry == MODEL:
+            reward = model or reward_model(ctx, _folder(ctx), tokenizer, device, s.doubt)
+        else:
+            reward = python_function(entry) if is_function(entry) else endpoint(entry)
+        found[name] = Source(reward, weight, s.score_clip if entry == MODEL and s.rewards else 0.0)
+    return Sources(found)
+
+
+def _folder(ctx: StageContext) -> Path:
+    return ctx.parents["reward"]

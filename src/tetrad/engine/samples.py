@@ -1,0 +1,79 @@
+"""What PPO shows of itself: sampled replies with every number of every token, and greedy ones beside the SFT model's.
+
+A line of samples.jsonl is one sampled reply {step, prompt, text, score, parts, kl, ended, tokens}, where `tokens` has a
+list a column (see COLUMNS) with an entry for each token of the reply; or one fixed prompt {step, prompt, greedy,
+before}: the likeliest reply now and before PPO. `tetrad explain` prints them. It is bounded: three of each kind every
+`ppo.eval_every` iterations.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tetrad.engine.context import StageContext
+from tetrad.engine.device import Device
+from tetrad.engine.experience import Experience
+from tetrad.engine.generate import Request, generate
+from tetrad.engine.rollout import Question
+from tetrad.model.decoder import CausalLM
+from tetrad.objectives import policy
+from tetrad.settings.common import Sampling
+from tetrad.text.tokenizer import Tokenizer
+
+SHOWN = 3
+COLUMNS = ("ids", "pieces", "logprob", "reference", "kl", "value", "reward", "advantage", "return")
+"""Of a token: its id and text, log-probability under actor and reference, their difference (nats), the critic's value
+before it, reward (-beta KL, and the score at the last), whitened advantage, return."""
+
+
+class Samples:
+    """The first prompts of the stage are asked again and again, greedily; sampled replies are the iteration's own."""
+
+    def __init__(
+        self,
+        ctx: StageContext,
+        actor: CausalLM,
+        reference: CausalLM,
+        questions: Sequence[Question],
+        tokenizer: Tokenizer,
+        device: Device,
+    ) -> None:
+        self.ctx, self.actor, self.reference, self.device = ctx, actor, reference, device
+        self.fixed, self.tokenizer = list(questions[:SHOWN]), tokenizer
+
+    def show(self, keep: Callable[[dict[str, Any]], None], step: int, made: Experience) -> None:
+        """On the terminal and in samples.jsonl."""
+        say = self.ctx.console.say
+        for row in range(min(SHOWN, len(made.scores))):
+            record = self._record(step, row, made)
+            keep(record)
+            asked = made.rollout.samples[row].asked
+            say(f"  {asked} |{record['text']}  (score {record['score']:+.2f}, KL {record['kl']:.1f})")
+        now, before = self._greedy(self.actor), self._greedy(self.reference)
+        for question, new, old in zip(self.fixed, now, before, strict=True):
+            asked = "\n".join(turn.text for turn in question.prompt.turns if turn.text)
+            keep({"step": step, "prompt": asked, "greedy": new, "before": old})
+
+    def _greedy(self, model: CausalLM) -> list[str]:
+        model.eval()
+        sampling = Sampling(temperature=0.0, max_new=self.ctx.recipe.ppo.max_new)
+        ends = model.config.eos_ids
+        requests = [Request(q.ids, sampling, ((0, "greedy", 0, n),), ends) for n, q in enumerate(self.fixed)]
+        return [self.tokenizer.decode(reply.ids) for reply in generate(model, requests, self.device, SHOWN)]
+
+    def _record(self, step: int, row: int, made: Experience) -> dict[str, Any]:
+        rollout, sample = made.rollout, made.rollout.samples[row]
+        n = len(sample.reply_ids)
+        kl = policy.kl_tokens(made.old, made.ref, rollout.mask_BT)
+        arrays = (made.old, made.ref, kl, made.values, made.rewards, made.advantages, made.returns)
+        numbers = [[float(f"{x:.5g}") for x in array[row, :n].tolist()] for array in arrays]
+        pieces = [self.tokenizer.decode((i,), keep_control=True) for i in sample.reply_ids]
+        return {
+            "step": step,
+            "prompt": sample.prompt,
+            "text": sample.text,
+            "score": float(made.scores[row]),
+            "parts": {name: part[row] for name, part in made.parts.items()},
+            "kl": float(kl[row].sum()),
+            "ended": sample.ended,
+            "tokens": dict(zip(COLUMNS, (list(sample.reply_ids), pieces, *numbers), strict=True)),
+        }

@@ -1,0 +1,138 @@
+"""Low-rank adapters (Hu et al. 2021) on a base whose weights several models share.
+
+A model on a base is a decoder whose parameters are the base's own tensors, frozen, and beside the matrices a pair of
+small ones: W x + alpha / rank * B A x. With B = 0, as it begins, that is the base exactly. On disk adapters have PEFT's
+names and adapter_config.json; `merged` adds them to the weights.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import copy
+from math import sqrt
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tetrad.errors import UserError
+from tetrad.model.config import DecoderConfig
+from tetrad.model.decoder import Adapter, CausalLM, Linear, ScalarModel
+
+M = TypeVar("M", CausalLM, ScalarModel)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+_PEFT = "base_model.model."
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """The matrices of a model that may have an adapter, by name."""
+    return ((name, part) for name, part in model.named_modules() if isinstance(part, Linear))
+
+
+def on_base(kind: type[M], base: CausalLM, config: DecoderConfig | None = None) -> M:
+    """A model whose decoder's parameters are those of `base`, not copies; a head of its own is left empty."""
+    with torch.device("meta"):
+        model = kind(config or base.config)
+    given = dict(base.named_parameters())
+    for name in dict(model.named_parameters()):
+        if name in given:
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, given[name])
+    model.model.inv_freq = base.model.inv_freq
+    return model
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
+    """Freezes the decoder and gives its matrices fresh adapters: A uniform as a Linear's weight, B nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.get_submodule("model").parameters():
+        parameter.requires_grad_(False)
+    for name, linear in adapted(model):
+        if name.rpartition(".")[2] in targets:
+            bound = 1 / sqrt(linear.in_features)
+            a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+            place = linear.weight.device
+            linear.adapter = Adapter(a.to(place), torch.zeros(linear.out_features, rank, device=place), alpha / rank)
+
+
+@torch.no_grad()
+def merged(model: M) -> M:
+    """The same function in plain weights of its own; a model without adapters is returned as it is."""
+    if not has_adapters(model):
+        return model
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    own = dict(model.named_parameters())
+    for name in dict(plain.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        part = model.get_submodule(owner)
+        tensor: Tensor = part.whole() if isinstance(part, Linear) and key == "weight" else own[name].detach()
+        setattr(plain.get_submodule(owner), key, nn.Parameter(tensor.clone()))
+    plain.model.inv_freq = model.model.inv_freq
+    if isinstance(model, ScalarModel) and isinstance(plain, ScalarModel):
+        plain.bias = copy(model.bias)
+    return plain
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(linear.adapter is not None for _, linear in adapted(model))
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Adapters, and a scalar model's head, by PEFT's names."""
+    found: dict[str, Tensor] = {}
+    for name, linear in adapted(model):
+        if linear.adapter is not None:
+            found[f"{_PEFT}{name}.lora_A.weight"] = linear.adapter.a
+            found[f"{_PEFT}{name}.lora_B.weight"] = linear.adapter.b
+    if isinstance(model, ScalarModel):
+        found[f"{_PEFT}score.weight"] = model.score.weight
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def adapter_config(model: nn.Module, base: str, extra: Mapping[str, Any]) -> bytes:
+    """adapter_config.json as PEFT reads it. base: the folder of the weights beneath; extra: under "tetrad"."""
+    linears = {name.rpartition(".")[2]: linear for name, linear in adapted(model) if linear.adapter is not None}
+    first = next(iter(linears.values())).adapter
+    assert first is not None
+    scalar = isinstance(model, ScalarModel)
+    rank = len(first.a)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": first.scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(linears),
+        "modules_to_save": ["score"] if scalar else None,
+        "tetrad": dict(extra),
+    }
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor], scale: float, where: str) -> None:
+    """Gives a model on its base these adapters and, to a scalar model, this head. Errors: E-CKPT-{KEYS,SHAPE}."""
+    linears = dict(adapted(model))
+    left = dict(tensors)
+    for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
+        place = name.removesuffix(".lora_A.weight")
+        a, b = left.pop(name), left.pop(f"{place}.lora_B.weight", None)
+        linear = linears.get(place.removeprefix(_PEFT))
+        if b is None or linear is None:
+            raise UserError("E-CKPT-KEYS", f"{name} belongs to no matrix of this model", where=where)
+        if (a.shape[1], b.shape[0]) != (linear.in_features, linear.out_features) or len(a) != b.shape[1]:
+            raise UserError("E-CKPT-SHAPE", f"{name} and its B don't fit the base's matrix", where=where)
+        place_of = linear.weight.device
+        linear.adapter = Adapter(a.float().to(place_of), b.float().to(place_of), scale)
+    head = left.pop(f"{_PEFT}score.weight", None)
+    if isinstance(model, ScalarModel):
+        if head is None or head.shape != model.score.weight.shape:
+            raise UserError("E-CKPT-KEYS", "the adapter has no scalar head of this width", where=where)
+        model.score.weight = nn.Parameter(head.float().to(model.model.norm.weight.device))
+    if left:
+        raise UserError("E-CKPT-KEYS", f"tensors belong to no part of the model: {sorted(left)[:3]}", where=where)

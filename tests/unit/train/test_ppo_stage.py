@@ -1,0 +1,157 @@
+"""The PPO stage as a whole with each of its options, from recipes: it runs, tells what it did, and goes on exactly."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tetrad.engine.samples import COLUMNS
+from tetrad.errors import UserError
+from tetrad.model.safetensors_io import read_tensors
+from tetrad.objectives import policy
+from tiny import Chain
+
+ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
+PTX = ("--ptx.text", '["text.txt"]', "--ptx.row-tokens", "32", "--ptx.batch-tokens", "64")
+OPTIONS = {
+    "shared": ("--ppo.critic", "shared", "--ppo.critic-warmup", "2"),
+    "average": ("--ppo.ema", "0.5", "--ppo.reward-scaling", "running"),
+    "replies": ("--ppo.replies", "2", "--ppo.reduction", "sequence"),
+    "text": PTX,
+    "adapters": ADAPTERS,
+    "adapters, shared": (*ADAPTERS, "--ppo.critic", "shared", "--ppo.ema", "0.5"),
+    "adapters, actor": (*ADAPTERS, "--ppo.critic", "actor", "--sft.adapters", "true"),
+}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    found = Chain(tmp_path_factory.mktemp("chain"))
+    found.run()
+    return found
+
+
+def result(chain: Chain) -> dict[str, bytes]:
+    home = chain.home / "ppo"
+    files = [*sorted((home / "model").glob("*.safetensors")), home / "metrics.jsonl", home / "samples.jsonl"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_goes_on_exactly(chain: Chain, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its fifth step and taken up again, it leaves the same bytes."""
+    words = OPTIONS[option]
+    assert "ppo" in chain.run(*words)
+    whole = result(chain)
+    assert len(whole["metrics.jsonl"].splitlines()) == 8
+    chain.run("--ppo.steps", "7", *words)  # the finished one moves aside
+    stop_at(5, monkeypatch)
+    with pytest.raises(BaseException, match="stopped"):
+        chain.run(*words)
+    monkeypatch.undo()
+    chain.run(*words)
+    assert result(chain) == whole
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tetrad.train.alarms import Watch
+
+    heed = Watch.heed
+
+    def stopping(self: Watch, ctx: Any, at: int, figures: Any) -> Any:
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        return heed(self, ctx, at, figures)
+
+    monkeypatch.setattr(Watch, "heed", stopping)
+
+
+def test_the_average_is_the_result_and_the_actor_is_kept(chain: Chain) -> None:
+    chain.run()
+    plain = read_tensors(chain.home / "ppo/model/model.safetensors")
+    chain.run("--ppo.ema", "0.5")
+    model = chain.home / "ppo/model"
+    average, last = read_tensors(model / "model.safetensors"), read_tensors(model / "last.safetensors")
+    assert all(torch.equal(last[name], tensor) for name, tensor in plain.items())
+    assert not torch.equal(average["model.norm.weight"], last["model.norm.weight"])
+
+
+def test_parts_and_judges_are_told(chain: Chain) -> None:
+    words = ("--ppo.rewards", '["reward", "judge.py:liked"]', "--ppo.reward-weights", "[1, 0.5]")
+    chain.run(*words, "--alarms.judges", '["judge.py:liked"]')
+    for line in chain.lines("ppo"):
+        assert line["score"] == pytest.approx(line["score_reward"] + 0.5 * line["score_liked"], abs=1e-5)
+        assert line["judge_liked"] == line["score_liked"]
+
+
+def test_every_number_of_a_sampled_token_is_kept(chain: Chain) -> None:
+    """From the record alone: KL, rewards and returns can be worked out again."""
+    chain.run()
+    lines = [json.loads(line) for line in (chain.home / "ppo/samples.jsonl").read_text().splitlines()]
+    sampled, greedy = [x for x in lines if "tokens" in x], [x for x in lines if "greedy" in x]
+    assert {line["step"] for line in sampled} == {0, 7}
+    assert len(sampled) == len(greedy) == 6
+    beta = {line["step"]: line["beta"] for line in chain.lines("ppo")}
+    for line in sampled:
+        tokens = {name: torch.tensor(line["tokens"][name]) for name in COLUMNS if name not in ("ids", "pieces")}
+        assert all(len(column) == len(line["tokens"]["ids"]) for column in line["tokens"].values())
+        torch.testing.assert_close(tokens["kl"], tokens["logprob"] - tokens["reference"], rtol=1e-3, atol=1e-3)
+        assert float(tokens["kl"].sum()) == pytest.approx(line["kl"], abs=1e-3)
+        rewards = -beta[line["step"]] * tokens["kl"]
+        rewards[-1] += min(max(line["score"], -5.0), 5.0) - (not line["ended"])
+        torch.testing.assert_close(tokens["reward"], rewards, rtol=1e-3, atol=1e-3)
+        mask = torch.ones(1, len(rewards), dtype=torch.bool)
+        _, returns = policy.gae(tokens["reward"][None], tokens["value"][None], mask, 1.0, 0.95)
+        torch.testing.assert_close(tokens["return"], returns[0], rtol=1e-3, atol=1e-3)
+        assert "".join(line["tokens"]["pieces"]).startswith(line["text"][:3])
+    assert all(line["greedy"] == line["before"] for line in greedy if line["step"] < 0)
+
+
+def test_long_prompts_are_refused_cut_or_dropped(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        chain.run("--ppo.max-prompt", "6")
+    assert caught.value.code == "E-DATA-LONG"
+    for way in ("cut", "drop"):
+        assert "ppo" in chain.run("--ppo.max-prompt", "12", "--ppo.on-long", way)
+
+
+def test_adapters_leave_the_reference_what_the_sft_model_is(chain: Chain) -> None:
+    chain.run(*ADAPTERS)
+    first = chain.lines("ppo")[0]
+    assert first["kl"] == first["kl_k3"] == 0.0
+    files = {path.name for path in (chain.home / "ppo/adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+
+
+def test_adapters_on_another_base_are_refused(chain: Chain) -> None:
+    chain.run(*ADAPTERS)
+    config = chain.home / "reward/adapter"
+    other = ("--reward.adapters", "true", "--ppo.adapters", "true", "--ppo.steps", "3")
+    text = (config / "adapter_config.json").read_text()
+    digest = json.loads(text)["tetrad"]["base_sha256"]
+    from tetrad import storage
+
+    weights = (config / "adapter_model.safetensors").read_bytes()
+    changed = text.replace(digest, "0" * 64).encode()
+    storage.write_folder(config, {"adapter_config.json": changed, "adapter_model.safetensors": weights}, {})
+    with pytest.raises(UserError) as caught:
+        chain.run(*other)
+    assert caught.value.code == "E-CONF-CONFLICT"
+    with pytest.raises(UserError) as caught:
+        chain.run("--ppo.adapters", "true")
+    assert caught.value.code == "E-CONF-CONFLICT"
+    assert Path(str(config)).is_dir()
+
+
+def test_a_second_round_starts_from_the_first(chain: Chain, tmp_path: Path) -> None:
+    chain.run()
+    second = Chain(tmp_path)
+    text = second.path.read_text()
+    start, end = text.index("[model]"), text.index("[sft]")
+    first = chain.home / "ppo"
+    second.path.write_text(text[:start] + f'[model]\nfrom = "{first}"\n' + text[text.index("[reward]") :])
+    assert end > start
+    assert second.run() == ["reward", "ppo", "evaluate"]
