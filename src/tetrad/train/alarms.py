@@ -16,7 +16,7 @@ from tetrad.settings.alarms import Alarms
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.recipe import Recipe
 
-STARTS = 3  # iterations that make the start
+START, RECENT = 128, 192  # replies whose mean is the start, and is held against it: lengths of single ones vary
 WINDOW = 10  # iterations whose means are compared between score and judges
 
 
@@ -58,23 +58,26 @@ class Alarm:
 class Watch:
     """The memory of the alarms: how it began, and how long the critic has failed."""
 
-    def __init__(self, s: Alarms, expected_kl: float, warmup: int) -> None:
+    def __init__(self, s: Alarms, expected_kl: float, warmup: int, replies: int = RECENT) -> None:
+        """replies: of an iteration."""
         self.s, self.warmup = s, warmup
+        self.starts, self.lately = math.ceil(START / replies), math.ceil(RECENT / replies)
         self.expected_kl = expected_kl or s.nats
         self.start: dict[str, list[float]] = {}
+        self.recent: dict[str, list[float]] = {}
         self.failing = 0.0
         self.told: dict[str, int] = {}
         self.windows: dict[str, list[list[float]]] = {}
         self.falls: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
-        kept = {"start": self.start, "failing": self.failing, "told": self.told}
+        kept = {"start": self.start, "recent": self.recent, "failing": self.failing, "told": self.told}
         return {"alarms": {**kept, "windows": self.windows, "falls": self.falls}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         kept = saved["alarms"]
         self.start, self.failing, self.told = kept["start"], kept["failing"], kept["told"]
-        self.windows, self.falls = kept["windows"], kept["falls"]
+        self.windows, self.falls, self.recent = kept["windows"], kept["falls"], kept["recent"]
 
     def look(self, step: int, figures: Mapping[str, float]) -> list[Alarm]:
         """The alarms of this iteration."""
@@ -86,7 +89,8 @@ class Watch:
             "explained_variance": self.failing,
             "falls": self._judges(figures),
         }
-        return [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured))]
+        still = step <= self.warmup
+        return [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured, still))]
 
     def _judges(self, figures: Mapping[str, float]) -> float:
         """Windows in a row in which the judge that is worst off fell by more than chance, and the score rose."""
@@ -103,14 +107,16 @@ class Watch:
         self.windows = {name: [seen[-1], []] for name, seen in self.windows.items()}
         return max(self.falls.values())
 
-    def _judge(self, rule: _Rule, measured: Mapping[str, float]) -> Alarm | None:
+    def _judge(self, rule: _Rule, measured: Mapping[str, float], still: bool) -> Alarm | None:
+        """still: the actor has not moved yet, so this belongs to the start."""
         value = measured[rule.figure]
         if rule.relative:
             start = self.start.setdefault(rule.figure, [])
-            if len(start) < STARTS:
+            if still or len(start) < self.starts:
                 start.append(value)
                 return None
-            value /= max(sum(start) / len(start), 1e-12)
+            recent = self.recent[rule.figure] = [*self.recent.get(rule.figure, []), value][-self.lately :]
+            value = sum(recent) / len(recent) / max(sum(start) / len(start), 1e-12)
         limits = getattr(self.s, rule.figure)
         sign = 1 if rule.above else -1
         level = sum(sign * value >= sign * limit for limit in limits)

@@ -61,7 +61,7 @@ def run(ctx: StageContext) -> None:
     text = text_of(ctx, device)
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=ctx.recipe.sampling.slots)
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
-    steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup), RunningStd())
+    steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch * s.replies), RunningStd())
     judges = {f"judge_{spec.rpartition(':')[2]}": python_function(spec) for spec in ctx.recipe.alarms.judges}
     samples = Samples(ctx, four.actor, four.reference, questions, tokenizer, device)
     with (
