@@ -17,9 +17,9 @@ T = TypeVar("T")
 _STAGE_TABLES = {
     "tokenizer": ("tokenizer",),
     "pretrain": ("pretrain", "model", "optim", "run"),
-    "sft": ("sft", "optim", "run"),
-    "reward": ("reward", "gate", "optim", "run"),
-    "ppo": ("ppo", "gate", "optim", "run"),
+    "sft": ("sft", "lora", "optim", "run"),
+    "reward": ("reward", "lora", "gate", "optim", "run"),
+    "ppo": ("ppo", "ptx", "lora", "gate", "alarms", "optim", "run"),
     "evaluate": ("evaluate", "sampling", "run"),
 }
 _VERBS = {
@@ -35,6 +35,7 @@ _VERBS = {
     "generate": ("MODEL", "answer one prompt or a file of prompts"),
     "chat": ("MODEL", "talk to a model"),
     "score": ("MODEL", "score answers with a reward model"),
+    "explain": ("RUN", "one step of PPO with its real numbers, token by token"),
     "doctor": ("", "versions, device, memory; with --vectors FILE the numeric self-test"),
 }
 _EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
@@ -106,6 +107,7 @@ def _dispatch(words: list[str]) -> int:
         "generate": _generate,
         "chat": _chat,
         "score": _score,
+        "explain": _explain,
         "doctor": _doctor,
     }
     return uses[verb](rest) if verb in uses else _recipe(verb, rest)
@@ -134,6 +136,7 @@ def _help(verb: str) -> str:
         "generate": use.Generate,
         "chat": use.Chat,
         "score": use.ScoreFile,
+        "explain": use.Explain,
         "doctor": use.Doctor,
     }
     usage = f"usage: tetrad {verb} {argument} [--SETTING VALUE ...]".replace("  ", " ") + f"\n\n{text}\n\n"
@@ -256,6 +259,16 @@ def _check(words: list[str]) -> int:
         hint = "tetrad check RECIPE.toml, or tetrad check FILE ..."
         raise UserError("E-CONF-SYNTAX" if targets else "E-CONF-MISSING", what, where="check", hint=hint)
     return _with_console(lambda _, console: check_files(targets, settings, console), settings, "check")
+
+
+def _explain(words: list[str]) -> int:
+    from tetrad.settings.use import Explain
+
+    settings, _ = _settings(Explain, "explain", words)
+    from tetrad.recipe import read
+    from tetrad.report.explain import explain
+
+    return _with_console(lambda s, console: explain(s, console, read), settings, "explain")
 
 
 def _doctor(words: list[str]) -> int:

@@ -72,10 +72,10 @@ def test_every_setting_has_its_meaning_and_default(capsys: pytest.CaptureFixture
 def test_a_stage_shows_its_own_tables(capsys: pytest.CaptureFixture[str]) -> None:
     main(["ppo", "--help"])
     text = capsys.readouterr().out
-    assert re.findall(r"^\[(\w+)\]", text, re.MULTILINE) == ["ppo", "gate", "run", "optim"]
+    assert re.findall(r"^\[(\w+)\]", text, re.MULTILINE) == ["ppo", "ptx", "gate", "alarms", "run", "lora", "optim"]
 
 
-@pytest.mark.parametrize("cls", [use.Generate, use.Chat, use.ScoreFile, use.Doctor])
+@pytest.mark.parametrize("cls", [use.Generate, use.Chat, use.ScoreFile, use.Explain, use.Doctor])
 def test_arguments_of_the_other_commands(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
     verb = {"ScoreFile": "score"}.get(cls.__name__, cls.__name__.lower())
     assert main([verb, "-h"]) == 0

@@ -96,6 +96,18 @@ class Check:
 
 
 @settings
+class Explain:
+    """One step of PPO with its real numbers, token by token."""
+
+    model: str = ""
+    """A run or its PPO stage ("runs/NAME/ppo")."""
+    step: int = -1
+    """The step, as in metrics.jsonl; the last that was recorded where none is given."""
+    replies: Count = 1
+    """Replies that are shown (three are recorded)."""
+
+
+@settings
 class Doctor:
     """Versions, device and memory; with `vectors`, the numeric self-test."""
 
