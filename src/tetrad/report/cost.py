@@ -1,11 +1,14 @@
 """What a recipe will need: memory and time of each stage, worked out from the model's shape and the number of tokens.
 
-Trained weights cost 16 bytes a parameter (float32 weights, gradients and Adam's two moments), frozen ones 4; what a
-forward keeps for its backward is counted layer by layer for `run.micro_tokens`. Work is 6 floating-point operations a
-trained parameter and token (2 where nothing is learned; Kaplan et al. 2020), at a measured share of this machine's
-speed of matrix products. The figures are estimates: they tell minutes from hours.
+Trained weights cost 16 bytes a parameter (float32 weights, gradients and Adam's two moments), frozen ones 4; adapters
+cost as much for their own few parameters, on one frozen base. While replies are sampled the weights are laid out once
+more, with a cache of keys and values; what a forward keeps for its backward is counted layer by layer for
+`run.micro_tokens` (`benchmarks/memory.py` compares with measured peaks). Work is 6 floating-point operations a trained
+parameter and token (2 where nothing is learned; Kaplan et al. 2020), at a measured share of this machine's speed of
+matrix products: it tells minutes from hours.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,18 +19,21 @@ import numpy as np
 from tetrad.model.config import DecoderConfig
 from tetrad.report.reading import Reading
 from tetrad.report.sections import Section, Table
+from tetrad.settings.lora import Lora
 from tetrad.settings.recipe import Recipe
 
 TRAINED, FROZEN = 16, 4  # bytes a parameter
 BASE = 450 << 20  # bytes of a process with torch in it
 SHARE = 0.6  # of the speed of large products that a whole step reaches
+_TESTS = ("reward.held_out", "reward.test")
 DECODED = 0.2  # of it that sampling reaches, token by token
 
 
 @dataclass(frozen=True)
 class Stage:
-    """params: a model's. trained, frozen: how many such models. tokens: learned from, each `passes` times; read: read
-    only; sampled: written."""
+    """trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens: learned from, each as
+    often as it is read; read: read only; sampled: written, by `slots` replies at once of `positions` tokens; batch:
+    tokens of an optimizer step."""
 
     name: str
     trained: float
@@ -35,6 +41,10 @@ class Stage:
     tokens: float = 0.0
     read: float = 0.0
     sampled: float = 0.0
+    adapters: float = 0.0
+    slots: int = 0
+    positions: int = 0
+    batch: int = 0
 
 
 def parameters(config: DecoderConfig) -> int:
@@ -52,27 +62,77 @@ def kept_bytes(config: DecoderConfig, micro_tokens: int) -> int:
     return 4 * micro_tokens * (config.layers * width + 4 * config.hidden_size)
 
 
+def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
+    """Of one adapter."""
+    c, inner, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    sides = 2 * (c.hidden_size + inner) + 2 * (c.hidden_size + kv)
+    sides += 3 * (c.hidden_size + c.ff) if lora.targets == "all" else 0
+    return c.layers * lora.rank * sides
+
+
+def memory(stage: Stage, config: DecoderConfig, recipe: Recipe) -> int:
+    """The peak of a stage, in bytes. What sampling needs is given back before it learns, but seldom to the system."""
+    n, cache = parameters(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
+    weights = n * (stage.trained * TRAINED + stage.frozen * FROZEN)
+    if stage.adapters:
+        weights += adapter_parameters(config, recipe.lora) * stage.adapters * TRAINED + n * FROZEN  # merged at the end
+    sampling = n * FROZEN + (stage.slots + 1) * stage.positions * cache if stage.sampled else 0
+    micro = min(recipe.run.micro_tokens, stage.batch or recipe.run.micro_tokens)
+    return int(BASE + weights + sampling + kept_bytes(config, micro))
+
+
 def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[Stage]:
     """What each stage of a recipe has to do; only those whose text could be counted."""
     found = []
     if (r := readings.get("pretrain.text")) and r.tokens:
-        found.append(Stage("pretrain", 1, 0, recipe.pretrain.tokens or r.tokens))
+        s = recipe.pretrain
+        found.append(Stage("pretrain", 1, 0, s.tokens or r.tokens, batch=s.batch_tokens))
     if (r := readings.get("sft.data")) and r.tokens:
-        found.append(Stage("sft", 1, 0, r.tokens * recipe.sft.epochs))
+        on, batch = recipe.sft.adapters, recipe.sft.batch * r.tokens // len(r.lengths)
+        found.append(Stage("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
     if (r := readings.get("reward.data")) and r.tokens:
-        held = sum(readings[n].tokens for n in ("reward.held_out", "reward.test") if n in readings)
-        sampled, members = recipe.reward.normalise * recipe.reward.normalise_max_new / 2, recipe.reward.seeds
-        best = 1 if recipe.reward.patience else 0  # the weights that did best on held-out records
-        learned = members * r.tokens * recipe.reward.epochs
-        found.append(Stage("reward", members, 1 + best * members, learned, members * held, sampled))
+        found.append(_reward(recipe, r, sum(readings[n].tokens for n in _TESTS if n in readings)))
     if (r := readings.get("ppo.prompts")) and r.tokens:
-        s = recipe.ppo
-        replies = s.steps * s.batch
-        long = r.tokens / len(r.lengths) + s.max_new * 0.6
-        frozen = 1 if s.rewards else 1 + recipe.reward.seeds
-        learned, sampled = 2 * replies * long * s.epochs, replies * s.max_new * 0.6
-        found.append(Stage("ppo", 2, frozen, learned, 4 * replies * long, sampled))
+        found.append(_ppo(recipe, r))
     return found
+
+
+def _reward(recipe: Recipe, r: Reading, held: int) -> Stage:
+    s, members = recipe.reward, recipe.reward.seeds
+    best = members if s.patience and not s.adapters else 0  # the weights that did best on held-out records
+    trained, frozen = (0, 2) if s.adapters else (members, 1 + best)  # one more writes replies to set the scale
+    return Stage(
+        "reward",
+        trained,
+        frozen,
+        members * r.tokens * s.epochs,
+        members * held,
+        s.normalise * s.normalise_max_new / 2,
+        members if s.adapters else 0,
+        min(s.normalise, recipe.sampling.slots),
+        s.normalise_max_new + max(r.lengths),
+        s.batch * r.tokens // len(r.lengths),
+    )
+
+
+def _ppo(recipe: Recipe, r: Reading) -> Stage:
+    s = recipe.ppo
+    batch, long = s.batch * s.replies, r.tokens / len(r.lengths) + s.max_new * 0.6
+    judges = recipe.reward.seeds if "reward" in (s.rewards or ("reward",)) else 0
+    learners = 1 if s.critic == "shared" else 2
+    trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema))
+    return Stage(
+        "ppo",
+        trained,
+        frozen,
+        learners * s.steps * batch * long * s.epochs,
+        4 * s.steps * batch * long,
+        s.steps * batch * s.max_new * 0.6,
+        learners + bool(judges) / 4 if s.adapters else 0,
+        min(batch, recipe.sampling.slots),
+        s.max_new + max(r.lengths),
+        int(batch / s.mini_batches * (max(r.lengths) + s.max_new)),
+    )
 
 
 def speed() -> float:
@@ -94,15 +154,15 @@ def section(
     found = stages(recipe, readings)
     if not found:
         return Section("cost", "What it will need")
-    n, rate, kept = parameters(config), speed(), kept_bytes(config, recipe.run.micro_tokens)
+    n, rate = parameters(config), speed()
     rows, figures = [], dict[str, Any]()
     for stage in found:
-        copies = stage.frozen + bool(stage.sampled)  # sampling lays the weights out once more
-        memory = BASE + n * (stage.trained * TRAINED + copies * FROZEN) + kept
+        needed = memory(stage, config, recipe)
         work = 6 * n * stage.tokens + 2 * n * stage.read
         seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
-        figures[stage.name] = {"memory_bytes": int(memory), "flop": work, "seconds": seconds}
-        models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{memory / 2**30:.1f} GiB"
+        figures[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}
+        models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{needed / 2**30:.1f} GiB"
+        models += f", {math.ceil(stage.adapters)} adapters" if stage.adapters else ""
         rows.append((stage.name, models, f"{stage.tokens / 1e6:.2f} M", room, duration(seconds)))
     figures["parameters"] = n
     columns = ("stage", "models trained + frozen", "tokens learned from", "memory", "time on this CPU")
