@@ -103,3 +103,22 @@ def test_a_question_without_room(tmp_path):
         questions(tmp_path, ["w5", fits + " w5", fits + " w5 w5"])
     assert raised.value.code == "E-DATA-LONG"
     assert raised.value.where.endswith("p.jsonl:2")
+
+
+def test_long_prompts_lose_their_beginning_or_go(tmp_path):
+    """cut keeps the end of the question; drop leaves it out; both are counted."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a b c d e f g h"}\n{"prompt": "a"}\n')
+    form, whole = TEMPLATES["instruction"], {}
+    for way, limit in (("refuse", 128), ("cut", 12), ("drop", 12)):
+        counts = Counts()
+        whole[way] = read_questions([path], form, TOKENIZER, counts, limit, 6, way)
+        assert (counts.cut, counts.dropped) == (way == "cut", way == "drop")
+    long, short = whole["refuse"]
+    assert len(long.ids) > 6 >= len(short.ids)
+    assert [q.ids for q in whole["cut"]] == [long.ids[-6:], short.ids]
+    assert [q.ids for q in whole["drop"]] == [short.ids]
+    with pytest.raises(UserError, match="E-DATA-LONG"):
+        read_questions([path], form, TOKENIZER, Counts(), 12, 6)
+    with pytest.raises(UserError, match="E-DATA-EMPTY"):
+        read_questions([path], form, TOKENIZER, Counts(), 7, 6, "drop")

@@ -107,7 +107,15 @@ def test_every_number_of_a_sampled_token_is_kept(chain: Chain) -> None:
         _, returns = policy.gae(tokens["reward"][None], tokens["value"][None], mask, 1.0, 0.95)
         torch.testing.assert_close(tokens["return"], returns[0], rtol=1e-3, atol=1e-3)
         assert "".join(line["tokens"]["pieces"]).startswith(line["text"][:3])
-    assert all(line["greedy"] == line["before"] for line in greedy if line["step"] < 0)
+
+
+def test_greedy_replies_stand_beside_the_sft_models(chain: Chain) -> None:
+    """Before is the SFT model's at every step; after some steps at a high rate now is another."""
+    chain.run("--ppo.actor-lr", "0.01", "--ppo.kl-coefficient", "0", "--ppo.kl-target", "0")
+    lines = [json.loads(line) for line in (chain.home / "ppo/samples.jsonl").read_text().splitlines()]
+    first, last = ([x for x in lines if "greedy" in x and x["step"] == step] for step in (0, 7))
+    assert [x["before"] for x in first] == [x["before"] for x in last]
+    assert any(x["greedy"] != x["before"] for x in last)
 
 
 def test_long_prompts_are_refused_cut_or_dropped(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:

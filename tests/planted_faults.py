@@ -1,0 +1,428 @@
+"""Faults to plant: each point of PPO's checklist and each fault that known systems had, as a change of one place in
+the source, and the test that must fail for it.
+
+    python tests/planted_faults.py [NUMBER ...]      plants them one by one in a copy and prints what failed
+
+`conformance/test_faults.py` sees to it that every place is still there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PPO, OPTIONS = "conformance/test_ppo.py", "conformance/test_ppo_options.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """item: what is planted; file: in src/tetrad; old, new: the change; test: in tests, as pytest names it."""
+
+    item: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = (
+    Fault(
+        "1 the mask hides the end token, as ids != pad does",
+        "engine/rollout.py",
+        "< lengths[:, None]",
+        "< lengths[:, None] - torch.tensor([r.ended for r in replies])[:, None].long()",
+        f"{PPO}::test_layout_of_a_rollout",
+    ),
+    Fault(
+        "2 positions run on through a pack",
+        "data/pack.py",
+        "np.arange(len(ids)) - np.repeat(ends - lengths, lengths)",
+        "np.arange(len(ids)) + np.repeat(ends - lengths, lengths)",
+        "unit/data/test_pack.py::test_a_label_is_the_next_token_of_the_same_document",
+    ),
+    Fault(
+        "2 documents of a pack see each other",
+        "model/decoder.py",
+        "plan_for(packed.bounds, x.device, packed.prefixes)",
+        "plan_for((0, packed.bounds[-1]), x.device, packed.prefixes)",
+        "conformance/test_losses.py::test_documents_of_a_pack_do_not_see_each_other",
+    ),
+    Fault(
+        "3 log-probabilities at another temperature than sampling",
+        "engine/rollout.py",
+        'model(packed, "logprobs", temperature)[0]',
+        'model(packed, "logprobs", 1.0)[0]',
+        f"{PPO}::test_sampling_and_logprobs_have_one_temperature",
+    ),
+    Fault(
+        "4 replies are scored by their text, not as sampled",
+        "engine/scoring.py",
+        "Tokens(np.asarray(s.prompt_ids + s.reply_ids, np.int32)",
+        "Tokens(np.asarray((s.prompt_ids + tuple(3 + ord(c) % 9 for c in s.text) + s.reply_ids)"
+        "[: len(s.prompt_ids + s.reply_ids)], np.int32)",
+        f"{PPO}::test_replies_are_scored_as_sampled",
+    ),
+    Fault(
+        "5 the penalty for a cut reply is paid before the clip",
+        "objectives/policy.py",
+        "    scores = (scores_B - mean) / std\n",
+        "    scores = (scores_B - mean) / std - eos_penalty * missing_eos_B\n    eos_penalty = 0.0\n",
+        f"{PPO}::test_missing_end_is_paid_after_the_clip",
+    ),
+    Fault(
+        "6 a long prompt is cut on the right",
+        "engine/rollout.py",
+        "tokens.ids[-most:]",
+        "tokens.ids[:most]",
+        "unit/engine/test_rollout.py::test_long_prompts_lose_their_beginning_or_go",
+    ),
+    Fault(
+        "7 log-softmax in half precision",
+        "objectives/language.py",
+        "return torch.float64 if dtype == torch.float64 else torch.float32",
+        "return dtype",
+        "unit/objectives/test_language.py::test_sixteen_bit_states_keep_a_float32_loss_and_weight_gradient",
+    ),
+    Fault(
+        "8 old log-probabilities are the sampler's",
+        "train/ppo.py",
+        "old = read_logprobs(four.actor, rollout, micro_tokens, device, s.temperature)",
+        "old = rollout.sampled_BT",
+        f"{PPO}::test_kl_to_the_reference_starts_at_exactly_nothing",
+    ),
+    Fault(
+        "9 dropout stays on in a forward",
+        "engine/rollout.py",
+        "    critic.eval()\n",
+        "",
+        f"{PPO}::test_dropout_is_off_in_all_four",
+    ),
+    Fault(
+        "10 the head begins with another spread",
+        "model/decoder.py",
+        "(hidden_size + 1) ** -0.5",
+        "0.02",
+        "unit/model/test_decoder.py::test_initial_head",
+    ),
+    Fault(
+        "11 a long list counts for more than a short one",
+        "objectives/preference.py",
+        "weights = amount[lists, first, second] / amount.sum((1, 2))[lists]",
+        "weights = amount[lists, first, second]",
+        "unit/objectives/test_preference.py::test_pairs_are_all_pairs_and_weigh_one_a_list",
+    ),
+    Fault(
+        "12 training never stops early",
+        "engine/best.py",
+        "return self.waited >= self.patience",
+        "return False",
+        "unit/train/test_reward.py::test_training_stops_where_held_out_records_gain_no_more",
+    ),
+    Fault(
+        "13 the reward's mean is not taken off",
+        "engine/judging.py",
+        "member.bias.copy_((member.bias - mean) * gain)",
+        "member.bias.copy_(member.bias * gain)",
+        "unit/train/test_chain.py::test_the_reward_is_normalised_on_replies_to_its_held_out_prompts",
+    ),
+    Fault(
+        "14 margins are ignored",
+        "objectives/preference.py",
+        "gap = gap - margins_P",
+        "gap = gap - 0 * margins_P",
+        "unit/objectives/test_preference.py::test_weighted_pairs_take_margins_labels_and_competence",
+    ),
+    Fault(
+        "15 centring draws the difference to 0, not the sum",
+        "train/reward.py",
+        "sums = r_D[found.winners_P] + r_D[found.losers_P]",
+        "sums = r_D[found.winners_P] - r_D[found.losers_P]",
+        "conformance/test_losses.py::test_reward_loss_by_hand",
+    ),
+    Fault(
+        "17 the score lands on the first token",
+        "objectives/policy.py",
+        "after = mask_BT.flip(-1).cumsum(-1).flip(-1)",
+        "after = mask_BT.cumsum(-1)",
+        f"{PPO}::test_score_lands_on_the_last_token_and_moves_with_the_end",
+    ),
+    Fault(
+        "17 KL is averaged over tokens, not summed",
+        "objectives/policy.py",
+        "rewards = -beta * select(kl_BT, mask_BT)",
+        "rewards = -beta * select(kl_BT, mask_BT) / mask_BT.sum(-1, keepdim=True)",
+        f"{PPO}::test_kl_is_summed_over_tokens",
+    ),
+    Fault(
+        "18 the KL coefficient has no effect",
+        "train/ppo.py",
+        "return policy.shape_rewards(scores, kl, rollout.mask_BT, beta)",
+        "return policy.shape_rewards(scores, kl, rollout.mask_BT, 0.05)",
+        f"{PPO}::test_kl_coefficient_has_an_effect",
+    ),
+    Fault(
+        "18 adaptive beta moves away from its target",
+        "objectives/policy.py",
+        "return beta * (1 + error * sequences / horizon)",
+        "return beta * (1 - error * sequences / horizon)",
+        "unit/objectives/test_policy.py::test_beta_moves_toward_the_target_and_never_faster_than_a_fifth",
+    ),
+    Fault(
+        "19 running scaling knows the last batch alone",
+        "engine/experience.py",
+        "        self.count = total\n",
+        "        self.count, self.squares = n, variance * n\n",
+        f"{OPTIONS}::test_running_spread_is_that_of_all_scores",
+    ),
+    Fault(
+        "20 each rank whitens by itself",
+        "engine/experience.py",
+        "return mesh.sum_tensor(policy.moments(x, mask, about).to(device.place)).cpu()",
+        "return policy.moments(x, mask, about)",
+        "dist/test_gloo.py::test_whitening_spans_the_ranks",
+    ),
+    Fault(
+        "20 whitened advantages get their mean back",
+        "train/ppo.py",
+        "advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)",
+        "advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=False)",
+        f"{PPO}::test_whitening",
+    ),
+    Fault(
+        "21 GAE reads what lies in a hole of the mask",
+        "objectives/policy.py",
+        "next_value = torch.where(here, values[:, t], next_value)",
+        "next_value = values[:, t]",
+        "unit/objectives/test_policy.py::test_gae_steps_over_holes_and_ignores_what_is_in_them",
+    ),
+    Fault(
+        "21 returns are taken after whitening",
+        "train/ppo.py",
+        "return Experience(rollout, parts, scores, old, ref, values, rewards, advantages, returns)",
+        "return Experience(rollout, parts, scores, old, ref, values, rewards, advantages, advantages + values)",
+        f"{PPO}::test_the_end_is_terminal",
+    ),
+    Fault(
+        "22 the ratio is not 1 at first: another temperature in the update",
+        "train/ppo.py",
+        'actor.read(hidden, micro.packed, "logprobs", s.temperature)',
+        'actor.read(hidden, micro.packed, "logprobs", 1.0)',
+        f"{PPO}::test_first_mini_batch",
+    ),
+    Fault(
+        "23 every epoch has the same order",
+        "engine/experience.py",
+        'generator_for(key[0], "mini-batches", key[1], epoch)',
+        'generator_for(key[0], "mini-batches", key[1], 0)',
+        f"{PPO}::test_epochs_read_every_row_once_in_fresh_order",
+    ),
+    Fault(
+        "24 the actor moves while the critic warms up",
+        "train/ppo.py",
+        "if not (warming or stopped):",
+        "if not stopped:",
+        f"{PPO}::test_critic_warms_up_alone",
+    ),
+    Fault(
+        "25 the value's coefficient has no effect on a shared trunk",
+        "train/ppo.py",
+        "found += _value_parts(values, data, s.value_clip, s.value_coefficient)",
+        "found += _value_parts(values, data, s.value_clip, 0.1)",
+        f"{OPTIONS}::test_shared_trunk_learns_both_in_one_step",
+    ),
+    Fault(
+        "26 gradients are not clipped",
+        "engine/update.py",
+        "clip_grad_norm_(parameters, max_norm or math.inf)",
+        "clip_grad_norm_(parameters, math.inf)",
+        "unit/engine/test_update.py::test_clipping",
+    ),
+    Fault(
+        "27 the learning rate does not fall",
+        "engine/optim.py",
+        'return left if schedule == "linear" else 1.0',
+        "return 1.0",
+        "unit/engine/test_optim.py::test_schedules",
+    ),
+    Fault(
+        "28 an update goes on however far it went",
+        "train/ppo.py",
+        'stopped = bool(s.stop_kl) and stats.terms["approx_kl"] > s.stop_kl',
+        "stopped = False",
+        f"{OPTIONS}::test_an_update_stops_when_the_policy_has_moved",
+    ),
+    Fault(
+        "29 the entropy bonus has the wrong sign",
+        "train/ppo.py",
+        '"tokens", -s.entropy_bonus)',
+        '"tokens", s.entropy_bonus)',
+        f"{PPO}::test_entropy_bonus_has_an_effect",
+    ),
+    Fault(
+        "30 text beside PPO is not learned",
+        "train/ppo.py",
+        '"ptx_tokens", micro.data.coefficient)',
+        '"ptx_tokens", 0.0)',
+        f"{OPTIONS}::test_text_beside_ppo_holds_the_language_model",
+    ),
+    Fault(
+        "31 the moving average follows with the wrong weight",
+        "engine/roles.py",
+        "lerp_(tensor, 1 - self.decay)",
+        "lerp_(tensor, self.decay)",
+        f"{OPTIONS}::test_moving_average_follows_the_actor",
+    ),
+    Fault(
+        "32 the critic is not in the checkpoint",
+        "engine/roles.py",
+        '            "critic": Weights(own_head),\n',
+        "",
+        f"{OPTIONS}::test_a_checkpoint_of_a_shared_trunk_has_the_head_alone_beside_the_actor",
+    ),
+    Fault(
+        "33 the largest ratio is that of the last micro-batch",
+        "engine/update.py",
+        "most |= {t.name: max(float(t.sum), most.get(t.name, -math.inf)) for t in parts if t.per == MOST}",
+        "most |= {t.name: float(t.sum) for t in parts if t.per == MOST}",
+        f"{OPTIONS}::test_ratio_max_is_the_largest_of_all_micro_batches",
+    ),
+    Fault(
+        "34 the record of a token has its neighbour's value",
+        "engine/samples.py",
+        "kl, made.values, made.rewards",
+        "kl, made.values.roll(1, 1), made.rewards",
+        "unit/train/test_ppo_stage.py::test_every_number_of_a_sampled_token_is_kept",
+    ),
+    Fault(
+        "35 the greedy reply beside PPO's is PPO's own",
+        "engine/samples.py",
+        "self._greedy(self.actor), self._greedy(self.reference)",
+        "self._greedy(self.actor), self._greedy(self.actor)",
+        "unit/train/test_ppo_stage.py::test_greedy_replies_stand_beside_the_sft_models",
+    ),
+    Fault(
+        "36 a judge that falls is not heard",
+        "train/alarms.py",
+        "fell = rises and _moved(self.windows[name]) < -1",
+        "fell = False",
+        "unit/train/test_alarms.py::test_a_judge_that_falls_while_the_score_rises",
+    ),
+    Fault(
+        "values are read after their tokens",
+        "model/decoder.py",
+        "inside = (packed.targets_T != IGNORE).nonzero()[:, 0]",
+        "inside = (packed.targets_T != IGNORE).nonzero()[:, 0] + 1",
+        f"{PPO}::test_values_stand_before_their_tokens",
+    ),
+    Fault(
+        "NaN in the padding leaks: masks multiply",
+        "objectives/masks.py",
+        "return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))",
+        "return values * mask",
+        "unit/objectives/test_policy.py::test_masked_garbage_reaches_neither_losses_nor_gradients",
+    ),
+    Fault(
+        "micro-batches weigh the same, whatever their size",
+        "engine/update.py",
+        "_backward([t.coefficient / totals[t.per] * t.sum for t in parts",
+        "_backward([t.coefficient / micro.counts[t.per] / len(micros) * t.sum for t in parts",
+        f"{PPO}::test_micro_batch_size_changes_rounding_only",
+    ),
+    Fault(
+        "a token meets another's advantage",
+        "engine/experience.py",
+        "experience.advantages, experience.returns)",
+        "experience.advantages.flip(0), experience.returns)",
+        f"{PPO}::test_micro_batches_carry_their_own_numbers",
+    ),
+    Fault(
+        "the end of a reply is bootstrapped",
+        "train/ppo.py",
+        "goes_on = torch.where(rollout.ended_B, 0, after_B) if s.cut_value else None",
+        "goes_on = after_B",
+        f"{PPO}::test_the_end_is_terminal",
+    ),
+    Fault(
+        "the end token is no label",
+        "engine/rollout.py",
+        "np.arange(len(ids)) >= len(question.ids)",
+        "(np.arange(len(ids)) >= len(question.ids)) & ~np.isin(ids, actor.config.eos_ids)",
+        f"{PPO}::test_layout_of_a_rollout",
+    ),
+    Fault(
+        "the reference learns",
+        "train/ppo.py",
+        "ref = read_logprobs(four.reference, rollout, micro_tokens, device, s.temperature)",
+        "ref = read_logprobs(four.actor, rollout, micro_tokens, device, s.temperature)",
+        f"{PPO}::test_kl_to_the_reference_starts_at_exactly_nothing",
+    ),
+    Fault(
+        "warm-up bootstraps on values that know nothing",
+        "train/ppo.py",
+        "lam = 1.0 if step < s.critic_warmup else s.lam",
+        "lam = s.lam",
+        f"{OPTIONS}::test_warm_up_learns_whole_returns",
+    ),
+    Fault(
+        "the dual clip bounds nothing",
+        "objectives/policy.py",
+        "losses = torch.where(capped, -dual_clip * advantages, losses)",
+        "losses = torch.where(capped, losses, losses)",
+        f"{OPTIONS}::test_dual_clip_bounds_the_loss_of_a_bad_token",
+    ),
+    Fault(
+        "a weight of a reward source has no effect",
+        "engine/rewards.py",
+        "[one.weight * _cut(x, one.clip) for x in parts[name]]",
+        "[_cut(x, one.clip) for x in parts[name]]",
+        f"{OPTIONS}::test_a_sum_of_sources_is_weighed_and_told_in_parts",
+    ),
+)
+
+
+def planted(fault: Fault) -> tuple[bool, str]:
+    """Whether the test fails with the fault in a copy of the source; and its last line."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place, "src")
+        shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
+        path = copy / "tetrad" / fault.file
+        path.write_text(path.read_text().replace(fault.old, fault.new, 1))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            f"pythonpath={copy} tests",
+        ]
+        command.append(f"tests/{fault.test}")
+        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("E  ")] or done.stdout.splitlines()[-1:]
+        return done.returncode == 1, lines[0].strip() if lines else ""
+
+
+def main() -> int:
+    wanted = [int(word) for word in sys.argv[1:]] or range(len(FAULTS))
+    missed = 0
+    for number in wanted:
+        fault = FAULTS[number]
+        failed, why = planted(fault)
+        missed += not failed
+        print(
+            f"| {fault.item} | {fault.test.partition('::')[2]} | {'fails' if failed else 'PASSES'} | {why[:90]} |",
+            flush=True,
+        )
+    print(f"{len(wanted) - missed} of {len(wanted)} faults were found")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
