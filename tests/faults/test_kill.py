@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,19 +30,19 @@ KILLS = 10
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
 
 
-def run(path: Path, out: Path, only: str) -> None:
+def run(path: Path, out: Path, only: str, words: Sequence[str] = ()) -> None:
     """In this process: one stage of the recipe."""
     silent = Console(out=io.StringIO(), err=io.StringIO())
-    pipeline.run(recipe.read(path, ["--run.out", str(out)]), silent, only=only)
+    pipeline.run(recipe.read(path, ["--run.out", str(out), *words]), silent, only=only)
 
 
-def forked(path: Path, out: Path, only: str, kill_after: float | None = None) -> float:
+def forked(path: Path, out: Path, only: str, kill_after: float | None = None, words: Sequence[str] = ()) -> float:
     """The same in a child; its seconds, or -1 if it was killed."""
     began = time.monotonic()
     child = os.fork()
     if child == 0:
         try:
-            run(path, out, only)
+            run(path, out, only, words)
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -70,16 +71,42 @@ def test_killed_stages_go_on_to_the_same_bits(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "data")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     seconds = {stage: forked(path, whole, stage) for stage in STAGES}
-    draw = random.Random(1)
     for stage in STAGES:
-        kills = resumed = 0
-        while kills < KILLS:
-            folder = broken / "tiny" / stage
-            if (folder / "model").exists():
-                shutil.rmtree(folder)
-            if forked(path, broken, stage, draw.uniform(0.1, 1.0) * seconds[stage]) < 0:
-                kills += 1
-                resumed += (folder / "checkpoints").is_dir()
-        forked(path, broken, stage)
-        assert digests(broken / "tiny" / stage) == digests(whole / "tiny" / stage), stage
-        assert stage == "tokenizer" or resumed > 1, f"no kill hit the loop of {stage}"
+        kill_and_compare(path, whole, broken, stage, seconds[stage])
+
+
+def kill_and_compare(
+    path: Path, whole: Path, broken: Path, stage: str, seconds: float, words: Sequence[str] = ()
+) -> None:
+    """Kills the stage at random moments until KILLS have hit, lets it end, and compares with the one in peace."""
+    draw = random.Random(1)
+    kills = resumed = 0
+    folder = broken / "tiny" / stage
+    while kills < KILLS:
+        if (folder / "model").exists():
+            shutil.rmtree(folder)
+        if forked(path, broken, stage, draw.uniform(0.1, 1.0) * seconds, words) < 0:
+            kills += 1
+            resumed += (folder / "checkpoints").is_dir()
+    forked(path, broken, stage, words=words)
+    assert digests(folder) == digests(whole / "tiny" / stage), stage
+    assert stage == "tokenizer" or resumed > 1, f"no kill hit the loop of {stage}"
+
+
+ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "words", [("--ppo.critic", "shared", "--ppo.ema", "0.9"), ADAPTERS], ids=["shared", "adapters"]
+)
+def test_killed_ppo_goes_on_with_little_memory_too(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """A shared trunk with a moving average; adapters on one base."""
+    path, whole, broken = write_tiny(tmp_path / "data"), tmp_path / "whole", tmp_path / "broken"
+    for stage in STAGES[:-1]:
+        forked(path, whole, stage, words=words)
+    shutil.copytree(whole, broken)
+    seconds = forked(path, whole, "ppo", words=words)
+    kill_and_compare(path, whole, broken, "ppo", seconds, words)
