@@ -29,6 +29,7 @@ RECIPE = """\
 name = "memory"
 [run]
 out = "{folder}/runs"
+micro_tokens = {micro}
 [model]
 from = "{folder}/base"
 [sft]
@@ -98,14 +99,14 @@ def tetrad(words: list[str]) -> int:
     return usage.ru_maxrss * 1024
 
 
-def measured(run: str, hidden: int, layers: int, way: str) -> list[dict[str, Any]]:
+def measured(run: str, hidden: int, layers: int, way: str, micro: int) -> list[dict[str, Any]]:
     critic, adapters = WAYS[way]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         n = write_base(folder / "base", Tokenizer.load(model_folder(run)), hidden, layers)
         write_data(folder)
         path = folder / "recipe.toml"
-        path.write_text(RECIPE.format(folder=folder, critic=critic, adapters=adapters))
+        path.write_text(RECIPE.format(folder=folder, critic=critic, adapters=adapters, micro=micro))
         tetrad(["check", str(path), "--json", f"{folder}/check.json"])
         report = json.loads((folder / "check.json").read_text())
         planned = report["sections"]["cost"]["figures"]
@@ -113,6 +114,7 @@ def measured(run: str, hidden: int, layers: int, way: str) -> list[dict[str, Any
         for stage in ("reward", "ppo"):
             seen, told = tetrad([stage, str(path)]), planned[stage]["memory_bytes"]
             row = {"way": way, "stage": stage, "hidden": hidden, "layers": layers, "parameters": n}
+            row |= {"micro_tokens": micro}
             found.append({**row, "peak_mib": seen >> 20, "plan_mib": told >> 20, "plan / peak": round(told / seen, 3)})
         return found
 
@@ -122,12 +124,13 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--shapes", nargs="+", default=["256x4", "512x8"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--micro-tokens", type=int, default=4096)
     parser.add_argument("--out", default="")
     asked = parser.parse_args()
     for shape in asked.shapes:
         hidden, layers = map(int, shape.split("x"))
         for way in asked.ways:
-            for row in measured(asked.run, hidden, layers, way):
+            for row in measured(asked.run, hidden, layers, way, asked.micro_tokens):
                 line = json.dumps(row)
                 print(line, flush=True)
                 if asked.out:

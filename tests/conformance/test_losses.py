@@ -139,16 +139,19 @@ def test_reward_loss_by_hand():
     model = toys.scalar(seed=1)
     with torch.no_grad():
         r = [model(toys.packed(answers)).tolist() for answers in ANSWERS]
+    ordered = ((0, [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]), (2, [(1, 0)]), (5, [(1, 0), (1, 2), (2, 0)]))
     nll = [
         [-math.log(1 / (1 + math.exp(-(r[i][a] - r[i][b] - RECORDS[i].margin)))) for a, b in pairs]
-        for i, pairs in ((0, [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]), (2, [(1, 0)]), (5, [(1, 0), (1, 2), (2, 0)]))
+        for i, pairs in ordered
     ]
+    centre = float(np.mean([np.mean([(r[i][a] + r[i][b]) ** 2 for a, b in pairs]) for i, pairs in ordered]))
     comparisons = float(np.mean([np.mean(one) for one in nll]))
     scores = np.mean([(r[1][0] - (4 - 2) / 1.5) ** 2, (r[4][0] - (1 - 2) / 1.5) ** 2])
-    (stats,), _, _ = reward_step(Reward(score_weight=0.5), 4096)
+    (stats,), _, _ = reward_step(Reward(score_weight=0.5, center=0.2), 4096)
     assert stats.terms["comparisons"] == pytest.approx(comparisons, rel=1e-5)
     assert stats.terms["scores"] == pytest.approx(scores, rel=1e-5)
-    assert stats.loss == pytest.approx(comparisons + 0.5 * scores, rel=1e-5)
+    assert stats.terms["centre"] == pytest.approx(centre, rel=1e-5)
+    assert stats.loss == pytest.approx(comparisons + 0.5 * scores + 0.2 * centre, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["pairs", "plackett-luce"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tetrad
 import toys
 from dist.jobs import BATCH, JOBS, STEPS, Found, weights
 
@@ -23,7 +24,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join((str(ROOT / "src"), str(ROOT / "tests")))
+    path = os.pathsep.join((str(Path(tetrad.__file__).parents[1]), str(ROOT / "tests")))
     given = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     command = [sys.executable, str(ROOT / "tests/dist/jobs.py"), str(folder)]
     workers = [

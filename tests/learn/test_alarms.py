@@ -6,22 +6,15 @@ The language: replies of about eight words out of 36, that end by themselves. Ev
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 
-import numpy as np
 import pytest
 
 import ppo_toys
 import toys
-from tetrad.engine.batches import language_micros
-from tetrad.engine.optim import Optimizer
 from tetrad.engine.roles import FourModels
 from tetrad.engine.rollout import Question
-from tetrad.engine.update import language_terms, update
-from tetrad.model.decoder import CausalLM
 from tetrad.settings.alarms import Alarms
-from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
 from tetrad.train.alarms import Watch
 from tetrad.train.ppo import figures_of_step
@@ -31,24 +24,10 @@ pytestmark = pytest.mark.learn
 
 S = Ppo(batch=64, max_new=32, steps=1000, epochs=2, actor_lr=1e-3, critic_lr=3e-3, kl_coefficient=0.05, critic_warmup=3)
 ASKED = [Question((3, 4), Prompt(()))] * S.batch
-LIKED = set(range(20, 30))
-
-
-@cache
-def speaker() -> CausalLM:
-    """A model that has learned the language: words one after another, an eighth of them the last."""
-    model = toys.causal(seed=1, std=0.05)
-    optimizer, draw = Optimizer(model, 3e-3, Optim()), np.random.default_rng(0)
-    for _ in range(150):
-        texts = [[3, 4, *draw.integers(4, 40, draw.geometric(1 / 8)).tolist(), toys.EOS] for _ in range(32)]
-        micros = language_micros([toys.document(text, 2) for text in texts], 4096, toys.CPU)
-        model.train()
-        update(model, optimizer, micros, language_terms, toys.CPU)
-    return model
 
 
 def some_models(s: Ppo, seed: int, score: ppo_toys.Reward) -> FourModels:
-    return ppo_toys.four_models(s, deepcopy(speaker()), toys.scalar(seed + 100), score)
+    return ppo_toys.four_models(s, deepcopy(ppo_toys.speaker()), toys.scalar(seed + 100), score)
 
 
 def alarms(
@@ -66,12 +45,6 @@ def alarms(
     return told, scores
 
 
-def liked(ids: tuple[int, ...]) -> float:
-    """The share of liked words: the end token is none, so length doesn't pay."""
-    words = [i for i in ids if i != toys.EOS]
-    return 4.0 * sum(i in LIKED for i in words) / max(1, len(words))
-
-
 def repeats(ids: tuple[int, ...]) -> float:
     pairs = list(pairwise(ids))
     return float(len(pairs) - len(set(pairs)))
@@ -82,7 +55,7 @@ HACKS: Mapping[str, tuple[str, ppo_toys.Reward]] = {
     "one token": ("distinct_2", ppo_toys.by_ids(lambda ids: float(ids.count(20)))),
     "repetition": ("distinct_2", ppo_toys.by_ids(repeats)),
     "no end": ("ended", ppo_toys.by_ids(lambda ids: 3.0 * (ids[-1] != toys.EOS))),
-    "out of range": ("unseen_scores", ppo_toys.by_ids(liked)),
+    "out of range": ("unseen_scores", ppo_toys.by_ids(ppo_toys.liked)),
     "collapse": ("entropy", ppo_toys.by_ids(lambda ids: 9.0 * ids.count(20) / len(ids))),
 }
 
@@ -99,6 +72,6 @@ def test_a_planted_hack_is_told_within_ten_steps(hack: str) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_run_raises_none(seed: int) -> None:
     """The reward is really earned: more liked words."""
-    told, scores = alarms(S, seed, ppo_toys.by_ids(liked), steps=20)
+    told, scores = alarms(S, seed, ppo_toys.by_ids(ppo_toys.liked), steps=20)
     assert told == {}
     assert sum(scores[-5:]) / 5 > scores[0] + 0.3
