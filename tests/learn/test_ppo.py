@@ -17,7 +17,6 @@ from tetrad.engine.rollout import Question
 from tetrad.model.decoder import CausalLM
 from tetrad.objectives import policy
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import KLController, learn
 from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn
@@ -156,18 +155,15 @@ def test_a_huge_price_holds_it_back(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gains_what_best_of_16_gains_at_its_kl(seed):
-    """log 16 - 15/16 = 1.84 nats is what best-of-16 costs (Stiennon et al. 2020); beta follows that."""
+    """log 16 - 15/16 = 1.84 nats is what best-of-16 costs (Stiennon et al. 2020): below that, at least 80 % of it."""
     s = Ppo(
         batch=128,
         max_new=32,
-        steps=28,
+        steps=36,
         actor_lr=2e-3,
         critic_lr=3e-3,
-        kl_coefficient=0.65,
-        kl_target=1.7,
-        kl_horizon=200.0,
+        kl_coefficient=0.75,
         critic_warmup=3,
-        schedule="constant",
         score_clip=0.0,
         missing_eos_penalty=0.0,
     )
@@ -176,13 +172,10 @@ def test_gains_what_best_of_16_gains_at_its_kl(seed):
     rollouts = [ppo_toys.sampled(four, asked(s.batch), s, (seed, 900 + k)) for k in range(8)]
     scores = torch.tensor([score for rollout in rollouts for score in four.reward(rollout.samples)]).view(-1, 16)
     best = float(scores.amax(1).mean() - scores.mean())
-    way, kl = [], KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
+    way = []
     for step in range(s.steps):
-        rollout = ppo_toys.sampled(four, asked(s.batch), s, (seed, step))
-        made, _ = ppo_toys.experience(four, rollout, s, beta=kl.beta, step=step)
-        learn(four, made, s, (seed, step), 4096, toys.CPU)
-        kl.follow(nats(made), s.batch)
+        made, _ = ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
         way.append((nats(made), float(made.scores.mean() - scores.mean())))
-    distance, gain = (sum(column) / 8 for column in zip(*way[-8:], strict=True))
-    assert 1.2 < distance <= 1.84 * 1.1
+    kl, gain = (sum(column) / 8 for column in zip(*way[-8:], strict=True))
+    assert kl <= 1.84
     assert gain >= 0.8 * best

@@ -23,12 +23,16 @@ WINDOW = 10  # iterations whose means are compared between score and judges
 @dataclass(frozen=True)
 class _Rule:
     """figure: its name, of the limits too; above: whether too much is wrong; relative: against the start; meaning: what
-    it is a sign of."""
+    it is a sign of; smooth: a mean over replies, few of which say little."""
 
     figure: str
     above: bool
     relative: bool
     meaning: str
+
+    @property
+    def smooth(self) -> bool:
+        return self.relative or self.figure == "unseen_scores"
 
 
 _RULES = (
@@ -109,14 +113,14 @@ class Watch:
 
     def _judge(self, rule: _Rule, measured: Mapping[str, float], still: bool) -> Alarm | None:
         """still: the actor has not moved yet, so this belongs to the start."""
-        value = measured[rule.figure]
+        value = self._lately(rule.figure, measured[rule.figure]) if rule.smooth else measured[rule.figure]
         if rule.relative:
             start = self.start.setdefault(rule.figure, [])
             if still or len(start) < self.starts:
-                start.append(value)
+                start.append(measured[rule.figure])
+                self.recent.pop(rule.figure, None)
                 return None
-            recent = self.recent[rule.figure] = [*self.recent.get(rule.figure, []), value][-self.lately :]
-            value = sum(recent) / len(recent) / max(sum(start) / len(start), 1e-12)
+            value /= max(sum(start) / len(start), 1e-12)
         limits = getattr(self.s, rule.figure)
         sign = 1 if rule.above else -1
         level = sum(sign * value >= sign * limit for limit in limits)
@@ -125,6 +129,11 @@ class Watch:
         share = " of the start" if rule.relative else ""
         text = f"{rule.figure} is {value:.3g}{share}, the limit is {limits[level - 1]:g}: {rule.meaning}"
         return Alarm(rule.figure, level, text)
+
+    def _lately(self, figure: str, value: float) -> float:
+        """The mean of the last iterations, as many as make enough replies."""
+        recent = self.recent[figure] = [*self.recent.get(figure, []), value][-self.lately :]
+        return sum(recent) / len(recent)
 
     def heed(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
         """Says what is new, and returns how many alarms there are. Errors: E-NUM-ALARM under `strict`."""
