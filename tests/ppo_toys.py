@@ -3,16 +3,20 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 
+import numpy as np
 import torch
 
 import toys
+from tetrad.engine.batches import language_micros
 from tetrad.engine.experience import Experience, RunningStd
 from tetrad.engine.optim import Optimizer
 from tetrad.engine.rewards import Source, Sources
 from tetrad.engine.roles import FourModels
 from tetrad.engine.rollout import Question, Rollout, roll_out
 from tetrad.engine.scoring import Reward, Sample
+from tetrad.engine.update import language_terms, update
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.common import Optim, Sampling
@@ -76,3 +80,25 @@ def iterate(
     """One iteration: sample, score, learn."""
     made, _ = experience(four, sampled(four, asked, s, key), s, micro_tokens, step=key[1])
     return made, learn(four, made, s, key, micro_tokens, toys.CPU)
+
+
+LIKED = set(range(20, 30))
+
+
+@cache
+def speaker() -> CausalLM:
+    """A model that has learned the language: words one after another, an eighth of them the last."""
+    model = toys.causal(seed=1, std=0.05)
+    optimizer, draw = Optimizer(model, 3e-3, Optim()), np.random.default_rng(0)
+    for _ in range(150):
+        texts = [[3, 4, *draw.integers(4, 40, draw.geometric(1 / 8)).tolist(), toys.EOS] for _ in range(32)]
+        micros = language_micros([toys.document(text, 2) for text in texts], 4096, toys.CPU)
+        model.train()
+        update(model, optimizer, micros, language_terms, toys.CPU)
+    return model
+
+
+def liked(ids: tuple[int, ...]) -> float:
+    """The share of liked words: the end token is none, so length doesn't pay."""
+    words = [i for i in ids if i != toys.EOS]
+    return 4.0 * sum(i in LIKED for i in words) / max(1, len(words))
