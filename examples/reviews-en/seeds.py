@@ -48,7 +48,7 @@ def claims(report: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:
         "length 0.75 to 1.25 of SFT's": (length, 0.75 <= length <= 1.25),
         "share ended not below SFT's": (ppo["ended"] - sft["ended"], ppo["ended"] >= sft["ended"]),
         "KL <= 7 nats": (ppo["kl"], ppo["kl"] <= 7),
-        "commonest word in <= 0.35": (ppo["commonest_word"], ppo["commonest_word"] <= 0.35),
+        "commonest word in <= 0.2": (ppo["commonest_word"], ppo["commonest_word"] <= 0.2),
         "NLL apart <= 1.2 of SFT's": (nll, nll <= 1.2),
     }
 

@@ -1,4 +1,4 @@
-"""A recipe's file: TOML in and out, the command line's words on top, and the checks across settings.
+"""A recipe's file: TOML in and out, the command line's words on top; `agreement` checks what it says as a whole.
 
 Paths in a recipe start at the recipe file's folder (`run.out` at the current one); `read` resolves them, so that later
 code opens them as they are. Nothing is read from the data files here, and nothing that is written in a recipe is run.
@@ -8,42 +8,28 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tetrad import disk
+from tetrad.agreement import PATHS, check, check_values
 from tetrad.errors import UserError
-from tetrad.model.config import read_config
 from tetrad.settings.base import FUNCTIONS, REWARDS, Knob, is_function, knobs, toml_name
 from tetrad.settings.check import build
-from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 from tetrad.settings.words import nest, parse
 
-__all__ = ["Recipe", "check", "read", "write"]
+__all__ = ["Recipe", "read", "write"]
 
 MAX_BYTES = 1 << 20
-_NAME = re.compile(r"[^\W.][\w.+-]{0,99}")
 _TABLE_LINE = re.compile(r"\s*\[\[?\s*([\w.\"'-]+)\s*\]")
 _KEY_LINE = re.compile(r"\s*([\w.\"'-]+)\s*=")
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){16}""")
 _TWICE = ("Cannot overwrite a value", "Cannot declare", "Cannot redefine", "Duplicate inline table key")
 _DEPTH = 16
-_SEARCH = 10_000
-_LARGEST_WHOLE = 2**53
-_LARGEST_MODEL = 10**12
-_WEIGHED = {
-    "pretrain.weights": "pretrain.text",
-    "sft.weights": "sft.data",
-    "reward.weights": "reward.data",
-    "ppo.weights": "ppo.prompts",
-    "ppo.reward_weights": "ppo.rewards",
-}
-_PATHS = ("model.from", "reward.from", "evaluate.referee", "run.out")
 _KNOBS = cache(knobs)
 
 
@@ -66,7 +52,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     places |= flags
     recipe = build(Recipe, values, places)
     recipe = replace(recipe, name=recipe.name or _name_of(path))
-    _check_values(recipe, places)
+    check_values(recipe, places)
     recipe = _resolved(recipe, path.parent)
     check(recipe, places)
     return recipe
@@ -182,7 +168,7 @@ def _path(knob: Knob, value: Any, folder: Path) -> Any:
         return tuple(os.path.abspath(_from(folder, text)) if is_function(text) else text for text in value)
     if knob.mark:
         return tuple(str(_from(folder, text)) for text in value)
-    if knob.name in _PATHS[:3] and value:
+    if knob.name in PATHS[:3] and value:
         beside = folder / os.path.expanduser(value)
         return str(beside if beside.exists() else Path(value))  # a run's stage is given as from the current folder
     return value
@@ -192,182 +178,3 @@ def _from(folder: Path, text: str) -> str | Path:
     if text.startswith("hf://"):  # a dataset of the hub is no path
         return text
     return folder / os.path.expanduser(text)
-
-
-# Checks across settings
-
-
-def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
-    """Raises UserError for values that are each legal but not together, before anything is loaded."""
-    places = places or {}
-    _check_values(recipe, places)
-    _check_divisors(recipe, places)
-    _check_size(recipe, places)
-    _check_lengths(recipe, places)
-    _check_pairs(recipe, places)
-    _check_adapters(recipe, places)
-    for name, knob in _KNOBS(Recipe).items():
-        if knob.mark in (FUNCTIONS, REWARDS):
-            table, _, key = name.partition(".")
-            for text in getattr(getattr(recipe, table), key):
-                if knob.mark == REWARDS and not is_function(text):
-                    continue
-                if not re.fullmatch(r".+\.py:[^\W\d]\w*", text, re.DOTALL):
-                    what = f'{name} has "{text}", which names no Python function'
-                    hint = f'write {key} = ["file.py:function"]'
-                    raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
-
-
-def _check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """What the types of settings can't say: names of folders and files, and whole numbers that nothing can count."""
-    if not _NAME.fullmatch(recipe.name) or len(recipe.name.encode()) > 200:
-        hint = 'use letters, digits, "-" and "_": it names a folder'
-        what = f"name = {shown(recipe.name)} is no name"
-        raise UserError("E-CONF-RANGE", what, where=places.get("name", ""), hint=hint)
-    for name, knob in _KNOBS(Recipe).items():
-        table, _, key = name.rpartition(".")
-        value = getattr(getattr(recipe, table) if table else recipe, "from_" if key == "from" else key)
-        if knob.kind == "whole" and name != "seed" and value >= _LARGEST_WHOLE:
-            what, hint = f"{name} = {shown(value)} is more than anything can count", f"the default is {knob.default}"
-            raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
-        for text in (value,) if name in _PATHS else value if knob.mark else ():
-            if "\0" in text or len(os.fsencode(text)) > 4000 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
-                what = f"{name} has {shown(text)}, which no file can be named"
-                raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint="name a file or folder")
-
-
-def _check_divisors(recipe: Recipe, places: Mapping[str, str]) -> None:
-    pairs = [("ppo.batch", "ppo.mini_batches")]
-    pairs += [("pretrain.batch_tokens", "pretrain.row_tokens")] if recipe.pretrain.text else []
-    model = recipe.model
-    if not model.from_:
-        pairs += [("model.hidden_size", "model.heads"), ("model.heads", "model.kv_heads")]
-    for whole, part in pairs:
-        _check_divides(whole, _get(recipe, whole), part, _get(recipe, part), places)
-    if not model.from_ and model.hidden_size // model.heads % 2:
-        what = f"model.hidden_size / model.heads = {model.hidden_size // model.heads} must be even (rotary positions)"
-        hint = f"write hidden_size = {' or '.join(_near_multiples(model.hidden_size, 2 * model.heads))}"
-        raise UserError("E-CONF-DIVIDE", what, where=places.get("model.hidden_size", ""), hint=hint)
-
-
-def _check_divides(whole: str, a: int, part: str, b: int, places: Mapping[str, str]) -> None:
-    if a % b:
-        what = f"{whole} = {a} can't be divided by {part} = {b}"
-        below = next((d for d in range(b, max(0, b - _SEARCH), -1) if a % d == 0), 1)
-        above = next((d for d in range(b, min(a, b + _SEARCH)) if a % d == 0), a)
-        parts = " or ".join(dict.fromkeys(map(str, (below, above))))
-        key, other = whole.rpartition(".")[2], part.rpartition(".")[2]
-        hint = f"write {key} = {' or '.join(_near_multiples(a, b))}, or {other} = {parts}"
-        raise UserError("E-CONF-DIVIDE", what, where=places.get(whole, places.get(part, "")), hint=hint)
-
-
-def _near_multiples(value: int, step: int) -> list[str]:
-    low = value // step * step
-    return [str(n) for n in (low, low + step) if n > 0]
-
-
-def _check_lengths(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """Nothing may be longer than the model, a new one or that of a folder."""
-    m = recipe.model
-    longest, whose = _positions(m.from_) if m.from_ else (m.max_positions, "model.max_positions")
-    named = [("pretrain.row_tokens", bool(recipe.pretrain.text)), ("sft.max_tokens", bool(recipe.sft.data))]
-    named += [("reward.max_tokens", bool(recipe.reward.data) and not recipe.reward.from_)]
-    named += [("ppo.max_prompt", bool(recipe.ppo.prompts)), ("ppo.max_new", bool(recipe.ppo.prompts))]
-    named += [("evaluate.max_new", bool(recipe.evaluate.prompts))]
-    for name, used in named:
-        extra = recipe.ppo.max_new if name == "ppo.max_prompt" and recipe.ppo.max_prompt else 0
-        if used:
-            _check_length(name, _get(recipe, name), extra, longest, whose, places)
-    if recipe.reward.data and recipe.reward.from_:
-        _check_length("reward.max_tokens", recipe.reward.max_tokens, 0, *_positions(recipe.reward.from_), places)
-    pretrain = recipe.pretrain
-    if pretrain.text and 0 < pretrain.tokens < pretrain.batch_tokens:
-        what = f"pretrain.tokens = {pretrain.tokens} is less than one step, batch_tokens = {pretrain.batch_tokens}"
-        hint = "raise tokens or lower batch_tokens"
-        raise UserError("E-CONF-RANGE", what, where=places.get("pretrain.tokens", ""), hint=hint)
-
-
-def _check_length(name: str, value: int, extra: int, longest: int, whose: str, places: Mapping[str, str]) -> None:
-    if longest and value + extra > longest:
-        whole = f"{name} = {value}" + (f" and ppo.max_new = {extra}" if extra else "")
-        what = f"{whole} tokens are more than {whose} = {longest}"
-        hint = f"lower {name}" + (f", or raise {whose} before pre-training" if whose.startswith("model.") else "")
-        raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
-
-
-def _positions(folder: str) -> tuple[int, str]:
-    """The longest sequence of a folder's model and whose it is; 0 where there is no such model (told elsewhere)."""
-    for place in (Path(folder) / "model", Path(folder)):
-        with suppress(UserError):
-            return read_config(place).max_positions, f"the max_position_embeddings of {folder}"
-    return 0, ""
-
-
-def _check_size(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """A new model that no machine holds is a slip of the pen."""
-    m = recipe.model
-    block = 4 * m.hidden_size * (m.hidden_size + (m.ff or 3 * m.hidden_size))
-    if not m.from_ and m.layers * block + recipe.tokenizer.vocab_size * m.hidden_size > _LARGEST_MODEL:
-        what = "a model of this hidden_size, layers, ff and vocab_size has more than 10^12 weights"
-        where = places.get("model.hidden_size", places.get("model.layers", places.get("tokenizer.vocab_size", "")))
-        raise UserError("E-CONF-RANGE", what, where=where, hint="lower one of them")
-
-
-def _check_adapters(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """PPO's adapters stand on the SFT model, and so must the reward model's."""
-    ppo, reward = recipe.ppo, recipe.reward
-    if ppo.prompts and ppo.adapters and reward.data and not reward.adapters:
-        what = "ppo.adapters = true needs a reward model that is an adapter, and reward.adapters is false"
-        where, hint = places.get("ppo.adapters", ""), "write adapters = true in [reward] too"
-        raise UserError("E-CONF-CONFLICT", what, where=where, hint=hint)
-    if ppo.adapters and ppo.doubt:
-        what = "ppo.doubt needs an ensemble, and with ppo.adapters the reward model's first member alone is read"
-        raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.doubt", ""), hint="set one of them off")
-    if reward.data and reward.adapters and reward.from_:
-        what = "reward.adapters = true trains on the SFT model, and reward.from names another"
-        raise UserError("E-CONF-CONFLICT", what, where=places.get("reward.from", ""), hint="remove one of them")
-    if 0 < ppo.dual_clip <= 1:
-        what = f"ppo.dual_clip = {ppo.dual_clip:g} would cut every loss"
-        raise UserError("E-CONF-RANGE", what, where=places.get("ppo.dual_clip", ""), hint="write 0, or 3 for one")
-
-
-def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
-    scale = recipe.reward.score_scale
-    if scale and not scale[0] < scale[1]:
-        what = f"reward.score_scale = [{scale[0]:g}, {scale[1]:g}] must go from the lowest to the highest score"
-        hint = f"write score_scale = [{min(scale):g}, {max(scale):g}]" if scale[0] > scale[1] else "give two numbers"
-        raise UserError("E-CONF-RANGE", what, where=places.get("reward.score_scale", ""), hint=hint)
-    if recipe.reward.test and not recipe.reward.held_out:
-        what = "reward.test has no held-out records beside it, on which the temperature is fitted"
-        where = places.get("reward.test", "")
-        raise UserError("E-CONF-MISSING", what, where=where, hint='add held_out = ["FILE"] to [reward]')
-    if recipe.model.from_ and recipe.tokenizer.text:
-        what = "model.from brings its own tokenizer, and [tokenizer] learns another"
-        hint = "remove [tokenizer] text, or model.from"
-        raise UserError("E-CONF-CONFLICT", what, where=places.get("tokenizer.text", ""), hint=hint)
-    for name, of in _WEIGHED.items():
-        table, _, key = name.partition(".")
-        weights: tuple[float, ...] = getattr(getattr(recipe, table), key)
-        entries = len(getattr(getattr(recipe, table), of.partition(".")[2]))
-        if weights and (len(weights) != entries or not any(weights)):
-            what = f"{name} has {len(weights)} numbers for {entries} entries of {of}"
-            what = what if any(weights) else f"{name} leaves nothing to read"
-            hint = "write one number, at least 0, for each"
-            raise UserError("E-CONF-CONFLICT", what, where=places.get(name, ""), hint=hint)
-    for pair in recipe.data.rename:
-        if not re.fullmatch(r"\s*[^\s=][^=]*=\s*[^\s=][^=]*", pair):
-            what = f'data.rename has "{pair}", which is no pair of names'
-            hint = 'write rename = ["question=Instruction"]'
-            raise UserError("E-CONF-RANGE", what, where=places.get("data.rename", ""), hint=hint)
-    if recipe.run.dtype == "bfloat16" and recipe.run.device == "cpu":
-        what = "bfloat16 on a CPU is several times slower than float32 and not offered"
-        raise UserError("E-CONF-DTYPE", what, where=places.get("run.dtype", ""), hint='set dtype = "float32"')
-    if recipe.ppo.kl_target and not recipe.ppo.kl_coefficient:
-        what = "ppo.kl_target adapts kl_coefficient, which starts at 0 and would stay there"
-        hint = "write kl_coefficient = 0.05, or kl_target = 0"
-        raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.kl_target", ""), hint=hint)
-
-
-def _get(recipe: Recipe, name: str) -> int:
-    table, _, key = name.partition(".")
-    return int(getattr(getattr(recipe, table), key))

@@ -186,8 +186,13 @@ def test_a_sum_of_sources_is_weighed_and_told_in_parts():
     parts = found.parts(samples)
     assert parts["high"] == [9.0] * len(samples)
     assert found.total(parts) == [0.5 * len(s.reply_ids) + 10 for s in samples] == found(samples)
+
+
+def test_no_two_sources_of_a_reward_share_a_name():
     given = ("reward", "a/f.py:judge", "b/f.py:judge", "http://127.0.0.1:8/score")
-    assert named(given) == ["reward", "judge", "judge_3", "127_0_0_1_8"]
+    assert named(given) == ["reward", "judge", "judge_2", "127_0_0_1_8"]
+    assert named(("a.py:judge_2", "b.py:judge", "c.py:judge")) == ["judge_2", "judge", "judge_3"]
+    assert named(("a.py:reward", "reward", "b.py:std")) == ["reward_2", "reward", "std_2"]
 
 
 def test_several_replies_to_a_prompt_are_learned_from_once_each():

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tetrad.agreement import check
 from tetrad.errors import UserError
-from tetrad.recipe import Recipe, check, read, write
+from tetrad.recipe import Recipe, read, write
 
 GOOD = """\
 name = "demo"
@@ -154,6 +155,10 @@ MISTAKES = [
     ("#" * (1 << 20) + "#", "SIZE", "", "1 MiB"),
     ("[model]\nfrom = 'x'\n[tokenizer]\ntext = ['y']", "CONFLICT", ":4", "remove"),
     ("[ppo]\nkl_target = 6.0\nkl_coefficient = 0", "CONFLICT", ":2", "kl_coefficient = 0.05"),
+    ("[ppo]\nrewards = ['reward', 'a.py:f', 'reward']", "CONFLICT", ":2", "one larger weight"),
+    ("[sft]\ndata = ['x']\nadapters = true\nadd_separator = true", "CONFLICT", ":3", "never learned"),
+    ("[ptx]\ntext = ['x']\nrow_tokens = 100\nbatch_tokens = 250", "DIVIDE", ":4", "batch_tokens = 200 or 300"),
+    ("[ptx]\ntext = ['x']\nrow_tokens = 600\nbatch_tokens = 600\n[model]\nmax_positions = 512", "RANGE", ":3", "512"),
     ("[wandb]\napi_key = 'abcdef'", "SECRET", ":2", "environment variable"),
     ("hf_token = 'abcdef'", "SECRET", ":1", "environment variable"),
     ("[sft]\nseparator = 'sk-aaaaaaaaaaaaaaaaaaaa'", "SECRET", ":2", "environment variable"),

@@ -8,16 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from tetrad import storage
 from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
 from tetrad.engine.prepare import first_parent
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
-from tetrad.model.decoder import CausalLM, ScalarModel, initial_head
+from tetrad.model.decoder import CausalLM, ScalarModel, give_head
 from tetrad.model.inspect import inspect
 from tetrad.model.lora import (
     ALL,
@@ -49,9 +46,7 @@ def adapt(ctx: StageContext, model: CausalLM | ScalarModel, seed: int) -> None:
 def scalar_on(ctx: StageContext, base: CausalLM, seed: int) -> ScalarModel:
     """A scalar model of fresh adapters and a fresh head on `base`."""
     model = on_base(ScalarModel, base)
-    place = base.model.norm.weight.device
-    model.score.weight = nn.Parameter(initial_head(base.config.hidden_size, seed).to(place))
-    model.bias = torch.zeros((), device=place)
+    give_head(model, seed)
     adapt(ctx, model, seed)
     return model
 

@@ -38,6 +38,10 @@ class Preflight:
         role = {"ppo": "reward", "reward": "from"}.get(stage, "")
         if role in found and policy and self.recipe.ppo.prompts and self.recipe.ppo.critic == "reward":
             folders.refuse_other_tokenizer(there[role], found[role].tokenizer, policy.tokenizer)
+        for spec in self.recipe.alarms.judges if stage == "ppo" else ():
+            if not (file := Path(spec.rpartition(":")[0])).is_file():
+                hint = "write FILE.py:FUNCTION in alarms.judges"
+                raise UserError("E-CONF-MISSING", "there is no such Python file", where=str(file), hint=hint)
         if stage == "sft" and policy:
             folder = next(there[role] for role in _POLICY if role in there)
             self._refuse_template(folder, policy.tokenizer)

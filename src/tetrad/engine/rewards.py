@@ -1,17 +1,16 @@
 """What pays in PPO: the reward model, Python functions, HTTP endpoints, or a weighted sum of them."""
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
 from tetrad.engine.scoring import Reward, Sample, endpoint, python_function
 from tetrad.engine.stage import reward_model
-from tetrad.settings.base import is_function
+from tetrad.settings.base import REWARD_MODEL, entries, is_function
 from tetrad.text.tokenizer import Tokenizer
-
-MODEL = "reward"
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,16 @@ def _cut(x: float, clip: float) -> float:
     return min(max(x, -clip), clip) if clip else x
 
 
-def entries(rewards: Sequence[str]) -> tuple[str, ...]:
-    """What pays, as the recipe has it: nothing means the reward model."""
-    return tuple(rewards) or (MODEL,)
-
-
-def named(rewards: Sequence[str]) -> list[str]:
-    """A name for each entry that no other has: `reward`, a function's own, an address's host."""
-    names = list[str]()
-    for entry in rewards:
-        last = entry.rpartition(":")[2] if is_function(entry) else entry.partition("//")[2].partition("/")[0] or entry
-        name = last.replace(":", "_").replace(".", "_")
-        names.append(name if name not in names else f"{name}_{len(names) + 1}")
+def named(given: Sequence[str]) -> list[str]:
+    """A name for each entry that no other figure has: `reward` for the reward model alone, a function's own name, an
+    address's host; the second of a name is NAME_2."""
+    names, taken = list[str](), {REWARD_MODEL, "std"}  # score_std is the spread of the whole
+    for entry in given:
+        last = entry.rpartition(":")[2] if is_function(entry) else entry.partition("//")[2].partition("/")[0]
+        plain = re.sub(r"\W", "_", last)
+        tries = (f"{plain}_{n}" if n > 1 else plain for n in itertools.count(1))
+        names.append(REWARD_MODEL if entry == REWARD_MODEL else next(name for name in tries if name not in taken))
+        taken.add(names[-1])
     return names
 
 
@@ -68,13 +65,9 @@ def reward_sources(ctx: StageContext, tokenizer: Tokenizer, device: Device, mode
     weights = s.reward_weights or (1.0,) * len(told)
     found = {}
     for name, entry, weight in zip(named(told), told, weights, strict=True):
-        if entry == MODEL:
-            reward = model or reward_model(ctx, _folder(ctx), tokenizer, device, s.doubt)
+        if entry == REWARD_MODEL:
+            reward = model or reward_model(ctx, ctx.parents["reward"], tokenizer, device, s.doubt)
         else:
             reward = python_function(entry) if is_function(entry) else endpoint(entry)
-        found[name] = Source(reward, weight, s.score_clip if entry == MODEL and s.rewards else 0.0)
+        found[name] = Source(reward, weight, s.score_clip if entry == REWARD_MODEL and s.rewards else 0.0)
     return Sources(found)
-
-
-def _folder(ctx: StageContext) -> Path:
-    return ctx.parents["reward"]

@@ -18,7 +18,7 @@ from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
 from tetrad.engine.optim import Optimizer
 from tetrad.engine.prepare import first_parent
-from tetrad.engine.rewards import MODEL, Sources, entries, reward_sources
+from tetrad.engine.rewards import Sources, reward_sources
 from tetrad.engine.scoring import Reward, trained
 from tetrad.engine.stage import (
     POLICY,
@@ -30,10 +30,11 @@ from tetrad.engine.stage import (
     require_tokenizer,
     template_for,
 )
-from tetrad.model.decoder import CausalLM, ScalarModel, initial_head
+from tetrad.model.decoder import CausalLM, ScalarModel, give_head
 from tetrad.model.lora import on_base
 from tetrad.model.weights import read_scalar
 from tetrad.seeds import seed_for
+from tetrad.settings.base import REWARD_MODEL, entries
 from tetrad.text.tokenizer import Tokenizer
 
 
@@ -120,7 +121,7 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
     optim = replace(ctx.recipe.optim, eps=s.adam_eps)
     both = ActorCritic(actor, critic) if s.critic == "shared" else None
     quick = {"critic.score": s.critic_lr} if both else {}
-    used = MODEL in entries(s.rewards)
+    used = REWARD_MODEL in entries(s.rewards)
     return FourModels(
         actor,
         critic,
@@ -146,9 +147,7 @@ def _shared(actor: CausalLM, seed: int) -> ScalarModel:
     with torch.device("meta"):
         critic = ScalarModel(actor.config)
     critic.model = actor.model
-    place = actor.model.norm.weight.device
-    critic.score.weight = nn.Parameter(initial_head(actor.config.hidden_size, seed).to(place))
-    critic.bias = torch.zeros((), device=place)
+    give_head(critic, seed)
     return critic
 
 
@@ -161,7 +160,7 @@ def _on_one_base(
     adapt(ctx, actor, seed_for(seed, "actor"))
     critic: ScalarModel | None = None
     reward: Reward | None = None
-    if MODEL in entries(s.rewards) or s.critic == "reward":
+    if REWARD_MODEL in entries(s.rewards) or s.critic == "reward":
         judge = on_reward_base(ctx, base)
         read = reader(ctx, ctx.parents["reward"], tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
         reward = trained([judge.requires_grad_(False)], device, ctx.recipe.run.micro_tokens, read)

@@ -275,6 +275,13 @@ def initial_head(hidden_size: int, seed: int) -> Tensor:
     return nn.init.normal_(torch.empty(1, hidden_size), 0.0, (hidden_size + 1) ** -0.5, generator=generator)
 
 
+def give_head(model: ScalarModel, seed: int) -> None:
+    """A fresh head and no bias, beside the decoder."""
+    place = model.model.norm.weight.device
+    model.score.weight = nn.Parameter(initial_head(model.config.hidden_size, seed).to(place))
+    model.bias = torch.zeros((), device=place)
+
+
 @torch.no_grad()
 def grow_vocabulary(model: CausalLM, size: int) -> None:
     """Rows for new tokens up to `size` in embedding and head, each the mean of the old ones; spare rows come first."""

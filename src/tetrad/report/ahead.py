@@ -11,7 +11,7 @@ from pathlib import Path
 from tetrad import storage
 from tetrad.data.records import Record, refuse_no_scale, refuse_overlap
 from tetrad.data.source import Counts, Sources
-from tetrad.report.reading import reader, settings_of
+from tetrad.report.reading import reader, settings_of, stage_of
 from tetrad.settings.recipe import Recipe
 
 MOST_BYTES = 64 << 20
@@ -27,7 +27,7 @@ def read_ahead(recipe: Recipe, stages: Collection[str], keys: Collection[str], m
         return
     held: dict[str, Sources] = {}
     for setting, what, given in settings_of(recipe):
-        if setting.partition(".")[0] not in stages:
+        if stage_of(setting) not in stages:
             continue
         held[setting] = given
         if what == "documents" and sum(path.stat().st_size for path in given.paths) > MOST_BYTES:

@@ -19,6 +19,7 @@ import numpy as np
 from tetrad.model.config import DecoderConfig
 from tetrad.report.reading import Reading
 from tetrad.report.sections import Section, Table
+from tetrad.settings.base import REWARD_MODEL, entries
 from tetrad.settings.lora import Lora
 from tetrad.settings.recipe import Recipe
 
@@ -105,33 +106,33 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> Stage:
         "reward",
         trained,
         frozen,
-        members * r.tokens * s.epochs,
-        members * held,
-        s.normalise * s.normalise_max_new / 2,
-        members if s.adapters else 0,
-        min(s.normalise, recipe.sampling.slots),
-        s.normalise_max_new + max(r.lengths),
-        s.batch * r.tokens // len(r.lengths),
+        tokens=members * r.tokens * s.epochs,
+        read=members * held,
+        sampled=s.normalise * s.normalise_max_new / 2,
+        adapters=members if s.adapters else 0,
+        slots=min(s.normalise, recipe.sampling.slots),
+        positions=s.normalise_max_new + max(r.lengths),
+        batch=s.batch * r.tokens // len(r.lengths),
     )
 
 
 def _ppo(recipe: Recipe, r: Reading) -> Stage:
     s = recipe.ppo
     batch, long = s.batch * s.replies, r.tokens / len(r.lengths) + s.max_new * 0.6
-    judges = recipe.reward.seeds if "reward" in (s.rewards or ("reward",)) else 0
+    judges = recipe.reward.seeds if REWARD_MODEL in entries(s.rewards) else 0
     learners = 1 if s.critic == "shared" else 2
     trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema))
     return Stage(
         "ppo",
         trained,
         frozen,
-        learners * s.steps * batch * long * s.epochs,
-        4 * s.steps * batch * long,
-        s.steps * batch * s.max_new * 0.6,
-        learners + bool(judges) / 4 if s.adapters else 0,
-        min(batch, recipe.sampling.slots),
-        s.max_new + max(r.lengths),
-        int(batch / s.mini_batches * (max(r.lengths) + s.max_new)),
+        tokens=learners * s.steps * batch * long * s.epochs,
+        read=4 * s.steps * batch * long,
+        sampled=s.steps * batch * s.max_new * 0.6,
+        adapters=learners + bool(judges) / 4 if s.adapters else 0,  # the reward model's is not trained
+        slots=min(batch, recipe.sampling.slots),
+        positions=s.max_new + max(r.lengths),
+        batch=int(batch / s.mini_batches * (max(r.lengths) + s.max_new)),
     )
 
 

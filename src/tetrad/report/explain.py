@@ -80,7 +80,8 @@ def _reply(record: Mapping[str, Any], figures: Mapping[str, float], s: Ppo, cons
     console.say(f"\nprompt: {record['prompt']}\nreply:  {record['text']}  (score {record['score']:+.3f}, {end})")
     rows = [_row(*cells) for cells in zip(*(tokens[key] for key in _KEYS), strict=True)]
     console.table("token by token", _TABLE, rows)
-    for text in _worked(tokens, figures, s, warming=record["step"] < s.critic_warmup):
+    goes_on = s.cut_value and not record["ended"]
+    for text in _worked(tokens, figures, s, warming=record["step"] < s.critic_warmup, goes_on=goes_on):
         console.say(text)
 
 
@@ -88,8 +89,11 @@ def _row(token: int, piece: str, *numbers: float) -> list[str]:
     return [str(token), repr(piece)[1:-1], *(f"{x:+.3f}" for x in numbers)]
 
 
-def _worked(tokens: Mapping[str, Sequence[float]], f: Mapping[str, float], s: Ppo, *, warming: bool) -> list[str]:
-    """The arithmetic of the first and the last token, written out. Whitened rewards have no such line."""
+def _worked(
+    tokens: Mapping[str, Sequence[float]], f: Mapping[str, float], s: Ppo, *, warming: bool, goes_on: bool
+) -> list[str]:
+    """The arithmetic of the first and the last token, written out. Whitened rewards have no such line. goes_on: a cut
+    reply, whose end has a value."""
     lam, v, r, g = 1.0 if warming else s.lam, tokens["value"], tokens["reward"], tokens["return"]
     kl = tokens["kl"][0]
     found = []
@@ -105,7 +109,14 @@ def _worked(tokens: Mapping[str, Sequence[float]], f: Mapping[str, float], s: Pp
             f"{delta + s.gamma * lam * later:+.3f}; return = A + V = {g[0]:+.3f}"
         )
     last = g[-1] - v[-1]
-    found.append(f"last token: A = r - V = {r[-1]:+.3f} - {v[-1]:+.3f} = {last:+.3f}: nothing comes after it")
+    if goes_on:
+        after = g[-1] - r[-1]
+        found.append(
+            f"last token: A = r + gamma V_after - V = {r[-1]:+.3f} + {after:+.3f} - {v[-1]:+.3f} = {last:+.3f}"
+        )
+        found.append("  the reply was cut, and goes on in the critic's value")
+    else:
+        found.append(f"last token: A = r - V = {r[-1]:+.3f} - {v[-1]:+.3f} = {last:+.3f}: nothing comes after it")
     return [*found, "the advantage of the table is A less its mean over the batch, by its standard deviation"]
 
 

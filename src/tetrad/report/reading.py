@@ -128,6 +128,12 @@ class Reading:
         return [content(record) for record in self.records]
 
 
+def stage_of(setting: str) -> str:
+    """The stage that reads a setting's files."""
+    table = setting.partition(".")[0]
+    return {"ptx": "ppo"}.get(table, table)
+
+
 def settings_of(recipe: Recipe) -> list[tuple[str, str, Sources]]:
     """(setting, kind of record, files) of all that a recipe reads; a tokenizer's text only where nothing else does.
 

@@ -43,9 +43,17 @@ Rewards = Annotated[tuple[str, ...], REWARDS]
 """Functions, "reward" for the reward model, and addresses of HTTP endpoints."""
 
 
+REWARD_MODEL = "reward"
+
+
+def entries(rewards: tuple[str, ...]) -> tuple[str, ...]:
+    """What pays: nothing in the recipe means the reward model."""
+    return rewards or (REWARD_MODEL,)
+
+
 def is_function(reward: str) -> bool:
     """Whether an entry of Rewards names a Python function."""
-    return reward != "reward" and not reward.startswith(("http://", "https://"))
+    return reward != REWARD_MODEL and not reward.startswith(("http://", "https://"))
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

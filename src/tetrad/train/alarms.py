@@ -23,16 +23,12 @@ WINDOW = 10  # iterations whose means are compared between score and judges
 @dataclass(frozen=True)
 class _Rule:
     """figure: its name, of the limits too; above: whether too much is wrong; relative: against the start; meaning: what
-    it is a sign of; smooth: a mean over replies, few of which say little."""
+    it is a sign of."""
 
     figure: str
     above: bool
     relative: bool
     meaning: str
-
-    @property
-    def smooth(self) -> bool:
-        return self.relative or self.figure == "unseen_scores"
 
 
 _RULES = (
@@ -113,14 +109,14 @@ class Watch:
 
     def _judge(self, rule: _Rule, measured: Mapping[str, float], still: bool) -> Alarm | None:
         """still: the actor has not moved yet, so this belongs to the start."""
-        value = self._lately(rule.figure, measured[rule.figure]) if rule.smooth else measured[rule.figure]
+        value = measured[rule.figure]
         if rule.relative:
             start = self.start.setdefault(rule.figure, [])
             if still or len(start) < self.starts:
-                start.append(measured[rule.figure])
-                self.recent.pop(rule.figure, None)
+                start.append(value)
                 return None
-            value /= max(sum(start) / len(start), 1e-12)
+            recent = self.recent[rule.figure] = [*self.recent.get(rule.figure, []), value][-self.lately :]
+            value = sum(recent) / len(recent) / max(sum(start) / len(start), 1e-12)
         limits = getattr(self.s, rule.figure)
         sign = 1 if rule.above else -1
         level = sum(sign * value >= sign * limit for limit in limits)
@@ -129,11 +125,6 @@ class Watch:
         share = " of the start" if rule.relative else ""
         text = f"{rule.figure} is {value:.3g}{share}, the limit is {limits[level - 1]:g}: {rule.meaning}"
         return Alarm(rule.figure, level, text)
-
-    def _lately(self, figure: str, value: float) -> float:
-        """The mean of the last iterations, as many as make enough replies."""
-        recent = self.recent[figure] = [*self.recent.get(figure, []), value][-self.lately :]
-        return sum(recent) / len(recent)
 
     def heed(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
         """Says what is new, and returns how many alarms there are. Errors: E-NUM-ALARM under `strict`."""
@@ -162,18 +153,9 @@ def _moved(windows: Sequence[Sequence[float]]) -> float:
 
 
 _IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
-    ("kl_target", lambda r: r.ppo.kl_coefficient == 0, "kl_coefficient = 0 stays 0, so the reference plays no part"),
     ("kl_horizon", lambda r: not r.ppo.kl_target, "beta is fixed: no kl_target is set"),
-    (
-        "value_coefficient",
-        lambda r: r.ppo.critic != "shared",
-        "the critic has a trunk of its own",
-    ),
-    (
-        "doubt",
-        lambda r: r.reward.data != () and r.reward.seeds == 1,
-        "the reward model is no ensemble: reward.seeds = 1",
-    ),
+    ("value_coefficient", lambda r: r.ppo.critic != "shared", "the critic has a trunk of its own"),
+    ("doubt", lambda r: r.reward.data != () and r.reward.seeds == 1, "the reward model is no ensemble"),
     ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),
 )
 
@@ -183,6 +165,6 @@ def idle(recipe: Recipe) -> list[str]:
     plain = Ppo()
     changed = {name for name, _, _ in _IDLE if getattr(recipe.ppo, name) != getattr(plain, name)}
     found = [f"ppo.{name} has no effect: {why}" for name, holds, why in _IDLE if name in changed and holds(recipe)]
-    if recipe.ppo.kl_coefficient == 0 and not recipe.ppo.kl_target:
+    if recipe.ppo.kl_coefficient == 0:
         found.append("ppo.kl_coefficient = 0: nothing holds the actor near the SFT model")
     return found

@@ -26,7 +26,7 @@ from tetrad.engine.experience import Experience, Replies, RunningStd, mean_varia
 from tetrad.engine.metrics import reply_figures
 from tetrad.engine.optim import lr_factor
 from tetrad.engine.prepare import first_parent, ptx
-from tetrad.engine.rewards import MODEL, entries
+from tetrad.engine.rewards import named
 from tetrad.engine.roles import ActorCritic, FourModels, four_models
 from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questions, read_values, roll_out
 from tetrad.engine.runs import Run
@@ -40,6 +40,7 @@ from tetrad.model.lora import merged
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.objectives import policy
 from tetrad.objectives.calibration import spearman
+from tetrad.settings.base import REWARD_MODEL, entries
 from tetrad.settings.common import Sampling
 from tetrad.settings.ppo import Ppo
 from tetrad.text.tokenizer import Tokenizer
@@ -62,7 +63,8 @@ def run(ctx: StageContext) -> None:
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=ctx.recipe.sampling.slots)
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
     steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch * s.replies), RunningStd())
-    judges = {f"judge_{spec.rpartition(':')[2]}": python_function(spec) for spec in ctx.recipe.alarms.judges}
+    others = ctx.recipe.alarms.judges
+    judges = {f"judge_{name}": python_function(spec) for name, spec in zip(named(others), others, strict=True)}
     samples = Samples(ctx, four.actor, four.reference, questions, tokenizer, device)
     with (
         start(ctx, device, s.steps, four.parts(), steered.state, steered.restore, ctx.recipe.run.grace) as stage,
@@ -153,7 +155,7 @@ def experience_of(
 
 def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, beta: float) -> Tensor:
     """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a cut reply."""
-    clips = s.reward_scaling == "running" or entries(s.rewards) == (MODEL,)
+    clips = s.reward_scaling == "running" or entries(s.rewards) == (REWARD_MODEL,)
     clip = s.score_clip if clips and s.score_clip else None
     scores = policy.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.ended_B, s.missing_eos_penalty)
     kl = policy.kl_tokens(old, ref, rollout.mask_BT)
@@ -271,7 +273,7 @@ def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tu
     report_counts(ctx, counts, len(questions))
     for note in idle(ctx.recipe):
         ctx.console.say(f"note: {note}")
-    if MODEL in entries(s.rewards):
+    if REWARD_MODEL in entries(s.rewards):
         gate.heed(ctx, ctx.parents["reward"], [question.prompt for question in questions])
     return questions, given.mixture(question.prompt.where for question in questions)
 
@@ -322,7 +324,7 @@ def figures_of_step(
     rollout, mask, scores = made.rollout, made.rollout.mask_BT, made.scores
     k1, k3 = (policy.kl_tokens(made.old, made.ref, mask, kind) for kind in ("k1", "k3"))
     parts = {f"score_{name}": part for name, part in made.parts.items()} if len(made.parts) > 1 else {}
-    model = made.parts.get(MODEL, [])
+    model = made.parts.get(REWARD_MODEL, [])
     n = len(scores)
     sums = {
         "score": float(scores.sum()),

@@ -298,6 +298,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         assert code in capsys.readouterr().err
 
 
+def test_reading_ahead_finds_a_bad_line_of_the_text_beside_ppo(tmp_path: Path) -> None:
+    planted.write(tmp_path / "p.jsonl", [{"input": "a"}])
+    planted.write(tmp_path / "t.jsonl", [{"text": "a"}, {"texts": "b"}])
+    (tmp_path / "r.toml").write_text('[ppo]\nprompts = ["p.jsonl"]\n[ptx]\ntext = ["t.jsonl"]\n')
+    with pytest.raises(UserError, match=r"t.jsonl:2"):
+        read_ahead(recipe.read(tmp_path / "r.toml"), ["ppo"], ["k"], tmp_path / "memory.json")
+
+
 def test_reading_ahead_finds_what_the_last_stage_would(tmp_path: Path) -> None:
     planted.write(tmp_path / "s.jsonl", planted.instructions(3))
     planted.write(tmp_path / "p.jsonl", [{"input": "a"}, {"input": ""}])

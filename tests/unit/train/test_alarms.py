@@ -142,7 +142,6 @@ def test_the_judges_memory_survives_a_stop() -> None:
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"kl_coefficient": 0.0, "kl_target": 3.0}, "kl_target"),
         ({"kl_horizon": 9.0}, "kl_horizon"),
         ({"value_coefficient": 0.5}, "value_coefficient"),
         ({"critic_warmup": 100, "actor_lr": 1e-4}, "actor_lr"),

@@ -87,6 +87,14 @@ def test_parts_and_judges_are_told(chain: Chain) -> None:
         assert line["judge_liked"] == line["score_liked"]
 
 
+def test_a_judge_that_is_not_there_is_told_before_any_training(tmp_path: Path) -> None:
+    fresh = Chain(tmp_path)
+    with pytest.raises(UserError) as caught:
+        fresh.run("--alarms.judges", '["no.py:liked"]')
+    assert (caught.value.code, Path(caught.value.where).name) == ("E-CONF-MISSING", "no.py")
+    assert not (fresh.home / "tokenizer").exists()
+
+
 def test_every_number_of_a_sampled_token_is_kept(chain: Chain) -> None:
     """From the record alone: KL, rewards and returns can be worked out again."""
     chain.run()
