@@ -116,14 +116,15 @@ class Chain:
 
     def __init__(self, folder: Path) -> None:
         self.path, self.runs = write_tiny(folder / "data"), folder / "runs"
-        self.home = self.runs / "tiny"
+        self.home, self.said = self.runs / "tiny", ""
 
     def run(self, *overrides: str) -> list[str]:
         """The stages that were done, not skipped."""
         said = io.StringIO()
         read = recipe.read(self.path, ["--run.out", str(self.runs), *overrides])
         pipeline.run(read, Console(out=said, err=io.StringIO()))
-        return [stage for stage in STAGES if f"{stage:<10} done in" in said.getvalue()]
+        self.said = said.getvalue()
+        return [stage for stage in STAGES if f"{stage:<10} done in" in self.said]
 
     def lines(self, stage: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.home / stage / "metrics.jsonl").read_text().splitlines()]

@@ -7,10 +7,12 @@ model of which nothing was measured is neither passed nor failed, but PPO says s
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 from tetrad.data.likeness import covered
 from tetrad.data.records import read_prompts
+from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
 from tetrad.engine.stage import figures_of
 from tetrad.errors import UserError
@@ -39,6 +41,12 @@ class _Rule:
     reason: str
 
 
+_SCALE = _Rule(
+    "scale on fresh replies",
+    ("fresh_mean", "fresh_std"),
+    lambda s, mean, std: abs(mean) > s.most_mean or not s.least_std <= std <= s.most_std,
+    "fresh replies have mean {:+.2f} and standard deviation {:.2f}",
+)
 _RULES = (
     _Rule(
         "accuracy on pairs",
@@ -78,12 +86,7 @@ _RULES = (
         lambda s, std: std < s.least_raw_std,
         "the model hardly tells replies apart: before it was scaled, their rewards had a standard deviation of {:.2g}",
     ),
-    _Rule(
-        "scale on fresh replies",
-        ("fresh_mean", "fresh_std"),
-        lambda s, mean, std: abs(mean) > s.most_mean or not s.least_std <= std <= s.most_std,
-        "fresh replies have mean {:+.2f} and standard deviation {:.2f}",
-    ),
+    _SCALE,
 )
 _COVERAGE = _Rule(
     "how near PPO's prompts are to the reward model's",
@@ -118,6 +121,17 @@ def heed(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> None:
         hint = "train a better reward model, move the limit under [gate], or set gate.strict = false"
         raise UserError("E-NUM-GATE", "; ".join(found.reasons), where=str(folder), hint=hint)
     ctx.console.say(f"ppo        {found}")
+
+
+def heed_first(ctx: StageContext, scores: Sequence[float]) -> None:
+    """PPO's first replies are the SFT model's to prompts of PPO's own: warns where the reward model's scores of them,
+    which were given mean 0 and standard deviation 1 on other prompts, are on another scale."""
+    scores = mesh.gather(list(scores))
+    if len(scores) < 2:
+        return
+    found = verdict({"fresh_mean": fmean(scores), "fresh_std": pstdev(scores)}, ctx.recipe.gate, (_SCALE,))
+    if found.outcome == "fail":
+        ctx.console.say(f"warning    PPO's own prompts are on another scale of the reward model: {found.reasons[0]}")
 
 
 def _asked(prompt: Prompt) -> str:

@@ -76,6 +76,8 @@ def run(ctx: StageContext) -> None:
             numbers = numbers_of(s.batch, s.replies)
             rollout = roll_out(four.actor, repeated, numbers, (seed, "rollout", step), sampling, tokenizer, device)
             made = experience_of(four, rollout, s, steered, step, micro_tokens, device)
+            if step == 0:
+                gate.heed_first(ctx, made.parts.get(REWARD_MODEL, []))
             learned = learn(four, made, s, (seed, step), micro_tokens, device, text)
             judged = {name: judge(rollout.samples) for name, judge in judges.items()}
             figures = figures_of_step(made, kl.beta, device, four.seen, judged) | learned

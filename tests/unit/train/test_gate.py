@@ -112,3 +112,21 @@ def test_prompts_unlike_the_reward_models_fail(
     assert "gate: fail; 67% of PPO's prompts are unlike all" in capsys.readouterr().out
     gate.heed(ctx, tmp_path, like[:5])
     assert "gate: warn; how near PPO's prompts are to the reward model's was not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([-1.0, 1.0, 0.5, -0.5], ""),
+        ([2.0, 4.0, 2.5, 3.5], "fresh replies have mean +3.00 and standard deviation 0.79"),
+        ([0.1, -0.1], "standard deviation 0.10"),
+        ([], ""),
+    ],
+)
+def test_the_scale_is_measured_again_on_ppos_own_prompts(
+    capsys: pytest.CaptureFixture[str], scores: list[float], said: str
+) -> None:
+    ctx: Any = SimpleNamespace(recipe=SimpleNamespace(gate=Gate()), console=Console())
+    gate.heed_first(ctx, scores)
+    out = capsys.readouterr().out
+    assert said in out and bool(out) == bool(said)

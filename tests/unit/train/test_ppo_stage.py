@@ -126,6 +126,15 @@ def test_greedy_replies_stand_beside_the_sft_models(chain: Chain) -> None:
     assert any(x["greedy"] != x["before"] for x in last)
 
 
+def test_another_scale_on_ppos_own_prompts_is_told(chain: Chain) -> None:
+    words = ("--ppo.steps", "3", "--gate.least-std")
+    chain.run(*words, "0")
+    assert "another scale" not in chain.said
+    (chain.home / "ppo").rename(chain.home / "first")  # the gate changes no number: the stage would count as done
+    chain.run(*words, "1.9")
+    assert "on another scale of the reward model" in chain.said
+
+
 def test_long_prompts_are_refused_cut_or_dropped(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError) as caught:
         chain.run("--ppo.max-prompt", "6")
@@ -140,6 +149,17 @@ def test_adapters_leave_the_reference_what_the_sft_model_is(chain: Chain) -> Non
     assert first["kl"] == first["kl_k3"] == 0.0
     files = {path.name for path in (chain.home / "ppo/adapter").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+
+
+def test_adapters_score_as_the_merged_reward_model_does(chain: Chain) -> None:
+    """The same replies, by the adapter on its base and by the reward model's own folder."""
+    found = {}
+    for word in ("true", "false"):
+        chain.run("--reward.adapters", "true", "--ppo.adapters", word, "--ppo.critic", "actor")
+        found[word] = chain.lines("ppo")[0]
+    assert found["true"]["length"] == found["false"]["length"]
+    assert found["true"]["score"] == pytest.approx(found["false"]["score"], abs=1e-4)
+    assert abs(found["true"]["score"]) > 1e-2
 
 
 def test_adapters_on_another_base_are_refused(chain: Chain) -> None:
