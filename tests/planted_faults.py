@@ -433,7 +433,7 @@ FAULTS = (
     Fault(
         "adapters on another base are taken",
         "engine/adapters.py",
-        '!= weights_digest(base_folder)',
+        "!= weights_digest(base_folder)",
         '!= config["tetrad"]["base_sha256"]',
         "unit/train/test_ppo_stage.py::test_adapters_on_another_base_are_refused",
     ),
