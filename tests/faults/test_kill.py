@@ -1,4 +1,4 @@
-"""kill -9 at ten random moments of each stage, then the same command: the models equal those of a run in peace.
+"""kill -9 at ten random moments of each stage (or TETRAD_KILLS of them), then the same command: the models equal those of a run in peace.
 
 Each kill hits the run that the kill before left behind. Children are forked from a parent that has torch loaded, so
 that a kill costs no import.
@@ -26,7 +26,7 @@ from tetrad import pipeline, recipe
 from tetrad.engine.console import Console
 from tiny import write_tiny
 
-KILLS = 10
+KILLS = int(os.environ.get("TETRAD_KILLS", "10"))
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
 
 

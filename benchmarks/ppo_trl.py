@@ -1,0 +1,187 @@
+"""What PPO earns for the KL that it spends, against the PPO of TRL at equal settings, on `examples/reviews-en`.
+
+    python -m venv peer && peer/bin/pip install -e . trl==1.12.0          # the last one with PPO, apart from the tests'
+    peer/bin/python benchmarks/ppo_trl.py run RUN trl tetrad --seeds 0 1 2 --out results.jsonl
+    python benchmarks/ppo_trl.py show results.jsonl
+
+RUN: a run of the example, runs/reviews-en. Both start from its SFT and reward model, with the same prompts, batches,
+learning rates, beta, clips and penalty for a cut reply; what one of the two lacks (a clip of scores or of gradients) is
+off. One JSON line a system and seed: KL and mean score of the replies of each iteration, without the penalty. `show`
+prints the score by nats of KL: the mean over seeds, and the lowest and highest of them.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tetrad import pipeline, recipe
+from tetrad.data.source import Counts
+from tetrad.engine.console import Console
+from tetrad.engine.folders import model_folder
+from tetrad.engine.rollout import read_questions
+from tetrad.model.weights import read_scalar
+from tetrad.text.template import choose
+from tetrad.text.tokenizer import Tokenizer
+
+PROMPTS = Path(__file__).parent.parent / "examples/reviews-en/data/prompts.train.jsonl"
+BATCH, STEPS, EPOCHS, PARTS, LONGEST = 64, 75, 2, 2, 64
+LR, BETA, PENALTY, BETA2, EPS = 3e-4, 0.12, 2.5, 0.95, 1e-5
+RECIPE = """\
+name = "ppo"
+seed = {seed}
+[run]
+out = "{out}"
+[model]
+from = "{policy}"
+[reward]
+from = "{reward}"
+[optim]
+beta2 = {beta2}
+[ppo]
+prompts = ["{prompts}"]
+steps = {steps}
+batch = {batch}
+max_new = {longest}
+epochs = {epochs}
+mini_batches = {parts}
+actor_lr = {lr}
+critic_lr = {lr}
+adam_eps = {eps}
+kl_coefficient = {beta}
+missing_eos_penalty = {penalty}
+score_clip = 0
+max_norm = 0
+"""
+Curve = dict[str, list[float]]
+
+
+def tetrad(run: Path, seed: int, steps: int) -> Curve:
+    with tempfile.TemporaryDirectory() as out:
+        given = {"out": out, "seed": seed, "steps": steps, "prompts": PROMPTS, "lr": LR, "beta": BETA}
+        given |= {"policy": model_folder(run / "sft"), "reward": model_folder(run / "reward"), "batch": BATCH}
+        given |= {"epochs": EPOCHS, "parts": PARTS, "longest": LONGEST, "penalty": PENALTY, "beta2": BETA2, "eps": EPS}
+        path = Path(out, "recipe.toml")
+        path.write_text(RECIPE.format(**given))
+        pipeline.run(recipe.read(path), Console())
+        lines = [json.loads(line) for line in Path(out, "ppo/ppo/metrics.jsonl").read_text().splitlines()]
+    return {name: [round(line[name], 4) for line in lines] for name in ("kl", "score", "ended", "length")}
+
+
+def trl(run: Path, seed: int, steps: int) -> Curve:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    policy, reward = model_folder(run / "sft"), model_folder(run / "reward")
+    words = AutoTokenizer.from_pretrained(policy, padding_side="left")
+    actor = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    judge = AutoModelForSequenceClassification.from_pretrained(reward, num_labels=1, dtype=torch.float32)
+    head = nn.Linear(judge.config.hidden_size, 1)  # with the bias that the reward model's folder notes
+    head.weight.data, head.bias.data = judge.score.weight.data, read_scalar(reward, 0).bias.reshape(1)
+    judge.score = head
+    form, tokenizer = choose(policy, "instruction", own=True), Tokenizer.load(policy)
+    questions = read_questions([PROMPTS], form, tokenizer, Counts(), 512, LONGEST)
+    with tempfile.TemporaryDirectory() as out:
+        how = PPOConfig(
+            output_dir=out,
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=1,
+            num_mini_batches=PARTS,
+            num_ppo_epochs=EPOCHS,
+            local_rollout_forward_batch_size=BATCH,
+            total_episodes=BATCH * steps,
+            response_length=LONGEST,
+            stop_token="eos",
+            temperature=1.0,
+            missing_eos_penalty=PENALTY,
+            kl_coef=BETA,
+            learning_rate=LR,
+            lr_scheduler_type="linear",
+            adam_beta2=BETA2,
+            adam_epsilon=EPS,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            num_sample_generations=0,
+            disable_tqdm=True,
+            seed=seed,
+        )
+        rows = Dataset.from_list([{"input_ids": list(question.ids)} for question in questions])
+        models = {"model": actor, "ref_model": copy.deepcopy(actor), "reward_model": judge}
+        trainer = PPOTrainer(
+            args=how,
+            processing_class=words,
+            **models,
+            value_model=copy.deepcopy(judge),
+            train_dataset=rows,
+            eval_dataset=rows.select(range(BATCH)),
+        )
+        told: list[Mapping[str, float]] = []
+        trainer.log = lambda logs, *_: told.append(logs)
+        trainer.train()
+    ended = [line["val/num_eos_tokens"] / BATCH for line in told]
+    scores = [line["objective/scores"] + PENALTY * (1 - e) for line, e in zip(told, ended, strict=True)]
+    found = {"kl": [line["objective/kl"] for line in told], "score": scores, "ended": ended}
+    return {name: [round(x, 4) for x in column] for name, column in found.items()}
+
+
+SYSTEMS = {"tetrad": tetrad, "trl": trl}
+
+
+def by_nats(row: Mapping[str, Sequence[float]]) -> dict[int, float]:
+    """Mean score of the iterations within half a nat of each whole number of nats, where there are three or more."""
+    found: dict[int, list[float]] = {}
+    for kl, score in zip(row["kl"], row["score"], strict=True):
+        found.setdefault(round(kl), []).append(score)
+    return {nats: sum(scores) / len(scores) for nats, scores in sorted(found.items()) if len(scores) >= 3}
+
+
+def show(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for system in SYSTEMS:
+        curves = [by_nats(row) for row in rows if row["system"] == system]
+        print(f"{system}: {len(curves)} seeds")
+        for nats in sorted({nats for curve in curves for nats in curve}):
+            scores = [curve[nats] for curve in curves if nats in curve]
+            mean = sum(scores) / len(scores)
+            print(f"  {nats} nats  {mean:+.3f}  [{min(scores):+.3f}, {max(scores):+.3f}]  of {len(scores)} seeds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run")
+    run.add_argument("run", type=Path)
+    run.add_argument("systems", nargs="+", choices=SYSTEMS)
+    run.add_argument("--seeds", nargs="+", type=int, default=[0])
+    run.add_argument("--steps", type=int, default=STEPS)
+    run.add_argument("--out", type=Path)
+    verbs.add_parser("show").add_argument("results", type=Path)
+    asked = parser.parse_args()
+    if asked.verb == "show":
+        show(asked.results)
+        return
+    for seed in asked.seeds:
+        for system in asked.systems:
+            began = time.perf_counter()
+            curve = SYSTEMS[system](asked.run, seed, asked.steps)
+            seconds = round(time.perf_counter() - began, 1)
+            row = {"system": system, "seed": seed, "seconds": seconds, "threads": torch.get_num_threads(), **curve}
+            print(json.dumps(row), flush=True)
+            if asked.out:
+                with asked.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
