@@ -1,4 +1,5 @@
-"""kill -9 at ten random moments of each stage (or TETRAD_KILLS of them), then the same command: the models equal those of a run in peace.
+"""kill -9 at ten random moments of each stage, or TETRAD_KILLS of them, then the same command: the models equal those
+of a run in peace.
 
 Each kill hits the run that the kill before left behind. Children are forked from a parent that has torch loaded, so
 that a kill costs no import.
