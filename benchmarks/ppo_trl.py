@@ -31,7 +31,7 @@ from tetrad.text.template import choose
 from tetrad.text.tokenizer import Tokenizer
 
 PROMPTS = Path(__file__).parent.parent / "examples/reviews-en/data/prompts.train.jsonl"
-BATCH, STEPS, EPOCHS, PARTS, LONGEST = 64, 75, 2, 2, 64
+BATCH, STEPS, EPOCHS, PARTS, LONGEST = 32, 60, 2, 2, 64
 LR, BETA, PENALTY, BETA2, EPS = 3e-4, 0.12, 2.5, 0.95, 1e-5
 RECIPE = """\
 name = "ppo"

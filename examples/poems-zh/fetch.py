@@ -24,7 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, starmap
 from pathlib import Path
 from typing import Any
 
@@ -299,12 +299,18 @@ def split_of(key: str) -> str:
     return "train" if part < 8 else "valid" if part == 8 else "test"
 
 
-def prompt_record(poem: Poem) -> dict[str, str]:
-    return {"Instruction": f"写一首{NAMES[len(poem.lines[0])]}言绝句。", "Input": poem.title}
+def prompt_record(poem: Poem, rhyme: str) -> dict[str, str]:
+    return {"Instruction": f"写一首{NAMES[len(poem.lines[0])]}言绝句，押“{rhyme}”韵。", "Input": poem.title}
 
 
-def sft_record(poem: Poem) -> dict[str, str]:
-    return prompt_record(poem) | {"Output": poem.text}
+def sft_record(poem: Poem, rhyme: str) -> dict[str, str]:
+    return prompt_record(poem, rhyme) | {"Output": poem.text}
+
+
+def rhyme_of(poem: Poem, names: Mapping[str, str]) -> str:
+    """The name of the group that holds the ends of all even lines; empty where none does."""
+    found = {names.get(end, "") for end in poem.rhymes}
+    return found.pop() if len(found) == 1 else ""
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -313,26 +319,34 @@ def sft_record(poem: Poem) -> dict[str, str]:
 def build(poems: Sequence[Poem]) -> dict[str, str]:
     """Every file of `data/`, by name; README.md describes them."""
     parts = {split: [poem for poem in poems if poem.split == split] for split in SPLITS}
-    asked = {split: [poem for poem in parts[split] if poem.is_quatrain and poem.is_named] for split in SPLITS}
-    titles = {poem.title for poem in asked["train"]}
+    groups = rhyme_groups(parts["train"])
+    names = {c: group[0] for group in groups for c in group}  # a group is named by its most used character
+    named = {split: [(poem, rhyme_of(poem, names)) for poem in parts[split]] for split in SPLITS}
+    asked = {
+        split: [(poem, rhyme) for poem, rhyme in named[split] if rhyme and poem.is_quatrain and poem.is_named]
+        for split in SPLITS
+    }
+    titles = {poem.title for poem, _ in asked["train"]}
     files = {
         "poems.txt": documents(poem.document for poem in parts["train"]),
         "characters.txt": documents("\n".join("".join(poem.document.split())) for poem in parts["train"]),
         "ends.txt": documents("".join(f"{end}。" for end in poem.rhymes) for poem in parts["train"]),
         "valid.txt": documents(poem.document for poem in parts["valid"]),
         "test.txt": documents(poem.document for poem in parts["test"]),
-        "sft.train.jsonl": lines_of(map(sft_record, asked["train"])),
-        "sft.valid.jsonl": lines_of(map(sft_record, asked["valid"])),
+        "sft.train.jsonl": lines_of(starmap(sft_record, asked["train"])),
+        "sft.valid.jsonl": lines_of(starmap(sft_record, asked["valid"])),
         "prompts.train.jsonl": lines_of(once(asked["train"])),
-        "prompts.test.jsonl": lines_of(once(poem for poem in asked["test"] if poem.title not in titles)),
+        "prompts.test.jsonl": lines_of(
+            once((poem, rhyme) for poem, rhyme in asked["test"] if poem.title not in titles)
+        ),
     }
-    files["rhymes.json"] = json.dumps(rhyme_groups(parts["train"]), ensure_ascii=False, indent=0) + "\n"
+    files["rhymes.json"] = json.dumps(groups, ensure_ascii=False, indent=0) + "\n"
     return files
 
 
-def once(poems: Iterable[Poem]) -> list[dict[str, str]]:
+def once(poems: Iterable[tuple[Poem, str]]) -> list[dict[str, str]]:
     """Their prompts without copies."""
-    return [dict(pairs) for pairs in dict.fromkeys(tuple(prompt_record(poem).items()) for poem in poems)]
+    return [dict(pairs) for pairs in dict.fromkeys(tuple(prompt_record(*asked).items()) for asked in poems)]
 
 
 def documents(texts: Iterable[str]) -> str:

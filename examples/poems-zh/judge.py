@@ -1,8 +1,9 @@
 """What PPO is paid by, `form`, and what it is held against, `exact` and `likeness`. They read the reply alone.
 
-form      the weighted mean of five parts: four lines; each as long as was asked for; lines 2 and 4 rhyme; hardly a
-          character twice; Chinese characters and the usual punctuation. PPO is paid by this. It is scaled as a reward
-          model's score is, to a mean of 0 and a standard deviation of 1 on the SFT model's replies, or near them.
+form      the weighted mean of five parts: four lines; each as long as was asked for; lines 2 and 4 end in the rhyme
+          that was asked for, in two characters; hardly a character twice; Chinese characters and the usual
+          punctuation. PPO is paid by this. It is scaled as a reward model's score is, to a mean of 0 and a standard
+          deviation of 1 on the SFT model's replies, or near them.
 exact     1 for a quatrain without a fault, else 0: what `form` is meant to raise.
 likeness  mean log-probability of a character, in nats, under a model of three characters in a row that was fitted on
           the valid and test poems alone. PPO is not paid by it: what keeps the form and is no language loses here.
@@ -26,12 +27,12 @@ from typing import Any
 DATA = Path(__file__).resolve().parent / "data"
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U000323af]")
 BREAK = re.compile(r"[，。！？；：、,.!?;:\s]+")
-ASKED = re.compile("写一首([五七])言绝句")
+ASKED = re.compile("写一首([五七])言绝句，押“(.)”韵")
 LENGTHS = {"五": 5, "七": 7}
 LINES = 4
 PUNCTUATION = "，。，。"
 WEIGHTS = {"lines": 0.1, "lengths": 0.2, "rhyme": 0.4, "fresh": 0.2, "written": 0.1}
-CENTRE, UNIT = 0.55, 0.1  # about the mean and the standard deviation of the SFT model's replies
+CENTRE, UNIT = 0.74, 0.15  # about the mean and the standard deviation of the SFT model's replies
 ALLOWED_REPEATS = 1  # of a character, doubled ones (悠悠) not counted; 88 % of the real quatrains keep to it
 TOO_MANY = 6  # repeats, from which on a reply has nothing left of that part
 START, UNSEEN = "\n", 12_000  # a line's start; characters that there may be, for those that were never seen
@@ -43,7 +44,7 @@ Sample = Mapping[str, Any]
 
 
 def form(samples: Sequence[Sample]) -> list[float]:
-    """The graded reward of samples with `prompt` and `text`: 4.5 without a fault."""
+    """The graded reward of samples with `prompt` and `text`: 1.73 without a fault."""
     return [(sum(WEIGHTS[name] * part for name, part in parts(sample).items()) - CENTRE) / UNIT for sample in samples]
 
 
@@ -54,12 +55,12 @@ def exact(samples: Sequence[Sample]) -> list[float]:
 
 def parts(sample: Sample) -> dict[str, float]:
     """Each part of the form, 0 to 1. The shares of lines are of four or more, so a missing line costs."""
-    lines, wanted = lines_of(sample["text"]), asked(sample["prompt"])
+    lines, (wanted, name) = lines_of(sample["text"]), asked(sample["prompt"])
     count = max(LINES, len(lines))
     return {
         "lines": max(0.0, 1 - abs(len(lines) - LINES) / LINES),
         "lengths": sum(len(line) == wanted for line in lines) / count,
-        "rhyme": float(rhymed(lines)),
+        "rhyme": rhymed(lines, name),
         "fresh": freshness(lines) * min(1.0, sum(map(len, lines)) / (LINES * wanted)),
         "written": written(sample["text"]),
     }
@@ -68,20 +69,21 @@ def parts(sample: Sample) -> dict[str, float]:
 def is_exact(sample: Sample) -> bool:
     """A line that comes twice is many repeats, so it needs no rule of its own."""
     lines = lines_of(sample["text"])
-    shape = f"{HAN.pattern}{{{asked(sample['prompt'])}}}"
+    wanted, name = asked(sample["prompt"])
+    shape = f"{HAN.pattern}{{{wanted}}}"
     return (
         re.fullmatch("".join(shape + mark for mark in PUNCTUATION), sample["text"]) is not None
-        and rhymed(lines)
+        and rhymed(lines, name) == 1
         and repeats(lines) <= ALLOWED_REPEATS
     )
 
 
-def asked(prompt: str) -> int:
-    """Characters of a line, by the Instruction, which begins the prompt."""
+def asked(prompt: str) -> tuple[int, str]:
+    """Characters of a line and the name of the rhyme, by the Instruction, which begins the prompt."""
     found = ASKED.match(prompt)
     if found is None:
         raise ValueError(f"the prompt asks for no quatrain: {prompt!r}")
-    return LENGTHS[found[1]]
+    return LENGTHS[found[1]], found[2]
 
 
 def lines_of(text: str) -> list[str]:
@@ -89,9 +91,13 @@ def lines_of(text: str) -> list[str]:
     return [line for line in BREAK.split(text) if line]
 
 
-def rhymed(lines: Sequence[str]) -> bool:
-    """Whether lines 2 and 4 end in different characters that rhyme."""
-    return len(lines) >= LINES and rhyme(lines[1][-1], lines[3][-1])
+def rhymed(lines: Sequence[str], name: str) -> float:
+    """Share of lines 2 and 4 that end in the rhyme that is asked for; the second in another character."""
+    if len(lines) < LINES:
+        return 0.0
+    group, (first, second) = rhyme_group(), (lines[1][-1], lines[3][-1])
+    found = [end in group and group[end] == group.get(name) for end in (first, second)]
+    return (found[0] + (found[1] and first != second)) / 2
 
 
 def rhyme(a: str, b: str) -> bool:
@@ -125,7 +131,13 @@ def written(text: str) -> float:
 @cache
 def rhyme_group() -> dict[str, int]:
     """The number of each character's group."""
-    return {c: i for i, group in enumerate(json.loads(read("rhymes.json"))) for c in group}
+    return {c: i for i, group in enumerate(groups()) for c in group}
+
+
+@cache
+def groups() -> tuple[str, ...]:
+    """Characters that rhyme; the first of each group is its name."""
+    return tuple(json.loads(read("rhymes.json")))
 
 
 # --- likeness ---------------------------------------------------------------------------------------------------------
@@ -200,10 +212,12 @@ def quatrains(poems: Iterable[str]) -> list[str]:
     return [poem for poem in poems if len(lines_of(poem)) == LINES]
 
 
-def sample_of(poem: str) -> dict[str, str]:
-    """A poem as the reply to a prompt that asks for its form."""
-    name = {n: c for c, n in LENGTHS.items()}[len(lines_of(poem)[0])]
-    return {"prompt": f"写一首{name}言绝句。", "input": "", "text": poem}
+def sample_of(poem: str, text: str) -> dict[str, str]:
+    """A text as the reply to a prompt that asks for this poem's form and for the rhyme that the poem ends in."""
+    lines = lines_of(poem)
+    name = {n: c for c, n in LENGTHS.items()}[len(lines[0])]
+    rhyme = next((group[0] for group in groups() if lines[-1][-1] in group), lines[-1][-1])
+    return {"prompt": f"写一首{name}言绝句，押“{rhyme}”韵。", "input": "", "text": text}
 
 
 def refilled(poem: str, letters: Iterable[str]) -> str:
@@ -230,7 +244,7 @@ def figures() -> dict[str, dict[str, float]]:
     halves = [(quatrains(poems[i::2]), fit(poems[1 - i :: 2])) for i in (0, 1)]
     found = {}
     for name, change in spoil.items():
-        made = [([sample_of(change(poem)) for poem in half], model) for half, model in halves]
+        made = [([sample_of(poem, change(poem)) for poem in half], model) for half, model in halves]
         samples = [sample for half, _ in made for sample in half]
         like = [model.mean(lines_of(sample["text"])) for half, model in made for sample in half]
         found[name] = {"form": mean(form(samples)), "exact": mean(exact(samples)), "likeness": mean(like)}

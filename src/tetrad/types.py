@@ -4,7 +4,7 @@ Arrays are numpy arrays while text becomes tokens and torch tensors from the dev
 Shapes: T tokens of a packed micro-batch, B rows, D documents of a pack.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,11 @@ class Turn:
 
     role: str
     text: str
+
+
+def lines(turns: Iterable[Turn]) -> str:
+    """All that turns say, a line a turn; silent ones are left out."""
+    return "\n".join(turn.text for turn in turns if turn.text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from tetrad.model.decoder import CausalLM
 from tetrad.objectives import policy
 from tetrad.settings.common import Sampling
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import lines
 
 SHOWN = 3
 COLUMNS = ("ids", "pieces", "logprob", "reference", "kl", "value", "reward", "advantage", "return")
@@ -50,7 +51,7 @@ class Samples:
             say(f"  {asked} |{record['text']}  (score {record['score']:+.2f}, KL {record['kl']:.1f})")
         now, before = self._greedy(self.actor), self._greedy(self.reference)
         for question, new, old in zip(self.fixed, now, before, strict=True):
-            asked = "\n".join(turn.text for turn in question.prompt.turns if turn.text)
+            asked = lines(question.prompt.turns)
             keep({"step": step, "prompt": asked, "greedy": new, "before": old})
 
     def _greedy(self, model: CausalLM) -> list[str]:

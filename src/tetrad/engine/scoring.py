@@ -25,7 +25,7 @@ from tetrad.errors import UserError
 from tetrad.model.decoder import ScalarModel
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.types import Prompt, Tokens, Turn
+from tetrad.types import Prompt, Tokens, Turn, lines
 
 _PATIENCE = 300.0  # seconds for one answer of an endpoint
 _WAITS = (1.0, 5.0)  # before it is asked again
@@ -51,7 +51,7 @@ class Sample:
     @property
     def prompt(self) -> str:
         """All that was asked, a line a turn."""
-        return "\n".join(turn.text for turn in self.turns if turn.text)
+        return lines(self.turns)
 
 
 class Reward(Protocol):

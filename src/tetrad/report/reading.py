@@ -34,7 +34,7 @@ from tetrad.errors import UserError
 from tetrad.settings.recipe import Recipe
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Tokens, Turn
+from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Tokens, Turn, lines
 
 MOST_TEXTS = 50_000  # documents held in memory
 MOST_REFUSED = 1_000  # bad rows told one by one; the rest are counted
@@ -259,7 +259,7 @@ def _answered(value: dict[Any, Any]) -> bool:
 
 def asked(record: Record) -> str:
     """The prompt as one text; Instruction and Input laid together. Empty for a document."""
-    return "\n".join(turn.text for turn in _turns(record) if turn.text)
+    return lines(_turns(record))
 
 
 def replies(record: Record) -> tuple[str, ...]:

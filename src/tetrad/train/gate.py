@@ -17,7 +17,7 @@ from tetrad.engine.context import StageContext
 from tetrad.engine.stage import figures_of
 from tetrad.errors import UserError
 from tetrad.settings.gate import Gate
-from tetrad.types import Prompt
+from tetrad.types import Prompt, lines
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def heed(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> None:
     figures = figures_of(folder)
     if ctx.recipe.reward.data:
         known = read_prompts(ctx.files(ctx.recipe.reward.data))
-        near = covered([_asked(prompt) for prompt in prompts], [_asked(prompt) for prompt in known])
+        near = covered([lines(prompt.turns) for prompt in prompts], [lines(prompt.turns) for prompt in known])
         figures |= {"prompts_far": near.far} if near else {}
     found = verdict(figures, ctx.recipe.gate, (*_RULES, _COVERAGE))
     if found.outcome == "fail" and ctx.recipe.gate.strict:
@@ -132,7 +132,3 @@ def heed_first(ctx: StageContext, scores: Sequence[float]) -> None:
     found = verdict({"fresh_mean": fmean(scores), "fresh_std": pstdev(scores)}, ctx.recipe.gate, (_SCALE,))
     if found.outcome == "fail":
         ctx.console.say(f"warning    PPO's own prompts are on another scale of the reward model: {found.reasons[0]}")
-
-
-def _asked(prompt: Prompt) -> str:
-    return "\n".join(turn.text for turn in prompt.turns if turn.text)

@@ -22,7 +22,7 @@ import pytest
 HERE = Path(__file__).parents[3] / "examples" / "poems-zh"
 RHYMES = ("山间关闲", "风中东空", *("".join(chr(0x6000 + 4 * i + j) for j in range(4)) for i in range(28)))
 LETTERS = "云水花月松竹石雪江天日夜春雨草木人心路门鸟鱼马车书琴酒茶灯影"
-FIVE, SEVEN = "写一首五言绝句。\n夜坐", "写一首七言绝句。\n夜坐"
+FIVE, SEVEN = "写一首五言绝句，押“山”韵。\n夜坐", "写一首七言绝句，押“山”韵。\n夜坐"
 GOOD = "云水花月山，松竹石雪间。天日夜春雨，草木人心关。"
 
 
@@ -174,21 +174,31 @@ def test_the_ends_are_those_of_the_train_poems(fetch: ModuleType) -> None:
     assert found == ["".join(f"{end}。" for end in p.rhymes) for p in made_up(fetch) if p.split == "train"]
 
 
-def test_sft_asks_for_quatrains_by_form_and_title(fetch: ModuleType) -> None:
-    files = fetch.build(made_up(fetch))
+def test_sft_asks_for_quatrains_by_form_rhyme_and_title(fetch: ModuleType) -> None:
+    poems = made_up(fetch)
+    stray = [
+        fetch.Poem("乱", ("云水花月江", f"松竹石雪{a}", "天日夜春雨", f"草木人心{b}")) for a, b in ("山风", "间东")
+    ]
+    files = fetch.build([*poems, *stray])
+    names = {c: group[0] for group in json.loads(files["rhymes.json"]) for c in group}
     for split in ("train", "valid"):
         found = {record["Output"]: record for record in records(files, f"sft.{split}.jsonl")}
-        wanted = [p for p in made_up(fetch) if p.split == split and p.is_quatrain]
+        wanted = [p for p in poems if p.split == split and p.is_quatrain]
         assert wanted and set(found) == {p.text for p in wanted}
         for p in wanted:
             name = {5: "五", 7: "七"}[len(p.lines[0])]
-            assert found[p.text] == {"Instruction": f"写一首{name}言绝句。", "Input": p.title, "Output": p.text}
+            asked = f"写一首{name}言绝句，押“{names[p.rhymes[1]]}”韵。"
+            assert found[p.text] == {"Instruction": asked, "Input": p.title, "Output": p.text}
 
 
 def test_no_title_of_a_test_prompt_is_trained_on(fetch: ModuleType) -> None:
-    lines = [tuple("".join(random.Random(i * 4 + j).sample(LETTERS, 5)) for j in range(4)) for i in range(200)]
-    poems = [fetch.Poem(LETTERS[i % 25], four) for i, four in enumerate(lines)]
-    poems += [fetch.Poem(f"夜{LETTERS[i % 25]}", four[::-1]) for i, four in enumerate(lines[:60])]
+    drawn = [["".join(random.Random(i * 4 + j).sample(LETTERS, 4)) for j in range(4)] for i in range(240)]
+    ends = [(c, a, d, b) for a, b, c, d in (RHYMES[i % len(RHYMES)] for i in range(240))]
+    lines = [
+        tuple(map("".join, zip(four, four_ends, strict=True))) for four, four_ends in zip(drawn, ends, strict=True)
+    ]
+    poems = [fetch.Poem(LETTERS[i % 25], four) for i, four in enumerate(lines[:200])]
+    poems += [fetch.Poem(f"夜{LETTERS[i % 25]}", four) for i, four in enumerate(lines[200:])]
     files = fetch.build(poems)
     prompts = {split: records(files, f"prompts.{split}.jsonl") for split in ("train", "test")}
     titles = {split: {record["Input"] for record in prompts[split]} for split in prompts}
@@ -332,6 +342,7 @@ def five(text: str) -> dict[str, Any]:
     return {"prompt": FIVE, "input": "夜坐", "text": text}
 
 
+FULL = 26 / 15  # what form pays without a fault
 GOOD_SEVEN = "云水花月松竹江，石雪门天日夜山。雨草木人心路春，鸟鱼马车书琴间。"
 FAULTS = {  # of GOOD, one each, and what is left of each part of the form
     "three lines": (
@@ -342,8 +353,10 @@ FAULTS = {  # of GOOD, one each, and what is left of each part of the form
     "a longer line": ("云水花月门山，松竹石雪间。天日夜春雨，草木人心关。", {"lengths": 0.75}),
     "a shorter line": ("云水花山，松竹石雪间。天日夜春雨，草木人心关。", {"lengths": 0.75, "fresh": 0.95}),
     "lines of seven": (GOOD_SEVEN, {"lengths": 0.0}),
-    "no rhyme": ("云水花月山，松竹石雪江。天日夜春雨，草木人心关。", {"rhyme": 0.0}),
-    "a rhyme with itself": ("云水花月山，松竹石雪间。天日夜春雨，草木人心间。", {"rhyme": 0.0}),
+    "line 2 in no rhyme": ("云水花月山，松竹石雪江。天日夜春雨，草木人心关。", {"rhyme": 0.5}),
+    "line 4 in no rhyme": ("云水花月山，松竹石雪间。天日夜春雨，草木人心江。", {"rhyme": 0.5}),
+    "a rhyme with itself": ("云水花月山，松竹石雪间。天日夜春雨，草木人心间。", {"rhyme": 0.5}),
+    "another rhyme": ("云水花月山，松竹石雪风。天日夜春雨，草木人心东。", {"rhyme": 0.0}),
     "an end in no group": ("云水花月山，松竹石雪江。天日夜春雨，草木人心江。", {"rhyme": 0.0}),
     "two repeats": ("云水花月山，松竹石雪间。天日云水雨，草木人心关。", {"fresh": 0.8}),
     "a line twice": ("云水花月山，松竹石雪间。云水花月山，草木人心关。", {"fresh": 0.2}),
@@ -361,15 +374,16 @@ SOUND = {  # quatrains without a fault
     "one repeat": five("云水花月山，松竹石雪间。天日夜云雨，草木人心关。"),
     "a repeat next to a doubled one": five("云云花月山，松竹石雪间。天日夜云雨，草木人心关。"),
     "doubled ones": five("云云花花山，松竹石雪间。天天夜春雨，草木人心关。"),
-    "rhyme of another group": five("云水花月山，松竹石雪风。天日夜春雨，草木人心东。"),
-    "a title that names the other form": five(GOOD) | {"prompt": "写一首五言绝句。\n写一首七言绝句"},
+    "another rhyme is asked for": five("云水花月山，松竹石雪风。天日夜春雨，草木人心东。")
+    | {"prompt": FIVE.replace("山", "空")},
+    "a title that names another form": five(GOOD) | {"prompt": f"{FIVE}\n{SEVEN.replace('山', '风')}"},
 }
 
 
 @pytest.mark.parametrize("name", SOUND)
 def test_a_quatrain_without_a_fault_has_full_marks(judge: ModuleType, name: str) -> None:
     assert judge.parts(SOUND[name]) == dict.fromkeys(judge.WEIGHTS, 1.0)
-    assert judge.form([SOUND[name]]) == pytest.approx([4.5]) and judge.exact([SOUND[name]]) == [1.0]
+    assert judge.form([SOUND[name]]) == pytest.approx([FULL]) and judge.exact([SOUND[name]]) == [1.0]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -377,7 +391,7 @@ def test_each_fault_costs_its_part_and_the_exact_form(judge: ModuleType, name: s
     text, left = FAULTS[name]
     assert judge.parts(five(text)) == pytest.approx(dict.fromkeys(judge.WEIGHTS, 1.0) | left)
     lost = sum(judge.WEIGHTS[part] * (1 - share) for part, share in left.items())
-    assert judge.form([five(text)]) == pytest.approx([4.5 - 10 * lost]) and lost > 0
+    assert judge.form([five(text)]) == pytest.approx([FULL - lost / judge.UNIT]) and lost > 0
     assert judge.exact([five(text)]) == [0.0]
 
 
@@ -388,8 +402,8 @@ def test_weights_sum_to_one_and_the_order_of_samples_is_kept(judge: ModuleType) 
 
 
 def test_a_prompt_that_asks_for_no_quatrain_is_an_error(judge: ModuleType) -> None:
-    for prompt in ("写一首词。", "写一首词。\n写一首五言绝句。"):
-        with pytest.raises(ValueError, match="asks for no quatrain: '写一首词。"):
+    for prompt in ("写一首词。", "写一首词。\n写一首五言绝句，押“山”韵。", "写一首词，押“山”韵。"):
+        with pytest.raises(ValueError, match="asks for no quatrain: '写一首词"):
             judge.form([five(GOOD) | {"prompt": prompt}])
 
 
