@@ -66,7 +66,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(60 * KILLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # os.fork in a process with threads: the child starts none
 def test_killed_stages_go_on_to_the_same_bits(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "data")
@@ -98,7 +98,7 @@ ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(60 * KILLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "words", [("--ppo.critic", "shared", "--ppo.ema", "0.9"), ADAPTERS], ids=["shared", "adapters"]
