@@ -6,8 +6,10 @@
 
 RUN: a run of the example, runs/reviews-en. Both start from its SFT and reward model, with the same prompts, batches,
 learning rates, beta, clips and penalty for a cut reply; what one of the two lacks (a clip of scores or of gradients) is
-off. One JSON line a system and seed: KL and mean score of the replies of each iteration, without the penalty. `show`
-prints the score by nats of KL: the mean over seeds, and the lowest and highest of them.
+off. What still differs: TRL puts the score one place after the end token and learns a value there, and its value head
+has a bias that is trained. One JSON line a system and seed: KL and mean score of the replies of each iteration, without
+the penalty; the seconds hold what each does besides (checkpoints, loading) and compare nothing. `show` prints the score
+by nats of KL, the mean over seeds and the lowest and highest of them, and where each seed ended (ten iterations).
 """
 
 import argparse
@@ -31,7 +33,7 @@ from tetrad.text.template import choose
 from tetrad.text.tokenizer import Tokenizer
 
 PROMPTS = Path(__file__).parent.parent / "examples/reviews-en/data/prompts.train.jsonl"
-BATCH, STEPS, EPOCHS, PARTS, LONGEST = 32, 60, 2, 2, 64
+BATCH, STEPS, EPOCHS, PARTS, LONGEST = 64, 75, 2, 2, 64
 LR, BETA, PENALTY, BETA2, EPS = 3e-4, 0.12, 2.5, 0.95, 1e-5
 RECIPE = """\
 name = "ppo"
@@ -76,9 +78,10 @@ def tetrad(run: Path, seed: int, steps: int) -> Curve:
 
 def trl(run: Path, seed: int, steps: int) -> Curve:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    set_seed(seed)  # its order of replies is numpy's
     policy, reward = model_folder(run / "sft"), model_folder(run / "reward")
     words = AutoTokenizer.from_pretrained(policy, padding_side="left")
     actor = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
@@ -102,6 +105,7 @@ def trl(run: Path, seed: int, steps: int) -> Curve:
             temperature=1.0,
             missing_eos_penalty=PENALTY,
             kl_coef=BETA,
+            vf_coef=1.0,  # one optimizer for both: the critic's error as it is
             learning_rate=LR,
             lr_scheduler_type="linear",
             adam_beta2=BETA2,
@@ -149,8 +153,10 @@ def by_nats(row: Mapping[str, Sequence[float]]) -> dict[int, float]:
 def show(path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for system in SYSTEMS:
-        curves = [by_nats(row) for row in rows if row["system"] == system]
-        print(f"{system}: {len(curves)} seeds")
+        mine = [row for row in rows if row["system"] == system]
+        curves = [by_nats(row) for row in mine]
+        ends = ", ".join(f"{sum(r['score'][-10:]) / 10:+.2f} at {sum(r['kl'][-10:]) / 10:.1f} nats" for r in mine)
+        print(f"{system}: {len(curves)} seeds, which ended with {ends}")
         for nats in sorted({nats for curve in curves for nats in curve}):
             scores = [curve[nats] for curve in curves if nats in curve]
             mean = sum(scores) / len(scores)

@@ -216,8 +216,8 @@ FAULTS = (
     Fault(
         "21 returns are taken after whitening",
         "train/ppo.py",
-        "return Experience(rollout, parts, scores, old, ref, values, rewards, advantages, returns)",
-        "return Experience(rollout, parts, scores, old, ref, values, rewards, advantages, advantages + values)",
+        "values, after_B, rewards, advantages, returns)",
+        "values, after_B, rewards, advantages, advantages + values)",
         f"{PPO}::test_the_end_is_terminal",
     ),
     Fault(
@@ -356,8 +356,8 @@ FAULTS = (
     Fault(
         "the end of a reply is bootstrapped",
         "train/ppo.py",
-        "goes_on = torch.where(rollout.ended_B, 0, after_B) if s.cut_value else None",
-        "goes_on = after_B",
+        "after_B = torch.where(rollout.ended_B, 0, after_B) if s.cut_value else torch.zeros_like(scores)",
+        "pass",
         f"{PPO}::test_the_end_is_terminal",
     ),
     Fault(
@@ -496,8 +496,8 @@ FAULTS = (
     Fault(
         "explain works a cut reply out as if it had ended",
         "report/explain.py",
-        'goes_on = s.cut_value and not record["ended"]',
-        "goes_on = False",
+        'if s.cut_value and not record["ended"] else None',
+        "if False else None",
         "unit/report/test_explain.py::test_a_cut_reply_goes_on_in_the_critics_value",
     ),
     Fault(

@@ -1,4 +1,5 @@
-"""What PPO is paid by, `form`, and what it is held against, `exact` and `likeness`. They read the reply alone.
+"""What PPO is paid by, `form`, and what it is held against, `exact` and `likeness`. `likeness` reads the reply alone,
+the other two the Instruction as well.
 
 form      the weighted mean of five parts: four lines; each as long as was asked for; lines 2 and 4 end in the rhyme
           that was asked for, in two characters; hardly a character twice; Chinese characters and the usual

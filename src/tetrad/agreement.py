@@ -17,8 +17,8 @@ from tetrad.settings.base import FUNCTIONS, REWARDS, is_function, knobs
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 
-PATHS = ("model.from", "reward.from", "evaluate.referee", "run.out")
-"""The settings that name one file or folder."""
+PATHS = ("model.from", "reward.from", "evaluate.referee")
+"""The settings that name a folder that is there."""
 _NAME = re.compile(r"[^\W.][\w.+-]{0,99}")
 _SEARCH = 10_000
 _LARGEST_WHOLE = 2**53
@@ -67,7 +67,7 @@ def check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
         if knob.kind == "whole" and name != "seed" and value >= _LARGEST_WHOLE:
             what, hint = f"{name} = {shown(value)} is more than anything can count", f"the default is {knob.default}"
             raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
-        for text in (value,) if name in PATHS else value if knob.mark else ():
+        for text in (value,) if name in (*PATHS, "run.out") else value if knob.mark else ():
             if "\0" in text or len(os.fsencode(text)) > 4000 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
                 what = f"{name} has {shown(text)}, which no file can be named"
                 raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint="name a file or folder")

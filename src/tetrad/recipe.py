@@ -168,7 +168,7 @@ def _path(knob: Knob, value: Any, folder: Path) -> Any:
         return tuple(os.path.abspath(_from(folder, text)) if is_function(text) else text for text in value)
     if knob.mark:
         return tuple(str(_from(folder, text)) for text in value)
-    if knob.name in PATHS[:3] and value:
+    if knob.name in PATHS and value:
         beside = folder / os.path.expanduser(value)
         return str(beside if beside.exists() else Path(value))  # a run's stage is given as from the current folder
     return value

@@ -193,6 +193,8 @@ def test_no_two_sources_of_a_reward_share_a_name():
     assert named(given) == ["reward", "judge", "judge_2", "127_0_0_1_8"]
     assert named(("a.py:judge_2", "b.py:judge", "c.py:judge")) == ["judge_2", "judge", "judge_3"]
     assert named(("a.py:reward", "reward", "b.py:std")) == ["reward_2", "reward", "std_2"]
+    assert named(("a.py:reward", "b.py:std"), ()) == ["reward", "std"]
+    assert named(("https://user:secret@host.net/x?key=secret",)) == ["host_net"]
 
 
 def test_several_replies_to_a_prompt_are_learned_from_once_each():

@@ -71,7 +71,10 @@ def test_a_planted_hack_is_told_within_ten_steps(hack: str) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_run_raises_none(seed: int) -> None:
-    """The reward is really earned: more liked words."""
-    told, scores = alarms(S, seed, ppo_toys.by_ids(ppo_toys.liked), steps=20)
+    """The reward is really earned: more liked words, but not more than the best of 512 first replies had."""
+    score = ppo_toys.by_ids(ppo_toys.liked)
+    four = some_models(S, seed, score)
+    seen = max(s for k in range(8) for s in score(ppo_toys.sampled(four, ASKED, S, (seed, 900 + k)).samples))
+    told, scores = alarms(S, seed, score, steps=20, seen=seen)
     assert told == {}
     assert sum(scores[-5:]) / 5 > scores[0] + 0.3

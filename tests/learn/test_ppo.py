@@ -20,7 +20,7 @@ from tetrad.settings.ppo import Ppo
 from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn
-SEEDS = range(int(os.environ.get("TETRAD_SEEDS", "3")))  # of a claim; ten were seen to hold
+SEEDS = range(int(os.environ.get("TETRAD_SEEDS", "3")))
 
 
 def asked(count: int, prompt: tuple[int, ...] = (3, 4)) -> list[Question]:

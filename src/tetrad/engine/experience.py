@@ -20,8 +20,9 @@ from tetrad.settings.ppo import Ppo
 
 @dataclass(frozen=True)
 class Experience:
-    """One iteration's replies as the models read them; [B, T] and on the CPU but for the scores, [B]. parts: what each
-    source of the score said; old, ref: log-probabilities of actor and reference."""
+    """One iteration's replies as the models read them; [B, T] and on the CPU but for scores and after, [B]. parts: what
+    each source of the score said; old, ref: log-probabilities of actor and reference; after: the value of what comes
+    after the last token, 0 where nothing does."""
 
     rollout: Rollout
     parts: Mapping[str, Sequence[float]]
@@ -29,6 +30,7 @@ class Experience:
     old: Tensor
     ref: Tensor
     values: Tensor
+    after: Tensor
     rewards: Tensor
     advantages: Tensor
     returns: Tensor

@@ -2,8 +2,9 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
@@ -45,13 +46,16 @@ def _cut(x: float, clip: float) -> float:
     return min(max(x, -clip), clip) if clip else x
 
 
-def named(given: Sequence[str]) -> list[str]:
-    """A name for each entry that no other figure has: `reward` for the reward model alone, a function's own name, an
-    address's host; the second of a name is NAME_2."""
-    names, taken = list[str](), {REWARD_MODEL, "std"}  # score_std is the spread of the whole
+def named(given: Sequence[str], reserved: Collection[str] = (REWARD_MODEL, "std")) -> list[str]:
+    """A name for each entry that no other has, nor what is reserved (score_std is the spread of the whole): `reward`
+    for the reward model, a function's own name, an address's host and port; the second of a name is NAME_2."""
+    names, taken = list[str](), set(reserved)
     for entry in given:
-        last = entry.rpartition(":")[2] if is_function(entry) else entry.partition("//")[2].partition("/")[0]
-        plain = re.sub(r"\W", "_", last)
+        if is_function(entry):
+            plain = entry.rpartition(":")[2]
+        else:
+            address = urlsplit(entry)  # neither its user nor its query: they may be secret
+            plain = re.sub(r"\W", "_", f"{address.hostname}:{address.port}" if address.port else f"{address.hostname}")
         tries = (f"{plain}_{n}" if n > 1 else plain for n in itertools.count(1))
         names.append(REWARD_MODEL if entry == REWARD_MODEL else next(name for name in tries if name not in taken))
         taken.add(names[-1])

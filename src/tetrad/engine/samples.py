@@ -76,5 +76,6 @@ class Samples:
             "parts": {name: part[row] for name, part in made.parts.items()},
             "kl": float(kl[row].sum()),
             "ended": sample.ended,
+            "after": float(made.after[row]),
             "tokens": dict(zip(COLUMNS, (list(sample.reply_ids), pieces, *numbers), strict=True)),
         }

@@ -80,8 +80,8 @@ def _reply(record: Mapping[str, Any], figures: Mapping[str, float], s: Ppo, cons
     console.say(f"\nprompt: {record['prompt']}\nreply:  {record['text']}  (score {record['score']:+.3f}, {end})")
     rows = [_row(*cells) for cells in zip(*(tokens[key] for key in _KEYS), strict=True)]
     console.table("token by token", _TABLE, rows)
-    goes_on = s.cut_value and not record["ended"]
-    for text in _worked(tokens, figures, s, warming=record["step"] < s.critic_warmup, goes_on=goes_on):
+    after = record["after"] if s.cut_value and not record["ended"] else None
+    for text in _worked(tokens, figures, s, warming=record["step"] < s.critic_warmup, after=after):
         console.say(text)
 
 
@@ -90,10 +90,10 @@ def _row(token: int, piece: str, *numbers: float) -> list[str]:
 
 
 def _worked(
-    tokens: Mapping[str, Sequence[float]], f: Mapping[str, float], s: Ppo, *, warming: bool, goes_on: bool
+    tokens: Mapping[str, Sequence[float]], f: Mapping[str, float], s: Ppo, *, warming: bool, after: float | None
 ) -> list[str]:
-    """The arithmetic of the first and the last token, written out. Whitened rewards have no such line. goes_on: a cut
-    reply, whose end has a value."""
+    """The arithmetic of the first and the last token, written out. Whitened rewards have no such line. after: the value
+    after a reply that was cut and goes on in it."""
     lam, v, r, g = 1.0 if warming else s.lam, tokens["value"], tokens["reward"], tokens["return"]
     kl = tokens["kl"][0]
     found = []
@@ -109,10 +109,10 @@ def _worked(
             f"{delta + s.gamma * lam * later:+.3f}; return = A + V = {g[0]:+.3f}"
         )
     last = g[-1] - v[-1]
-    if goes_on:
-        after = g[-1] - r[-1]
+    if after is not None:
         found.append(
-            f"last token: A = r + gamma V_after - V = {r[-1]:+.3f} + {after:+.3f} - {v[-1]:+.3f} = {last:+.3f}"
+            f"last token: A = r + gamma V_after - V = {r[-1]:+.3f} + {s.gamma:g} * {after:+.3f} - {v[-1]:+.3f} "
+            f"= {last:+.3f}"
         )
         found.append("  the reply was cut, and goes on in the critic's value")
     else:

@@ -24,6 +24,7 @@ from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
 from tetrad.engine.metrics import reply_figures
 from tetrad.engine.prepare import first_parent
+from tetrad.engine.rewards import named
 from tetrad.engine.rollout import Question, Rollout, read_questions, roll_out
 from tetrad.engine.scoring import Reward, Sample, python_function
 from tetrad.engine.stage import POLICY, figures_of, frozen, read_policy, reward_model, template_for
@@ -64,7 +65,8 @@ def _run(ctx: StageContext, device: Device) -> None:
     limit = sft.config.max_positions
     questions = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new)
     questions = [questions[i] for i in order(seed, 0, len(questions))[: s.samples]]
-    judges: dict[str, Reward] = {spec.rpartition(":")[2]: python_function(spec) for spec in s.judges}
+    names = named(s.judges, ["reward"])
+    judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], tokenizer, device), **judges}
     systems = answers_of_all(ctx, sft, questions, tokenizer, judges.get("reward"), device)

@@ -64,7 +64,7 @@ def run(ctx: StageContext) -> None:
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
     steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch * s.replies), RunningStd())
     others = ctx.recipe.alarms.judges
-    judges = {f"judge_{name}": python_function(spec) for name, spec in zip(named(others), others, strict=True)}
+    judges = {f"judge_{name}": python_function(spec) for name, spec in zip(named(others, ()), others, strict=True)}
     samples = Samples(ctx, four.actor, four.reference, questions, tokenizer, device)
     with (
         start(ctx, device, s.steps, four.parts(), steered.state, steered.restore, ctx.recipe.run.grace) as stage,
@@ -148,11 +148,11 @@ def experience_of(
     rewards = shaped_rewards(s, scores / unit, old, ref, rollout, steered.kl.beta)
     if s.reward_scaling == "whiten":
         rewards = whitened(rewards, rollout.mask_BT, device, shift_mean=False)
-    goes_on = torch.where(rollout.ended_B, 0, after_B) if s.cut_value else None
+    after_B = torch.where(rollout.ended_B, 0, after_B) if s.cut_value else torch.zeros_like(scores)
     lam = 1.0 if step < s.critic_warmup else s.lam
-    advantages, returns = policy.gae(rewards, values, rollout.mask_BT, s.gamma, lam, goes_on)
+    advantages, returns = policy.gae(rewards, values, rollout.mask_BT, s.gamma, lam, after_B)
     advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)
-    return Experience(rollout, parts, scores, old, ref, values, rewards, advantages, returns)
+    return Experience(rollout, parts, scores, old, ref, values, after_B, rewards, advantages, returns)
 
 
 def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, beta: float) -> Tensor:
@@ -287,7 +287,7 @@ def text_of(ctx: StageContext, device: Device) -> Text | None:
         return None
     found = prepared(ctx, ptx)
     rows = Rows(found.store, s.row_tokens, ctx.recipe.seed, found.mixture)
-    batch = max(1, s.batch_tokens // s.row_tokens)
+    batch = s.batch_tokens // s.row_tokens
 
     def micros(update: int) -> list[Micro]:
         wanted = mesh.share(range(update * batch, (update + 1) * batch))

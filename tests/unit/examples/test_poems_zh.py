@@ -176,10 +176,10 @@ def test_the_ends_are_those_of_the_train_poems(fetch: ModuleType) -> None:
 
 def test_sft_asks_for_quatrains_by_form_rhyme_and_title(fetch: ModuleType) -> None:
     poems = made_up(fetch)
-    stray = [
-        fetch.Poem("乱", ("云水花月江", f"松竹石雪{a}", "天日夜春雨", f"草木人心{b}")) for a, b in ("山风", "间东")
-    ]
-    files = fetch.build([*poems, *stray])
+    lines = [("云水花月江", f"松竹石{c}山", "天日夜春雨", "草木人心风") for c in LETTERS]
+    stray = {found.split: found for found in (fetch.Poem("乱", four) for four in lines)}
+    assert set(stray) == set(fetch.SPLITS)
+    files = fetch.build([*poems, *stray.values()])
     names = {c: group[0] for group in json.loads(files["rhymes.json"]) for c in group}
     for split in ("train", "valid"):
         found = {record["Output"]: record for record in records(files, f"sft.{split}.jsonl")}
@@ -189,6 +189,7 @@ def test_sft_asks_for_quatrains_by_form_rhyme_and_title(fetch: ModuleType) -> No
             name = {5: "五", 7: "七"}[len(p.lines[0])]
             asked = f"写一首{name}言绝句，押“{names[p.rhymes[1]]}”韵。"
             assert found[p.text] == {"Instruction": asked, "Input": p.title, "Output": p.text}
+    assert all(row["Input"] != "乱" for name in files if name.endswith("jsonl") for row in records(files, name))
 
 
 def test_no_title_of_a_test_prompt_is_trained_on(fetch: ModuleType) -> None:

@@ -60,11 +60,11 @@ def test_a_cut_reply_goes_on_in_the_critics_value(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     chain.run("--ppo.cut-value", "true")
     text = said(chain.home, step=7)
-    assert "cut" in text and "nothing comes after it" not in text
-    (row,) = re.findall(rf"gamma V_after - V = {NUMBER} \+ {NUMBER} - {NUMBER} = {NUMBER}", text)
-    r, after, before, advantage = map(float, row)
+    assert "the reply was cut" in text and "nothing comes after it" not in text
+    (row,) = re.findall(rf"gamma V_after - V = {NUMBER} \+ {NUMBER} \* {NUMBER} - {NUMBER} = {NUMBER}", text)
+    r, gamma, after, before, advantage = map(float, row)
     assert after != 0
-    assert r + after - before == pytest.approx(advantage, abs=2e-3)
+    assert r + gamma * after - before == pytest.approx(advantage, abs=2e-3)
 
 
 def test_steps_that_were_not_recorded_are_named(chain: Chain) -> None:
