@@ -23,12 +23,13 @@ WINDOW = 10  # iterations whose means are compared between score and judges
 @dataclass(frozen=True)
 class _Rule:
     """figure: its name, of the limits too; above: whether too much is wrong; relative: against the start; meaning: what
-    it is a sign of."""
+    it is a sign of; rare: a share so small that one iteration's replies can't tell it."""
 
     figure: str
     above: bool
     relative: bool
     meaning: str
+    rare: bool = False
 
 
 _RULES = (
@@ -40,7 +41,7 @@ _RULES = (
     _Rule("distinct_2", False, True, "replies repeat themselves: the reward may pay for a phrase"),
     _Rule("clip_fraction", True, False, "the updates are too large: lower ppo.actor_lr or ppo.epochs"),
     _Rule("explained_variance", True, False, "the critic doesn't follow: raise ppo.critic_lr or ppo.critic_warmup"),
-    _Rule("unseen_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled"),
+    _Rule("unseen_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled", True),
     _Rule("score_std", False, False, "the reward tells no replies apart"),
     _Rule("falls", True, False, "a judge falls while the score rises: what is learned is the reward's fault"),
 )
@@ -115,8 +116,9 @@ class Watch:
             if still or len(start) < self.starts:
                 start.append(value)
                 return None
-            recent = self.recent[rule.figure] = [*self.recent.get(rule.figure, []), value][-self.lately :]
-            value = sum(recent) / len(recent) / max(sum(start) / len(start), 1e-12)
+            value = self._lately(rule.figure, value) / max(sum(start) / len(start), 1e-12)
+        elif rule.rare:
+            value = self._lately(rule.figure, value)
         limits = getattr(self.s, rule.figure)
         sign = 1 if rule.above else -1
         level = sum(sign * value >= sign * limit for limit in limits)
@@ -125,6 +127,11 @@ class Watch:
         share = " of the start" if rule.relative else ""
         text = f"{rule.figure} is {value:.3g}{share}, the limit is {limits[level - 1]:g}: {rule.meaning}"
         return Alarm(rule.figure, level, text)
+
+    def _lately(self, figure: str, value: float) -> float:
+        """The mean of the last iterations, as many as make RECENT replies."""
+        recent = self.recent[figure] = [*self.recent.get(figure, []), value][-self.lately :]
+        return sum(recent) / len(recent)
 
     def heed(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
         """Says what is new, and returns how many alarms there are. Errors: E-NUM-ALARM under `strict`."""

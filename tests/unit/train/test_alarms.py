@@ -72,6 +72,14 @@ def test_kl_is_held_against_its_target() -> None:
     assert levels(found, 0, kl=7.9) == {} and levels(found, 1, kl=8.1) == {"kl": 1}
 
 
+def test_a_rare_share_is_told_by_enough_replies() -> None:
+    """4 of 64 replies once are chance where one in a hundred is usual; in three iterations in a row they are not."""
+    found = Watch(Alarms(), 0.0, warmup=0, replies=64)
+    shares = [0.0, 0.01, 0.0, 0.0625, 0.0, 0.0625, 0.0625, 0.0625, 0.0, 0.0]
+    told = [levels(found, step, unseen_scores=share).get("unseen_scores", 0) for step, share in enumerate(shares)]
+    assert told == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+
+
 def test_limits_are_settings() -> None:
     assert levels(watch(length=(3.0, 4.0)), 3, length=41.0) == {}
 
