@@ -1,10 +1,10 @@
 """How much memory PPO takes, against what `tetrad check` says beforehand.
 
-    python benchmarks/memory.py RUN --shapes 256x4 512x8 --out results.jsonl
+    python benchmarks/memory.py MODEL --shapes 256x4 512x8 --out results.jsonl
 
-RUN: a run whose tokenizer is borrowed (runs/reviews-en). For each shape, hidden size and layers, a model of random
-weights goes through the reward stage and two iterations of PPO, each stage in a process of its own: with four full
-models, with a critic on the actor's trunk, and with adapters on one base. One JSON line each: the peak of resident
+MODEL: a folder whose tokenizer is borrowed (runs/reviews-en/sft). For each shape, hidden size and layers, a model of
+random weights goes through the reward stage and two iterations of PPO, each stage in a process of its own: with four
+full models, with a critic on the actor's trunk, and with adapters on one base. One JSON line each: the peak of resident
 memory that the system saw, and the plan.
 """
 
@@ -99,11 +99,11 @@ def tetrad(words: list[str]) -> int:
     return usage.ru_maxrss * 1024
 
 
-def measured(run: str, hidden: int, layers: int, way: str, micro: int) -> list[dict[str, Any]]:
+def measured(model: str, hidden: int, layers: int, way: str, micro: int) -> list[dict[str, Any]]:
     critic, adapters = WAYS[way]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        n = write_base(folder / "base", Tokenizer.load(model_folder(run)), hidden, layers)
+        n = write_base(folder / "base", Tokenizer.load(model_folder(model)), hidden, layers)
         write_data(folder)
         path = folder / "recipe.toml"
         path.write_text(RECIPE.format(folder=folder, critic=critic, adapters=adapters, micro=micro))
@@ -121,7 +121,7 @@ def measured(run: str, hidden: int, layers: int, way: str, micro: int) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
+    parser.add_argument("model")
     parser.add_argument("--shapes", nargs="+", default=["256x4", "512x8"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--micro-tokens", type=int, default=4096)
@@ -130,7 +130,7 @@ def main() -> None:
     for shape in asked.shapes:
         hidden, layers = map(int, shape.split("x"))
         for way in asked.ways:
-            for row in measured(asked.run, hidden, layers, way, asked.micro_tokens):
+            for row in measured(asked.model, hidden, layers, way, asked.micro_tokens):
                 line = json.dumps(row)
                 print(line, flush=True)
                 if asked.out:
