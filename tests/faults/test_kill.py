@@ -99,7 +99,7 @@ def kill_and_compare(
             seconds *= 0.9
     forked(path, broken, stage, words=words)
     assert digests(folder) == digests(whole / "tiny" / stage), stage
-    assert stage == "tokenizer" or resumed, f"no kill hit the loop of {stage}"
+    assert stage == "tokenizer" or resumed > 1, f"no kill hit the loop of {stage}"
 
 
 ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")

@@ -87,6 +87,14 @@ def test_parts_and_judges_are_told(chain: Chain) -> None:
         assert line["judge_liked"] == line["score_liked"]
 
 
+def test_two_judges_of_one_name_stay_two(chain: Chain) -> None:
+    (chain.path.parent / "other.py").write_text("def liked(samples):\n    return [7.0 for _ in samples]\n")
+    chain.run("--evaluate.judges", '["judge.py:liked", "other.py:liked"]')
+    report = json.loads((chain.home / "evaluate/report/report.json").read_text())
+    assert report["systems"]["sft"]["liked_2"]["mean"] == 7.0
+    assert report["systems"]["sft"]["liked"]["mean"] != 7.0
+
+
 def test_a_judge_that_is_not_there_is_told_before_any_training(tmp_path: Path) -> None:
     fresh = Chain(tmp_path)
     with pytest.raises(UserError) as caught:
