@@ -247,13 +247,14 @@ def build(reviews: Sequence[Review], news: Sequence[str]) -> dict[str, str]:
     parts = {split: [review for review in reviews if review.split == split] for split in SPLITS}
     paired = {split: pairs(parts[split]) for split in SPLITS}
     in_pairs = {review.text for _, good, bad in paired["train"] for review in (good, bad)}
-    papers: dict[str, list[str]] = {"news": [], "valid": [], "spare": []}
+    papers: dict[str, list[str]] = {"news": [], "valid": [], "human": [], "spare": []}
     for paragraph in news:
         papers[news_part(paragraph)].append(paragraph)
     files = {
         "news.txt": documents(papers["news"]),
         "reviews.txt": documents(review.text for review in parts["train"]),
         "valid.txt": documents([*papers["valid"], *(review.text for review in parts["valid"])]),
+        "human.txt": documents([*papers["human"], *(review.text for review in parts["valid"] + parts["test"])]),
     }
     for split in ("train", "valid"):
         files[f"sft.{split}.jsonl"] = lines(sft_record(review) for review in parts[split] if is_continued(review))
@@ -278,9 +279,9 @@ def is_scored(review: Review) -> bool:
 
 
 def news_part(paragraph: str) -> str:
-    """Where a paragraph goes: a quarter is trained on, 1 % held out."""
+    """Where a paragraph goes: 25 % are trained on, 1 % held out, 25 % for the language model that judges."""
     part = int(hashlib.sha1(paragraph.encode()).hexdigest()[:8], 16) % 100
-    return "news" if part < 25 else "valid" if part < 26 else "spare"
+    return "news" if part < 25 else "valid" if part < 26 else "human" if part < 51 else "spare"
 
 
 def raw_record(line: str, verdict: int) -> dict[str, Any]:

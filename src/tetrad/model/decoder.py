@@ -87,8 +87,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.a, self.b, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(linear(x, self.a), self.b).mul(self.scale)
+    def forward(self, x: Tensor, to: Tensor) -> Tensor:
+        """Its product with x, [T, in], added to `to`, [T, out]."""
+        return torch.addmm(to, linear(x, self.a).mul(self.scale), self.b.t())
 
 
 class Linear(nn.Linear):
@@ -100,7 +101,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         out = linear(x, self.weight, self.bias)
-        return out if self.adapter is None else out + self.adapter(x)
+        return out if self.adapter is None else self.adapter(x, out)
 
     def whole(self) -> Tensor:
         """The weight with its adapter."""

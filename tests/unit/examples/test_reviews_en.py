@@ -337,13 +337,6 @@ def test_baseline_learns_from_train_and_is_tested_on_test(judged: ModuleType) ->
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_guard_model_reads_no_text_of_the_chain() -> None:
-    guard = tomllib.loads((HERE / "guard.toml").read_text())
-    recipe = tomllib.loads((HERE / "recipe.toml").read_text())
-    assert guard["tokenizer"]["text"] == guard["pretrain"]["text"] == ["data/human.txt"]
-    assert guard["seed"] != recipe["seed"] and guard["name"] != recipe["name"]
-
-
 @pytest.mark.parametrize("name", ["recipe", "quick"])
 def test_recipes_name_files_that_fetch_makes_and_never_train_on_held_out(fetch: ModuleType, name: str) -> None:
     recipe = tomllib.loads((HERE / f"{name}.toml").read_text())

@@ -111,10 +111,13 @@ def test_no_review_is_in_two_splits_or_twice_in_the_reward_data(fetch: ModuleTyp
         assert paired and len(paired) == len(set(paired)) and set(paired) <= text_of[split]
     for split in ("train", "valid"):
         assert set(wholes(files, f"sft.{split}.jsonl")) == text_of[split]
-    documents = {name: set(files[name].strip().split("\n\n")) for name in ("reviews.txt", "valid.txt", "news.txt")}
+    names = ("reviews.txt", "valid.txt", "news.txt", "human.txt")
+    documents = {name: set(files[name].strip().split("\n\n")) for name in names}
     assert documents["reviews.txt"] == text_of["train"]
     assert text_of["valid"] < documents["valid.txt"] and not documents["valid.txt"] & text_of["test"]
     assert not documents["valid.txt"] & (documents["news.txt"] | text_of["train"])
+    assert text_of["valid"] | text_of["test"] < documents["human.txt"]  # what the language model apart reads
+    assert not documents["human.txt"] & (documents["news.txt"] | text_of["train"])
 
 
 def test_test_prompts_begin_test_reviews_and_are_no_train_prompts(fetch: ModuleType) -> None:
