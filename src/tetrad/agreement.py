@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
-from tetrad.settings.base import FUNCTIONS, REWARDS, is_function, knobs
+from tetrad.settings.base import FUNCTIONS, REWARD_MODEL, REWARDS, entries, is_function, knobs
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 
@@ -155,13 +155,16 @@ def _check_size(recipe: Recipe, places: Mapping[str, str]) -> None:
 def _check_adapters(recipe: Recipe, places: Mapping[str, str]) -> None:
     """PPO's adapters stand on the SFT model, and so must the reward model's."""
     ppo, reward = recipe.ppo, recipe.reward
-    if ppo.prompts and ppo.adapters and reward.data and not reward.adapters:
+    read = bool(ppo.prompts and ppo.adapters and reward.data)
+    read = read and (REWARD_MODEL in entries(ppo.rewards) or ppo.critic == "reward")
+    if read and not reward.adapters:
         what = "ppo.adapters = true needs a reward model that is an adapter, and reward.adapters is false"
         where, hint = places.get("ppo.adapters", ""), "write adapters = true in [reward] too"
         raise UserError("E-CONF-CONFLICT", what, where=where, hint=hint)
-    if ppo.adapters and ppo.doubt:
-        what = "ppo.doubt needs an ensemble, and with ppo.adapters the reward model's first member alone is read"
-        raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.doubt", ""), hint="set one of them off")
+    if (ppo.adapters and ppo.doubt) or (read and reward.seeds > 1):
+        what = "ppo.adapters = true reads one reward model, and reward.seeds or ppo.doubt asks for an ensemble"
+        where = places.get("ppo.adapters", places.get("ppo.doubt", ""))
+        raise UserError("E-CONF-CONFLICT", what, where=where, hint="write seeds = 1 and doubt = 0, or adapters = false")
     if reward.data and reward.adapters and reward.from_:
         what = "reward.adapters = true trains on the SFT model, and reward.from names another"
         raise UserError("E-CONF-CONFLICT", what, where=places.get("reward.from", ""), hint="remove one of them")
@@ -175,6 +178,13 @@ def _check_ppo(recipe: Recipe, places: Mapping[str, str]) -> None:
     if twice := next((entry for entry in ppo.rewards if ppo.rewards.count(entry) > 1), ""):
         what = f'ppo.rewards has "{twice}" twice'
         raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.rewards", ""), hint="give it one larger weight")
+    replies = ppo.batch * ppo.replies
+    if ppo.kl_target and replies >= 5 * ppo.kl_horizon:
+        what = (
+            f"ppo.kl_horizon = {ppo.kl_horizon:g} is too short for {replies} replies an iteration: beta could reach 0"
+        )
+        hint = f"write kl_horizon = {replies // 5 + 1} or more; ten times the replies of an iteration is usual"
+        raise UserError("E-CONF-RANGE", what, where=places.get("ppo.kl_horizon", ""), hint=hint)
     if 0 < ppo.dual_clip <= 1:
         what = f"ppo.dual_clip = {ppo.dual_clip:g} would cut every loss"
         raise UserError("E-CONF-RANGE", what, where=places.get("ppo.dual_clip", ""), hint="write 0, or 3 for one")

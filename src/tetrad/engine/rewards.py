@@ -73,5 +73,6 @@ def reward_sources(ctx: StageContext, tokenizer: Tokenizer, device: Device, mode
             reward = model or reward_model(ctx, ctx.parents["reward"], tokenizer, device, s.doubt)
         else:
             reward = python_function(entry) if is_function(entry) else endpoint(entry)
-        found[name] = Source(reward, weight, s.score_clip if entry == REWARD_MODEL and s.rewards else 0.0)
+        cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which cuts what it has divided
+        found[name] = Source(reward, weight, s.score_clip if cuts else 0.0)
     return Sources(found)

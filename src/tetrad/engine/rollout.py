@@ -134,7 +134,7 @@ def read_questions(
     found = []
     for prompt, tokens in zip(prompts, tokenize(form, tokenizer, prompts, counts=counts), strict=True):
         long = len(tokens.ids) > most
-        if long and on_long == "refuse":
+        if long and (on_long == "refuse" or most < 1):
             what = f"the prompt has {len(tokens.ids)} tokens; {most} fit beside a reply of {room}"
             raise UserError("E-DATA-LONG", what, where=prompt.where, hint="shorten it, or lower max_new")
         counts.cut += long and on_long == "cut"

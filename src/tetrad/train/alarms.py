@@ -13,6 +13,7 @@ from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
 from tetrad.errors import UserError
 from tetrad.settings.alarms import Alarms
+from tetrad.settings.base import REWARD_MODEL, entries
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.recipe import Recipe
 
@@ -68,6 +69,7 @@ class Watch:
         self.recent: dict[str, list[float]] = {}
         self.failing = 0.0
         self.told: dict[str, int] = {}
+        self.broken = ""
         self.windows: dict[str, list[list[float]]] = {}
         self.falls: dict[str, float] = {}
 
@@ -96,10 +98,13 @@ class Watch:
     def _judges(self, figures: Mapping[str, float]) -> float:
         """Windows in a row in which the judge that is worst off fell by more than chance, and the score rose."""
         judges = [name for name in figures if name.startswith("judge_")]
-        for name in ("score", *judges) if judges else ():
-            seen = self.windows.setdefault(name, [[]])
+        if not judges:
+            return 0.0
+        if self.windows.keys() != {"score", *judges}:  # at first, or others are asked since a stop
+            self.windows, self.falls = {name: [[]] for name in ("score", *judges)}, {}
+        for name, seen in self.windows.items():
             seen[-1].append(figures[name])
-        if not judges or len(self.windows["score"][-1]) < WINDOW:
+        if len(self.windows["score"][-1]) < WINDOW:
             return max(self.falls.values(), default=0.0)
         rises = _moved(self.windows["score"]) > 0
         for name in judges:
@@ -116,7 +121,10 @@ class Watch:
             if still or len(start) < self.starts:
                 start.append(value)
                 return None
-            value = self._lately(rule.figure, value) / max(sum(start) / len(start), 1e-12)
+            began = sum(start) / len(start)
+            if not began and not rule.above:
+                return None  # nothing is left that could fall
+            value = self._lately(rule.figure, value) / max(began, 1e-12)
         elif rule.rare:
             value = self._lately(rule.figure, value)
         limits = getattr(self.s, rule.figure)
@@ -134,7 +142,7 @@ class Watch:
         return sum(recent) / len(recent)
 
     def heed(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
-        """Says what is new, and returns how many alarms there are. Errors: E-NUM-ALARM under `strict`."""
+        """Says what is new, and returns how many alarms there are."""
         alarms = self.look(step, figures)
         now = {alarm.figure: alarm.level for alarm in alarms}
         for alarm in alarms:
@@ -143,10 +151,14 @@ class Watch:
         self.told = now
         worst = [alarm for alarm in alarms if alarm.level == 2]
         if self.s.strict and mesh.on_any(bool(worst)):  # figures of a rank are its own: all stop, or none
-            hint = "look at samples.jsonl; a change of the recipe begins this stage anew"
-            what = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
-            raise UserError("E-NUM-ALARM", what, where="ppo", hint=hint)
+            self.broken = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
         return {"alarms": float(len(alarms))}
+
+    def stop(self) -> None:
+        """Errors: E-NUM-ALARM where an alarm is at its second limit, under `strict`."""
+        if self.broken:
+            hint = "look at samples.jsonl; a change of the recipe begins this stage anew"
+            raise UserError("E-NUM-ALARM", self.broken, where="ppo", hint=hint)
 
 
 def _moved(windows: Sequence[Sequence[float]]) -> float:
@@ -159,10 +171,16 @@ def _moved(windows: Sequence[Sequence[float]]) -> float:
     return (means[1] - means[0]) / max(math.sqrt(variance), 1e-12)
 
 
+def _model_pays(recipe: Recipe) -> bool:
+    return REWARD_MODEL in entries(recipe.ppo.rewards)
+
+
 _IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("kl_horizon", lambda r: not r.ppo.kl_target, "beta is fixed: no kl_target is set"),
     ("value_coefficient", lambda r: r.ppo.critic != "shared", "the critic has a trunk of its own"),
     ("doubt", lambda r: r.reward.data != () and r.reward.seeds == 1, "the reward model is no ensemble"),
+    ("doubt", lambda r: not _model_pays(r), "no reward model pays"),
+    ("score_clip", lambda r: not _model_pays(r) and r.ppo.reward_scaling != "running", "no reward model pays"),
     ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),
 )
 

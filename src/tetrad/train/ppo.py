@@ -32,7 +32,7 @@ from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questio
 from tetrad.engine.runs import Run
 from tetrad.engine.samples import Samples
 from tetrad.engine.scoring import python_function
-from tetrad.engine.stage import POLICY, Weights, finish, prepared, report_counts, start, template_for
+from tetrad.engine.stage import POLICY, finish, prepared, report_counts, start, template_for
 from tetrad.engine.update import Micro, Terms, update
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM, ScalarModel
@@ -81,14 +81,16 @@ def run(ctx: StageContext) -> None:
             learned = learn(four, made, s, (seed, step), micro_tokens, device, text)
             judged = {name: judge(rollout.samples) for name, judge in judges.items()}
             figures = figures_of_step(made, kl.beta, device, four.seen, judged) | learned
-            kl.follow(figures["kl"], s.batch * s.replies)
+            if step >= s.critic_warmup:  # before, the actor can't move and its KL is nothing
+                kl.follow(figures["kl"], s.batch * s.replies)
             if four.average:
                 four.average.follow()
             figures |= steered.watch.heed(ctx, step, figures)
             stage.log(step, **figures)
-            if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0):
+            if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0) or steered.watch.broken:
                 samples.show(stage.sample, step, made)
             bar.advance(1, **{name: figures[name] for name in ("score", "kl", "length", "ended")})
+            steered.watch.stop()
         end(ctx, stage, four, tokenizer)
 
 
@@ -157,7 +159,7 @@ def experience_of(
 
 def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, beta: float) -> Tensor:
     """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a cut reply."""
-    clips = s.reward_scaling == "running" or entries(s.rewards) == (REWARD_MODEL,)
+    clips = s.reward_scaling == "running" or not s.rewards  # a reward model among `rewards` is cut before it is weighed
     clip = s.score_clip if clips and s.score_clip else None
     scores = policy.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.ended_B, s.missing_eos_penalty)
     kl = policy.kl_tokens(old, ref, rollout.mask_BT)
@@ -179,7 +181,8 @@ def learn(
     """Epochs of mini-batches: one step of the actor and one of the critic each. Returns the means over all steps."""
     step = key[1]
     warming, per_step = step < s.critic_warmup, s.epochs * s.mini_batches
-    go = partial(update, device=device, factor=lr_factor(step, s.steps, 0.0, s.schedule), max_norm=s.max_norm)
+    factor = lr_factor(step, s.steps, 0.0, s.schedule)
+    go = partial(update, device=device, factor=factor, max_norm=s.max_norm)
     learned: list[tuple[str, StepStats]] = []
     stopped = False
     four.freeze_actor(warming)
@@ -196,11 +199,12 @@ def learn(
     four.freeze_actor(False)
     found: dict[str, list[float]] = {}
     for who, stats in learned:
-        for name, value in (*stats.terms.items(), (f"{who}_grad_norm", stats.grad_norm), (f"{who}_lr", stats.lr)):
+        for name, value in (*stats.terms.items(), (f"{who}_grad_norm", stats.grad_norm)):
             found.setdefault(name, []).append(value)
     means = {name: math.fsum(values) / len(values) for name, values in found.items()}
     most = {"ratio_max": max(found["ratio_max"])} if "ratio_max" in found else {}
-    return means | most | {"actor_updates": float(sum(who == "actor" for who, _ in learned))}
+    rates = {"critic_lr": s.critic_lr * factor} | ({} if warming else {"actor_lr": s.actor_lr * factor})
+    return means | most | rates | {"actor_updates": float(sum(who == "actor" for who, _ in learned))}
 
 
 def policy_terms(s: Ppo) -> Terms:
@@ -300,14 +304,15 @@ def text_of(ctx: StageContext, device: Device) -> Text | None:
 
 
 def end(ctx: StageContext, stage: Run, four: FourModels, tokenizer: Tokenizer) -> None:
-    """The result is the actor or its moving average; the critic, and then the actor itself, are kept beside it."""
-    folder = first_parent(ctx, *POLICY)
-    critic = {**Weights(four.critic).tensors(), "score.weight": four.critic.score.weight, "bias": four.critic.bias}
-    kept = {"critic.safetensors": tensor_chunks(critic)}
+    """The result is the actor or its moving average; the critic, and then the actor itself, are kept beside it: whole
+    models, whatever adapters or shares a trunk."""
+    folder, critic = first_parent(ctx, *POLICY), merged(four.critic)
+    beside = {"critic.safetensors": {**dict(critic.named_parameters()), "bias": critic.bias}}
     if four.average:
-        last = {name: tensor.clone() for name, tensor in four.average.weights.tensors().items()}
-        kept["last.safetensors"] = tensor_chunks(last)
-        four.average.weights.load_tensors(four.average.kept)
+        beside["last.safetensors"] = dict(merged(four.actor).named_parameters())
+        beside = {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in beside.items()}
+        four.average.weights.load_tensors(four.average.kept)  # of a trunk that the critic shares too
+    kept = {name: tensor_chunks(tensors) for name, tensors in beside.items()}
     adapters.keep(ctx, four.actor, folder)
     finish(ctx, stage, merged(four.actor), tokenizer, template_for(ctx, folder), {}, kept)
 

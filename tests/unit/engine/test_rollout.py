@@ -122,3 +122,5 @@ def test_long_prompts_lose_their_beginning_or_go(tmp_path):
         read_questions([path], form, TOKENIZER, Counts(), 12, 6)
     with pytest.raises(UserError, match="E-DATA-EMPTY"):
         read_questions([path], form, TOKENIZER, Counts(), 7, 6, "drop")
+    with pytest.raises(UserError, match="E-DATA-LONG"):
+        read_questions([path], form, TOKENIZER, Counts(), 6, 6, "cut")  # nothing of a prompt would be left

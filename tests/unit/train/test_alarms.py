@@ -108,9 +108,17 @@ def test_an_alarm_is_said_once_and_stops_under_strict(capsys: pytest.CaptureFixt
     assert found.heed(ctx, 6, HEALTHY) == {"alarms": 0.0}
     strict = watch(strict=True)
     strict.heed(ctx, 3, HEALTHY | {"length": 31.0})
-    with pytest.raises(UserError) as raised:
-        strict.heed(ctx, 4, HEALTHY | {"length": 45.0})
+    strict.stop()
+    strict.heed(ctx, 4, HEALTHY | {"length": 45.0})
+    with pytest.raises(UserError, match="step 4: length") as raised:
+        strict.stop()
     assert (raised.value.code, raised.value.exit_code) == ("E-NUM-ALARM", 5)
+
+
+def test_what_began_at_nothing_can_not_fall() -> None:
+    found, never = Watch(Alarms(), 0.0, warmup=2), {"ended": 0.0, "distinct_2": 0.0}
+    assert [levels(found, step, **never) for step in range(6)] == [{}] * 6
+    assert levels(found, 6, **never, length=31.0) == {"length": 1}
 
 
 def falls(score: float, judge: float, noise: float = 0.05, steps: int = 70) -> list[int]:
@@ -147,6 +155,22 @@ def test_the_judges_memory_survives_a_stop() -> None:
     assert found == expected
 
 
+def test_other_judges_after_a_stop_are_watched_anew() -> None:
+    """One is added in the middle of a window, and the one that fell is gone."""
+    found = watch()
+    steps = [HEALTHY | {"score": 0.1 * step, "judge_x": -0.1 * step} for step in range(59)]
+    told = [{a.figure for a in found.look(step + 3, one)} for step, one in enumerate(steps)]
+    assert "falls" in told[-1]
+    found.restore(json.loads(json.dumps(found.state())))
+    for step in range(59, 100):
+        assert found.look(step + 3, HEALTHY | {"score": 0.1 * step, "judge_y": 0.1 * step}) == []
+    for step in range(100, 140):
+        figures = HEALTHY | {"score": 0.1 * step, "judge_x": -0.1 * step, "judge_y": 0.1 * step}
+        told.append({a.figure for a in found.look(step + 3, figures)})
+    assert [figures for figures in told[-40:] if figures] == [{"falls"}]  # at its third window
+    assert found.look(200, HEALTHY) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -154,6 +178,8 @@ def test_the_judges_memory_survives_a_stop() -> None:
         ({"value_coefficient": 0.5}, "value_coefficient"),
         ({"critic_warmup": 100, "actor_lr": 1e-4}, "actor_lr"),
         ({"kl_coefficient": 0.0}, "kl_coefficient"),
+        ({"rewards": ("f.py:f",), "score_clip": 3.0}, "score_clip"),
+        ({"rewards": ("f.py:f",), "doubt": 1.0}, "doubt"),
     ],
 )
 def test_settings_without_an_effect_are_told(settings: dict[str, Any], name: str) -> None:

@@ -79,6 +79,54 @@ def test_the_average_is_the_result_and_the_actor_is_kept(chain: Chain) -> None:
     assert not torch.equal(average["model.norm.weight"], last["model.norm.weight"])
 
 
+@pytest.mark.parametrize("words", [(), ADAPTERS, (*ADAPTERS, "--ppo.critic", "shared"), ("--ppo.critic", "shared")])
+def test_what_is_kept_beside_the_result_are_whole_models(chain: Chain, words: tuple[str, ...]) -> None:
+    """Plain weights by a model's own names; a critic on the actor's trunk has the actor's, not its average's."""
+    chain.run(*words, "--ppo.ema", "0.5")
+    model = chain.home / "ppo/model"
+    average, last, critic = (read_tensors(model / f"{name}.safetensors") for name in ("model", "last", "critic"))
+    assert last.keys() == average.keys()
+    assert critic.keys() == {*(name for name in last if name.startswith("model.")), "score.weight", "bias"}
+    weight = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(last[weight], average[weight])
+    assert torch.equal(critic[weight], last[weight]) == ("shared" in words)
+
+
+def test_beta_waits_for_the_actor(chain: Chain) -> None:
+    """While it is frozen its KL is nothing, which says nothing about beta."""
+    chain.run("--ppo.critic-warmup", "3", "--ppo.critic", "shared", "--ppo.critic-lr", "0.002")
+    lines = chain.lines("ppo")
+    betas = [line["beta"] for line in lines]
+    assert betas[0] == betas[1] == betas[2] == betas[3] != betas[4]
+    assert [line["critic_lr"] for line in lines] == pytest.approx([0.002 * (1 - step / 8) for step in range(8)])
+    assert [line.get("actor_lr") for line in lines[:3]] == [None] * 3
+    assert lines[3]["actor_lr"] == pytest.approx(0.001 * 5 / 8)
+
+
+@pytest.mark.parametrize("scaling", ["none", "running"])
+def test_the_reward_model_written_out_pays_as_by_default(chain: Chain, scaling: str) -> None:
+    found = []
+    for words in ((), ("--ppo.rewards", '["reward"]')):
+        chain.run(*words, "--ppo.reward-scaling", scaling, "--ppo.score-clip", "0.1")
+        found.append([line["reward"] for line in chain.lines("ppo")])
+    assert found[0] == found[1]
+    words = ("--ppo.rewards", '["reward"]', "--ppo.reward-weights", "[2]", "--ppo.missing-eos-penalty", "0")
+    chain.run(*words, "--ppo.score-clip", "0.1", "--ppo.kl-coefficient", "0", "--ppo.kl-target", "0")
+    scores = [line["reward"] for line in chain.lines("ppo")]
+    assert 0.1 < max(map(abs, scores)) <= 0.2  # cut at a tenth, then weighed
+
+
+def test_what_stops_it_is_on_the_logs(chain: Chain) -> None:
+    with pytest.raises(UserError) as caught:
+        chain.run("--alarms.strict", "true", "--alarms.score-std", "[100, 50]", "--ppo.eval-every", "0")
+    assert caught.value.code == "E-NUM-ALARM"
+    (line,) = chain.lines("ppo")
+    assert line["alarms"] >= 1
+    shown = (chain.home / "ppo/samples.jsonl").read_text().splitlines()
+    assert {json.loads(text)["step"] for text in shown} == {0}
+    (chain.home / "ppo").rename(chain.home / "stopped")
+
+
 def test_parts_and_judges_are_told(chain: Chain) -> None:
     words = ("--ppo.rewards", '["reward", "judge.py:liked"]', "--ppo.reward-weights", "[1, 0.5]")
     chain.run(*words, "--alarms.judges", '["judge.py:liked"]')
