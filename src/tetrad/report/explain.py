@@ -70,8 +70,17 @@ def _opening(step: int, figures: Mapping[str, float], s: Ppo) -> list[str]:
         f"{s.temperature:g}: {f['length']:.1f} tokens a reply, {cut:.0f} % cut at {s.max_new}.",
         f"2. The reward gave {f['score']:+.3f} a reply (standard deviation {f['score_std']:.3f}){told}.",
         f"3. Actor, reference and critic read the replies: KL {f['kl']:.3f} nats a reply (k3 {f['kl_k3']:.3f}){known}.",
-        f"4. At each token reward = -beta KL with beta = {f['beta']:.4g}; the score is added at the last one.",
+        f"4. At each token reward = -beta KL with beta = {f['beta']:.4g}; {_added(s)} at the last one.",
     ]
+
+
+def _added(s: Ppo) -> str:
+    """How the score becomes a reward."""
+    running = s.reward_scaling == "running"
+    how = ", divided by the standard deviation of all so far" if running else ""
+    how += f", cut at {s.score_clip:g} either way" if s.score_clip and (running or not s.rewards) else ""
+    whole = "all rewards of the batch are divided by their standard deviation, after the score is added"
+    return whole if s.reward_scaling == "whiten" else f"the score{how}{',' if how else ''} is added"
 
 
 def _reply(record: Mapping[str, Any], figures: Mapping[str, float], s: Ppo, console: Console) -> None:

@@ -85,8 +85,8 @@ class Ppo:
     dual_clip: NotNegative = 0.0
     """Above 1: a token's loss is at most this many times its negative advantage (Ye et al. 2020); 0 is off."""
     stop_kl: NotNegative = 0.0
-    """The actor learns no more from an iteration once its approximate KL from the old policy is above this, in nats a
-    token; 0 is off."""
+    """The actor, and what learns with it (a shared critic, text of [ptx]), learns no more from an iteration once its
+    approximate KL from the old policy is above this, in nats a token; 0 is off."""
     value_clip: NotNegative = 0.2
     """Range of the value around the old one; 0 is off."""
     score_clip: NotNegative = 5.0
@@ -99,9 +99,10 @@ class Ppo:
     """running: scores are divided by the standard deviation of all so far, then clipped; whiten: the rewards of all
     tokens by their own in the batch (the mean stays)."""
     entropy_bonus: NotNegative = 0.0
-    """Weight of the entropy in the actor's loss."""
+    """Weight of the entropy, the mean over tokens, in the actor's loss."""
     ema: Below1 = 0.0
-    """The result is the moving average of the actor over iterations with this decay; 0 is the actor itself."""
+    """The result is the moving average of the actor's trained weights (of adapters, each of their two matrices) over
+    iterations with this decay; 0 is the actor itself."""
     max_norm: NotNegative = 1.0
     """Gradients of actor and critic are scaled to at most this norm; 0 turns it off."""
     eval_every: Whole = unkeyed(20)

@@ -9,7 +9,8 @@ import pytest
 from tetrad import recipe
 from tetrad.engine.console import Console
 from tetrad.errors import UserError
-from tetrad.report.explain import explain
+from tetrad.report.explain import _added, explain
+from tetrad.settings.ppo import Ppo
 from tetrad.settings.use import Explain
 from tiny import Chain
 
@@ -47,6 +48,13 @@ def test_the_arithmetic_adds_up(chain: Chain, step: int) -> None:
     assert "8 prompts 2 times each" in text
     assert ("the actor is frozen" in text) == (step < 2)
     assert text.count("likeliest reply to") == 3
+
+
+def test_how_the_score_is_added_is_told() -> None:
+    assert _added(Ppo()) == "the score, cut at 5 either way, is added"
+    assert _added(Ppo(score_clip=0.0)) == _added(Ppo(rewards=("f.py:f",))) == "the score is added"
+    assert "so far, cut at 3 either way" in _added(Ppo(reward_scaling="running", score_clip=3.0, rewards=("f.py:f",)))
+    assert "divided by their standard deviation" in _added(Ppo(reward_scaling="whiten"))
 
 
 def test_a_row_a_token(chain: Chain) -> None:
