@@ -514,6 +514,48 @@ FAULTS = (
         "return table",
         "unit/report/test_check.py::test_reading_ahead_finds_a_bad_line_of_the_text_beside_ppo",
     ),
+    Fault(
+        "beta moves while the actor is frozen",
+        "train/ppo.py",
+        "if step >= s.critic_warmup:",
+        "if True:",
+        "unit/train/test_ppo_stage.py::test_beta_waits_for_the_actor",
+    ),
+    Fault(
+        "a critic beside the average has the average's trunk",
+        "train/ppo.py",
+        "v.detach().clone() for",
+        "v.detach() for",
+        "unit/train/test_ppo_stage.py::test_what_is_kept_beside_the_result_are_whole_models",
+    ),
+    Fault(
+        "a reward model among others is cut twice",
+        "train/ppo.py",
+        "or not s.rewards  #",
+        "or True  #",
+        "unit/train/test_ppo_stage.py::test_the_reward_model_written_out_pays_as_by_default",
+    ),
+    Fault(
+        "judges changed at a stop share one window",
+        "train/alarms.py",
+        'self.windows.keys() != {"score", *judges}',
+        "not self.windows",
+        "unit/train/test_alarms.py::test_other_judges_after_a_stop_are_watched_anew",
+    ),
+    Fault(
+        "an adaptive beta may reach nothing",
+        "agreement.py",
+        ">= 5 * ppo.kl_horizon",
+        ">= 500 * ppo.kl_horizon",
+        "unit/test_recipe.py::test_mistakes_of_a_file",
+    ),
+    Fault(
+        "an ensemble pays by its first member on adapters",
+        "agreement.py",
+        "(read and reward.seeds > 1)",
+        "False",
+        "unit/test_recipe.py::test_mistakes_of_a_file",
+    ),
 )
 
 
