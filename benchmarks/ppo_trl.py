@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -143,11 +144,15 @@ SYSTEMS = {"tetrad": tetrad, "trl": trl}
 
 
 def by_nats(row: Mapping[str, Sequence[float]]) -> dict[int, float]:
-    """Mean score of the iterations within half a nat of each whole number of nats, where there are three or more."""
-    found: dict[int, list[float]] = {}
-    for kl, score in zip(row["kl"], row["score"], strict=True):
-        found.setdefault(round(kl), []).append(score)
-    return {nats: sum(scores) / len(scores) for nats, scores in sorted(found.items()) if len(scores) >= 3}
+    """The score at each whole number of nats: a straight line through the iterations within a nat of it, where there
+    are six or more, on both sides. (Their plain mean belongs to their mean KL, which is another for each run.)"""
+    kl, score = np.array(row["kl"]), np.array(row["score"])
+    found = {}
+    for nats in range(1, int(kl.max()) + 1):
+        near = np.abs(kl - nats) <= 1
+        if near.sum() >= 6 and kl[near].min() < nats < kl[near].max():
+            found[nats] = float(np.polyfit(kl[near] - nats, score[near], 1)[1])
+    return found
 
 
 def show(path: Path) -> None:
