@@ -19,7 +19,7 @@ AT_LEAST = {  # of each example: the reward model's figures on its test records,
     "reviews-en": {"spearman": 0.62, "pair_accuracy": 0.765, "ridge_gain": 0.9, "lexicon_gain": 0.0},
     "reviews-zh": {"pair_accuracy": 0.86, "linear_gain": 0.6},
 }
-AT_MOST = {"reviews-en": {"ece": 0.02, "commonest_word": 0.2}, "reviews-zh": {"ece": 0.05}}
+AT_MOST = {"reviews-en": {"ece": 0.02, "commonest_word": 0.2}, "reviews-zh": {}}
 LOWER_BOUND = 2 / 3  # of a gain's least: where its 95 % interval has to begin
 
 
