@@ -1,6 +1,6 @@
 """What PPO earns for the KL that it spends, against the PPO of TRL at equal settings, on `examples/reviews-en`.
 
-    python -m venv peer && peer/bin/pip install torch==2.13.0 -e . trl==1.12.0   # the last with PPO, apart from the tests'
+    python -m venv peer && peer/bin/pip install torch==2.13.0 -e . trl==1.12.0   # the last with PPO
     peer/bin/python benchmarks/ppo_trl.py run RUN trl tetrad --seeds 0 1 2 --out results.jsonl
     python benchmarks/ppo_trl.py show results.jsonl
 
