@@ -533,7 +533,7 @@ FAULTS = (
         "train/ppo.py",
         "or not s.rewards  #",
         "or True  #",
-        "unit/train/test_ppo_stage.py::test_the_reward_model_written_out_pays_as_by_default",
+        "unit/train/test_ppo_stage.py::test_the_reward_model_among_others_is_cut_and_then_weighed",
     ),
     Fault(
         "judges changed at a stop share one window",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
-from tetrad.settings.base import FUNCTIONS, REWARD_MODEL, REWARDS, entries, is_function, knobs
+from tetrad.settings.base import FUNCTIONS, REWARDS, is_function, knobs, model_pays
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 
@@ -156,7 +156,7 @@ def _check_adapters(recipe: Recipe, places: Mapping[str, str]) -> None:
     """PPO's adapters stand on the SFT model, and so must the reward model's."""
     ppo, reward = recipe.ppo, recipe.reward
     read = bool(ppo.prompts and ppo.adapters and reward.data)
-    read = read and (REWARD_MODEL in entries(ppo.rewards) or ppo.critic == "reward")
+    read = read and (model_pays(ppo.rewards) or ppo.critic == "reward")
     if read and not reward.adapters:
         what = "ppo.adapters = true needs a reward model that is an adapter, and reward.adapters is false"
         where, hint = places.get("ppo.adapters", ""), "write adapters = true in [reward] too"
@@ -183,7 +183,7 @@ def _check_ppo(recipe: Recipe, places: Mapping[str, str]) -> None:
         what = (
             f"ppo.kl_horizon = {ppo.kl_horizon:g} is too short for {replies} replies an iteration: beta could reach 0"
         )
-        hint = f"write kl_horizon = {replies // 5 + 1} or more; ten times the replies of an iteration is usual"
+        hint = f"write kl_horizon = {replies // 5 + 1} or more"
         raise UserError("E-CONF-RANGE", what, where=places.get("ppo.kl_horizon", ""), hint=hint)
     if 0 < ppo.dual_clip <= 1:
         what = f"ppo.dual_clip = {ppo.dual_clip:g} would cut every loss"

@@ -30,7 +30,7 @@ from tetrad.engine.preflight import Preflight
 from tetrad.errors import UserError
 from tetrad.recipe import write
 from tetrad.report.ahead import read_ahead
-from tetrad.settings.base import FILES, FUNCTIONS, REWARD_MODEL, REWARDS, entries, is_function, knobs
+from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, is_function, knobs, model_pays
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 from tetrad.storage import Json
@@ -208,7 +208,7 @@ def _roles(recipe: Recipe, stage: str, on: list[str]) -> list[str]:
         referee = ["referee"] if recipe.evaluate.referee else []
         told = [role for role in ("pretrain", "ppo") if role in on and role not in roles]
         return roles + reward + told + referee
-    if stage == "ppo" and REWARD_MODEL in entries(recipe.ppo.rewards):
+    if stage == "ppo" and model_pays(recipe.ppo.rewards):
         roles = roles + _needed(
             stage, "a reward", reward, '[reward] data = ["FILE"], or [ppo] rewards = ["FILE.py:NAME"]'
         )

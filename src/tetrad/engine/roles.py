@@ -34,7 +34,7 @@ from tetrad.model.decoder import CausalLM, ScalarModel, give_head
 from tetrad.model.lora import on_base
 from tetrad.model.weights import read_scalar
 from tetrad.seeds import seed_for
-from tetrad.settings.base import REWARD_MODEL, entries
+from tetrad.settings.base import model_pays
 from tetrad.text.tokenizer import Tokenizer
 
 
@@ -121,7 +121,7 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
     optim = replace(ctx.recipe.optim, eps=s.adam_eps)
     both = ActorCritic(actor, critic) if s.critic == "shared" else None
     quick = {"critic.score": s.critic_lr} if both else {}
-    used = REWARD_MODEL in entries(s.rewards)
+    used = model_pays(s.rewards)
     return FourModels(
         actor,
         critic,
@@ -160,7 +160,7 @@ def _on_one_base(
     adapt(ctx, actor, seed_for(seed, "actor"))
     critic: ScalarModel | None = None
     reward: Reward | None = None
-    if REWARD_MODEL in entries(s.rewards) or s.critic == "reward":
+    if model_pays(s.rewards) or s.critic == "reward":
         judge = on_reward_base(ctx, base)
         read = reader(ctx, ctx.parents["reward"], tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
         reward = trained([judge.requires_grad_(False)], device, ctx.recipe.run.micro_tokens, read)

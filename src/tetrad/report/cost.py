@@ -19,7 +19,7 @@ import numpy as np
 from tetrad.model.config import DecoderConfig
 from tetrad.report.reading import Reading
 from tetrad.report.sections import Section, Table
-from tetrad.settings.base import REWARD_MODEL, entries
+from tetrad.settings.base import model_pays
 from tetrad.settings.lora import Lora
 from tetrad.settings.recipe import Recipe
 
@@ -121,7 +121,7 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> Stage:
 def _ppo(recipe: Recipe, r: Reading) -> Stage:
     s = recipe.ppo
     batch, long = s.batch * s.replies, r.tokens / len(r.lengths) + s.max_new * 0.6
-    judges = recipe.reward.seeds if REWARD_MODEL in entries(s.rewards) else 0
+    judges = recipe.reward.seeds if model_pays(s.rewards) else 0
     learners = 1 if s.critic == "shared" else 2
     trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema))
     return Stage(

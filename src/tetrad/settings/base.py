@@ -51,6 +51,11 @@ def entries(rewards: tuple[str, ...]) -> tuple[str, ...]:
     return rewards or (REWARD_MODEL,)
 
 
+def model_pays(rewards: tuple[str, ...]) -> bool:
+    """Whether the reward model is among what pays."""
+    return REWARD_MODEL in entries(rewards)
+
+
 def is_function(reward: str) -> bool:
     """Whether an entry of Rewards names a Python function."""
     return reward != REWARD_MODEL and not reward.startswith(("http://", "https://"))

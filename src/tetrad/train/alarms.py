@@ -13,7 +13,7 @@ from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
 from tetrad.errors import UserError
 from tetrad.settings.alarms import Alarms
-from tetrad.settings.base import REWARD_MODEL, entries
+from tetrad.settings.base import model_pays
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.recipe import Recipe
 
@@ -171,16 +171,16 @@ def _moved(windows: Sequence[Sequence[float]]) -> float:
     return (means[1] - means[0]) / max(math.sqrt(variance), 1e-12)
 
 
-def _model_pays(recipe: Recipe) -> bool:
-    return REWARD_MODEL in entries(recipe.ppo.rewards)
-
-
 _IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("kl_horizon", lambda r: not r.ppo.kl_target, "beta is fixed: no kl_target is set"),
     ("value_coefficient", lambda r: r.ppo.critic != "shared", "the critic has a trunk of its own"),
     ("doubt", lambda r: r.reward.data != () and r.reward.seeds == 1, "the reward model is no ensemble"),
-    ("doubt", lambda r: not _model_pays(r), "no reward model pays"),
-    ("score_clip", lambda r: not _model_pays(r) and r.ppo.reward_scaling != "running", "no reward model pays"),
+    ("doubt", lambda r: not model_pays(r.ppo.rewards), "no reward model pays"),
+    (
+        "score_clip",
+        lambda r: not model_pays(r.ppo.rewards) and r.ppo.reward_scaling != "running",
+        "no reward model pays",
+    ),
     ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),
 )
 

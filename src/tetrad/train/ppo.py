@@ -40,7 +40,7 @@ from tetrad.model.lora import merged
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.objectives import policy
 from tetrad.objectives.calibration import spearman
-from tetrad.settings.base import REWARD_MODEL, entries
+from tetrad.settings.base import REWARD_MODEL, model_pays
 from tetrad.settings.common import Sampling
 from tetrad.settings.ppo import Ppo
 from tetrad.text.tokenizer import Tokenizer
@@ -279,7 +279,7 @@ def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tu
     report_counts(ctx, counts, len(questions))
     for note in idle(ctx.recipe):
         ctx.console.say(f"note: {note}")
-    if REWARD_MODEL in entries(s.rewards):
+    if model_pays(s.rewards):
         gate.heed(ctx, ctx.parents["reward"], [question.prompt for question in questions])
     return questions, given.mixture(question.prompt.where for question in questions)
 

@@ -110,10 +110,13 @@ def test_the_reward_model_written_out_pays_as_by_default(chain: Chain, scaling: 
         chain.run(*words, "--ppo.reward-scaling", scaling, "--ppo.score-clip", "0.1")
         found.append([line["reward"] for line in chain.lines("ppo")])
     assert found[0] == found[1]
+
+
+def test_the_reward_model_among_others_is_cut_and_then_weighed(chain: Chain) -> None:
     words = ("--ppo.rewards", '["reward"]', "--ppo.reward-weights", "[2]", "--ppo.missing-eos-penalty", "0")
     chain.run(*words, "--ppo.score-clip", "0.1", "--ppo.kl-coefficient", "0", "--ppo.kl-target", "0")
     scores = [line["reward"] for line in chain.lines("ppo")]
-    assert 0.1 < max(map(abs, scores)) <= 0.2  # cut at a tenth, then weighed
+    assert 0.1 < max(map(abs, scores)) <= 0.2
 
 
 def test_what_stops_it_is_on_the_logs(chain: Chain) -> None:
@@ -124,7 +127,7 @@ def test_what_stops_it_is_on_the_logs(chain: Chain) -> None:
     assert line["alarms"] >= 1
     shown = (chain.home / "ppo/samples.jsonl").read_text().splitlines()
     assert {json.loads(text)["step"] for text in shown} == {0}
-    (chain.home / "ppo").rename(chain.home / "stopped")
+    (chain.home / "ppo").rename(chain.home / "stopped")  # else the next run would go on with it: alarms are in no key
 
 
 def test_parts_and_judges_are_told(chain: Chain) -> None:
