@@ -2,19 +2,21 @@
 
 q, k and v are one matrix, gate and up another; a norm's weight is folded into the matrix that follows; the two halves
 of a rotary pair lie side by side, so that a rotation is one complex product. The function is the decoder's, equal up to
-rounding. Some tensors are copies and some the model's own, so it is made anew when weights have changed.
+rounding. Some tensors are copies and some the model's own, so it holds for the weights that it was made of: `Current`
+makes it anew when they have changed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import gcd, sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import Block, CausalLM
+from tetrad.model.decoder import Block, CausalLM, Linear
 from tetrad.objectives.product import Product
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -79,6 +81,45 @@ class Fused:
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V], float32."""
         return self.head(hidden_NH).float()
+
+
+class Current:
+    """The fused form of a model that may be trained, replaced or moved between its uses.
+
+    Whether the last one still holds is asked of the numbers themselves, at the cost of about one token: PyTorch's
+    addresses and version counters don't tell of a write through `.data` or numpy.
+    """
+
+    def __init__(self, model: CausalLM, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self._last: tuple[tuple[Any, ...], list[Tensor], Fused] | None = None
+
+    @torch.no_grad()
+    def fused(self) -> Fused:
+        """That of the weights as they are now."""
+        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        scales = [part.adapter.scale for part in self._model.modules() if isinstance(part, Linear) and part.adapter]
+        shapes = [(name, x.shape, x.dtype, x.device) for name, x in tensors.items()]
+        layout = (self._model.config, scales, shapes)
+        marks = [mark for x in tensors.values() for mark in _marks(x.detach())]
+        if self._last and self._last[0] == layout and all(map(torch.equal, self._last[1], marks)):
+            return self._last[2]
+        self._last = None  # two at once would be twice the memory
+        fused = Fused(self._model, self._dtype)
+        self._last = layout, marks, fused
+        return fused
+
+
+def _marks(x: Tensor) -> list[Tensor]:
+    """What tells a tensor's numbers from others: vectors themselves; of a matrix the sums of its columns' bits, which
+    no change of one number leaves as they were, and its product with a wave, which knows places and signs."""
+    if x.dim() < 2:
+        return [x.clone()]
+    x = x.contiguous()
+    wave = torch.arange(x.shape[1], dtype=torch.float32, device=x.device).cos().to(x.dtype)
+    step = gcd(x.shape[1] * x.itemsize, x.storage_offset() * x.itemsize)
+    word = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if step % kind.itemsize == 0)
+    return [x.view(word).sum(0), x @ wave]
 
 
 def _normed(x: Tensor, floor: Tensor) -> Tensor:

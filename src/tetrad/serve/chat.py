@@ -122,7 +122,7 @@ def reply(talk: Talk, turns: tuple[Turn, ...]) -> Answer | None:
             what = f"the conversation has {len(asked.ids)} tokens, the model reads {len(asked.ids) + room}"
             raise UserError("E-DATA-LONG", what, where="chat", hint="/new, or a shorter line")
         settings = replace(settings, max_new=min(settings.max_new, room))
-        engine = Engine(model.fused, model.device, 1, len(asked.ids) + settings.max_new, model.tokenizer)
+        engine = Engine(model.fused, model.at, 1, len(asked.ids) + settings.max_new, model.tokenizer)
         engine.add(request(model, asked, settings, talk.asked))
         talk.asked += 1
         for event in engine.events():

@@ -31,7 +31,7 @@ from tetrad.errors import UserError
 from tetrad.model.cache import cache_bytes
 from tetrad.model.config import is_reward
 from tetrad.model.decoder import CausalLM, ScalarModel
-from tetrad.model.fused import Fused
+from tetrad.model.fused import Current, Fused
 from tetrad.model.weights import read_causal, read_members
 from tetrad.settings import use
 from tetrad.settings.check import build
@@ -56,10 +56,19 @@ class Model:
         """The template. Errors: E-MODEL-TEMPLATE."""
         return needed_template(self.template, self.folder)
 
-    @cached_property
+    @property
+    def at(self) -> Device:
+        """Where the weights are now."""
+        return replace(self.device, place=self.model.head_weight.device)
+
+    @property
     def fused(self) -> Fused:
-        """The model as the engine wants it."""
-        return Fused(self.model, self.device.dtype)
+        """The model as the engine wants it: of the weights as they are now."""
+        return self._current.fused()
+
+    @cached_property
+    def _current(self) -> Current:
+        return Current(self.model, self.device.dtype)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -145,7 +154,7 @@ def answered(
 ) -> Iterator[list[Answer]]:
     """The same, question by question, each as soon as it and those before it are answered."""
     requests = [request(model, q, settings, number, copies) for number, q in enumerate(questions, first)]
-    engine = Engine(model.fused, model.device, *cache_shape(questions, settings, copies), model.tokenizer)
+    engine = Engine(model.fused, model.at, *cache_shape(questions, settings, copies), model.tokenizer)
     number_of = {engine.add(asked): number for number, asked in enumerate(requests)}
     found: dict[int, dict[int, Answer]] = defaultdict(dict)
     due = 0

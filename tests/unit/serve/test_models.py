@@ -1,6 +1,8 @@
 """Folders are found and told apart; replies depend on seed and number alone; rewards read what was sampled."""
 
 import shutil
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from tetrad.engine.rollout import Question
 from tetrad.engine.scoring import score_tokens
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM
+from tetrad.model.lora import ALL, adapted, add_adapters
 from tetrad.serve import models
 from tetrad.serve.models import (
     answers,
@@ -28,6 +31,8 @@ from tetrad.serve.models import (
 )
 from tetrad.settings import use
 from tetrad.types import Prompt, Tokens, Turn
+
+Change = Callable[[CausalLM], object]
 
 
 def code_of(function: object, *arguments: object) -> UserError:
@@ -234,6 +239,144 @@ def test_public_generate_takes_the_settings_of_the_command(run: Path) -> None:
         ({"top_p": 2.0}, "E-CONF-RANGE"),
     ):
         assert code_of(partial(generate, model, ["x"], **wrong)).code == code
+
+
+def matrices(model: CausalLM) -> list[torch.Tensor]:
+    return [linear.weight for _, linear in adapted(model)]
+
+
+@torch.no_grad()
+def doubled_in_place(model: CausalLM) -> None:
+    for weight in matrices(model):
+        weight.mul_(2)
+
+
+def doubled_behind_autograd(model: CausalLM) -> None:
+    """Neither the address nor the version of a parameter tells of this one."""
+    for weight in matrices(model):
+        weight.data.mul_(2)
+
+
+def doubled_by_numpy(model: CausalLM) -> None:
+    for weight in matrices(model):
+        weight.detach().numpy()[:] *= 2
+
+
+def data_replaced(model: CausalLM) -> None:
+    for weight in matrices(model):
+        weight.data = weight.data * 2
+
+
+def parameters_replaced(model: CausalLM) -> None:
+    for _, linear in adapted(model):
+        linear.weight = torch.nn.Parameter(linear.weight.detach() * 2)
+
+
+def state_loaded(model: CausalLM) -> None:
+    model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()})
+
+
+def stepped(model: CausalLM) -> None:
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    loss, _ = tetrad.forward(model, torch.tensor([[5, 6, 7, 8]]), labels_BL=torch.tensor([[5, 6, 7, 8]]))
+    assert loss is not None
+    loss.backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def rows_turned(model: CausalLM) -> None:
+    """The same numbers in other places."""
+    for weight in matrices(model):
+        weight.data.copy_(weight.flip(0).clone())
+
+
+@torch.no_grad()
+def columns_turned(model: CausalLM) -> None:
+    for weight in matrices(model):
+        weight.data.copy_(weight.flip(1).clone())
+
+
+@torch.no_grad()
+def signs_turned(model: CausalLM) -> None:
+    for weight in matrices(model):
+        weight.data.neg_()
+
+
+@torch.no_grad()
+def norms_changed(model: CausalLM) -> None:
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data.mul_(torch.linspace(-2, 2, model.config.hidden_size))
+
+
+def one_bit_changed(model: CausalLM) -> None:
+    model.model.embed_tokens.weight.data.view(torch.int32)[7, 3] ^= 1
+
+
+def with_adapters(model: CausalLM) -> None:
+    add_adapters(model, 2, 8.0, ALL, seed=1)
+    for _, linear in adapted(model):
+        assert linear.adapter is not None
+        linear.adapter.b.data.normal_(generator=torch.Generator().manual_seed(3))
+
+
+def without_adapters(model: CausalLM) -> None:
+    for _, linear in adapted(model):
+        linear.adapter = None
+
+
+def scaled_adapters(model: CausalLM) -> None:
+    for _, linear in adapted(model):
+        assert linear.adapter is not None
+        linear.adapter.scale *= -3
+
+
+def wider_norm(model: CausalLM) -> None:
+    model.config = replace(model.config, norm_eps=0.5)
+
+
+CHANGES: tuple[tuple[Change, ...], ...] = (
+    (doubled_in_place,),
+    (doubled_behind_autograd,),
+    (doubled_by_numpy,),
+    (data_replaced,),
+    (data_replaced, data_replaced, data_replaced),
+    (parameters_replaced,),
+    (state_loaded,),
+    (stepped, stepped),
+    (rows_turned,),
+    (columns_turned,),
+    (signs_turned,),
+    (norms_changed,),
+    (with_adapters, scaled_adapters, without_adapters),
+    (wider_norm,),
+    (CausalLM.bfloat16, CausalLM.float),
+    (CausalLM.double,),
+)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "+".join(change.__name__ for change in changes))
+def test_a_changed_model_answers_as_its_fresh_copy(run: Path, changes: tuple[Change, ...]) -> None:
+    """Bit for bit: the sampler's weights are made of the model's, and must not be older than they are."""
+    model = load(run / "sft")
+    asked_for, settings = questions(model, "the plot", "a film"), use.Sample(max_new=8)
+    before = [answer.reply for answer in answers(model, asked_for, 0, settings)]
+    for change in changes:
+        change(model.model)
+        fresh = replace(model, model=deepcopy(model.model))
+        found = [answer.reply for answer in answers(model, asked_for, 0, settings)]
+        assert found == [answer.reply for answer in answers(fresh, asked_for, 0, settings)]
+        assert found != before  # so that old weights would be seen
+        before = found
+
+
+def test_one_bit_is_enough_and_nothing_is_made_twice(run: Path) -> None:
+    model = load(run / "sft")
+    first = model.fused
+    assert model.fused is first
+    one_bit_changed(model.model)
+    assert model.fused is not first
 
 
 def test_rate_refuses_what_it_cannot_read(run: Path) -> None:
