@@ -53,8 +53,14 @@ def test_generate_then_score(run: Path, tmp_path: Path, capsys: Capture, monkeyp
         lines = [json.loads(line) for line in Path(f"scored-{name}").read_text().splitlines()]
         assert [{k: line[k] for k in ("Instruction", "Input")} for line in lines] == records
         means.append(sum(line["score"] for line in lines) / 3)
+        best = [json.loads(line) for line in Path(name).read_text().splitlines()]
+        for line, record in zip(lines, best, strict=True):
+            assert line["score"] == pytest.approx(record.get("score", line["score"]), abs=1e-6)
     assert means[1] > means[0]
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    broken = ["\ufffd" in json.loads(line)["reply"] for line in Path("one.jsonl").read_text().splitlines()]
+    first = f"the first answers p.jsonl:{broken.index(True) + 1}"
+    assert re.search(rf"note: {sum(broken)} answers? (is|are) not valid UTF-8, .*; {first}", said)
 
 
 @pytest.mark.parametrize(

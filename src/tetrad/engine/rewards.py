@@ -70,7 +70,7 @@ def reward_sources(ctx: StageContext, tokenizer: Tokenizer, device: Device, mode
     found = {}
     for name, entry, weight in zip(named(told), told, weights, strict=True):
         if entry == REWARD_MODEL:
-            reward = model or reward_model(ctx, ctx.parents["reward"], tokenizer, device, s.doubt)
+            reward = model or reward_model(ctx, ctx.parents["reward"], device, tokenizer, s.doubt)
         else:
             reward = python_function(entry) if is_function(entry) else endpoint(entry)
         cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which cuts what it has divided

@@ -71,7 +71,9 @@ def roll_out(
     samples, documents = [], []
     for question, reply in zip(questions, replies, strict=True):
         turns, where = question.prompt.turns, question.prompt.where
-        samples.append(Sample(question.ids, reply.ids, turns, tokenizer.decode(reply.ids), where, reply.ended))
+        text = tokenizer.decode(reply.ids)
+        valid = tokenizer.is_utf8(reply.ids, text)
+        samples.append(Sample(question.ids, reply.ids, turns, text, where, reply.ended, valid))
         ids = np.asarray(question.ids + reply.ids, np.int32)
         documents.append(Tokens(ids, np.arange(len(ids)) >= len(question.ids), where))
     lengths = torch.tensor([len(reply.ids) for reply in replies])

@@ -1,5 +1,11 @@
 """Where rewards and judgements come from, behind one protocol: a trained model on ids, Python functions or an HTTP
-endpoint on text."""
+endpoint on text.
+
+A trained model reads the sampled ids themselves where it trains a policy (`joined`: PPO, and the scale that it is given
+for PPO), as each token of them is paid for. Where replies are judged in use (generate, chat, score, evaluate) it reads
+what is written (`written`): bytes that are no UTF-8 as the U+FFFD that stands there, the text tokenised anew, so that
+whoever scores the text gets the same number.
+"""
 
 import importlib.util
 import json
@@ -34,7 +40,10 @@ _MOST_ANSWER = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A reply as it was sampled: its ids, the text they stand for, what was asked, and whether it ended by itself."""
+    """A reply as it was sampled: its ids, the text they stand for, what was asked, and whether it ended by itself.
+
+    valid_utf8: false where sampled bytes make no characters, and U+FFFD stands in the text for them.
+    """
 
     prompt_ids: tuple[int, ...]
     reply_ids: tuple[int, ...]
@@ -42,6 +51,7 @@ class Sample:
     text: str
     where: str = ""
     ended: bool = True
+    valid_utf8: bool = True
 
     @property
     def asked(self) -> str:
@@ -69,7 +79,7 @@ def joined(samples: Sequence[Sample]) -> list[Tokens]:
 
 
 def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Sample]) -> list[Tokens]:
-    """The same from their texts, for a reward model with its own tokenizer; those that ended have their end token.
+    """The same from their texts, as any tokenizer reads them; those that ended have their end token.
 
     Errors: E-DATA-*, E-MODEL-*.
     """
@@ -81,6 +91,11 @@ def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Sample]) -> 
         ids = np.array([*head.ids.tolist(), *body, *([end] if sample.ended else [])], np.int32)
         documents.append(Tokens(ids, np.zeros(len(ids), np.bool_), head.where))
     return documents
+
+
+def best(samples: Sequence[Sample], scores: Sequence[float]) -> int:
+    """The place of the first sample with the highest score; one that is not valid UTF-8 only where none is."""
+    return max(range(len(samples)), key=lambda place: (samples[place].valid_utf8, scores[place]))
 
 
 @torch.no_grad()

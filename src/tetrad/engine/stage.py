@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,22 +176,32 @@ def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     refuse_other_tokenizer(folder, Tokenizer.load(folder), tokenizer)
 
 
-def reward_model(ctx: StageContext, folder: Path, tokenizer: Tokenizer, device: Device, doubt: float = 0.0) -> Reward:
-    """A finished reward model. It reads the sampled ids themselves where it shares tokenizer and template with the
-    model that answers, else the text; see `scoring.trained`."""
+def reward_model(
+    ctx: StageContext, folder: Path, device: Device, tokenizer: Tokenizer | None = None, doubt: float = 0.0
+) -> Reward:
+    """A finished reward model; see `scoring.trained`. tokenizer: of the policy that it trains, whose sampled ids it
+    reads; without one it reads what is written."""
     members = [member.requires_grad_(False).to(device.place) for member in read_members(folder)]
-    read = reader(ctx, folder, tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
+    if tokenizer:
+        read = reader(ctx, folder, tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
+    else:
+        read = text_reader(ctx, folder)
     return trained(members, device, ctx.recipe.run.micro_tokens, read, doubt)
 
 
 def reader(
     ctx: StageContext, folder: Path, tokenizer: Tokenizer, form: Template
 ) -> Callable[[Sequence[Sample]], list[Tokens]]:
-    """How the reward model of this folder reads replies of a model with that tokenizer and template."""
-    own, own_form = Tokenizer.load(folder), template_for(ctx, folder)
-    if (own.fingerprint, own_form) == (tokenizer.fingerprint, form):
+    """How the reward model of this folder reads replies of a policy in training: by the sampled ids where it shares
+    tokenizer and template with it, else by the text."""
+    if (Tokenizer.load(folder).fingerprint, template_for(ctx, folder)) == (tokenizer.fingerprint, form):
         return joined
-    return lambda samples: written(own_form, own, samples)
+    return text_reader(ctx, folder)
+
+
+def text_reader(ctx: StageContext, folder: Path) -> Callable[[Sequence[Sample]], list[Tokens]]:
+    """How the reward model of this folder reads what is written."""
+    return partial(written, template_for(ctx, folder), Tokenizer.load(folder))
 
 
 def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Prepared:

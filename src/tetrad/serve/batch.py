@@ -19,7 +19,7 @@ from tetrad.data.rows import rows
 from tetrad.data.source import Counts, files
 from tetrad.engine.console import Console
 from tetrad.engine.rollout import Question, read_questions
-from tetrad.engine.scoring import Sample, written
+from tetrad.engine.scoring import Sample, best, written
 from tetrad.errors import UserError
 from tetrad.serve.models import (
     Answer,
@@ -33,7 +33,7 @@ from tetrad.serve.models import (
     load_reward,
     question,
     rate,
-    rate_answers,
+    rate_samples,
 )
 from tetrad.settings.use import Generate, ScoreFile
 from tetrad.storage import write_file
@@ -41,7 +41,7 @@ from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Reply
 
 Fields = dict[str, Any]
-SCORES_AT_ONCE = 512
+SCORES_AT_ONCE = 128
 MOST_LINES = 50  # of progress
 _ANSWERS = ("reply", "output", "completion")  # `reply` is what generate writes, beside the answer that a record had
 
@@ -69,9 +69,13 @@ def generate_file(settings: Generate, console: Console) -> None:
     if settings.out:
         shape = cache_shape(questions, settings, settings.best_of)
         console.say(f"cache of keys and values: {cache_need(model, *shape)}")
-    _deliver(_with_replies(model, judge, questions, records, settings, console), settings.out, console)
+    invalid: list[str] = []
+    _deliver(_with_replies(model, judge, questions, records, settings, console, invalid), settings.out, console)
     if settings.out:
-        console.say(f"{len(questions)} answer{'s' * (len(questions) > 1)}: {settings.out}")
+        console.say(f"{_counted(len(questions))}: {settings.out}")
+        if invalid:
+            is_not = f"{_counted(len(invalid))} {'are' if len(invalid) > 1 else 'is'} not valid UTF-8"
+            console.say(f"note: {is_not}, wrong bytes are written as U+FFFD; the first answers {invalid[0]}")
 
 
 def score_file(settings: ScoreFile, console: Console) -> None:
@@ -105,17 +109,24 @@ def score_file(settings: ScoreFile, console: Console) -> None:
 def _best(
     model: Model, judge: RewardModel | None, questions: list[Question], settings: Generate
 ) -> Iterator[tuple[Answer, float | None]]:
-    """One answer a question and its score; of several, the first with the highest."""
+    """One answer a question and its score; of several, the best."""
     groups = answered(model, questions, settings, settings.best_of)
     if judge is None:
         yield from ((group[0], None) for group in groups)
         return
-    while held := list(islice(groups, max(1, SCORES_AT_ONCE // settings.best_of))):
-        found = [answer for group in held for answer in group]
-        scores = np.array(rate_answers(judge, model, found)).reshape(-1, settings.best_of)
-        for group, row in zip(held, scores, strict=True):
-            best = int(row.argmax())
-            yield group[best], float(row[best])
+    answers = _chosen(judge, groups, settings.best_of)
+    # Scored again beside those that `tetrad score` reads them with: a batch decides the last bits of a score.
+    while part := list(islice(answers, SCORES_AT_ONCE)):
+        yield from zip(part, rate_samples(judge, [answer.sample for answer in part]), strict=True)
+
+
+def _chosen(judge: RewardModel, groups: Iterator[list[Answer]], size: int) -> Iterator[Answer]:
+    """The best of each group of this size."""
+    while held := list(islice(groups, max(1, SCORES_AT_ONCE // size))):
+        samples = [answer.sample for group in held for answer in group]
+        scores = rate_samples(judge, samples)
+        for start, group in zip(range(0, len(samples), size), held, strict=True):
+            yield group[best(samples[start : start + size], scores[start : start + size])]
 
 
 def _with_replies(
@@ -125,7 +136,9 @@ def _with_replies(
     records: list[Fields],
     settings: Generate,
     console: Console,
+    invalid: list[str],
 ) -> Iterator[Fields]:
+    """invalid: gets the places of prompts whose reply is not valid UTF-8."""
     told, tokens, began = 0, 0, time.monotonic()
     with console.progress("generate", len(questions)) as bar:
         found = _best(model, judge, questions, settings)
@@ -134,10 +147,16 @@ def _with_replies(
             new: Fields = {"reply": answer.sample.text, "tokens": len(answer.reply.ids), "ended": answer.ended}
             if settings.top_logprobs:
                 new["logprobs"] = _logprobs(model.tokenizer, answer.reply)
+            invalid += [answer.sample.where] * (not answer.sample.valid_utf8)
             yield _extended(record, new if score is None else {**new, "score": score})
             if number - told >= len(questions) / MOST_LINES or number == len(questions):
-                bar.advance(number - told, **{"tokens/s": tokens / (time.monotonic() - began)})
+                pace = {"tokens/s": tokens / (time.monotonic() - began)}
+                bar.advance(number - told, **pace, **({"not UTF-8": len(invalid)} if invalid else {}))
                 told = number
+
+
+def _counted(answers: int) -> str:
+    return f"{answers} answer{'s' * (answers > 1)}"
 
 
 def _logprobs(tokenizer: Tokenizer, reply: Reply) -> list[Fields]:

@@ -23,7 +23,7 @@ from tetrad.serve.models import (
     load,
     load_reward,
     question,
-    rate_answers,
+    rate_samples,
     request,
 )
 from tetrad.settings.use import Chat
@@ -136,8 +136,8 @@ def reply(talk: Talk, turns: tuple[Turn, ...]) -> Answer | None:
         if not said:
             return None
         ids, logprobs = tuple(event.token for event in said), tuple(event.logprob for event in said)
-        return answer(asked, Reply(ids, logprobs, "cancelled", "".join(event.text for event in said)))
-    found = answer(asked, whole) if (whole := said[-1].reply) else None
+        return answer(model, asked, Reply(ids, logprobs, "cancelled", "".join(event.text for event in said)))
+    found = answer(model, asked, whole) if (whole := said[-1].reply) else None
     console.say("" if found and found.ended else f" [cut after {settings.max_new} tokens]")
     return found
 
@@ -147,7 +147,7 @@ def score(talk: Talk, judge: RewardModel) -> str:
     if talk.last is None:
         return "There is no reply yet."
     try:
-        return f"score {rate_answers(judge, talk.model, [talk.last])[0]:+.3f}"
+        return f"score {rate_samples(judge, [talk.last.sample])[0]:+.3f}"
     except UserError as error:
         return f"[{error.code}] {error.what}"
     except KeyboardInterrupt:

@@ -1,8 +1,8 @@
 """Finished models by the name of a stage or folder: with their tokenizer and template, ready to answer or to score.
 
 A reply's random numbers follow from (seed, number of the prompt, number of the copy): neither the batch around it nor
-the count of copies changes it. A reward model reads the sampled ids themselves where it shares tokenizer and template
-with the model that wrote them, else the text; a reply that was cut is read without an end token.
+the count of copies changes it. A reward model reads what is written, as `tetrad score` does; a reply that was cut is
+read without an end token.
 """
 
 import math
@@ -25,7 +25,7 @@ from tetrad.engine.folders import (
 )
 from tetrad.engine.generate import Engine, Request
 from tetrad.engine.rollout import Question
-from tetrad.engine.scoring import Sample, joined, member_scores, written
+from tetrad.engine.scoring import Sample, member_scores, written
 from tetrad.engine.stage import frozen
 from tetrad.errors import UserError
 from tetrad.model.cache import cache_bytes
@@ -161,7 +161,7 @@ def answered(
     for event in engine.events():
         if event.reply:
             number = number_of[event.ticket]
-            found[number][event.copy] = answer(questions[number], event.reply)
+            found[number][event.copy] = answer(model, questions[number], event.reply)
         while len(found.get(due, ())) == copies:
             yield [found[due][copy] for copy in range(copies)]
             del found[due]
@@ -187,10 +187,10 @@ def request(model: Model, question: Question, settings: use.Sample, number: int,
     return Request(question.ids, settings, keys, model.ends, settings.stop, top=top)
 
 
-def answer(question: Question, reply: Reply) -> Answer:
+def answer(model: Model, question: Question, reply: Reply) -> Answer:
     """The reply beside its prompt."""
-    prompt = question.prompt
-    return Answer(Sample(question.ids, reply.ids, prompt.turns, reply.text, prompt.where, reply.ended), reply)
+    prompt, valid = question.prompt, model.tokenizer.is_utf8(reply.ids, reply.text)
+    return Answer(Sample(question.ids, reply.ids, prompt.turns, reply.text, prompt.where, reply.ended, valid), reply)
 
 
 def generate(model: Model, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
@@ -212,16 +212,9 @@ def asked(instruction: str, extra: str = "", *, where: str = "") -> Prompt:
     return Prompt((Turn("instruction", instruction), Turn("input", extra)), where)
 
 
-def rate_answers(judge: RewardModel, model: Model, found: Sequence[Answer]) -> list[float]:
-    """The reward of each answer of `model`. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
-    same = judge.tokenizer.fingerprint == model.tokenizer.fingerprint and judge.form == model.form
-    by_ids = [same and answer.reply.reason != "stop" for answer in found]
-    read = iter(joined([answer.sample for answer, ids in zip(found, by_ids, strict=True) if ids]))
-    others = [answer.sample for answer, ids in zip(found, by_ids, strict=True) if not ids]
-    again = iter(written(judge.form, judge.tokenizer, others) if others else ())
-    documents = [next(read if ids else again) for ids in by_ids]
-    rated = rate(judge, [replace(d, where=a.sample.where) for d, a in zip(documents, found, strict=True)])
-    means: list[float] = rated.mean(0).tolist()
+def rate_samples(judge: RewardModel, samples: Sequence[Sample]) -> list[float]:
+    """The reward of each, as it is written. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
+    means: list[float] = rate(judge, written(judge.form, judge.tokenizer, samples)).mean(0).tolist()
     return means
 
 

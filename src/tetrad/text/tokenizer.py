@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
 
@@ -123,6 +124,19 @@ class Tokenizer:
             return text.rstrip("\ufffd") if partial else text
         raw = b"".join(self._bytes(i) for i in ids)
         return codecs.getincrementaldecoder("utf-8")("replace").decode(raw, final=not partial)
+
+    def is_utf8(self, ids: Sequence[int], text: str) -> bool:
+        """False where bytes of these ids are no UTF-8 and stand as U+FFFD in their text. text: what `decode` made of
+        them, or its beginning up to a stop text."""
+        if "\ufffd" not in text:
+            return True
+        said = [int(i) for i in ids if self._says(int(i))]
+        if self._byte_level:  # U+FFFD itself may have been sampled: then its bytes are there
+            return b"".join(map(self._bytes, said)).startswith(text.encode())
+        names = [self._names[i] for i in said]
+        runs = groupby(names, lambda name: bool(_BYTE_NAME.fullmatch(name)))
+        raws = [bytes(int(name[3:5], 16) for name in run) for is_bytes, run in runs if is_bytes]
+        return all(raw == raw.decode(errors="ignore").encode() for raw in raws)
 
     def stream(self) -> Callable[[int | None], str]:
         """A decoder of one id at a time: it returns what the id adds to the text, whole characters alone, and for None

@@ -2,8 +2,8 @@
 
 The reward model's own opinion is shown, but it is what PPO was paid by; judges are Python functions that no training
 saw. Every mean has a 95 % bootstrap interval over prompts, gains over SFT are paired by prompt, and what a cheater
-gives away stands beside: KL, length, share of ended replies, distinct-2, the commonest word, likelihood under another
-model.
+gives away stands beside: KL, length, share of ended replies and of those that are no UTF-8, distinct-2, the commonest
+word, likelihood under another model.
 """
 
 import json
@@ -26,7 +26,7 @@ from tetrad.engine.metrics import reply_figures
 from tetrad.engine.prepare import first_parent
 from tetrad.engine.rewards import named
 from tetrad.engine.rollout import Question, Rollout, read_questions, roll_out
-from tetrad.engine.scoring import Reward, Sample, python_function
+from tetrad.engine.scoring import Reward, Sample, best, python_function
 from tetrad.engine.stage import POLICY, figures_of, frozen, read_policy, reward_model, template_for
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import read_causal
@@ -68,7 +68,7 @@ def _run(ctx: StageContext, device: Device) -> None:
     names = named(s.judges, ["reward"])
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
-        judges = {"reward": reward_model(ctx, ctx.parents["reward"], tokenizer, device), **judges}
+        judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
     systems = answers_of_all(ctx, sft, questions, tokenizer, judges.get("reward"), device)
     referee = _referee(ctx, device)
     table = {name: figures(answers, systems["sft"], judges, referee, seed) for name, answers in systems.items()}
@@ -97,10 +97,10 @@ def answers_of_all(
     many = roll_out(sft, repeated, range(len(repeated)), key, sampling, tokenizer, device)
     systems = {"sft": _chosen(many, list(range(0, len(repeated), copies)), 0.0)}
     if reward and copies > 1:
-        scores = np.array(reward(many.samples)).reshape(-1, copies)
-        best = [row * copies + int(column) for row, column in enumerate(scores.argmax(1))]
+        scores, rows = reward(many.samples), [slice(at, at + copies) for at in range(0, len(repeated), copies)]
+        chosen = [row.start + best(many.samples[row], scores[row]) for row in rows]
         # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
-        systems[f"best of {copies}"] = _chosen(many, best, math.log(copies) - (copies - 1) / copies)
+        systems[f"best of {copies}"] = _chosen(many, chosen, math.log(copies) - (copies - 1) / copies)
     if "ppo" in ctx.parents:
         actor = frozen(read_policy(ctx.parents["ppo"], tokenizer, template_for(ctx, ctx.parents["ppo"]))).to(
             device.place

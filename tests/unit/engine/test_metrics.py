@@ -17,6 +17,9 @@ def test_commonest_word_counts_texts_not_words() -> None:
 
 
 def test_reply_figures() -> None:
-    samples = [Sample((1,), (2, 3), (), "lovely thing"), Sample((1,), (2, 3, 4, 5), (), "lovely")]
+    samples = [
+        Sample((1,), (2, 3), (), "lovely thing"),
+        Sample((1,), (2, 3, 4, 5), (), "lovely\ufffd", valid_utf8=False),
+    ]
     found = reply_figures(samples, [True, False])
-    assert found == {"length": 3, "ended": 0.5, "distinct_2": 3 / 4, "commonest_word": 1}
+    assert found == {"length": 3, "ended": 0.5, "invalid_utf8": 0.5, "distinct_2": 3 / 4, "commonest_word": 1}

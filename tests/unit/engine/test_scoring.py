@@ -1,9 +1,11 @@
 """Rewards: what a sample says of itself, Python functions that misbehave, a trained model on ids."""
 
+from dataclasses import replace
+
 import pytest
 
 import toys
-from tetrad.engine.scoring import Sample, joined, python_function, score_tokens, trained
+from tetrad.engine.scoring import Sample, best, joined, python_function, score_tokens, trained
 from tetrad.errors import UserError
 from tetrad.types import Turn
 
@@ -100,3 +102,12 @@ def test_a_trained_model_keeps_the_order():
     assert reward(SAMPLES) == pytest.approx([reward([sample])[0] for sample in SAMPLES], abs=1e-6)
     assert len({round(score, 4) for score in reward(SAMPLES)}) == 3
     assert score_tokens(model, [], toys.CPU, 8) == []
+
+
+def test_the_best_of_several():
+    """The first of the highest; what is not valid UTF-8 only where nothing else is."""
+    valid = [SAMPLES[0], SAMPLES[1], SAMPLES[2]]
+    assert best(valid, [1.0, 2.0, 2.0]) == 1
+    broken = [replace(sample, valid_utf8=False) for sample in valid]
+    assert best([valid[0], broken[1], valid[2]], [-3.0, 9.0, -2.0]) == 2
+    assert best(broken, [1.0, 3.0, 2.0]) == 1

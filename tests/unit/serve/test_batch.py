@@ -66,10 +66,11 @@ def refused(function: Any, *arguments: Any, **settings: Any) -> UserError:
 def test_a_file_of_prompts(run: Path, here: Path) -> None:
     said, progress = generated(run, prompts="p.jsonl", out="new/a.jsonl")
     records = read("new/a.jsonl")
-    assert (
-        said
-        == "cache of keys and values: 5 slots and a spare one of 27 positions, 0.0396 MiB\n5 answers: new/a.jsonl\n"
-    )
+    assert said.splitlines() == [
+        "cache of keys and values: 5 slots and a spare one of 27 positions, 0.0396 MiB",
+        "5 answers: new/a.jsonl",
+        "note: 5 answers are not valid UTF-8, wrong bytes are written as U+FFFD; the first answers p.jsonl:1",
+    ]
     assert "generate 5/5" in progress
     assert [{k: v for k, v in r.items() if k not in NEW} for r in records[:3]] == PROMPTS[:3]
     for record in records:
@@ -97,7 +98,7 @@ def test_one_prompt(run: Path, here: Path) -> None:
     """Printed alone, or as a line of a file; the same as the first of a file."""
     asked = {"instruction": "Go on.", "input": "the plot"}
     said, _ = generated(run, **asked)
-    assert generated(run, **asked, out="one.jsonl")[0].endswith("\n1 answer: one.jsonl\n")
+    assert generated(run, **asked, out="one.jsonl")[0].splitlines()[1] == "1 answer: one.jsonl"
     (record,) = read("one.jsonl")
     assert said == record["reply"] + "\n"
     assert {k: record[k] for k in ("Instruction", "Input")} == {"Instruction": "Go on.", "Input": "the plot"}
@@ -123,14 +124,16 @@ def test_the_batch_changes_nothing(run: Path, here: Path, monkeypatch: pytest.Mo
 
 
 def test_best_of_keeps_the_highest_reward(run: Path, here: Path) -> None:
-    """Each of the three is a copy that a larger N may choose from; the score is that of the ids sampled."""
+    """Each of the three is a copy that a larger N may choose from; a reply that is not valid UTF-8 comes last."""
     with_reward = {"prompts": "p.jsonl", "reward": str(run / "reward")}
     for n in (1, 2, 4, 8):
         generated(run, **with_reward, best_of=n, out=f"{n}.jsonl")
-    scores = [[record["score"] for record in read(f"{n}.jsonl")] for n in (1, 2, 4, 8)]
+    scores = [[("\ufffd" not in r["reply"], r["score"]) for r in read(f"{n}.jsonl")] for n in (1, 2, 4, 8)]
     for fewer, more in pairwise(scores):
-        assert all(a <= b + 1e-6 for a, b in zip(fewer, more, strict=True))  # one reply, two sizes of batch
+        for (valid, score), (better, higher) in zip(fewer, more, strict=True):
+            assert (valid, score) <= (better, higher + 1e-6)  # one reply, two sizes of batch
     assert all(a < b for a, b in zip(scores[0], scores[3], strict=True))
+    assert {valid for row in scores for valid, _ in row} == {True, False}
     generated(run, prompts="p.jsonl", out="first.jsonl")
     assert [r["reply"] for r in read("first.jsonl")] == [r["reply"] for r in read("1.jsonl")]
 

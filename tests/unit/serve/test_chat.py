@@ -15,7 +15,7 @@ from tetrad.engine.rollout import Question
 from tetrad.errors import UserError
 from tetrad.serve import chat as chat_module
 from tetrad.serve.chat import chat, printable
-from tetrad.serve.models import Model, answers, load, load_reward, question, rate_answers, request
+from tetrad.serve.models import Model, answers, load, load_reward, question, rate_samples, request
 from tetrad.settings import use
 from tetrad.types import Prompt, Turn
 
@@ -190,7 +190,7 @@ def test_score(talk: Talk, run: Path) -> None:
     said = talk("chat", "/score\nthe plot\n/score\n", reward=str(run / "reward"))
     found = answers(model, [question(model, Prompt((Turn("user", "the plot"),)))], 0, use.Sample(max_new=6))
     assert said[0] == "There is no reply yet."
-    assert said[-1] == f"score {rate_answers(judge, model, found)[0]:+.3f}"
+    assert said[-1] == f"score {rate_samples(judge, [found[0].sample])[0]:+.3f}"
     assert talk("chat", "/score\n")[0].startswith("There is no /score")
 
 

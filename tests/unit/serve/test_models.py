@@ -7,19 +7,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import tetrad
 from served import rate, tokenizer, write_model, written
 from tetrad.engine.rollout import Question
-from tetrad.engine.scoring import score_tokens
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM
 from tetrad.model.lora import ALL, adapted, add_adapters
 from tetrad.serve import models
 from tetrad.serve.models import (
+    answer,
     answers,
     asked,
     generate,
@@ -27,10 +26,10 @@ from tetrad.serve.models import (
     load_reward,
     model_folder,
     question,
-    rate_answers,
+    rate_samples,
 )
 from tetrad.settings import use
-from tetrad.types import Prompt, Tokens, Turn
+from tetrad.types import Prompt, Reply, Turn
 
 Change = Callable[[CausalLM], object]
 
@@ -174,55 +173,65 @@ def test_written_documents_are_those_of_training(run: Path) -> None:
     assert cut.ids.tolist() == [*asked_ids, *judge.tokenizer.encode("is warm")]
 
 
-def test_rewards_read_the_sampled_ids(run: Path) -> None:
-    """Cut replies without an end token, ended ones with it, nothing tokenised anew."""
+@pytest.mark.parametrize(("form", "reward"), [("sft", "reward"), ("sft", "judge"), ("chat", "reward")])
+def test_rewards_read_what_is_written(run: Path, form: str, reward: str) -> None:
+    """Whoever wrote it: cut replies without an end token, ended ones with it; a stop text ends one too."""
+    model, judge = load(run / form), load_reward(run / reward)
+    settings = use.Sample(max_new=20, stop=("w", "th"), temperature=0.8)
+    found = [answer.sample for answer in answers(model, questions(model, *["the plot"] * 64), 0, settings)]
+    assert {sample.ended for sample in found} == {True, False}
+    prompts, texts = [Prompt(sample.turns) for sample in found], [sample.text for sample in found]
+    documents = written(judge, prompts, texts, [sample.ended for sample in found])
+    assert rate_samples(judge, found) == rate(judge, documents)
+    again = [document.ids.tolist() for document in documents]
+    assert again != [[*sample.prompt_ids, *sample.reply_ids] for sample in found]  # so the test would notice
+
+
+BYTES = {
+    "plain": (b"warm", True),
+    "chinese": ("这部电影".encode(), True),
+    "a character cut by max_new": ("电影".encode()[:-1], False),
+    "an emoji cut": ("a🎬".encode()[:-1], False),
+    "half an emoji in the middle": ("🎬".encode()[:2] + b"b", False),
+    "a lone continuation byte": (b"a\x80b", False),
+    "an overlong form": (b"\xc0\xaf", False),
+    "a surrogate": (b"\xed\xa0\x80", False),
+    "beyond Unicode": (b"\xf4\x90\x80\x80", False),
+    "U+FFFD itself": ("a\ufffdb".encode(), True),
+    "U+FFFD itself and a wrong byte": ("a\ufffdb".encode() + b"\xff", False),
+    "NUL": (b"a\0b", True),
+    "spaces around": (b"  a \n", True),
+    "a control token's name": (b"<|endoftext|><|sep|>", True),
+    "nothing": (b"", True),
+}
+
+
+@pytest.mark.parametrize(("raw", "valid"), BYTES.values(), ids=BYTES)
+def test_a_reply_that_is_no_utf8_is_known_and_scored_as_written(run: Path, raw: bytes, valid: bool) -> None:
+    """As ids of single bytes, which no tokenizer would choose: the score is that of the text all the same."""
     model, judge = load(run / "sft"), load_reward(run / "reward")
-    found = answers(model, questions(model, *["the plot"] * 64), 0, use.Sample(max_new=40))
-    assert len({answer.ended for answer in found}) == 2
-    whole = [np.array(a.sample.prompt_ids + a.sample.reply_ids, np.int32) for a in found]
-    documents = [Tokens(ids, np.zeros(len(ids), np.bool_)) for ids in whole]
-    assert rate_answers(judge, model, found) == score_tokens(judge.members[0], documents, judge.device, 10_000)
-    written_anew = written(
-        judge, [Prompt(a.sample.turns) for a in found], [a.sample.text for a in found], [a.ended for a in found]
-    )
-    again = [d.ids.tolist() for d in written_anew]
-    assert again != [ids.tolist() for ids in whole]  # so the test would notice
+    ids = tuple(model.tokenizer.encode(chr(byte))[0] if byte < 128 else byte_id(model, byte) for byte in raw)
+    text = raw.decode(errors="replace")
+    assert model.tokenizer.decode(ids) == text
+    (asked_for,) = questions(model, "the plot")
+    found = answer(model, asked_for, Reply(ids, (0.0,) * len(ids), "length", text))
+    assert found.sample.valid_utf8 == valid
+    documents = written(judge, [asked_for.prompt], [text], [False])
+    assert rate_samples(judge, [found.sample]) == rate(judge, documents)
 
 
-def test_another_tokenizer_reads_the_text(run: Path) -> None:
-    model, judge = load(run / "sft"), load_reward(run / "judge")
-    assert judge.tokenizer.fingerprint != model.tokenizer.fingerprint
-    found = answers(model, questions(model, "the plot", "a film"), 0, use.Sample(max_new=6))
-    prompts = [Prompt(a.sample.turns) for a in found]
-    documents = written(judge, prompts, [a.sample.text for a in found], [a.ended for a in found])
-    assert rate_answers(judge, model, found) == rate(judge, documents)
+def byte_id(model: models.Model, byte: int) -> int:
+    """The id of one byte beyond ASCII, in a byte-level vocabulary."""
+    return next(i for i in range(model.tokenizer.size) if model.tokenizer._bytes(i) == bytes([byte]))
 
 
-def test_another_template_reads_the_text(run: Path) -> None:
-    model, judge = load(run / "chat"), load_reward(run / "reward")
-    found = answers(model, questions(model, "the plot"), 0, use.Sample(max_new=6))
-    documents = written(judge, [Prompt(found[0].sample.turns)], [found[0].sample.text], [found[0].ended])
-    assert judge.tokenizer.fingerprint == model.tokenizer.fingerprint
-    assert rate_answers(judge, model, found) == rate(judge, documents)
-
-
-def test_a_reply_that_a_stop_text_ended_is_read_as_text(run: Path) -> None:
-    """Its ids go beyond its text; its neighbours are read by their ids all the same."""
-    model, judge = load(run / "sft"), load_reward(run / "reward")
-    asked_for = questions(model, *["the plot"] * 40)
-    plain = answers(model, asked_for, 0, use.Sample(max_new=30))
-    stop = next(a.sample.text for a in plain if len(a.sample.text) > 9)[3:7]
-    found = answers(model, asked_for, 0, use.Sample(max_new=30, stop=(stop,)))
-    stopped = [i for i, answer in enumerate(found) if answer.reply.reason == "stop"]
-    assert 0 < len(stopped) < 40
-    scores, before = rate_answers(judge, model, found), rate_answers(judge, model, plain)
-    for i, answer in enumerate(found):
-        if i in stopped:
-            document = written(judge, [Prompt(answer.sample.turns)], [answer.sample.text], [True])
-            assert scores[i] == pytest.approx(rate(judge, document)[0], abs=1e-5)
-            assert stop not in answer.sample.text
-        else:
-            assert scores[i] == pytest.approx(before[i], abs=1e-5)
+def test_bytes_behind_a_stop_text_are_not_written(run: Path) -> None:
+    """The reply ends before them, so it is valid whatever they are."""
+    model = load(run / "sft")
+    ids = (*model.tokenizer.encode("a"), *model.tokenizer.encode("b"), byte_id(model, 0x80))
+    (asked_for,) = questions(model, "the plot")
+    assert answer(model, asked_for, Reply(ids, (0.0,) * 3, "stop", "a")).sample.valid_utf8
+    assert not answer(model, asked_for, Reply(ids, (0.0,) * 3, "length", "ab\ufffd")).sample.valid_utf8
 
 
 def test_public_generate_takes_the_settings_of_the_command(run: Path) -> None:

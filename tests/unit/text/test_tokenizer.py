@@ -119,6 +119,39 @@ def test_decode_of_another_kind_goes_through_the_library():
     assert Tokenizer.from_json(core.to_str()).decode([0, 1, 2]) == "a b"
 
 
+@given(st.lists(st.integers(0, LEARNED.size - 1), max_size=12))
+def test_ids_that_are_no_utf8_are_known(ids):
+    """Whatever else they say: U+FFFD itself, control tokens, a text cut before its end."""
+    raw = b"".join(LEARNED._bytes(i) for i in ids if i not in CONTROL_IDS)
+    text = LEARNED.decode(ids)
+    assert LEARNED.is_utf8(ids, text) == (raw.decode(errors="ignore").encode() == raw)
+    shown = text[: text.find("\ufffd")] if "\ufffd" in text else text
+    assert LEARNED.is_utf8(ids, shown)
+    assert LEARNED.is_utf8([*ids, *LEARNED.encode("\ufffd")], text + "\ufffd") == LEARNED.is_utf8(ids, text)
+
+
+@pytest.mark.parametrize(
+    ("names", "valid"),
+    [
+        (["<0xEF>", "<0xBF>", "<0xBD>"], True),
+        (["\ufffd"], True),
+        (["a", "<0xE4>", "<0xBD>", "<0xA0>"], True),
+        (["a", "<0xE4>", "<0xBD>"], False),
+        (["<0xE4>", "a", "<0xBD>", "<0xA0>"], False),
+        (["\ufffd", "<0x80>"], False),
+    ],
+    ids=str,
+)
+def test_the_same_where_bytes_have_tokens_of_their_own(names, valid):
+    vocab = ["<unk>", "</s>", "a", "\ufffd", *(f"<0x{byte:02X}>" for byte in range(256))]
+    built = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(vocab)}, [], byte_fallback=True))
+    built.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    spec = json.loads(built.to_str()) | {"added_tokens": [added(1, "</s>")]}
+    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    ids = [vocab.index(name) for name in names]
+    assert tokenizer.is_utf8(ids, tokenizer.decode(ids)) == valid
+
+
 def test_export_and_load_agree(tmp_path):
     for template in (None, *(form for name, form in TEMPLATES.items() if name != "llama3" and name != "qwen3")):
         path = tmp_path / (template.name if template else "none")
