@@ -7,7 +7,10 @@ from itertools import pairwise
 
 from tetrad.engine.scoring import Sample
 
-_WORD = re.compile(r"[^\W\d_]{5,}")
+# Han, kana and Hangul, with the marks 々 and 〇.
+_CJK = "\u1100-\u11ff\u3005\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f"
+_CJK += "\U00020000-\U0003ffff"
+_RUN = re.compile(rf"([{_CJK}]+)|([^\W\d_{_CJK}]{{5,}})")
 
 
 def distinct_2(replies: Sequence[Sequence[int]]) -> float:
@@ -16,12 +19,20 @@ def distinct_2(replies: Sequence[Sequence[int]]) -> float:
     return len(set(pairs)) / max(1, len(pairs))
 
 
+def words(text: str) -> set[str]:
+    """The different words of a text: runs of at least five letters and, of Chinese, Japanese and Korean, each pair of
+    neighbouring characters (one that stands alone is a word itself), as search engines index them."""
+    runs = _RUN.findall(text.lower())
+    pairs = {cjk[at : at + 2] for cjk, _ in runs for at in range(max(1, len(cjk) - 1))}
+    return (pairs | {letters for _, letters in runs}) - {""}
+
+
 def commonest_word(texts: Sequence[str]) -> tuple[str, float]:
-    """The word of at least five letters that most texts hold, and the share of texts that hold it."""
-    found = Counter(word for text in texts for word in set(_WORD.findall(text.lower())))
-    if not found:
+    """The word that most texts hold, and the share of texts that hold it."""
+    counts = Counter(word for text in texts for word in words(text))
+    if not counts:
         return "", 0.0
-    word, count = max(found.items(), key=lambda item: (item[1], item[0]))
+    word, count = max(counts.items(), key=lambda item: (item[1], item[0]))
     return word, count / len(texts)
 
 
