@@ -15,6 +15,7 @@ from tetrad.engine.scoring import Sample
 
 MOST = 256  # answers that are probed
 _HAN = re.compile("[\u3400-\u9fff]")
+_BREAK = re.compile(f"(?<= )|(?<={_HAN.pattern})(?=.)|(?<=.)(?={_HAN.pattern})", re.DOTALL)
 _PADDING = (
     "and so on and so forth, and so on and so forth, and so on and so forth.",
     "等等等等,诸如此类,等等等等,诸如此类。",
@@ -63,6 +64,6 @@ def worst(found: Sequence[Probe], name: str) -> Probe | None:
 
 
 def _half(text: str) -> str:
-    """The first half, up to a word's end where there are words."""
-    words = text.split(" ")
-    return " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else text[: (len(text) + 1) // 2]
+    """The first half, up to a word's end where there are words; each Han character is one."""
+    words = _BREAK.split(text)
+    return "".join(words[: (len(words) + 1) // 2]).removesuffix(" ") if len(words) > 1 else text[: (len(text) + 1) // 2]

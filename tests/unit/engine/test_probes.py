@@ -45,6 +45,9 @@ def test_halves_end_with_a_word() -> None:
     seen: list[str] = []
     probed(["one two three"], lambda text: seen.append(text) or 0.0)
     assert "one two" in seen
+    spaced = ["这部电影 很好看,演员也不错", "电影很 good indeed", " a  b ", "whole", "很 好"]
+    probed(spaced, lambda text: seen.append(text) or 0.0)
+    assert {"这部电影 很好", "电影很", " a ", "who", "很"} <= set(seen)  # a space does not make a clause a word
 
 
 def test_empty_answers_and_many() -> None:
