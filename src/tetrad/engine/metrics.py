@@ -8,8 +8,10 @@ from itertools import pairwise
 from tetrad.engine.scoring import Sample
 
 # Han, kana and Hangul, with the marks 々 and 〇.
-_CJK = "\u1100-\u11ff\u3005\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f"
-_CJK += "\U00020000-\U0003ffff"
+_CJK = (
+    "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\u1100-\u11ff\uac00-\ud7af"
+)
 _RUN = re.compile(rf"([{_CJK}]+)|([^\W\d_{_CJK}]{{5,}})")
 
 
