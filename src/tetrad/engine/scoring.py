@@ -94,8 +94,8 @@ def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Sample]) -> 
 
 
 def best(samples: Sequence[Sample], scores: Sequence[float]) -> int:
-    """The place of the first sample with the highest score; one that is not valid UTF-8 only where none is."""
-    return max(range(len(samples)), key=lambda place: (samples[place].valid_utf8, scores[place]))
+    """The index of the first sample with the highest score; one that is not valid UTF-8 only where none is."""
+    return max(range(len(samples)), key=lambda i: (samples[i].valid_utf8, scores[i]))
 
 
 @torch.no_grad()

@@ -130,11 +130,10 @@ class Tokenizer:
         them, or its beginning up to a stop text."""
         if "\ufffd" not in text:
             return True
-        said = [int(i) for i in ids if self._says(int(i))]
+        text_ids = [int(i) for i in ids if self._says(int(i))]
         if self._byte_level:  # U+FFFD itself may have been sampled: then its bytes are there
-            return b"".join(map(self._bytes, said)).startswith(text.encode())
-        names = [self._names[i] for i in said]
-        runs = groupby(names, lambda name: bool(_BYTE_NAME.fullmatch(name)))
+            return b"".join(map(self._bytes, text_ids)).startswith(text.encode())
+        runs = groupby([self._names[i] for i in text_ids], lambda name: bool(_BYTE_NAME.fullmatch(name)))
         raws = [bytes(int(name[3:5], 16) for name in run) for is_bytes, run in runs if is_bytes]
         return all(raw == raw.decode(errors="ignore").encode() for raw in raws)
 

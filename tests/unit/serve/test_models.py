@@ -12,6 +12,7 @@ import torch
 
 import tetrad
 from served import rate, tokenizer, write_model, written
+from tetrad.engine.device import Device
 from tetrad.engine.rollout import Question
 from tetrad.errors import UserError
 from tetrad.model.decoder import CausalLM
@@ -378,6 +379,13 @@ def test_a_changed_model_answers_as_its_fresh_copy(run: Path, changes: tuple[Cha
         assert found == [answer.reply for answer in answers(fresh, asked_for, 0, settings)]
         assert found != before  # so that old weights would be seen
         before = found
+
+
+def test_a_model_answers_where_its_weights_are(run: Path) -> None:
+    """Not where they were when it was opened: a module moves with `.to`."""
+    model = load(run / "sft")
+    moved = replace(model, device=Device(torch.device("meta"), torch.float32))
+    assert generate(moved, ["the plot"], max_new=5) == generate(model, ["the plot"], max_new=5)
 
 
 def test_one_bit_is_enough_and_nothing_is_made_twice(run: Path) -> None:
