@@ -17,6 +17,7 @@ import torch
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.engine.assessment import Pairs, Slice, slices
+from tetrad.engine.console import phase
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
 from tetrad.engine.preferences import Examples
@@ -55,6 +56,21 @@ class Judge:
         documents = [Tokens(t.ids[-limit:], t.train[-limit:]) for t in whole]
         found: list[float] = member_scores(self.members, documents, self.device, self.micro_tokens).mean(0).tolist()
         return found
+
+
+def measure(
+    ctx: StageContext, judge: Judge, examples: Examples, tests: Sequence[Examples], baselines: Mapping[str, Reward]
+) -> tuple[dict[str, float], Json]:
+    """Sets the scale; returns all figures, and evaluation.json, which is empty without tests (see `assess`)."""
+    with phase("normalising"):
+        figures = normalise(ctx, judge)
+    with phase("training answers"):
+        figures["train_high"] = highest_seen(judge, examples)
+    if not tests:
+        return figures, {}
+    with phase("test records"):
+        figures_of_tests, evaluation = assess(ctx, judge, tests, baselines)
+    return figures | figures_of_tests, evaluation
 
 
 def normalise(ctx: StageContext, judge: Judge) -> dict[str, float]:
@@ -130,7 +146,7 @@ def assess(
     for name, other in beside.items():
         told = {"pair_accuracy": _accuracy(other), "spearman": other.ranks().get("spearman")}
         figures |= {f"{name}_{key}": value for key, value in told.items() if value is not None}
-    probed = probes(test.samples(), judge.of_texts)
+    probed = probes(test.samples(), judge.of_texts, ctx.recipe.reward.probes)
     for name in ("padded", "duplicated", "phrase"):
         figures |= {f"probe_{name}": found.shift} if (found := worst(probed, name)) else {}
     alone = [Pairs.of(test, torch.from_numpy(row), gap) for row in scored[1]]
