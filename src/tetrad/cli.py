@@ -204,7 +204,7 @@ def _with_console(function: Callable[[Any, Any], None], settings: object, verb: 
     from tetrad.pipeline import explained
 
     console = Console()
-    stoppable = _stoppable(console, lambda doing: KeyboardInterrupt(f"in {doing}"))
+    stoppable = _stoppable(console, lambda doing: KeyboardInterrupt(f"in {doing}; no file was written"))
     with explained(verb), stoppable, phase(verb):
         function(settings, console)
     return 0

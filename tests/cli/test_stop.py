@@ -95,7 +95,7 @@ def ppo(chain: Chain) -> Iterator[Process]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_long_step_is_waited_for_and_says_so(chain: Chain, ppo: Process, number: int) -> None:
     ppo.process.send_signal(number)
-    line = ppo.wait_for("stopping", 1.0)
+    line = ppo.wait_for("stopping", 2.0)
     assert line == (
         "stopping after step 1 of 8, with a checkpoint; a second Ctrl-C stops at once and loses this step and "
         "0 finished steps since the last checkpoint"
@@ -108,7 +108,7 @@ def test_a_long_step_is_waited_for_and_says_so(chain: Chain, ppo: Process, numbe
 
 def test_a_second_interrupt_ends_a_long_step_at_once(chain: Chain, ppo: Process) -> None:
     ppo.process.send_signal(signal.SIGINT)
-    ppo.wait_for("stopping", 1.0)
+    ppo.wait_for("stopping", 2.0)
     ppo.process.send_signal(signal.SIGINT)
     began = time.monotonic()
     assert ppo.end() == 130
@@ -123,7 +123,7 @@ def test_what_follows_the_steps_ends_at_once_and_loses_none(chain: Chain) -> Non
     process.wait_for("busy", 120)
     time.sleep(0.2)
     process.process.send_signal(signal.SIGINT)
-    assert "what follows step" in process.wait_for("stopping", 1.0)
+    assert "what follows step" in process.wait_for("stopping", 2.0)
     assert process.end() == 75
     line = process.wait_for("stopped:", 5)
     steps = max(storage.step_folders(chain.home / "reward/checkpoints"))
@@ -135,3 +135,13 @@ def test_what_follows_the_steps_ends_at_once_and_loses_none(chain: Chain) -> Non
     again.wait_for(f"goes on after step {steps} of {steps}", 60)
     assert again.end() == 0
     again.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_the_steps_a_stop_is_at_once(chain: Chain, number: int) -> None:
+    process = Process("pretrain", str(chain.path), "--run.out", str(chain.runs), "--seed", str(6 + number))
+    process.wait_for("pretrain   starts", 60)
+    process.process.send_signal(number)
+    assert process.wait_for("stopped", 2) == "stopped: in pretrain; the same command goes on from there"
+    assert process.end() == 75
+    process.close()

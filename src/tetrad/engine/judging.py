@@ -17,7 +17,6 @@ import torch
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.engine.assessment import Pairs, Slice, slices
-from tetrad.engine.console import phase
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
 from tetrad.engine.preferences import Examples
@@ -56,21 +55,6 @@ class Judge:
         documents = [Tokens(t.ids[-limit:], t.train[-limit:]) for t in whole]
         found: list[float] = member_scores(self.members, documents, self.device, self.micro_tokens).mean(0).tolist()
         return found
-
-
-def measure(
-    ctx: StageContext, judge: Judge, examples: Examples, tests: Sequence[Examples], baselines: Mapping[str, Reward]
-) -> tuple[dict[str, float], Json]:
-    """Sets the scale; returns all figures, and evaluation.json, which is empty without tests (see `assess`)."""
-    with phase("normalising"):
-        figures = normalise(ctx, judge)
-    with phase("training answers"):
-        figures["train_high"] = highest_seen(judge, examples)
-    if not tests:
-        return figures, {}
-    with phase("test records"):
-        figures_of_tests, evaluation = assess(ctx, judge, tests, baselines)
-    return figures | figures_of_tests, evaluation
 
 
 def normalise(ctx: StageContext, judge: Judge) -> dict[str, float]:

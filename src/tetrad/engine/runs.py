@@ -10,9 +10,9 @@
 A checkpoint (`engine.checkpoints` says which counts) holds no random state, since all random numbers are keyed by
 (seed, purpose, step): the cursor is the number of finished steps. metrics.jsonl and samples.jsonl are cut back to where
 they were at the checkpoint, so a run that was killed leaves the bytes of one that never was; what depends on the clock
-goes to timing.jsonl, which only grows. After the last step all is saved: what follows (held-out figures, probes) can be
-stopped at once. A checkpoint is whole or it is passed over, by step number and never by the
-clock, and a run whose checkpoints are all damaged does not begin afresh in silence.
+goes to timing.jsonl, which only grows. After the last step all is saved, so that what follows (held-out figures,
+probes) can be stopped at once. A checkpoint is whole or it is passed over, by step number and never by the clock, and a
+run whose checkpoints are all damaged does not begin afresh in silence.
 """
 
 import json

@@ -29,7 +29,7 @@ from tetrad.engine.annotators import Annotators, judged, numbers_of, written
 from tetrad.engine.best import Best
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
-from tetrad.engine.judging import Json, Judge, as_files, measure
+from tetrad.engine.judging import Json, Judge, as_files, assess, highest_seen, normalise
 from tetrad.engine.optim import Optimizer, Together, lr_factor
 from tetrad.engine.preferences import Examples, Judgements, Record, judgements, preference_micros
 from tetrad.engine.prepare import first_parent
@@ -93,7 +93,11 @@ def run(ctx: StageContext) -> None:
         best.put_back()
         judge = Judge(models, tokenizer, form, folder, device, ctx.recipe.run.micro_tokens)
         told = report_annotators(ctx, members[0].latent, lessons) if lessons.numbers else {}
-        figures, evaluation = measure(ctx, judge, examples, tests, baselines)
+        figures, evaluation = normalise(ctx, judge), Json()
+        figures["train_high"] = highest_seen(judge, examples)
+        if tests:
+            found, evaluation = assess(ctx, judge, tests, baselines)
+            figures |= found
         ctx.console.say(f"reward     {gate.verdict(figures, ctx.recipe.gate)}")
         adapters.keep(ctx, models[0], folder)
         whole = [merged(model) for model in models]
