@@ -30,12 +30,10 @@ class Stop:
     given up after that. wanted: a signal came. agree: True on all ranks if it is on one.
     """
 
-    def __init__(
-        self, say: Callable[[str], None], doing: Callable[[], str], end: Callable[[], BaseException], lost: str = ""
-    ) -> None:
+    def __init__(self, say: Callable[[str], None], doing: Callable[[], str], end: Callable[[], BaseException]) -> None:
         """say: shows a line, from any thread. doing: what runs, for the answer where nothing is waited for."""
-        self.say, self.doing, self.end, self.lost = say, doing, end, lost
-        self.wanted, self.message, self.until = False, "", ""
+        self.say, self.doing, self.end = say, doing, end
+        self.wanted, self.message, self.until, self.lost = False, "", "", ""
         self.agree: Callable[[bool], bool] = bool
         self.grace: float | None = None
         self._interrupted = math.inf
