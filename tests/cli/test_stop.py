@@ -72,7 +72,10 @@ class Process:
     def end(self) -> int:
         return self.process.wait(60)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -85,11 +88,10 @@ def ppo(chain: Chain) -> Iterator[Process]:
     """In a step of PPO, whose reward takes four seconds in one call."""
     shutil.rmtree(chain.home / "ppo", ignore_errors=True)
     words = ("--run.out", str(chain.runs), "--ppo.rewards", '["busy.py:busy"]', "--evaluate.prompts", "[]")
-    process = Process("ppo", str(chain.path), *words)
-    process.wait_for("busy", 60)
-    time.sleep(0.2)
-    yield process
-    process.close()
+    with Process("ppo", str(chain.path), *words) as process:
+        process.wait_for("busy", 60)
+        time.sleep(0.2)
+        yield process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -118,30 +120,26 @@ def test_a_second_interrupt_ends_a_long_step_at_once(chain: Chain, ppo: Process)
 
 def test_what_follows_the_steps_ends_at_once_and_loses_none(chain: Chain) -> None:
     """The reward model's evaluation: a stop saves nothing, as all steps are saved, and the stage goes on from there."""
-    words = ("--run.out", str(chain.runs), "--ppo.prompts", "[]", "--evaluate.prompts", "[]", "--seed", "5")
-    process = Process("run", str(chain.path), *words, "--reward.baselines", '["busy.py:busy"]')
-    process.wait_for("busy", 120)
-    time.sleep(0.2)
-    process.process.send_signal(signal.SIGINT)
-    assert "what follows step" in process.wait_for("stopping", 2.0)
-    assert process.end() == 75
-    line = process.wait_for("stopped:", 5)
+    words = ["run", str(chain.path), "--run.out", str(chain.runs), "--ppo.prompts", "[]", "--evaluate.prompts", "[]"]
+    words += ["--reward.baselines", '["busy.py:busy"]']
+    with Process(*words) as process:
+        process.wait_for("busy", 120)
+        time.sleep(0.2)
+        process.process.send_signal(signal.SIGINT)
+        assert "what follows step" in process.wait_for("stopping", 2.0)
+        assert process.end() == 75
+        line = process.wait_for("stopped:", 5)
     steps = max(storage.step_folders(chain.home / "reward/checkpoints"))
-    assert (
-        f"stopped after {steps} of {steps} steps, in what follows them; the last checkpoint is of step {steps}" in line
-    )
-    process.close()
-    again = Process("run", str(chain.path), *words, "--reward.baselines", '["busy.py:busy"]')
-    again.wait_for(f"goes on after step {steps} of {steps}", 60)
-    assert again.end() == 0
-    again.close()
+    assert f"after {steps} of {steps} steps, in what follows them; the last checkpoint is of step {steps}" in line
+    with Process(*words) as process:
+        process.wait_for(f"goes on after step {steps} of {steps}", 60)
+        assert process.end() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_the_steps_a_stop_is_at_once(chain: Chain, number: int) -> None:
-    process = Process("pretrain", str(chain.path), "--run.out", str(chain.runs), "--seed", str(6 + number))
-    process.wait_for("pretrain   starts", 60)
-    process.process.send_signal(number)
-    assert process.wait_for("stopped", 2) == "stopped: in pretrain; the same command goes on from there"
-    assert process.end() == 75
-    process.close()
+    with Process("pretrain", str(chain.path), "--run.out", str(chain.runs), "--seed", str(6 + number)) as process:
+        process.wait_for("pretrain   starts", 60)
+        process.process.send_signal(number)
+        assert process.wait_for("stopped:", 2).startswith("stopped: in pretrain")
+        assert process.end() == 75
