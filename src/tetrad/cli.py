@@ -8,7 +8,8 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tetrad.errors import EXIT_STOPPED, Stopped, UserError
@@ -70,7 +71,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         case Stopped():
             return f"stopped: {error}", EXIT_STOPPED
         case KeyboardInterrupt():
-            return "interrupted; a stage that was running goes on from its last checkpoint", 130
+            return f"interrupted: {error}" if str(error) else "interrupted", 130
         case Exception():
             frames = traceback.extract_tb(error.__traceback__)
             place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
@@ -161,9 +162,20 @@ def _recipe(verb: str, words: list[str]) -> int:
     console = Console(recipe.run.log_every, quiet=not pipeline.is_first())
     if verb == "status":
         pipeline.status(recipe, console)
-    else:
+        return 0
+    with _stoppable(console, lambda doing: Stopped(f"in {doing}; the same command goes on from there")):
         pipeline.run(recipe, console, only="" if verb == "run" else verb)
     return 0
+
+
+@contextmanager
+def _stoppable(console: Any, error: Callable[[str], BaseException]) -> Iterator[None]:
+    """Shows how far phases are, and ends by this error at a signal that no stage takes. error: from what was done."""
+    from tetrad.engine.stop import Stop
+
+    stop = Stop(console.warn, lambda: console.doing, lambda: error(console.doing or "the plan"))
+    with console.in_use(), stop.listening():
+        yield
 
 
 def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
@@ -187,12 +199,14 @@ def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
     return build(cls, nest(values), places), set(values)
 
 
-def _with_console(function: Callable[[Any, Any], None], settings: object, phase: str) -> int:
-    from tetrad.engine.console import Console
+def _with_console(function: Callable[[Any, Any], None], settings: object, verb: str) -> int:
+    from tetrad.engine.console import Console, phase
     from tetrad.pipeline import explained
 
-    with explained(phase):
-        function(settings, Console())
+    console = Console()
+    stoppable = _stoppable(console, lambda doing: KeyboardInterrupt(f"in {doing}; no file was written"))
+    with explained(verb), stoppable, phase(verb):
+        function(settings, console)
     return 0
 
 
@@ -221,9 +235,13 @@ def _chat(words: list[str]) -> int:
 
     settings = agreed(*_settings(Chat, "chat", words))
     _look_at(settings.model, settings.template)
+    from tetrad.engine.console import Console
+    from tetrad.pipeline import explained
     from tetrad.serve.chat import chat
 
-    return _with_console(chat, settings, "chat")
+    with explained("chat"):
+        chat(settings, Console())  # Ctrl-C ends a reply
+    return 0
 
 
 def _score(words: list[str]) -> int:

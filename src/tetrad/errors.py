@@ -106,8 +106,11 @@ class UserError(Exception):
         return f"error[{self.code}]{place} {self.what}{fix}"
 
 
-class Stopped(Exception):
-    """SIGTERM or SIGINT was answered with a checkpoint; the same command goes on from there (exit 75)."""
+class Stopped(BaseException):
+    """SIGTERM or SIGINT ended what ran, and the same command goes on from there (exit 75).
+
+    A signal raises it anywhere, so no `except Exception` may take it for an error.
+    """
 
 
 def _family(code: str) -> tuple[int, str]:

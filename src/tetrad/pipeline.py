@@ -23,7 +23,7 @@ from typing import Any
 from tetrad import storage
 from tetrad.data import source
 from tetrad.engine import checkpoints, folders, prepare
-from tetrad.engine.console import Console
+from tetrad.engine.console import Console, phase
 from tetrad.engine.context import StageContext
 from tetrad.engine.hashes import Hashes
 from tetrad.engine.preflight import Preflight
@@ -94,7 +94,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
             _prepare(step, found, recipe, console)
         context = StageContext(recipe, step.folder, step.key, step.parents, step.lineage, console)
         began = time.monotonic()
-        with explained(step.stage):
+        with explained(step.stage), phase(step.stage):
             if is_first() and step.stage in prepare.STAGES and not stages:
                 prepare.STAGES[step.stage](context)
             (stages[step.stage] if stages else importlib.import_module(f"tetrad.train.{step.stage}").run)(context)

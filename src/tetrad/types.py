@@ -151,9 +151,10 @@ class Term:
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """What one optimizer step did. terms: each term's mean over the batch of all ranks, before its coefficient;
-    a term that the batch had nothing for is absent."""
+    a term that the batch had nothing for is absent. tokens: what all ranks read."""
 
     loss: float
     grad_norm: float
     lr: float
     terms: Mapping[str, float] = field(default_factory=dict)
+    tokens: float = 0.0

@@ -89,7 +89,8 @@ def stopping(error: BaseException) -> Callable[..., None]:
         (UserError("E-IO-SPACE", "no"), 6, "error[E-IO-SPACE] no.\n"),
         (UserError("E-RUN-LOCKED", "no", hint="wait"), 7, "error[E-RUN-LOCKED] no. Fix: wait\n"),
         (Stopped("after step 3"), 75, "stopped: after step 3\n"),
-        (KeyboardInterrupt(), 130, "interrupted; a stage that was running goes on from its last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt("in score"), 130, "interrupted: in score\n"),
         (ValueError("odd"), 1, "ValueError: odd"),
     ],
 )

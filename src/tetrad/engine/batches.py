@@ -7,6 +7,7 @@ import torch
 
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
+from tetrad.engine.console import counted
 from tetrad.engine.device import Device
 from tetrad.engine.update import Micro
 from tetrad.model.decoder import CausalLM
@@ -27,7 +28,8 @@ def mean_nll(model: CausalLM, documents: Sequence[Tokens], micro_tokens: int, de
     """Nats a target token, and the number of targets."""
     model.eval()
     nats = tokens = 0.0
-    for micro in language_micros(documents, micro_tokens, device):
+    micros = language_micros(documents, micro_tokens, device)
+    for micro in counted("held-out documents", micros, len(documents), lambda m: len(m.packed.bounds) - 1):
         with device.compute():
             nats += float(model(micro.packed, "nll"))
         tokens += micro.counts["tokens"]
@@ -41,7 +43,7 @@ def reply_logprobs(
     """Log-probabilities of each document's labels, one float32 array a document."""
     model.eval()
     found: list[np.ndarray] = []
-    for group in micro_batches(documents, micro_tokens):
+    for group in counted("reading", micro_batches(documents, micro_tokens), len(documents), len):
         packed = device.put(pack([documents[i] for i in group]))
         with device.compute():
             logprobs, _ = model(packed, "logprobs", temperature)

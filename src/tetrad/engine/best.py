@@ -9,24 +9,26 @@ from tetrad.engine.stage import Weights
 
 
 class Best:
-    """A part of a checkpoint. patience: evaluations without a lower loss after which `seen` says enough; 0 keeps
-    nothing and never does."""
+    """A part of a checkpoint. patience: evaluations without a lower loss after which there were enough; 0 keeps
+    nothing and never has."""
 
     def __init__(self, model: nn.Module, patience: int) -> None:
         self.weights, self.patience = Weights(model), patience
         self.loss, self.waited = math.inf, 0
         self.kept: dict[str, Tensor] = {}
 
-    def seen(self, loss: float) -> bool:
-        """Takes the held-out loss of the weights as they are; true where training should stop."""
-        if not self.patience:
-            return False
+    @property
+    def enough(self) -> bool:
+        """Whether training should stop."""
+        return 0 < self.patience <= self.waited
+
+    def see(self, loss: float) -> None:
+        """Takes the held-out loss of the weights as they are."""
         if loss < self.loss:
             self.loss, self.waited = loss, 0
             self.kept = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
-            return False
-        self.waited += 1
-        return self.waited >= self.patience
+        else:
+            self.waited += 1
 
     def put_back(self) -> None:
         """The model gets its best weights."""

@@ -1,21 +1,33 @@
 """The one writer to the terminal: words and tables on stdout, progress on stderr.
 
-On a terminal progress is a bar with rate and time left; in a log it is plain lines, the first after the first step and
-then every `log_every` steps, so that a long run can be followed with `tail -f`.
+On a terminal progress is a bar with rate and time left; in a log it is plain lines. Steps have one after the first and
+then every `log_every`. Whatever else takes time is a phase: after two seconds a thread shows how far the innermost one
+is, in a log every ten seconds and in a stage of hours every minute, so that nothing ever looks hung.
 """
 
 import sys
+import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from io import StringIO
-from typing import Any, TextIO
+from itertools import zip_longest
+from typing import Any, TextIO, TypeVar
 
 from rich import progress as bars
 from rich.console import Console as Terminal
 from rich.table import Table
 from rich.text import Text
+
+T = TypeVar("T")
+PHASE_SECONDS = 2.0  # a shorter phase is not shown
+LINE_SECONDS = (10.0, 60.0)  # between lines by time: at least, and at most
+_TICK_SECONDS = 0.25
+_RECENT = 10, 60.0, 4096  # steps and seconds that the rate is taken from, whichever are more, and most steps
+_in_use: ContextVar["Console | None"] = ContextVar("console", default=None)
 
 
 class Console:
@@ -27,6 +39,10 @@ class Console:
         self.log_every = log_every
         self._out, self._err = (StringIO(), StringIO()) if quiet else (out or sys.stdout, err or sys.stderr)
         self._live: Terminal | None = None
+        self._screen: bars.Progress | None = None
+        self._open: list[Progress] = []  # the innermost last
+        self._lock = threading.RLock()
+        self._last_line = -LINE_SECONDS[1]
 
     def say(self, text: str) -> None:
         """One or more lines."""
@@ -66,60 +82,204 @@ class Console:
             return
         self.say(title + "".join(f"⟦{run}⟧" if mark else run for run, mark in runs if run))
 
+    def warn(self, text: str) -> None:
+        """A line beside the progress, from any thread."""
+        with self._lock:
+            if self._live:
+                self._live.print(Text(text), soft_wrap=True)
+            else:
+                self._err.write(text + "\n")
+                self._err.flush()
+
     @contextmanager
-    def progress(self, label: str, total: int, start: int = 0) -> Iterator["Progress"]:
-        """Progress of `total` steps, of which `start` were done before."""
-        if self._live or not self._err.isatty():
-            yield Progress(self._err, self.log_every, label, total, start)
-            return
-        words = [bars.TextColumn(f"{{task.{part}}}", markup=False) for part in ("description", "fields[numbers]")]
-        pace = bars.TextColumn("{task.fields[pace]}", markup=False)
-        columns = (words[0], bars.BarColumn(24), bars.MofNCompleteColumn(), pace, words[1])
-        self._live = Terminal(file=self._err)
+    def in_use(self) -> Iterator[None]:
+        """While it lasts, phases of this thread are shown here."""
+        token, over = _in_use.set(self), threading.Event()
+
+        def show() -> None:
+            while not over.wait(_TICK_SECONDS):
+                self.tick()
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
         try:
-            with bars.Progress(*columns, console=self._live) as bar:
-                task = bar.add_task(label, total=total, completed=start, pace="", numbers="")
-                yield _Bar(bar, task, label, total, start)
+            yield
         finally:
-            self._live = None
+            over.set()
+            thread.join()
+            _in_use.reset(token)
+
+    def progress(self, label: str, total: int, start: int = 0, *, looks: int = 0) -> "Progress":
+        """Progress of `total` steps, of which `start` were done before and between which so many looks are to come."""
+        return Progress(self, label, total, start, self.log_every, looks)
+
+    @property
+    def doing(self) -> str:
+        """What is being done, the whole before its parts."""
+        within = zip_longest(self._open, self._open[1:])  # steps of a stage stand for the stage
+        return ": ".join(item.place for item, inner in within if not inner or inner.label != item.label)
+
+    def tick(self) -> None:
+        """Shows the innermost phase, if that is due."""
+        with self._lock:
+            now = time.monotonic()
+            if not self._open or now - self._open[-1].began < PHASE_SECONDS:
+                return
+            if self._err.isatty():
+                self._draw(self._open[-1])
+                return
+            low, high = LINE_SECONDS
+            pause = min(high, max(low, (now - self._open[0].began) / 20))
+            moved = max((item.moved for item in self._open if item.every), default=-high)
+            if now - max(self._last_line, moved) >= pause:
+                self._line(self._open[-1])
+
+    def _opened(self, item: "Progress") -> None:
+        with self._lock:
+            self._open.append(item)
+            if item.every and self._err.isatty():
+                self._draw(item)
+
+    def _closed(self, item: "Progress") -> None:
+        with self._lock:
+            self._open.remove(item)
+            if not self._screen or any(other.every and other.task is not None for other in self._open):
+                self._erase(item)
+            elif item.task is not None:
+                self._screen.live.transient = not item.every
+                self._screen.stop()
+                self._screen = self._live = None
+
+    def _advanced(self, item: "Progress", due: bool) -> None:
+        with self._lock:
+            if item.every and self._err.isatty():
+                self._draw(item)
+            elif item.every and due:
+                self._line(item)
+
+    def _line(self, item: "Progress") -> None:
+        label = item.place if item.every else self.doing
+        self._err.write("  ".join(part for part in (label, item.numbers, item.pace()) if part) + "\n")
+        self._err.flush()
+        self._last_line = time.monotonic()
+
+    def _draw(self, item: "Progress") -> None:
+        if self._screen is None:
+            label, beside = (bars.TextColumn(f"{{task.{n}}}", markup=False) for n in ("description", "fields[beside]"))
+            self._live = Terminal(file=self._err)
+            self._screen = bars.Progress(label, bars.BarColumn(24), beside, console=self._live)
+            self._screen.start()
+        for other in self._open:
+            if other is not item and not other.every:
+                self._erase(other)
+        if item.task is None:
+            item.task = self._screen.add_task("", beside="")
+        self._screen.update(
+            item.task,
+            description=item.place,
+            completed=item.done,
+            total=item.total or None,
+            beside=f"{item.pace()}  {item.numbers}",
+            refresh=not item.every,
+        )
+
+    def _erase(self, item: "Progress") -> None:
+        if self._screen and item.task is not None:
+            self._screen.remove_task(item.task)
+            item.task = None
 
 
 class Progress:
-    """Steps of one stage, as lines of a log."""
+    """How far something is: steps of a stage, which are shown by their number, or a phase, which is shown by time.
 
-    def __init__(self, file: TextIO, every: int, label: str, total: int, start: int) -> None:
-        self._file, self._every, self._label, self._total = file, every, label, total
-        self._start = self._done = start
-        self._began = time.monotonic()
+    total: 0 where it is not known. every: steps between lines of a log, 0 for a phase.
+    """
+
+    def __init__(
+        self, console: Console | None, label: str, total: int = 0, start: int = 0, every: int = 0, looks: int = 0
+    ) -> None:
+        self.label, self.total, self.done, self.every = label, total, start, every
+        self.began, self.moved = time.monotonic(), -LINE_SECONDS[1]
+        self.task: bars.TaskID | None = None
+        self._numbers: dict[str, float | str] = {}
+        self._console, self._start, self._looks = console, start, looks
+        self._looked: list[float] = []  # seconds of each look
+        self._look_began: float | None = None
+        self._marks = deque([(self.began, start)], _RECENT[2])
+
+    def __enter__(self) -> "Progress":
+        if self._console:
+            self._console._opened(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console:
+            self._console._closed(self)
+
+    @property
+    def place(self) -> str:
+        """The label, and the number of what is done."""
+        count = f"{self.done}/{self.total}" if self.total else str(self.done or "")
+        return f"{self.label} {count}".rstrip()
+
+    @property
+    def numbers(self) -> str:
+        """What was last said beside the count."""
+        return "  ".join(f"{name} {_text(value)}" for name, value in self._numbers.items())
 
     def advance(self, n: int = 1, **numbers: float | str) -> None:
         """n more steps are done; the numbers are shown with them."""
-        before, self._done = self._done, self._done + n
-        due = before == self._start or self._done >= self._total or before // self._every < self._done // self._every
-        if due:
-            self._show("  ".join(f"{name} {_text(value)}" for name, value in numbers.items()))
+        self._numbers = numbers
+        if not n:
+            return
+        before, self.done = self.done, self.done + n
+        self.moved = time.monotonic()
+        self._marks.append((self._clock(), self.done))
+        while len(self._marks) > _RECENT[0] and self._marks[-1][0] - self._marks[1][0] > _RECENT[1]:
+            self._marks.popleft()
+        if self._console and self.every:
+            first_or_last = before == self._start or self.done >= self.total
+            self._console._advanced(self, first_or_last or before // self.every < self.done // self.every)
 
-    def _show(self, numbers: str) -> None:
-        parts = [f"{self._label} {self._done}/{self._total}", numbers, self._pace()]
-        self._file.write("  ".join(part for part in parts if part) + "\n")
-        self._file.flush()
+    @contextmanager
+    def look(self) -> Iterator[None]:
+        """A look at held-out data between two steps: it is no part of their rate, but of the time left."""
+        self._look_began = time.monotonic()
+        yield
+        self._looked.append(time.monotonic() - self._look_began)
+        self._looks, self._look_began = self._looks - 1, None
 
-    def _pace(self) -> str:
-        steps, seconds = self._done - self._start, max(time.monotonic() - self._began, 1e-6)
-        rate = f"{steps / seconds:.3g} steps/s" if steps > seconds else f"{seconds / max(steps, 1):.3g} s/step"
-        left = (self._total - self._done) * seconds / max(steps, 1)
-        return f"{rate}  {_duration(left)} left" if self._done < self._total else f"{rate}  took {_duration(seconds)}"
+    def pace(self) -> str:
+        """The rate of late, and the time left at that rate, looks included."""
+        whole, steps = time.monotonic() - self.began, self.done - self._marks[0][1]
+        if not steps:
+            return _duration(whole)
+        first, last, now = self._marks[0][0], self._marks[-1][0], self._clock()
+        each = max((last - first) / steps, (now - first) / (steps + 1), 1e-9)  # the step that runs may be a long one
+        often, seldom = ("steps/s", "s/step") if self.every else ("a second", "s each")
+        rate = f"{1 / each:.3g} {often}" if each < 1 else f"{each:.3g} {seldom}"
+        if self.done >= self.total:
+            return f"{rate}  took {_duration(whole)}"
+        looks = self._looks * sum(self._looked) / max(1, len(self._looked))
+        more = "over " if self._looks > 0 and not self._looked else ""
+        return f"{rate}  {more}{_duration((self.total - self.done) * each + looks)} left"
+
+    def _clock(self) -> float:
+        """Seconds without those of the looks."""
+        return (self._look_began or time.monotonic()) - sum(self._looked)
 
 
-class _Bar(Progress):
-    """The same on a terminal: drawn anew at every step."""
+def phase(label: str, total: int = 0) -> Progress:
+    """Something that may take long, on the console in use if there is one. `with phase("scoring", 400) as bar: ...`"""
+    return Progress(_in_use.get(), label, total)
 
-    def __init__(self, bar: bars.Progress, task: bars.TaskID, label: str, total: int, start: int) -> None:
-        super().__init__(sys.stderr, 1, label, total, start)
-        self._bar, self._task = bar, task
 
-    def _show(self, numbers: str) -> None:
-        self._bar.update(self._task, completed=self._done, pace=self._pace(), numbers=numbers)
+def counted(label: str, items: Iterable[T], total: int, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
+    """The items of a loop that is a phase. total: of their sizes; 0 where it is not known."""
+    with phase(label, total) as bar:
+        for item in items:
+            yield item
+            bar.advance(size(item))
 
 
 def _duration(seconds: float) -> str:

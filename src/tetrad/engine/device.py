@@ -6,6 +6,7 @@ units is several times slower with it).
 
 import os
 import re
+import resource
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,13 @@ def choose(run: Run) -> Device:
         raise UserError("E-CONF-DTYPE", what, where="run.dtype", hint='set dtype = "float32"')
     brain = run.dtype != "float32" and kind == "cuda" and torch.cuda.is_bf16_supported()
     return Device(place, torch.bfloat16 if brain else torch.float32)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has taken so far: of the GPU where it uses one, else of the machine."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def free_bytes(place: torch.device) -> int:

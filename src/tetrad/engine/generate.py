@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tetrad.engine.console import phase
 from tetrad.engine.device import Device, free_bytes
 from tetrad.engine.graphs import Replayed
 from tetrad.engine.sampling import Rules, draw
@@ -353,5 +354,10 @@ def generate(
     fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
     engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
     tickets = [engine.add(request) for request in requests]
-    found = {(e.ticket, e.copy): e.reply for e in engine.events() if e.reply}
+    found: dict[tuple[int, int], Reply] = {}
+    with phase("sampling", sum(len(r.keys) for r in requests)) as bar:
+        for tokens, event in enumerate(engine.events(), 1):
+            if event.reply:
+                found[event.ticket, event.copy] = event.reply
+            bar.advance(int(event.reply is not None), tokens=tokens)
     return [found[t, c] for t, r in zip(tickets, requests, strict=True) for c in range(len(r.keys))]

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from tetrad import storage
+from tetrad.engine.console import phase
 
 _SETTLED_SECONDS = 2.0  # a younger file may change again within one tick of the file system's clock
 
@@ -29,7 +30,8 @@ class Hashes:
         known = self._known.get(name)
         if isinstance(known, list) and len(known) == 2 and known[0] == seen:
             return str(known[1])
-        digest = storage.sha256_file(Path(name))
+        with phase(f"hashing {path.name}"):
+            digest = storage.sha256_file(Path(name))
         if abs(time.time() - status.st_mtime) > _SETTLED_SECONDS:
             self._known[name] = [seen, digest]
             self._changed = True

@@ -130,7 +130,7 @@ def assess(
     for name, other in beside.items():
         told = {"pair_accuracy": _accuracy(other), "spearman": other.ranks().get("spearman")}
         figures |= {f"{name}_{key}": value for key, value in told.items() if value is not None}
-    probed = probes(test.samples(), judge.of_texts)
+    probed = probes(test.samples(), judge.of_texts, ctx.recipe.reward.probes)
     for name in ("padded", "duplicated", "phrase"):
         figures |= {f"probe_{name}": found.shift} if (found := worst(probed, name)) else {}
     alone = [Pairs.of(test, torch.from_numpy(row), gap) for row in scored[1]]

@@ -11,6 +11,7 @@ from tetrad.data.loader import Mixture
 from tetrad.data.records import read_conversations, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.store import Encoding, TokenStore, build
+from tetrad.engine.console import phase
 from tetrad.engine.context import StageContext
 from tetrad.model.config import read_config
 from tetrad.text.template import Template, choose
@@ -70,8 +71,11 @@ def _tokens(
         if parts > 1 and not said and done < parts:
             ctx.console.say(f"{table:<10} tokenising {parts} parts, {done} of them there already")
         said.append(done)
+        bar.total = parts
+        bar.advance(done - bar.done)
 
-    store, counts = build(ctx.cache(table), encoding, given, ctx.digests(setting), ctx.workers, progress)
+    with phase("tokenising") as bar:
+        store, counts = build(ctx.cache(table), encoding, given, ctx.digests(setting), ctx.workers, progress)
     return Prepared(store, given.mixture(store.places()), counts, tokenizer, encoding.template)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tetrad.engine.console import counted
 from tetrad.engine.scoring import Sample
 
-MOST = 256  # answers that are probed
 _HAN = re.compile("[\u3400-\u9fff]")
 _BREAK = re.compile(f"(?<= )|(?<={_HAN.pattern})(?=.)|(?<=.)(?={_HAN.pattern})", re.DOTALL)
 _PADDING = (
@@ -36,9 +36,9 @@ class Probe:
     raised: float
 
 
-def probes(samples: Sequence[Sample], rate: Callable[[Sequence[Sample]], Sequence[float]]) -> list[Probe]:
-    """Every probe on the first answers. rate: the reward of samples by their text."""
-    chosen = [sample for sample in samples[:MOST] if sample.text.strip()]
+def probes(samples: Sequence[Sample], rate: Callable[[Sequence[Sample]], Sequence[float]], most: int) -> list[Probe]:
+    """Every probe on the first `most` answers. rate: the reward of samples by their text."""
+    chosen = [sample for sample in samples[:most] if sample.text.strip()]
     if not chosen:
         return []
     han = sum(bool(_HAN.search(sample.text)) for sample in chosen) * 2 > len(chosen)
@@ -52,7 +52,7 @@ def probes(samples: Sequence[Sample], rate: Callable[[Sequence[Sample]], Sequenc
     ]
     before = np.asarray(rate(chosen))
     found = []
-    for name, added, change in changes:
+    for name, added, change in counted("probes", changes, len(changes)):
         moved = np.asarray(rate([replace(sample, text=change(sample.text)) for sample in chosen])) - before
         found.append(Probe(name, added, float(moved.mean()), float((moved > 0).mean())))
     return found

@@ -18,6 +18,7 @@ from tetrad.data.pack import pack
 from tetrad.data.records import Paths, read_prompts
 from tetrad.data.source import Counts
 from tetrad.data.tokens import OnLong, tokenize
+from tetrad.engine.console import counted
 from tetrad.engine.device import Device
 from tetrad.engine.generate import Request, generate
 from tetrad.engine.scoring import Sample
@@ -99,7 +100,8 @@ def read_logprobs(model: CausalLM, rollout: Rollout, micro_tokens: int, device: 
     """Log-probabilities of the reply tokens, [B, T]."""
     model.eval()
     parts = []
-    for _, packed in packs(rollout.documents, micro_tokens, device):
+    parts_of = packs(rollout.documents, micro_tokens, device)
+    for _, packed in counted("reading", parts_of, len(parts_of)):
         with device.compute():
             parts.append(model(packed, "logprobs", temperature)[0])
     return spread(torch.cat(parts), rollout.mask_BT)
@@ -110,7 +112,8 @@ def read_values(critic: ScalarModel, rollout: Rollout, micro_tokens: int, device
     """The critic's value before each reply token, [B, T], and after the last one, [B]."""
     critic.eval()
     before, after = [], []
-    for group, packed in packs(rollout.documents, micro_tokens, device):
+    parts_of = packs(rollout.documents, micro_tokens, device)
+    for group, packed in counted("reading", parts_of, len(parts_of)):
         with device.compute():
             both = critic(packed, "both")
         after.append(both[: len(group)])

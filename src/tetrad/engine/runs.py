@@ -10,19 +10,17 @@
 A checkpoint (`engine.checkpoints` says which counts) holds no random state, since all random numbers are keyed by
 (seed, purpose, step): the cursor is the number of finished steps. metrics.jsonl and samples.jsonl are cut back to where
 they were at the checkpoint, so a run that was killed leaves the bytes of one that never was; what depends on the clock
-goes to timing.jsonl, which only grows. A checkpoint is whole or it is passed over, by step number and never by the
-clock, and a run whose checkpoints are all damaged does not begin afresh in silence.
+goes to timing.jsonl, which only grows. After the last step all is saved, so that what follows (held-out figures,
+probes) can be stopped at once. A checkpoint is whole or it is passed over, by step number and never by the clock, and a
+run whose checkpoints are all damaged does not begin afresh in silence.
 """
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -30,13 +28,15 @@ import torch
 from tetrad import storage
 from tetrad.engine import checkpoints
 from tetrad.engine.checkpoints import differences, file_of
+from tetrad.engine.console import phase
+from tetrad.engine.device import peak_bytes
 from tetrad.engine.folders import others_may_write
+from tetrad.engine.stop import Stop
 from tetrad.errors import Stopped, UserError
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.storage import Content, Json, LineLog
 
 _SAVES_A_STAGE = 10
-_SAME_KEYPRESS_SECONDS = 0.3  # torchrun hands on the Ctrl-C that the terminal has already sent
 _CUT_BACK = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -60,7 +60,15 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, seed: int, total_steps: int, save_every: int, keep: int, environment: Mapping[str, Json]
+        self,
+        folder: Path,
+        seed: int,
+        total_steps: int,
+        save_every: int,
+        keep: int,
+        environment: Mapping[str, Json],
+        main: bool,
+        warn: Callable[[str], None],
     ) -> None:
         self.folder, self.step, self.total_steps = folder, 0, total_steps
         self.notes: list[str] = []
@@ -71,9 +79,10 @@ class Run:
         self._environment: dict[str, Json] = json.loads(json.dumps(conditions))  # as it is read back
         self._parts: dict[str, Stateful] = {}
         self._values: Callable[[], Mapping[str, Json]] = dict
-        self._logs: dict[str, LineLog] = {}
-        self._stop = _Stop()
-        self._saved_step = 0
+        self._main, self._logs = main, dict[str, LineLog]()
+        self._stop = Stop(warn, lambda: f"what follows step {self.step}", self._stopped_after)
+        self._stop.until = "before the next step"
+        self._saved_step, self._enough, self._began = 0, False, 0.0
         if save_every > total_steps:
             told = "no checkpoint but the last, the finished model"
             self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {told}")
@@ -88,13 +97,33 @@ class Run:
         """A line of samples.jsonl."""
         self._append("samples.jsonl", record)
 
-    def timing(self, step: int, **numbers: Json) -> None:
-        """A line of timing.jsonl: seconds, tokens per second; not part of what a resumed run repeats."""
-        self._append("timing.jsonl", {"step": step, **numbers})
+    def timing(self, step: int, tokens: float) -> dict[str, float]:
+        """A line of timing.jsonl, which is no part of what a resumed run repeats; returns what the bar shows of it.
+
+        tokens: what the step, which ends here, learned from or sampled on all ranks.
+        """
+        seconds = time.monotonic() - self._began
+        shown = {"tokens/s": tokens / max(seconds, 1e-9), "peak_MiB": peak_bytes() / 2**20}
+        names = {"tokens_per_second": shown["tokens/s"], "peak_mib": shown["peak_MiB"]}
+        self._append("timing.jsonl", {"step": step, "seconds": seconds, **names})
+        return shown
 
     def _append(self, name: str, record: Mapping[str, Json]) -> None:
-        if name in self._logs:
-            self._logs[name].append(record)
+        if self._main:
+            self._log(name).append(record)
+
+    def _log(self, name: str) -> LineLog:
+        """The open log; a stage that says nothing leaves no empty one."""
+        if name not in self._logs:
+            self._logs[name] = LineLog(self.folder / name)
+        return self._logs[name]
+
+    def _close_logs(self) -> None:
+        for log in self._logs.values():
+            log.close()
+
+    def _log_size(self, name: str) -> int:
+        return self._logs[name].size() if name in self._logs else 0
 
     # Checkpoints
 
@@ -132,7 +161,7 @@ class Run:
         """Damaged checkpoints no longer count as kept ones; nothing of them is deleted before the stage ends."""
         for path, error in failures:
             self.notes.append(f"{path.name} was passed over: {error.where}: {error.what} [{error.code}]")
-            if self._logs:
+            if self._main:
                 storage.move_aside(path, path.with_name(f"damaged-{path.name}"))
 
     def _continue_from(self, path: Path, state: Mapping[str, Any]) -> None:
@@ -141,11 +170,12 @@ class Run:
             self.notes.append(f"{path.name} was written under other conditions, numbers may differ: {found}")
         if note := others_may_write(path):
             self.notes.append(note)
-        for name in self._logs.keys() & set(_CUT_BACK):
-            recorded, log = state["logs"][name], self._logs[name]
-            if log.size() < recorded:
-                self.notes.append(f"{name} has lost lines: {log.size()} bytes of {recorded}")
-            log.truncate(min(recorded, log.size()))
+        for name in _CUT_BACK if self._main else ():
+            recorded, size = state["logs"][name], self._log_size(name)
+            if size < recorded:
+                self.notes.append(f"{name} has lost lines: {size} bytes of {recorded}")
+            if size > recorded:
+                self._logs[name].truncate(recorded)
 
     def _save(self) -> None:
         contents: dict[str, Content] = {}
@@ -153,17 +183,18 @@ class Run:
             tensors = part.tensors()
             _refuse_nonfinite(name, tensors)
             contents[file_of(name)] = tensor_chunks(tensors)
-        if self._logs:
+        if self._main:
             for log in self._logs.values():
                 log.sync()
             contents["state.json"] = self._state_json()
-            storage.write_folder(self.checkpoints / f"step-{self.step:06d}", contents, {"step": self.step})
+            with phase("writing a checkpoint"):
+                storage.write_folder(self.checkpoints / f"step-{self.step:06d}", contents, {"step": self.step})
             storage.prune(self.checkpoints, self._keep)
         self._saved_step = self.step
 
     def _state_json(self) -> bytes:
         values = dict(self._values())
-        logs = {name: self._logs[name].size() for name in _CUT_BACK}
+        logs = {name: self._log_size(name) for name in _CUT_BACK}
         state = {"step": self.step, "seed": self._seed, "total_steps": self.total_steps, "logs": logs}
         try:
             text = json.dumps({**state, "values": values, "environment": self._environment}, indent=1, allow_nan=False)
@@ -182,84 +213,56 @@ class Run:
         self._check_space()
         if self._stop.agreed():
             raise Stopped(f"stopped before step {self.step} of {self.total_steps}; the same command goes on from there")
-        while self.step < self.total_steps:
-            self._stop.message = self._lost()
+        while self.step < self.total_steps and not self._enough:
+            self._expect_stop()
+            self._began = time.monotonic()
             yield self.step
             self._stop.message = ""
             self.step += 1
-            stop = self._stop.agreed()
-            if stop or self.step % self._every == 0:
+            stop, last = self._stop.agreed(), self._enough or self.step == self.total_steps
+            if stop or self.step % self._every == 0 or (last and self._every <= self.total_steps):
                 self._save()
             if stop:
                 done = f"stopped after {self.step} of {self.total_steps} steps, all saved"
                 raise Stopped(f"{done}; the same command goes on from there")
+        self._stop.until = self._stop.lost = ""
 
-    def _lost(self) -> str:
-        lost = f"it and {self.step - self._saved_step} finished steps since the last checkpoint are lost"
-        return f"stopped in step {self.step} of {self.total_steps}, which didn't end in time: {lost}"
+    def enough(self) -> None:
+        """No step after the one that runs, or none at all: early stopping."""
+        self._enough = True
+
+    def _expect_stop(self) -> None:
+        """What a signal in the coming step waits for, and what is lost where that can't be waited for."""
+        lost = f"{self.step - self._saved_step} finished steps since the last checkpoint"
+        self._stop.until = f"after step {self.step + 1} of {self.total_steps}, with a checkpoint"
+        self._stop.lost = f"this step and {lost}"
+        what = f"stopped in step {self.step} of {self.total_steps}, which didn't end in time"
+        self._stop.message = f"{what}: it and {lost} are lost"
+
+    def _stopped_after(self) -> Stopped:
+        saved = f"the last checkpoint is of step {self._saved_step}"
+        done = f"stopped after {self.step} of {self.total_steps} steps, in what follows them; {saved}"
+        return Stopped(f"{done}; the same command goes on from there")
 
     def _check_space(self) -> None:
         size = sum(part.full_bytes() for part in self._parts.values())
         copies = max(2, min(self._keep + 1, self.total_steps // self._every))
-        if self._logs and self.step < self.total_steps:
+        if self._main and self.step < self.total_steps:
             there = len(storage.step_folders(self.checkpoints))
             storage.free_space_check(self.folder, max(1, copies - there) * size)
 
     def finish(self, files: Mapping[str, Content], meta: Mapping[str, Json]) -> None:
         """Writes the stage's result to <folder>/model, reads it back, and only then removes the checkpoints."""
+        self._stop.until = "when the model is written"
         for name, part in self._parts.items():
             _refuse_nonfinite(name, part.tensors())
-        if self._logs:
+        if self._main:
             for log in self._logs.values():
                 log.sync()
-            storage.write_folder(self.folder / "model", files, meta)
-            storage.verify_folder(self.folder / "model")
-            storage.remove_folder(self.checkpoints)
-
-
-class _Stop:
-    """SIGTERM and SIGINT become a wish that the loop grants after its step; `message` is set while a step runs.
-
-    A second Ctrl-C is a KeyboardInterrupt at once. With `grace`, a step that goes on for longer is given up.
-    """
-
-    def __init__(self) -> None:
-        self.wanted, self.message = False, ""
-        self.agree: Callable[[bool], bool] = bool
-        self.grace: float | None = None
-        self._interrupted = math.inf
-
-    def agreed(self) -> bool:
-        return self.agree(self.wanted)
-
-    def on_signal(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT:
-            if now - self._interrupted > _SAME_KEYPRESS_SECONDS:
-                raise KeyboardInterrupt
-            self._interrupted = min(self._interrupted, now)
-        if self.grace is not None and not self.wanted:
-            signal.setitimer(signal.ITIMER_REAL, max(self.grace, 1e-3))
-        self.wanted = True
-
-    def on_alarm(self, _: int, __: FrameType | None) -> None:
-        if self.message:
-            raise Stopped(self.message)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Signals reach the main thread only; elsewhere there is nothing to listen to."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        handlers = {signal.SIGTERM: self.on_signal, signal.SIGINT: self.on_signal, signal.SIGALRM: self.on_alarm}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            with phase("writing the model"):
+                storage.write_folder(self.folder / "model", files, meta)
+                storage.verify_folder(self.folder / "model")
+                storage.remove_folder(self.checkpoints)
 
 
 @contextmanager
@@ -274,15 +277,17 @@ def open_run(
     grace: float | None = None,
     main: bool = True,
     agree: Callable[[bool], bool] = bool,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Run]:
     """Takes a stage's folder for this process: lock, leftovers of a killed writer, logs, signals.
 
     save_every: steps between checkpoints, 0 for about ten a stage. keep: checkpoints kept, at least two. environment:
     what a checkpoint records and a resume compares. grace: seconds that a step may go on after SIGTERM, None without
     end. main: False on all ranks but one: they read and write nothing. agree: True on all ranks if it is on one.
+    warn: shows a line, from any thread: the answer to a signal.
     Raises UserError E-RUN-LOCKED; Stopped, after the stage's end, for a stop that came too late to matter.
     """
-    run = Run(folder, seed, total_steps, save_every, keep, environment or {})
+    run = Run(folder, seed, total_steps, save_every, keep, environment or {}, main, warn)
     run._stop.agree, run._stop.grace = agree, grace
     with ExitStack() as stack:
         if main:
@@ -291,9 +296,10 @@ def open_run(
                 run.notes.append(lock.note)
             storage.remove_leftovers(folder)
             storage.remove_leftovers(run.checkpoints)
-            for name in (*_CUT_BACK, "timing.jsonl"):
-                run._logs[name] = LineLog(folder / name)
-                stack.callback(run._logs[name].close)
+            for name in _CUT_BACK:
+                if (folder / name).exists():
+                    run._log(name)
+            stack.callback(run._close_logs)
         stack.enter_context(run._stop.listening())
         yield run
         if run._stop.wanted:

@@ -26,6 +26,7 @@ import torch
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.data.tokens import tokenize
+from tetrad.engine.console import counted
 from tetrad.engine.device import Device
 from tetrad.errors import UserError
 from tetrad.model.decoder import ScalarModel
@@ -105,7 +106,7 @@ def score_tokens(model: ScalarModel, documents: Sequence[Tokens], device: Device
     ordered = [documents[i] for i in by_length]
     found = np.zeros(len(documents))
     model.eval()
-    for group in micro_batches(ordered, micro_tokens):
+    for group in counted("scoring", micro_batches(ordered, micro_tokens), len(ordered), len):
         with device.compute():
             scores = model(device.put(pack([ordered[i] for i in group])), "scores")
         found[[by_length[i] for i in group]] = scores.double().cpu().numpy()

@@ -92,6 +92,7 @@ def start(
         grace=grace,
         main=mesh.is_main(),
         agree=mesh.on_any,
+        warn=ctx.console.warn,
     ) as run:
         run.state(state)
         saved = run.resume(parts)

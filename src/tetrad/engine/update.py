@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tetrad.engine import mesh
+from tetrad.engine.console import counted
 from tetrad.engine.device import Device
 from tetrad.engine.optim import Optimizer
 from tetrad.errors import UserError
@@ -31,6 +32,7 @@ class Micro:
 
 
 Terms = Callable[[nn.Module, Micro], list[Term]]
+_READ = "tokens read"  # a count that no loss is divided by
 
 
 def update(
@@ -47,12 +49,13 @@ def update(
 
     Errors: E-NUM-NONFINITE before any weight changes, with the places of the batch's records.
     """
-    totals = mesh.sum_counts(_counted(micros))
+    read = float(sum(len(micro.packed.ids_T) for micro in micros))
+    totals = mesh.sum_counts({**_counted(micros), _READ: read})
     optimizer.clear()
     sums: dict[str, Tensor] = {}
     scales: dict[str, tuple[str, float]] = {}
     most: dict[str, float] = {}
-    for micro in micros:
+    for micro in counted("learning", micros, len(micros)):
         with device.compute():
             parts = terms(model, micro)
         most |= {t.name: max(float(t.sum), most.get(t.name, -math.inf)) for t in parts if t.per == MOST}
@@ -73,7 +76,7 @@ def update(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _stop(loss, norm, micros)
     optimizer.step(factor)
-    return StepStats(loss, norm, optimizer.lr * factor, means | most)
+    return StepStats(loss, norm, optimizer.lr * factor, means | most, totals[_READ])
 
 
 @torch.no_grad()
@@ -81,7 +84,7 @@ def measured(model: nn.Module, micros: Sequence[Micro], terms: Terms, device: De
     """The loss of a batch as `update` would see it, on this rank alone; no weight changes."""
     counts = _counted(micros)
     loss = 0.0
-    for micro in micros:
+    for micro in counted("held-out records", micros, len(micros)):
         with device.compute():
             parts = terms(model, micro)
         loss += math.fsum(float(t.sum) * t.coefficient / counts[t.per] for t in parts if counts[t.per])

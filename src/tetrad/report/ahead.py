@@ -11,6 +11,7 @@ from pathlib import Path
 from tetrad import storage
 from tetrad.data.records import Record, refuse_no_scale, refuse_overlap
 from tetrad.data.source import Counts, Sources
+from tetrad.engine.console import counted
 from tetrad.report.reading import reader, settings_of, stage_of
 from tetrad.settings.recipe import Recipe
 
@@ -43,7 +44,7 @@ def read_ahead(recipe: Recipe, stages: Collection[str], keys: Collection[str], m
 def _records(what: str, given: Sources, recipe: Recipe) -> Iterator[Record]:
     read = reader(what, recipe.reward.score_scale)
     for path in given.paths:
-        yield from read(path, given, Counts(), None)
+        yield from counted(f"reading {path.name}", read(path, given, Counts(), None), 0)
 
 
 def _remembered(memory: Path) -> set[str]:

@@ -92,3 +92,5 @@ class Reward:
     """Replies of the SFT model on which the output gets mean 0 and standard deviation 1."""
     normalise_max_new: Count = 64
     """Longest of those replies, in tokens."""
+    probes: Whole = 256
+    """Answers of the test records that are changed and scored again, to see what moves the reward; 0 leaves it out."""

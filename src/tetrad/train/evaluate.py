@@ -20,6 +20,7 @@ from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.engine import mesh
 from tetrad.engine.batches import reply_logprobs
+from tetrad.engine.console import phase
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
 from tetrad.engine.metrics import reply_figures
@@ -94,10 +95,13 @@ def answers_of_all(
     sampling = replace(ctx.recipe.sampling, max_new=s.max_new)
     copies = max(1, s.best_of if reward else 1)
     repeated = [question for question in questions for _ in range(copies)]
-    many = roll_out(sft, repeated, range(len(repeated)), key, sampling, tokenizer, device)
+    with phase("answers of sft"):
+        many = roll_out(sft, repeated, range(len(repeated)), key, sampling, tokenizer, device)
     systems = {"sft": _chosen(many, list(range(0, len(repeated), copies)), 0.0)}
     if reward and copies > 1:
-        scores, rows = reward(many.samples), [slice(at, at + copies) for at in range(0, len(repeated), copies)]
+        with phase(f"best of {copies}"):
+            scores = reward(many.samples)
+        rows = [slice(at, at + copies) for at in range(0, len(repeated), copies)]
         chosen = [row.start + best(many.samples[row], scores[row]) for row in rows]
         # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
         systems[f"best of {copies}"] = _chosen(many, chosen, math.log(copies) - (copies - 1) / copies)
@@ -105,7 +109,8 @@ def answers_of_all(
         actor = frozen(read_policy(ctx.parents["ppo"], tokenizer, template_for(ctx, ctx.parents["ppo"]))).to(
             device.place
         )
-        rollout = roll_out(actor, questions, range(len(questions)), key, sampling, tokenizer, device)
+        with phase("answers of ppo"):
+            rollout = roll_out(actor, questions, range(len(questions)), key, sampling, tokenizer, device)
         heat = sampling.temperature or 1.0
         new, old = (reply_logprobs(m, rollout.documents, micro_tokens, device, heat) for m in (actor, sft))
         kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
@@ -124,7 +129,8 @@ def figures(
     """Means with intervals; "gain" is the paired difference to the SFT model's answers."""
     found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.ended)}
     for name, judge in judges.items():
-        scores, before = (torch.tensor(judge(a.samples), dtype=torch.float64) for a in (answers, sft))
+        with phase(f"judge {name}"):
+            scores, before = (torch.tensor(judge(a.samples), dtype=torch.float64) for a in (answers, sft))
         found[name] = _interval(scores, seed)
         found[f"{name}_gain"] = _interval(scores - before, seed)
     if referee:

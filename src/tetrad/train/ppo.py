@@ -31,7 +31,7 @@ from tetrad.engine.roles import ActorCritic, FourModels, four_models
 from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questions, read_values, roll_out
 from tetrad.engine.runs import Run
 from tetrad.engine.samples import Samples
-from tetrad.engine.scoring import python_function
+from tetrad.engine.scoring import Reward, python_function
 from tetrad.engine.stage import POLICY, finish, prepared, report_counts, start, template_for
 from tetrad.engine.update import Micro, Terms, update
 from tetrad.errors import UserError
@@ -48,6 +48,7 @@ from tetrad.train import gate
 from tetrad.train.alarms import Watch, idle
 from tetrad.types import MOST, StepStats, Term
 
+SHOWN = ("score", "kl", "length", "ended")  # in the bar
 Text = Callable[[int], list[Micro]]
 """Pre-training text beside PPO: the micro-batches of the n-th update of the actor."""
 
@@ -63,8 +64,7 @@ def run(ctx: StageContext) -> None:
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=ctx.recipe.sampling.slots)
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
     steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch * s.replies), RunningStd())
-    others = ctx.recipe.alarms.judges
-    judges = {f"judge_{name}": python_function(spec) for name, spec in zip(named(others, ()), others, strict=True)}
+    judges = judges_of(ctx)
     samples = Samples(ctx, four.actor, four.reference, questions, tokenizer, device)
     with (
         start(ctx, device, s.steps, four.parts(), steered.state, steered.restore, ctx.recipe.run.grace) as stage,
@@ -89,7 +89,8 @@ def run(ctx: StageContext) -> None:
             stage.log(step, **figures)
             if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0) or steered.watch.broken:
                 samples.show(stage.sample, step, made)
-            bar.advance(1, **{name: figures[name] for name in ("score", "kl", "length", "ended")})
+            speed = stage.timing(step, figures["length"] * s.batch * s.replies)
+            bar.advance(1, **{name: figures[name] for name in SHOWN}, **speed)
             steered.watch.stop()
         end(ctx, stage, four, tokenizer)
 
@@ -282,6 +283,12 @@ def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tu
     if model_pays(s.rewards):
         gate.heed(ctx, ctx.parents["reward"], [question.prompt for question in questions])
     return questions, given.mixture(question.prompt.where for question in questions)
+
+
+def judges_of(ctx: StageContext) -> dict[str, Reward]:
+    """What watches beside the reward, each as a figure `judge_NAME`."""
+    specs = ctx.recipe.alarms.judges
+    return {f"judge_{name}": python_function(spec) for name, spec in zip(named(specs, ()), specs, strict=True)}
 
 
 def text_of(ctx: StageContext, device: Device) -> Text | None:

@@ -49,7 +49,7 @@ def run(ctx: StageContext) -> None:
                     model, optimizer, micros, language_terms, device, factor=factor, max_norm=ctx.recipe.optim.max_norm
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
-                bar.advance(1, loss=stats.loss)
+                bar.advance(1, loss=stats.loss, **stage.timing(step, stats.tokens))
         finish(ctx, stage, model, tokenizer, None, held_out_figures(ctx, model, held_out, device))
 
 

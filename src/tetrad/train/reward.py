@@ -33,7 +33,7 @@ from tetrad.engine.judging import Json, Judge, as_files, assess, highest_seen, n
 from tetrad.engine.optim import Optimizer, Together, lr_factor
 from tetrad.engine.preferences import Examples, Judgements, Record, judgements, preference_micros
 from tetrad.engine.prepare import first_parent
-from tetrad.engine.runs import Stateful
+from tetrad.engine.runs import Run, Stateful
 from tetrad.engine.scoring import python_function, score_tokens
 from tetrad.engine.stage import POLICY, Weights, finish, frozen, report_counts, start, template_for
 from tetrad.engine.update import Micro, Terms, measured, update
@@ -89,14 +89,7 @@ def run(ctx: StageContext) -> None:
     optimizers = Together([member.optimizer for member in members])
     parts: dict[str, Stateful] = {"model": Weights(latents), "optimizer": optimizers, "best": best}
     with start(ctx, device, lessons.steps, parts) as stage:
-        with ctx.console.progress("reward", lessons.steps, stage.step) as bar:
-            for step in stage.steps():
-                stats = [lessons.learn(member, step) for member in members]
-                stage.log(step, **lessons.figures(stats))
-                bar.advance(1, loss=sum(one.loss for one in stats) / len(stats))
-                if best.patience and lessons.looks(step) and best.seen(lessons.held_out_loss(members)):
-                    ctx.console.say(f"reward     stops after {step + 1} steps: held-out records gain no more")
-                    break
+        train(ctx, stage, lessons, members, best)
         best.put_back()
         judge = Judge(models, tokenizer, form, folder, device, ctx.recipe.run.micro_tokens)
         told = report_annotators(ctx, members[0].latent, lessons) if lessons.numbers else {}
@@ -110,6 +103,25 @@ def run(ctx: StageContext) -> None:
         whole = [merged(model) for model in models]
         extra = as_files({"annotators": told, "evaluation": evaluation}) | members_content(whole)
         finish(ctx, stage, whole[0], tokenizer, form, figures, extra)
+
+
+def train(ctx: StageContext, stage: Run, lessons: "Lessons", members: Sequence[Member], best: Best) -> None:
+    """All steps, or those up to the look at held-out records that is enough."""
+    if best.enough:
+        stage.enough()
+    looks = sum(map(lessons.looks, range(stage.step, lessons.steps))) if best.patience else 0
+    with ctx.console.progress("reward", lessons.steps, stage.step, looks=looks) as bar:
+        for step in stage.steps():
+            stats = [lessons.learn(member, step) for member in members]
+            stage.log(step, **lessons.figures(stats))
+            speed = stage.timing(step, sum(one.tokens for one in stats))
+            bar.advance(1, loss=sum(one.loss for one in stats) / len(stats), **speed)
+            if best.patience and lessons.looks(step):
+                with bar.look():
+                    best.see(lessons.held_out_loss(members))
+            if best.enough:
+                ctx.console.say(f"reward     stops after {step + 1} steps: held-out records gain no more")
+                stage.enough()
 
 
 def new_models(ctx: StageContext, folder: Path, device: Device) -> list[ScalarModel]:

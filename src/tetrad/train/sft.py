@@ -51,7 +51,7 @@ def run(ctx: StageContext) -> None:
                     model, optimizer, micros, language_terms, device, factor=factor, max_norm=ctx.recipe.optim.max_norm
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
-                bar.advance(1, loss=stats.loss)
+                bar.advance(1, loss=stats.loss, **stage.timing(step, stats.tokens))
         figures = held_out_figures(ctx, model, held_out, device)
         adapters.keep(ctx, model, folder)
         finish(ctx, stage, merged(model), tokenizer, form, figures)

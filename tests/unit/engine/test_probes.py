@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from tetrad.engine.probes import MOST, Probe, probes, worst
+from tetrad.engine.probes import Probe, probes, worst
 from tetrad.engine.scoring import Sample
 from tetrad.types import Turn
 
@@ -14,7 +14,7 @@ CHINESE = [f"第{i}部电影很好看,演员也不错。" for i in range(40)]
 
 def probed(texts: Sequence[str], worth: Callable[[str], float]) -> list[Probe]:
     samples = [Sample((), (), (Turn("instruction", "say"),), text) for text in texts]
-    return probes(samples, lambda given: [worth(sample.text) for sample in given])
+    return probes(samples, lambda given: [worth(sample.text) for sample in given], 256)
 
 
 def test_what_pays_for_length() -> None:
@@ -53,6 +53,6 @@ def test_halves_end_with_a_word() -> None:
 def test_empty_answers_and_many() -> None:
     assert probed(["", " "], lambda _: 0.0) == []
     asked: list[int] = []
-    samples = [Sample((), (), (), "x")] * (MOST + 50)
-    probes(samples, lambda given: asked.append(len(given)) or [0.0] * len(given))
-    assert set(asked) == {MOST}
+    samples = [Sample((), (), (), "x")] * (306)
+    probes(samples, lambda given: asked.append(len(given)) or [0.0] * len(given), 256)
+    assert set(asked) == {256}

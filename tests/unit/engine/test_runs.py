@@ -122,9 +122,47 @@ def test_a_death_loses_the_steps_since_the_last_save(step: int, tmp_path: Path, 
 def test_timing_only_grows(tmp_path: Path) -> None:
     with pytest.raises(DiedError):
         Stage(tmp_path, at(3, die)).run()
-    Stage(tmp_path).run()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
-    assert steps == [0, 1, 2, 2, 3, 4, 5, 6]
+    Stage(tmp_path, lambda _: time.sleep(0.01)).run()
+    lines = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 5, 6]
+    for line in lines[3:]:
+        assert list(line) == ["step", "seconds", "tokens_per_second", "peak_mib"]
+        assert line["seconds"] >= 0.01
+        assert line["tokens_per_second"] == pytest.approx(10 / line["seconds"])
+        assert 10 < line["peak_mib"] < 100_000
+
+
+def test_a_stage_without_samples_leaves_no_empty_log(tmp_path: Path) -> None:
+    with open_run(tmp_path, seed=0, total_steps=2, save_every=1) as run:
+        run.resume({"model": Part(0.0)})
+        for step in run.steps():
+            run.log(step, loss=0.0)
+        run.finish({"a": b"x"}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "metrics.jsonl", "model"]
+
+
+def test_the_last_step_is_saved(tmp_path: Path) -> None:
+    """What follows the steps may take long, and a stop there must not lose any of them."""
+    with pytest.raises(Stopped, match=r"after 7 of 7 steps, in what follows them; the last checkpoint is of step 7"):
+        stop_after_the_steps(tmp_path, steps=7)
+    with open_run(tmp_path, seed=0, total_steps=7, save_every=2) as run:
+        run.resume({"model": Part(0.0)})
+        assert (run.step, list(run.steps())) == (7, [])
+
+
+def test_an_early_end_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match=r"after 5 of 7 steps, in what follows them; the last checkpoint is of step 5"):
+        stop_after_the_steps(tmp_path, steps=5)
+
+
+def stop_after_the_steps(folder: Path, steps: int) -> None:
+    with open_run(folder, seed=0, total_steps=7, save_every=2) as run:
+        run.resume({"model": Part(0.0)})
+        for step in run.steps():
+            if step == steps - 1:
+                run.enough()
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:

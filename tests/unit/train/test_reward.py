@@ -109,22 +109,24 @@ def test_every_token_of_an_answer_can_learn() -> None:
 def test_best_weights_are_kept_and_put_back() -> None:
     model = toys.scalar(seed=1)
     best = Best(model, patience=2)
-    assert not best.seen(1.0)
+    best.see(1.0)
+    assert not best.enough
     wanted = model.score.weight.detach().clone()
     for loss, enough in ((1.1, False), (1.0, True)):
         with torch.no_grad():
             model.score.weight += 1
-        assert best.seen(loss) is enough
+        best.see(loss)
+        assert best.enough is enough
     again = Best(model, patience=2)
     again.load_tensors({name: tensor.clone() for name, tensor in best.tensors().items()})
-    assert (again.loss, again.waited) == (1.0, 2)
+    assert (again.loss, again.waited, again.enough) == (1.0, 2, True)
     again.put_back()
     assert torch.equal(model.score.weight, wanted)
 
 
 def test_without_patience_nothing_is_kept() -> None:
     best = Best(toys.scalar(), 0)
-    assert not any(best.seen(loss) for loss in (1.0, 2.0, 3.0, 4.0))
+    assert not best.enough
     assert best.tensors() == {} and best.full_bytes() == 0
     best.load_tensors({})
     best.put_back()

@@ -1,0 +1,111 @@
+"""An orderly stop: SIGTERM and Ctrl-C are answered within a second, whatever the main thread is doing.
+
+Python runs a signal's handler between two bytecodes of the main thread, so a handler alone is silent while a step sits
+in one long call of C. A thread reads the signals from a pipe: it says what is waited for, unless that is over by then,
+and ends the process where a second Ctrl-C finds the main thread still in such a call; what is on disk stands a kill.
+"""
+
+import math
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tetrad.errors import Stopped
+
+_SAME_KEYPRESS_SECONDS = 0.3  # torchrun hands on the Ctrl-C that the terminal has already sent
+_ANSWER_SECONDS = 0.5  # what ends sooner needs no answer
+_LAST_SECONDS = 1.0  # for the main thread to end after a second Ctrl-C
+
+
+class Stop:
+    """What SIGTERM and SIGINT do while `listening`.
+
+    until: what is waited for; where it is empty, the first signal ends what runs, by `end()`. lost: what a second
+    Ctrl-C costs, which is a KeyboardInterrupt at once. message: set while a step runs, which with `grace` (seconds) is
+    given up after that. wanted: a signal came. agree: True on all ranks if it is on one.
+    """
+
+    def __init__(self, say: Callable[[str], None], doing: Callable[[], str], end: Callable[[], BaseException]) -> None:
+        """say: shows a line, from any thread. doing: what runs, for the answer where nothing is waited for."""
+        self.say, self.doing, self.end = say, doing, end
+        self.wanted, self.message, self.until, self.lost = False, "", "", ""
+        self.agree: Callable[[bool], bool] = bool
+        self.grace: float | None = None
+        self._interrupted = math.inf
+
+    def agreed(self) -> bool:
+        return self.agree(self.wanted)
+
+    def on_signal(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if now - self._interrupted > _SAME_KEYPRESS_SECONDS:
+                raise KeyboardInterrupt
+            self._interrupted = min(self._interrupted, now)
+        if self.grace is not None and not self.wanted:
+            signal.setitimer(signal.ITIMER_REAL, max(self.grace, 1e-3))
+        again, self.wanted = self.wanted, True
+        if not (self.until or again):
+            raise self.end()
+
+    def on_alarm(self, _: int, __: FrameType | None) -> None:
+        if self.message:
+            raise Stopped(self.message)
+
+    def answer(self) -> str:
+        """What is said while the main thread has not ended yet."""
+        what = f"stopping {self.until}" if self.until else f"stopping as soon as what runs allows it ({self.doing()})"
+        return f"{what}; a second Ctrl-C stops at once" + (f" and loses {self.lost}" if self.lost else "")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals reach the main thread only; elsewhere there is nothing to listen to."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        thread = threading.Thread(target=self._watch, args=(reading,), daemon=True)
+        handlers = {signal.SIGTERM: self.on_signal, signal.SIGINT: self.on_signal, signal.SIGALRM: self.on_alarm}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        pipe_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.set_wakeup_fd(pipe_before, warn_on_full_buffer=False)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(writing)
+            thread.join()
+            os.close(reading)
+
+    def _watch(self, pipe: int) -> None:
+        """Until the pipe is closed. Times are those at which something is due, if nothing ends before."""
+        first = interrupted = answer_due = end_due = math.inf
+        while True:
+            due = min(answer_due, end_due)
+            wait = None if due == math.inf else max(0.0, due - time.monotonic())
+            ready, now = select.select([pipe], [], [], wait)[0], time.monotonic()
+            if ready:
+                raw = os.read(pipe, 1)
+                if not raw:
+                    return
+                if raw[0] in (signal.SIGTERM, signal.SIGINT) and first == math.inf:
+                    first, answer_due = now, now + _ANSWER_SECONDS
+                if raw[0] == signal.SIGINT:
+                    if now - interrupted > _SAME_KEYPRESS_SECONDS:
+                        end_due = min(end_due, now + _LAST_SECONDS)
+                    interrupted = min(interrupted, now)
+            elif now >= end_due:
+                self.say("interrupted" + (f": lost is {self.lost}" if self.lost else ""))
+                os._exit(130)
+            else:
+                self.say(self.answer())
+                answer_due = math.inf
