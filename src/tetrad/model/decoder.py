@@ -285,11 +285,12 @@ def give_head(model: ScalarModel, seed: int) -> None:
 
 @torch.no_grad()
 def grow_vocabulary(model: CausalLM | ScalarModel, size: int) -> None:
-    """Rows for new tokens up to `size` in embedding and output head, each the mean of the old; spare rows come first."""
+    """Rows for new tokens up to `size` in embedding and output head, each the mean of the old ones; spare rows come
+    first."""
     old = model.config.vocab_size
     if size <= old:
         return
-    owners: list[nn.Module] = [model.model.embed_tokens]
+    owners: list[nn.Embedding | nn.Linear] = [model.model.embed_tokens]
     if isinstance(model, CausalLM) and not model.config.tied:
         owners.append(model.lm_head)
     for owner in owners:

@@ -55,8 +55,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def same_numbers(first: tuple[Path, Entry], second: tuple[Path, Entry]) -> bool:
-    """Whether two tensors of safetensors files have the same type, shape and bytes; each with its file, whose header has
-    been read."""
+    """Whether two tensors have the same type, shape and bytes; each with its safetensors file, whose header has been
+    read."""
     if first[1].dtype != second[1].dtype or first[1].shape != second[1].shape:
         return False
     with first[0].open("rb") as one, second[0].open("rb") as other:

@@ -62,7 +62,9 @@ def inspect(folder: Path, *, scalar: bool = False) -> Facts:
         head, embedding = ((owners[name], tensors[name]) for name in (_HEAD, _EMBEDDING))
         if not same_numbers(head, embedding):
             what = f"config.json says tie_word_embeddings = true, but {_HEAD} differs from {_EMBEDDING}"
-            hint = 'a head that was trained apart needs "tie_word_embeddings": false there; else take it out of the file'
+            hint = (
+                'a head that was trained apart needs "tie_word_embeddings": false there; else take it out of the file'
+            )
             raise UserError("E-CKPT-KEYS", what, where=str(folder / "config.json"), hint=hint)
     return Facts(config, reward, files, tensors)
 
