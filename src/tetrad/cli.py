@@ -9,9 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+from tetrad.engine import streams
 from tetrad.errors import EXIT_STOPPED, Stopped, UserError
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     given = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in given
+    streams.prepare()
     given = [word for word in given if word != "--debug"]
     try:
         return _dispatch(given)
@@ -56,9 +58,15 @@ def main(words: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if debug and not isinstance(error, SystemExit):
             traceback.print_exc()
-        message, code = _told(error)
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Prints an error, and returns its exit code."""
+    message, code = _told(error)
+    with suppress(OSError):
         sys.stderr.write(message + "\n")
-        return code
+    return code
 
 
 def _told(error: BaseException) -> tuple[str, int]:
@@ -159,7 +167,7 @@ def _recipe(verb: str, words: list[str]) -> int:
     from tetrad.recipe import read
 
     recipe = read(path, words)
-    console = Console(recipe.run.log_every, quiet=not pipeline.is_first())
+    console = Console(recipe.run.log_every, quiet=not pipeline.is_first(), outlives=verb != "status")
     if verb == "status":
         pipeline.status(recipe, console)
         return 0
@@ -178,6 +186,11 @@ def _stoppable(console: Any, error: Callable[[str], BaseException]) -> Iterator[
         yield
 
 
+def _flags(words: list[str]) -> list[str]:
+    """For commands that have no recipe: the name of its setting `data.rename` is as good as their own."""
+    return ["--" + word.removeprefix("--data.") if word.startswith("--data.rename") else word for word in words]
+
+
 def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
     """The settings of a command that uses a model, whose folder is the one word without a flag."""
     from tetrad.settings.base import knobs
@@ -185,7 +198,7 @@ def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
     from tetrad.settings.words import nest, parse
 
     known = knobs(cls)
-    plain, values, places = parse(words, known)
+    plain, values, places = parse(_flags(words), known)
     if "model" in known and plain and "model" not in values:
         values["model"] = plain.pop(0)
     if plain:
@@ -261,6 +274,7 @@ def _check(words: list[str]) -> int:
     from tetrad.settings.use import Check
     from tetrad.settings.words import nest, parse, split
 
+    words = words if any(word.endswith(".toml") for word in words) else _flags(words)
     mine, rest = split(words, knobs(Check))
     _, values, places = parse(mine, knobs(Check))
     settings = build(Check, nest(values), places)
@@ -302,5 +316,9 @@ def _doctor(words: list[str]) -> int:
         return 0
     rows = doctor.check_vectors(settings.vectors)
     columns = ("function", "cases", "error64", "error32", "grad64", "grad32", "ok")
-    console.table("numeric self-test", columns, [[getattr(row, column) for column in columns] for row in rows])
+    console.table(
+        f"numeric self-test, {settings.vectors}",
+        columns,
+        [[getattr(row, column) for column in columns] for row in rows],
+    )
     return 0 if all(row.ok for row in rows) else 5

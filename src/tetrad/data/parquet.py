@@ -18,7 +18,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         reader: Any = importlib.import_module("pyarrow.parquet")
     except ImportError:
-        hint = "pip install 'tetrad[parquet]', or convert it to jsonl"
+        hint = "pip install pyarrow, or convert it to jsonl"
         raise UserError(
             "E-DATA-FORMAT", "parquet is read by pyarrow, which is missing", where=str(path), hint=hint
         ) from None

@@ -22,6 +22,8 @@ from rich.console import Console as Terminal
 from rich.table import Table
 from rich.text import Text
 
+from tetrad.engine.streams import guarded
+
 T = TypeVar("T")
 PHASE_SECONDS = 2.0  # a shorter phase is not shown
 LINE_SECONDS = (10.0, 60.0)  # between lines by time: at least, and at most
@@ -31,13 +33,21 @@ _in_use: ContextVar["Console | None"] = ContextVar("console", default=None)
 
 
 class Console:
-    """Writes for people. Nothing here is read back by a program. quiet: for all processes of torchrun but the first."""
+    """Writes for people. Nothing here is read back by a program. quiet: for all processes of torchrun but the first.
+    outlives: of a run, which goes on where its words can't be written any more."""
 
     def __init__(
-        self, log_every: int = 10, out: TextIO | None = None, err: TextIO | None = None, *, quiet: bool = False
+        self,
+        log_every: int = 10,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        *,
+        quiet: bool = False,
+        outlives: bool = False,
     ) -> None:
         self.log_every = log_every
-        self._out, self._err = (StringIO(), StringIO()) if quiet else (out or sys.stdout, err or sys.stderr)
+        self._out: TextIO = StringIO() if quiet else guarded(out or sys.stdout, outlives=outlives)
+        self._err: TextIO = StringIO() if quiet else guarded(err or sys.stderr, outlives=True)
         self._live: Terminal | None = None
         self._screen: bars.Progress | None = None
         self._open: list[Progress] = []  # the innermost last

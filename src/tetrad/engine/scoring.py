@@ -10,11 +10,13 @@ whoever scores the text gets the same number.
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -28,7 +30,7 @@ from tetrad.data.pack import pack
 from tetrad.data.tokens import tokenize
 from tetrad.engine.console import counted
 from tetrad.engine.device import Device
-from tetrad.errors import UserError
+from tetrad.errors import Stopped, UserError
 from tetrad.model.decoder import ScalarModel
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
@@ -157,13 +159,38 @@ def python_function(spec: str) -> Reward:
 
     def reward(samples: Sequence[Sample]) -> list[float]:
         try:
-            scores = [float(x) for x in function(_told(samples))]
-        except Exception as error:
+            with _undisturbed():
+                scores = [float(x) for x in function(_told(samples))]
+        except (Exception, SystemExit, GeneratorExit) as error:
+            if isinstance(error, Stopped):  # the stage was asked to stop meanwhile
+                raise
             what = f"the function failed on {len(samples)} samples: {type(error).__name__}: {error}"
             raise UserError("E-NUM-REWARD", what, where=spec) from error
         return _finite(scores, samples, spec)
 
     return reward
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What foreign code sets for the whole process ends with it: threads and types that our numbers depend on, random
+    states, and the folder that relative paths start from."""
+    threads, dtype, grad, folder = (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        os.getcwd(),
+    )
+    random, deterministic = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_rng_state(random)
+        os.chdir(folder)
 
 
 def endpoint(url: str) -> Reward:
@@ -235,8 +262,9 @@ def _load(spec: str) -> Callable[[list[dict[str, Any]]], Sequence[float]]:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look their module up by name
     try:
-        module_spec.loader.exec_module(module)
+        with _undisturbed():
+            module_spec.loader.exec_module(module)
         found: Callable[[list[dict[str, Any]]], Sequence[float]] = getattr(module, attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError("E-CONF-FUNCTION", f"{type(error).__name__}: {error}", where=spec, hint=hint) from error
     return found

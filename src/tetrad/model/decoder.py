@@ -284,12 +284,15 @@ def give_head(model: ScalarModel, seed: int) -> None:
 
 
 @torch.no_grad()
-def grow_vocabulary(model: CausalLM, size: int) -> None:
-    """Rows for new tokens up to `size` in embedding and head, each the mean of the old ones; spare rows come first."""
+def grow_vocabulary(model: CausalLM | ScalarModel, size: int) -> None:
+    """Rows for new tokens up to `size` in embedding and output head, each the mean of the old ones; spare rows come
+    first."""
     old = model.config.vocab_size
     if size <= old:
         return
-    owners = [model.model.embed_tokens] + ([] if model.config.tied else [model.lm_head])
+    owners: list[nn.Embedding | nn.Linear] = [model.model.embed_tokens]
+    if isinstance(model, CausalLM) and not model.config.tied:
+        owners.append(model.lm_head)
     for owner in owners:
         weight = owner.weight
         new = weight.mean(0, keepdim=True).expand(size - old, -1)

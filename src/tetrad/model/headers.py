@@ -18,6 +18,7 @@ HEADER_BYTES = 2 << 20
 """No header is larger: it would name fifteen thousand tensors, far more than a decoder and its optimizer have."""
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LARGEST = 2**48
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,23 @@ def read_header(path: Path) -> dict[str, Entry]:
     except (OSError, ValueError, RecursionError) as error:
         raise not_safetensors(path, error) from error
     return entries
+
+
+def same_numbers(first: tuple[Path, Entry], second: tuple[Path, Entry]) -> bool:
+    """Whether two tensors have the same type, shape and bytes; each with its safetensors file, whose header has been
+    read."""
+    if first[1].dtype != second[1].dtype or first[1].shape != second[1].shape:
+        return False
+    with first[0].open("rb") as one, second[0].open("rb") as other:
+        for file, (_, entry) in ((one, first), (other, second)):
+            file.seek(8 + int.from_bytes(file.read(8), "little") + entry.start)
+        left = first[1].nbytes
+        while left:
+            size = min(left, _CHUNK)
+            if one.read(size) != other.read(size):
+                return False
+            left -= size
+    return True
 
 
 def not_safetensors(path: Path, error: Exception) -> UserError:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig, is_file, is_reward, read_config, read_json, shortened
-from tetrad.model.headers import Entry, read_header
+from tetrad.model.headers import Entry, read_header, same_numbers
 from tetrad.storage import MANIFEST
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("F32", "F16", "BF16", "F64")
 _NOT_OURS = "rotary_emb.inv_freq"
+_WHOLE = "model.safetensors"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ADAPTER = "adapter_config.json"
 _HINT = "check config.json against the weights"
 
 
@@ -45,26 +48,36 @@ def inspect(folder: Path, *, scalar: bool = False) -> Facts:
         raise UserError("E-CKPT-ROLE", "this is a reward model: it writes no text", where=str(folder), hint=hint)
     files = tuple(_files(folder))
     tensors: dict[str, Entry] = {}
+    owners: dict[str, Path] = {}
     for path in files:
         found = read_header(path)
         if both := sorted(tensors.keys() & found.keys()):
             what = f"{shortened(both[0])} stands in two of the folder's files"
             raise UserError("E-CKPT-KEYS", what, where=str(path), hint=_HINT)
         tensors |= found
+        owners |= dict.fromkeys(found, path)
     tensors = {name: entry for name, entry in tensors.items() if not name.endswith(_NOT_OURS)}
     _refuse_others(folder, config, tensors, scalar, reward)
+    if config.tied and not scalar and _HEAD in tensors:
+        head, embedding = ((owners[name], tensors[name]) for name in (_HEAD, _EMBEDDING))
+        if not same_numbers(head, embedding):
+            what = f"config.json says tie_word_embeddings = true, but {_HEAD} differs from {_EMBEDDING}"
+            hint = (
+                'a head that was trained apart needs "tie_word_embeddings": false there; else take it out of the file'
+            )
+            raise UserError("E-CKPT-KEYS", what, where=str(folder / "config.json"), hint=hint)
     return Facts(config, reward, files, tensors)
 
 
 def parameters(config: DecoderConfig, *, scalar: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and shape of every parameter of a language model or, with `scalar`, a reward model or critic."""
     c, wide, narrow = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    yield "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
+    yield _EMBEDDING, (c.vocab_size, c.hidden_size)
     yield "model.norm.weight", (c.hidden_size,)
     if scalar:
         yield "score.weight", (1, c.hidden_size)
     elif not c.tied:
-        yield "lm_head.weight", (c.vocab_size, c.hidden_size)
+        yield _HEAD, (c.vocab_size, c.hidden_size)
     block = {f"self_attn.{x}_proj.weight": (n, c.hidden_size) for x, n in (("q", wide), ("k", narrow), ("v", narrow))}
     shapes: dict[str, tuple[int, ...]] = {**block, "self_attn.o_proj.weight": (c.hidden_size, wide)}
     if c.qkv_bias:
@@ -81,8 +94,12 @@ def parameters(config: DecoderConfig, *, scalar: bool = False) -> Iterator[tuple
 def _refuse_incomplete(folder: Path) -> None:
     """Names all that a folder lacks, and what it has instead."""
     names = sorted(path.name for path in folder.iterdir())
+    if _ADAPTER in names and "config.json" in names:
+        what = f"{_ADAPTER} lies beside the model: transformers would put that adapter onto its weights"
+        hint = "merge it with PEFT (merge_and_unload) and save that, or take the adapter's files away"
+        raise UserError("E-MODEL-UNSUPPORTED", what, where=str(folder), hint=hint)
     missing = ["config.json"] if "config.json" not in names else []
-    missing += ["model.safetensors"] if not any(name in names for name in ("model.safetensors", INDEX)) else []
+    missing += [_WHOLE] if not any(name in names for name in (_WHOLE, INDEX)) else []
     if not missing:
         return
     hint = "copy the whole model folder"
@@ -95,12 +112,16 @@ def _refuse_incomplete(folder: Path) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     if not is_file(folder / INDEX):
-        yield folder / "model.safetensors"
+        yield folder / _WHOLE
         return
     shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         what = "the index of shards can't be read: it has no weight_map"
         raise UserError("E-MODEL-FORMAT", what, where=str(folder / INDEX), hint="copy the whole model folder again")
+    if is_file(folder / _WHOLE) and _WHOLE not in shards.values():
+        what = f"two sets of weights lie here: {_WHOLE}, and the shards that {INDEX} names"
+        hint = f"take the older set away (with shards, {INDEX} too); transformers reads {_WHOLE}"
+        raise UserError("E-MODEL-FORMAT", what, where=str(folder), hint=hint)
     for name in sorted(set(shards.values())):
         path = folder / name
         if path.parent != folder or not is_file(path):
@@ -118,7 +139,7 @@ def _refuse_others(
         what = f"config.json says {config.layers} layers, the weights are {len(tensors)} tensors"
         raise UserError("E-CKPT-KEYS", what, where=where, hint=_HINT)
     wanted = dict(parameters(config, scalar=scalar))
-    spare = {"lm_head.weight"} if config.tied or scalar else set[str]()
+    spare = {_HEAD} if config.tied or scalar else set[str]()
     fresh = {"score.weight"} if scalar and not reward else set[str]()  # a critic's head may be new
     missing = sorted(wanted.keys() - tensors.keys() - fresh)
     extra = sorted(tensors.keys() - wanted.keys() - spare)

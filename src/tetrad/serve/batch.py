@@ -7,7 +7,7 @@ kept as given_<name>. With `out` the file appears when it is whole, without it e
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 
 from tetrad.data.records import read_prompts
 from tetrad.data.rows import rows
-from tetrad.data.source import Counts, files
+from tetrad.data.source import Counts, sources
 from tetrad.engine.console import Console
+from tetrad.engine.context import renamed
 from tetrad.engine.rollout import Question, read_questions
 from tetrad.engine.scoring import Sample, best, written
 from tetrad.errors import UserError
@@ -56,9 +57,9 @@ def generate_file(settings: Generate, console: Console) -> None:
     judge = load_reward(settings.reward, settings.template) if settings.reward else None
     if settings.prompts:
         counts, limit = Counts(), model.model.config.max_positions
-        paths = files([settings.prompts])
-        questions = read_questions(paths, model.form, model.tokenizer, counts, limit, settings.max_new)
-        records = _records(paths)
+        given = sources([settings.prompts], rename=renamed(settings.rename))
+        questions = read_questions(given, model.form, model.tokenizer, counts, limit, settings.max_new)
+        records = _records(given.paths)
     else:
         questions = [question(model, asked(settings.instruction, settings.input, where="--instruction"))]
         records = [{"Instruction": settings.instruction, **({"Input": settings.input} if settings.input else {})}]
@@ -82,9 +83,9 @@ def score_file(settings: ScoreFile, console: Console) -> None:
     """Scores the answer of each record of a file. Errors: E-CONF-CONFLICT, E-DATA-*, E-MODEL-*, E-CKPT-*, E-IO-*."""
     _check_out(settings.out, settings.data)
     judge = load_reward(settings.model, settings.template)
-    paths = files([settings.data])
-    prompts, records = read_prompts(paths, Counts()), _records(paths)
-    texts, ended = zip(*(_answer(r, p.where) for r, p in zip(records, prompts, strict=True)), strict=True)
+    given = sources([settings.data], rename=renamed(settings.rename))
+    prompts, records = read_prompts(given, Counts()), _records(given.paths)
+    texts, ended = zip(*(_answer(r, p.where, given.rename) for r, p in zip(records, prompts, strict=True)), strict=True)
     samples = [Sample((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, ended, strict=True)]
     documents = written(judge.form, judge.tokenizer, samples)
     scores: list[float] = []
@@ -185,9 +186,9 @@ def _extended(record: Fields, new: Fields) -> Fields:
     return {**kept, **new}
 
 
-def _answer(record: Fields, where: str) -> tuple[str, bool]:
+def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str, bool]:
     """The text to score, and whether it ends: only a reply that `generate` marked as cut does not."""
-    fields = {name.lower(): value for name, value in record.items()}
+    fields = {rename.get(name.lower(), name.lower()): value for name, value in record.items()}
     for name in _ANSWERS:
         if name in fields:
             if not isinstance(fields[name], str):

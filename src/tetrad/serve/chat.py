@@ -50,7 +50,7 @@ class Talk:
     def help(self) -> str:
         """The commands."""
         forget = "/new forgets what was said, " if self.remembers else ""
-        return f"{forget}{'/score rates the last reply, ' if self.judge else ''}/quit ends"
+        return f"{forget}{'/score rates the last reply, ' if self.judge else ''}/help says this, /quit ends"
 
     def renew(self) -> None:
         """Back to the beginning."""
@@ -88,6 +88,8 @@ def respond(talk: Talk, line: str) -> None:
         console.say("A new conversation.")
     elif word == "/score" and talk.judge:
         console.say(score(talk, talk.judge))
+    elif word == "/help":
+        console.say(f"{talk.help}.")
     elif word.startswith("/") and word[1:].isalpha():
         console.say(f"There is no {word}: {talk.help}.")
     else:

@@ -20,6 +20,7 @@ T = TypeVar("T")
 FILES = "files"
 FUNCTIONS = "functions"
 REWARDS = "rewards"
+ESCAPED = "escaped"
 
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
@@ -39,6 +40,8 @@ Files = Annotated[tuple[str, ...], FILES]
 """Paths, globs allowed, from the recipe's folder; the content of the files is part of a stage's key."""
 Functions = Annotated[tuple[str, ...], FUNCTIONS]
 """`file.py:name`; the content of the file is part of a stage's key."""
+Escaped = Annotated[str, ESCAPED]
+"""Text in which a command line may write \\n, \\t, \\r and \\\\; a recipe has TOML's own escapes."""
 Rewards = Annotated[tuple[str, ...], REWARDS]
 """Functions, "reward" for the reward model, and addresses of HTTP endpoints."""
 
@@ -83,7 +86,7 @@ _LISTS = {
 @dataclass(frozen=True)
 class Knob:
     """One setting. kind: truth | whole | number | text | choice | list | numbers | series. mark: files, functions,
-    rewards or empty."""
+    rewards, escaped or empty."""
 
     name: str
     default: Any
@@ -103,7 +106,7 @@ class Knob:
         """What a value must be, for an error or a help line: `a number, above 0 and at most 1`."""
         if self.kind == "choice":
             return " or ".join(f'"{choice}"' for choice in self.choices)
-        if self.mark:
+        if self.mark in _LISTS:
             return _LISTS[self.mark]
         noun = {
             "truth": "true or false",

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from tetrad.settings.base import Count, Files, Positive, Rate, Share, TemplateName, Weights, Whole, settings
+from tetrad.settings.base import Count, Escaped, Files, Positive, Rate, Share, TemplateName, Weights, Whole, settings
 
 
 @settings
@@ -17,7 +17,7 @@ class Sft:
     """Records for the held-out loss; never trained on."""
     template: TemplateName = ""
     """How a conversation becomes text; empty is the folder's own way, and `instruction` where it has none."""
-    separator: str = "<|sep|>"
+    separator: Escaped = "<|sep|>"
     """Between the parts of `instruction`: a control token, or on a foreign tokenizer plain text such as "\\n\\n"."""
     add_separator: bool = False
     """Give a foreign tokenizer the control token <|sep|> (a spare embedding row first, else one more row)."""

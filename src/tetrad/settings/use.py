@@ -1,10 +1,10 @@
 """Arguments of the commands that use a model: generate, chat, score, doctor."""
 
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from tetrad.errors import UserError
-from tetrad.settings.base import Count, Seed, TemplateName, Whole, settings
+from tetrad.settings.base import ESCAPED, Count, NotNegative, Seed, Share, TemplateName, Whole, settings
 from tetrad.settings.common import Sampling
 
 T = TypeVar("T", bound="Sample")
@@ -12,12 +12,16 @@ T = TypeVar("T", bound="Sample")
 
 @settings
 class Sample(Sampling):
-    """How replies are sampled."""
+    """How replies are sampled. A small model says the likelier half of what it could say best."""
 
+    temperature: NotNegative = 0.7
+    """Logits are divided by it; 0 is greedy, 1 samples as PPO and evaluate do."""
+    top_p: Share = 0.9
+    """Sample among the likeliest tokens that reach this share; 1 is off."""
     greedy: bool = False
     """Always the likeliest token (temperature 0)."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a reply before them, for example "\\n"."""
+    stop: Annotated[tuple[str, ...], ESCAPED] = ()
+    """Texts that end a reply before them, for example "\\n" (a line end; a backslash itself is \\\\)."""
     seed: Seed = 0
     """Start of the random numbers: the same seed gives the same replies."""
     template: TemplateName = ""
@@ -35,7 +39,9 @@ class Generate(Sample):
     input: str = ""
     """The prompt's Input, beside `instruction`."""
     prompts: str = ""
-    """A jsonl file of prompts, instead of `instruction`."""
+    """A file of prompts, instead of `instruction`."""
+    rename: tuple[str, ...] = ()
+    """Other names of the file's fields, as question=Instruction."""
     out: str = ""
     """Write the answers to this jsonl file; without it they are printed."""
     best_of: Count = 1
@@ -67,6 +73,8 @@ class ScoreFile:
     data: str = ""
     """A jsonl file with a prompt and an answer a line: `input` and `output`, or Instruction, Input and Output, or
     messages; or what `generate` wrote, whose `reply` is scored."""
+    rename: tuple[str, ...] = ()
+    """Other names of the file's fields, as question=Instruction answer=Output."""
     out: str = ""
     """Write the scores to this jsonl file; without it they are printed."""
     template: TemplateName = ""

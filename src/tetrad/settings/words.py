@@ -4,6 +4,7 @@ A flag is a setting's TOML name with hyphens. Words become plain values, checked
 (`settings.check`), so that both give the same errors.
 """
 
+import re
 import shutil
 import textwrap
 import tomllib
@@ -11,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tetrad.errors import UserError
-from tetrad.settings.base import Knob, knobs, tables
+from tetrad.settings.base import ESCAPED, Knob, knobs, tables
 from tetrad.settings.names import shown, unknown
 
 _MANY = ("list", "numbers", "series")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+_ESCAPE = re.compile(r"\\([ntr\\])")
 
 
 def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], dict[str, Any], dict[str, str]]:
@@ -102,6 +105,8 @@ def _value(knob: Knob, given: Sequence[str], flag: str, negated: bool) -> Any:
         except (ValueError, RecursionError):
             what = f"{flag} {shown(given[0])} is no list."
             raise UserError("E-CONF-SYNTAX", what, where=flag, hint='write it as \'["a", "b"]\'') from None
+    if knob.mark == ESCAPED:
+        given = [_ESCAPE.sub(lambda match: _ESCAPES[match[1]], word) for word in given]
     if knob.kind in ("text", "choice"):
         return given[0]
     items = [_number(word) if knob.kind != "list" else word for word in given]

@@ -1,7 +1,9 @@
 """Text to ids and back, over a Hugging Face `tokenizer.json`.
 
-User text is encoded by a twin of the tokenizer that has no added tokens, so that `<|im_end|>` or `<think>` in it is
-plain text and never a control token; control tokens are placed by id (template.py). Nothing is put around a text.
+User text is encoded by a twin of the tokenizer that has no control tokens, so that `<|im_end|>` or `<think>` in it is
+plain text and never one of them; control tokens are placed by id (template.py). An added token is a control token where
+it is special or stands in brackets, as `<think>` does; other words that were added to a vocabulary are text, with the
+ids that transformers gives them. Nothing is put around a text.
 A tokenizer that exists as a sentencepiece model alone is refused. Chat templates of a folder are never run.
 """
 
@@ -25,12 +27,16 @@ from tetrad.text.patterns import may_explode, patterns
 
 END, SEPARATOR, PAD = "<|endoftext|>", "<|sep|>", "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+_NOT_PASSED_ON = ("chat_template", "tetrad", "auto_map", "tokenizer_class", "extra_special_tokens", "backend")
 MAX_JSON_BYTES = 64 << 20  # twice the largest in use
 MAX_OBJECT_BYTES = 8 << 20
 _MOST_PARTS = 1_200_000  # lists and objects
 _ENDS = (END, IM_END, "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _PADS = ("pad", "reserved", "unused", "unk")
+_BRACKETED = re.compile(r"[<\[].*[>\]]|【.*】", re.DOTALL)
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+"""The class of an exported tokenizer: transformers 4 and 5 both know it, and it does what tokenizer.json says."""
 CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes tokenizer.json"
 
 
@@ -45,11 +51,11 @@ class ChatFormat(Protocol):
 class Tokenizer:
     """A vocabulary with its control tokens. size: ids are below it. eos_ids: all ids that end a text.
 
-    pad_id: an id that is never an end token; not a control token only where there is none to spare (`pad_is_text`).
+    pad_id: a control token that ends nothing; None where there is none to spare (see `with_pad`).
     """
 
     def __init__(
-        self, text: str, eos_ids: Sequence[int] = (), pad_id: int = -1, config: Mapping[str, Any] | None = None
+        self, text: str, eos_ids: Sequence[int] = (), pad_id: int | None = None, config: Mapping[str, Any] | None = None
     ) -> None:
         """text: tokenizer.json. eos_ids, pad_id: looked for by name where missing. Errors: E-MODEL-TOKENIZER."""
         spec = _load_spec(text)
@@ -73,8 +79,9 @@ class Tokenizer:
         if not self.eos_ids:
             hint = 'name one as "eos_token_id" in config.json'
             raise UserError("E-MODEL-TOKENIZER", "no token ends a text", hint=hint)
-        self.pad_id = pad_id if pad_id >= 0 and pad_id not in self.eos_ids else self._spare_pad()
-        self.pad_is_text = self.pad_id not in self._controls.values()
+        self._added = set(added.values())
+        spare = {name: i for name, i in self._controls.items() if i not in self.eos_ids}
+        self.pad_id = pad_id if pad_id in spare.values() else _spare_pad(spare)
         self._byte_level = "ByteLevel" in json.dumps(spec.get("decoder") or {})
         ordered = sorted(self._controls, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
@@ -199,8 +206,10 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of tokenizer.json."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """sha256 of tokenizer.json but for a padding token: what turns texts into ids."""
+        spec = json.loads(self.text)
+        spec["added_tokens"] = [t for t in spec.get("added_tokens") or () if t["content"] != PAD]
+        return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
 
     def with_control(self, name: str) -> "Tokenizer":
         """The same tokenizer with one more control token, at the id `size`; itself where it has it."""
@@ -212,16 +221,32 @@ class Tokenizer:
         spec["added_tokens"] = [*(spec.get("added_tokens") or ()), token]
         return Tokenizer(json.dumps(spec, ensure_ascii=False), self.eos_ids, self.pad_id, self.config)
 
+    def with_pad(self) -> "Tokenizer":
+        """The same tokenizer with a padding token of its own, as transformers needs one to find where a text ends."""
+        if self.pad_id is not None:
+            return self
+        grown = self.with_control(PAD)
+        grown.pad_id = grown.control(PAD)
+        return grown
+
     def files(self, template: ChatFormat | None = None) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json and special_tokens_map.json, read by transformers with equal ids.
 
         template: its end token becomes the eos token and its Jinja twin the chat template.
         """
         end = template.end_id(self) if template else self.eos_ids[0]
-        special = {"eos_token": self._names[end], "pad_token": self._names[self.pad_id]}
-        foreign = {k: v for k, v in self.config.items() if k not in ("chat_template", "tetrad", "auto_map")}
-        usual = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config = {**usual, **foreign, **special}
+        special = {"eos_token": self._names[end]}
+        if self.pad_id is not None:
+            special["pad_token"] = self._names[self.pad_id]
+        foreign = {k: v for k, v in self.config.items() if k not in _NOT_PASSED_ON}
+        if _token_name(foreign.get("pad_token")) not in self._controls:  # transformers would take it out of texts
+            foreign.pop("pad_token", None)
+        more = self.config.get("extra_special_tokens")
+        if isinstance(more, list):  # as transformers 5 writes it; 4 takes a list under this name alone
+            foreign["additional_special_tokens"] = more
+        elif more:
+            foreign["extra_special_tokens"] = more
+        config = {"clean_up_tokenization_spaces": False, **foreign, **special, "tokenizer_class": TOKENIZER_CLASS}
         if template:
             config |= {"chat_template": template.jinja(self), "tetrad": template.record()}
         texts = {"tokenizer_config.json": config, "special_tokens_map.json": special}
@@ -238,21 +263,18 @@ class Tokenizer:
 
     def _bytes(self, token: int) -> bytes:
         name = self._names[token]
-        if token in self._controls.values() or any(c not in _BYTE_OF for c in name):
+        if token in self._added or any(c not in _BYTE_OF for c in name):
             return name.encode()
         return bytes(_BYTE_OF[c] for c in name)
 
-    def _spare_pad(self) -> int:
-        """A control token that ends nothing, one named like a filler first; else the first id that is no end."""
-        spare = {name: i for name, i in self._controls.items() if i not in self.eos_ids and name not in _ENDS}
-        for word in (*_PADS, ""):
-            for name, i in spare.items():
-                if word in name.lower():
-                    return i
-        for i in sorted(self._names):
-            if i not in self.eos_ids:
+
+def _spare_pad(spare: Mapping[str, int]) -> int | None:
+    """Of control tokens that end nothing one that is named like a filler, else any."""
+    for word in (*_PADS, ""):
+        for name, i in spare.items():
+            if name not in _ENDS and word in name.lower():
                 return i
-        raise UserError("E-MODEL-TOKENIZER", "every token ends a text")
+    return None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -298,25 +320,34 @@ def _told() -> Iterator[None]:
 
 
 def _twin_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokenizer without added tokens: user text can spell none of them.
+    """The tokenizer without control tokens: user text can spell none of them.
 
-    Runs of spaces that some families add are text and stay. A control token that also stands in the model's own
-    vocabulary gets a name there that no text can know (a piece of Unigram or WordPiece would match it).
+    Words and runs of spaces that were added are text and stay. A control token that also stands in the model's own
+    vocabulary gets a name there that no text can know (a piece of Unigram or WordPiece would match it), and merges that
+    would build it or go on from it are left out.
     """
     nonce = secrets.token_hex(16)
     added = spec.get("added_tokens") or ()
-    text_like = [t for t in added if not t.get("special") and not t["content"].strip()]
+    text_like = [t for t in added if not t.get("special") and not _BRACKETED.fullmatch(t["content"])]
     hidden = {t["content"]: f"{nonce} {t['content']}" for t in added if t not in text_like}
     model = dict(spec["model"])
     vocab = model.get("vocab")
     if isinstance(vocab, dict) and not hidden.keys().isdisjoint(vocab):
         model["vocab"] = {hidden.get(name, name): i for name, i in vocab.items()}
+        if model.get("merges"):
+            model["merges"] = [merge for merge in model["merges"] if hidden.keys().isdisjoint(_parts(merge))]
     elif isinstance(vocab, list):
         model["vocab"] = [[hidden.get(name, name), score] for name, score in vocab]
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
     nothing = dict.fromkeys(("post_processor", "truncation", "padding"))
     return {**spec, **nothing, "model": model, "added_tokens": text_like}
+
+
+def _parts(merge: str | Sequence[str]) -> tuple[str, ...]:
+    """The two pieces of a merge, and what it builds of them."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second, first + second
 
 
 def _read_text(path: Path, limit: int) -> str:
@@ -354,9 +385,9 @@ def _end_ids(folder: Path, config: Mapping[str, Any], controls: Mapping[str, int
     return () if named is None else (named,)
 
 
-def _pad_id(folder: Path, config: Mapping[str, Any], controls: Mapping[str, int]) -> int:
+def _pad_id(folder: Path, config: Mapping[str, Any], controls: Mapping[str, int]) -> int | None:
     value = _read_object(folder / "config.json").get("pad_token_id")
-    return controls.get(_token_name(config.get("pad_token")), value if isinstance(value, int) else -1)
+    return controls.get(_token_name(config.get("pad_token")), value if isinstance(value, int) else None)
 
 
 def _token_name(value: Any) -> str:

@@ -37,7 +37,7 @@ from tetrad.engine.runs import Run, Stateful
 from tetrad.engine.scoring import python_function, score_tokens
 from tetrad.engine.stage import POLICY, Weights, finish, frozen, report_counts, start, template_for
 from tetrad.engine.update import Micro, Terms, measured, update
-from tetrad.model.decoder import ScalarModel
+from tetrad.model.decoder import ScalarModel, grow_vocabulary
 from tetrad.model.lora import merged
 from tetrad.model.weights import members_content, read_causal, read_scalar
 from tetrad.objectives import preference
@@ -100,7 +100,7 @@ def run(ctx: StageContext) -> None:
             figures |= found
         ctx.console.say(f"reward     {gate.verdict(figures, ctx.recipe.gate)}")
         adapters.keep(ctx, models[0], folder)
-        whole = [merged(model) for model in models]
+        whole, tokenizer = exported(models, tokenizer)
         extra = as_files({"annotators": told, "evaluation": evaluation}) | members_content(whole)
         finish(ctx, stage, whole[0], tokenizer, form, figures, extra)
 
@@ -131,6 +131,14 @@ def new_models(ctx: StageContext, folder: Path, device: Device) -> list[ScalarMo
         return [read_scalar(folder, seed_for(seed, "head")) for seed in seeds(ctx)]
     base = frozen(read_causal(folder)).to(device.place)
     return [adapters.scalar_on(ctx, base, seed_for(seed, "head")) for seed in seeds(ctx)]
+
+
+def exported(models: Sequence[ScalarModel], tokenizer: Tokenizer) -> tuple[list[ScalarModel], Tokenizer]:
+    """Whole models, and a tokenizer with a padding token: transformers reads a score at the last token that is none."""
+    whole, tokenizer = [merged(model) for model in models], tokenizer.with_pad()
+    for model in whole:
+        grow_vocabulary(model, tokenizer.size)
+    return whole, tokenizer
 
 
 def seeds(ctx: StageContext) -> list[int]:

@@ -26,7 +26,7 @@ def test_sizes_and_controls(learned):
     ids = [learned.control(name) for name in bpe.CONTROLS]
     assert ids == list(range(learned.size - 5, learned.size))
     assert learned.eos_ids == (learned.control("<|endoftext|>"),)
-    assert learned.pad_id == learned.control("<|pad|>") and not learned.pad_is_text
+    assert learned.pad_id == learned.control("<|pad|>")
     assert learned.separator_id == learned.control("<|sep|>")
 
 

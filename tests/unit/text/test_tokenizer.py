@@ -190,14 +190,24 @@ def test_pad_is_never_an_end_token(tmp_path, names, pad, expected):
     path = folder(tmp_path / "m", foreign(*names), tokenizer_config={"eos_token": "<|endoftext|>", "pad_token": pad})
     tokenizer = Tokenizer.load(path)
     assert tokenizer.name(tokenizer.pad_id) == expected
-    assert tokenizer.pad_id not in tokenizer.eos_ids and not tokenizer.pad_is_text
+    assert tokenizer.pad_id not in tokenizer.eos_ids
     written = json.loads(tokenizer.files()["tokenizer_config.json"])
     assert (written["pad_token"], written["eos_token"]) == (expected, "<|endoftext|>")
 
 
-def test_pad_falls_back_to_text_and_says_so():
-    tokenizer = Tokenizer.from_json(foreign("<|endoftext|>"))
-    assert tokenizer.pad_is_text and tokenizer.pad_id not in tokenizer.eos_ids
+@pytest.mark.parametrize("pad", [None, "<|endoftext|>", "a"])  # none, as GPT-2's tuners write it, and a word of texts
+def test_a_word_is_never_the_pad(tmp_path, pad):
+    config = {"eos_token": "<|endoftext|>", "pad_token": pad}
+    path = folder(tmp_path / "m", foreign("<|endoftext|>"), tokenizer_config=config, config={"pad_token_id": 0})
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.pad_id is None
+    written = json.loads(tokenizer.files()["tokenizer_config.json"])
+    assert written.get("pad_token") == (pad if pad == "<|endoftext|>" else None)
+    grown = tokenizer.with_pad()
+    assert (grown.name(tokenizer.size), grown.pad_id, grown.size) == ("<|pad|>", tokenizer.size, tokenizer.size + 1)
+    assert grown.with_pad() is grown
+    assert grown.fingerprint == tokenizer.fingerprint  # the same ids for every text
+    assert json.loads(grown.files()["special_tokens_map.json"])["pad_token"] == "<|pad|>"
 
 
 def test_with_control_adds_one_id(tmp_path):
