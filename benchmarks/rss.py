@@ -160,10 +160,11 @@ def measured(stage: str, steps: int, batch: int) -> dict[str, Any]:
         for before in STAGES[: STAGES.index(stage)]:
             curve(path, before, folder / f"runs/rss/{before}/metrics.jsonl")
         seen, seconds = curve(path, stage, folder / f"runs/rss/{stage}/metrics.jsonl")
-        points = [step for step in (10, 50, 100, 200, 300, 500, 1000, 1500, 2000, steps) if step <= steps]
-        mib = {step: next(seen[s] for s in sorted(seen) if s >= step) for step in sorted(set(points))}
-        row = {"stage": stage, **SIZE, "batch": batch, "steps": steps, "threads": os.environ.get("OMP_NUM_THREADS", "")}
-        growth = round(mib[steps] / mib[50], 3) if 50 in mib else None
+        last = max(seen)
+        points = sorted({min(step, last) for step in (10, 50, 100, 200, 300, 500, 1000, 1500, last)})
+        mib = {step: next(seen[s] for s in sorted(seen) if s >= step) for step in points}
+        row = {"stage": stage, **SIZE, "batch": batch, "steps": last, "threads": os.environ.get("OMP_NUM_THREADS", "")}
+        growth = round(mib[last] / mib[50], 3) if 50 in mib else None
         return {**row, "mib": mib, "growth": growth, "seconds": round(seconds, 1)}
 
 

@@ -1,8 +1,9 @@
 """Causal attention over packed documents, and over a cache. The only module that knows kernels.
 
-Packed: documents of one micro-batch lie one after another without padding. They are sorted into buckets of like length,
-each bucket is one causal kernel call, and its few padded slots lie to the right, where no real query looks: so no mask
-is needed, and no document sees another. On a GPU with 16-bit compute one variable-length kernel takes them all.
+Packed: documents of one micro-batch lie one after another, and padding, if any, behind the last. They are sorted into
+buckets of like length, each bucket is one causal kernel call, and its few padded slots lie to the right, where no real
+query looks: so no mask is needed, and no document sees another. On a GPU with 16-bit compute one variable-length kernel
+takes them all.
 
 A prefix that documents share (on a CPU only) brings one more call for all that continue it: their queries against its
 keys, in buckets of records of like sizes. Two partial softmaxes become one by their log-sum-exps.
@@ -78,8 +79,9 @@ def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Pre
     buckets = tuple(_bucket(torch.tensor(group), start, length, device) for group in groups)
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(sizes, default=0)
-    parts = (*(Part(bucket, bucket) for bucket in buckets), *_shared(bounds, prefixes, device))
-    return Plan(bounds[-1], buckets, offsets, longest, parts if device.type == "cpu" else ())
+    alone = (Part(bucket, bucket) for bucket in buckets)
+    parts = (*alone, *_shared(bounds, prefixes, device)) if prefixes or device.type == "cpu" else ()
+    return Plan(bounds[-1], buckets, offsets, longest, parts)
 
 
 def _shared(bounds: Sequence[int], prefixes: Sequence[Prefix], device: torch.device) -> Iterator[Part]:

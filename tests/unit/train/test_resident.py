@@ -46,7 +46,7 @@ def resident_by_step(words: list[str], metrics: Path) -> dict[int, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_memory_of_sft_is_flat(tmp_path: Path) -> None:
     path, ragged, runs = tiny.write_tiny(tmp_path / "data"), tmp_path / "ragged.jsonl", tmp_path / "runs"
     write_ragged(ragged)
