@@ -90,5 +90,5 @@ def test_pieces_are_all_rows_in_few_sizes(most: int) -> None:
         sizes = [piece.stop - piece.start for piece in found]
         assert all(size <= most for size in sizes) and sum(size < 64 for size in sizes) <= 1
         seen |= {size for size in sizes if size >= 64}
-    assert len(seen) < 40
+    assert len(seen) <= 40  # eight in each doubling, four from 64 to 128
     assert pieces(3000, 4096, torch.device("cuda")) == [slice(0, 3000)]
