@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tetrad.engine.console import phase
@@ -25,6 +26,7 @@ from tetrad.model.attention import plan_for
 from tetrad.model.cache import Cache, cache_bytes
 from tetrad.model.decoder import CausalLM
 from tetrad.model.fused import Fused
+from tetrad.objectives.product import padded
 from tetrad.seeds import generator_for
 from tetrad.settings.common import Sampling
 from tetrad.text.stream import TextStream
@@ -247,13 +249,14 @@ class Engine:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ends = lengths.cumsum(0)
         total = int(ends[-1])
-        positions = torch.arange(total) - (ends - lengths).repeat_interleave(lengths)
+        positions_T = (torch.arange(total) - (ends - lengths).repeat_interleave(lengths)).to(place)
         slots_T = torch.tensor(slots).repeat_interleave(lengths).to(place)
         ids_T = torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])).to(place)
         plan = plan_for((0, *ends.tolist()), place)
-        attend = self.cache.fill(slots_T, positions.to(place), plan)
+        attend = self.cache.fill(slots_T, positions_T, plan)
         self.prefilled += total
-        return self.model.logits(self.model.hidden(ids_T, positions.to(place), attend, (ends - 1).to(place)))
+        ids_T, positions_T = (F.pad(x, (0, padded(total, place) - total)) for x in (ids_T, positions_T))
+        return self.model.logits(self.model.hidden(ids_T, positions_T, attend, (ends - 1).to(place)))
 
     def _leave(self, slots: Sequence[int]) -> None:
         """Frees slots, the last rows moving into them, so that the rows in use stay the first ones."""
@@ -350,7 +353,7 @@ def generate(
     """
     if not requests:
         return []
-    positions = max(len(r.ids) + r.sampling.max_new for r in requests)
+    positions = padded(max(len(r.ids) + r.sampling.max_new for r in requests), device.place)
     fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
     engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
     tickets = [engine.add(request) for request in requests]

@@ -1,8 +1,9 @@
 """Causal attention over packed documents, and over a cache. The only module that knows kernels.
 
-Packed: documents of one micro-batch lie one after another without padding. They are sorted into buckets of like length,
-each bucket is one causal kernel call, and its few padded slots lie to the right, where no real query looks: so no mask
-is needed, and no document sees another. On a GPU with 16-bit compute one variable-length kernel takes them all.
+Packed: documents of one micro-batch lie one after another, and padding, if any, behind the last. They are sorted into
+buckets of like length, each bucket is one causal kernel call, and its few padded slots lie to the right, where no real
+query looks: so no mask is needed, and no document sees another. On a GPU with 16-bit compute one variable-length kernel
+takes them all.
 
 A prefix that documents share (on a CPU only) brings one more call for all that continue it: their queries against its
 keys, in buckets of records of like sizes. Two partial softmaxes become one by their log-sum-exps.
@@ -57,8 +58,7 @@ class Plan:
     buckets: tuple[Bucket, ...]
     offsets: Tensor
     longest: int
-    rows: int  # of documents where all have one length, else 0
-    parts: tuple[Part, ...] = ()  # where prefixes are shared; those of single documents come first
+    parts: tuple[Part, ...] = ()  # on a CPU; those of single documents come first, then those of shared prefixes
 
 
 def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Prefix] = ()) -> Plan:
@@ -79,13 +79,15 @@ def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Pre
     buckets = tuple(_bucket(torch.tensor(group), start, length, device) for group in groups)
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(sizes, default=0)
-    rows = len(sizes) if longest and sum(sizes) == len(sizes) * longest else 0
-    parts = (*(Part(bucket, bucket) for bucket in buckets), *_shared(bounds, prefixes, device)) if prefixes else ()
-    return Plan(bounds[-1], buckets, offsets, longest, rows, parts)
+    alone = (Part(bucket, bucket) for bucket in buckets)
+    parts = (*alone, *_shared(bounds, prefixes, device)) if prefixes or device.type == "cpu" else ()
+    return Plan(bounds[-1], buckets, offsets, longest, parts)
 
 
 def _shared(bounds: Sequence[int], prefixes: Sequence[Prefix], device: torch.device) -> Iterator[Part]:
     """Calls of what continues a prefix to the prefix: records of like sizes in one."""
+    if not prefixes:
+        return
     start = torch.tensor([(bounds[p.document + 1], bounds[p.document]) for p in prefixes])
     length = torch.tensor([(bounds[p.last + 1], bounds[p.document] + p.length) for p in prefixes]) - start
     groups: list[list[int]] = []
@@ -164,43 +166,57 @@ _from_buckets: Callable[..., Tensor] = _FromBuckets.apply
 
 
 class _InParts(torch.autograd.Function):
-    """Attention of all parts of a plan, on [T, H, D]. A part's own backward, given the whole's output and log-sum-exp,
-    is that part's share of the gradient (ring attention, Liu et al. 2023)."""
+    """Attention of all parts of a plan, on [T, H, D] and [T, G, D]; what lies behind the last document is padding and
+    gets zeros. A part's own backward, given the whole's output and log-sum-exp, is that part's share of the gradient
+    (ring attention, Liu et al. 2023). Rows of buckets, which have other sizes each time, are laid out anew for it:
+    nothing that stays has their size."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        out, logsum = torch.empty_like(q), q.new_empty(q.shape[:2])
-        saved: list[Tensor] = []
+        out = _unfilled(q, plan)
+        logsum = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for part in plan.parts:
-            rows = (_in_rows(q, part.queries), *(_in_rows(x, part.keys) for x in (k, v)))
-            found, sums = _flash(*rows, 0.0, part.causal, attn_mask=_bias(part, q))
+            found, sums = _flash(*_rows_of(part, q, k, v), 0.0, part.causal, attn_mask=_bias(part, q))
             if not part.causal:
                 own, own_sums = (_in_rows(x, part.queries) for x in (out, logsum))
                 found = own.lerp_(found, torch.sigmoid(sums - own_sums).unsqueeze_(-1))
                 sums = torch.logaddexp(own_sums, sums)
             for x, rows_of_x in ((out, found), (logsum, sums)):
                 x.index_copy_(0, part.queries.tokens, _of_rows(rows_of_x, part.queries))
-            saved += rows
-        ctx.save_for_backward(out, logsum, *saved)
+        ctx.save_for_backward(q, k, v, out, logsum)
         ctx.plan = plan
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, logsum, *saved = ctx.saved_tensors
-        to = [torch.empty_like(out) for _ in range(3)]
-        for number, part in enumerate(ctx.plan.parts):
-            rows = saved[3 * number : 3 * number + 3]
+        q, k, v, out, logsum = ctx.saved_tensors
+        to = [_unfilled(x, ctx.plan) for x in (q, k, v)]
+        for part in ctx.plan.parts:
             whole = (_in_rows(x, part.queries) for x in (out, logsum))
             given = _in_rows(grad, part.queries, padding=False)
+            rows = _rows_of(part, q, k, v)
             found = _flash_backward(given, *rows, *whole, 0.0, part.causal, attn_mask=_bias(part, out))
             for x, rows_of_x, bucket in zip(to, found, (part.queries, part.keys, part.keys), strict=True):
-                new = _of_rows(rows_of_x, bucket)
+                new = _of_rows(rows_of_x.unflatten(1, (x.shape[1], -1)).sum(2), bucket)
                 if not part.causal:
                     new += x.index_select(0, bucket.tokens)
                 x.index_copy_(0, bucket.tokens, new)
         return *to, None
+
+
+def _unfilled(like: Tensor, plan: Plan) -> Tensor:
+    """Room for what the parts give; zeros where there are only padded tokens."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    out[plan.tokens :].zero_()
+    return out
+
+
+def _rows_of(part: Part, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """[B, H, L, D] each: the heads of keys and values once for each query head that reads them."""
+    spread = q.shape[1] // k.shape[1]
+    rows = (_in_rows(x, part.keys) for x in (k, v))
+    return [_in_rows(q, part.queries), *(x.repeat_interleave(spread, 1) if spread > 1 else x for x in rows)]
 
 
 def _bias(part: Part, like: Tensor) -> Tensor | None:
@@ -229,16 +245,13 @@ _in_parts: Callable[..., Tensor] = _InParts.apply
 def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, plan: Plan) -> Tensor:
     """Causal attention inside each document. H query heads, G key and value heads. Returns [T, H, D]."""
     if plan.parts:
-        spread = q_THD.shape[1] // k_TGD.shape[1]
-        return _in_parts(q_THD, *(x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD)), plan)
+        return _in_parts(q_THD, k_TGD, v_TGD, plan)
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         spread = q_THD.shape[1] // k_TGD.shape[1]
         k_THD, v_THD = (x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD))
         offsets, longest = plan.offsets, plan.longest
         varied = varlen_attn(q_THD, k_THD, v_THD, offsets, offsets, longest, longest, window_size=(-1, 0))
         return cast(Tensor, varied)
-    if plan.rows:
-        return _causal(q_THD, k_TGD, v_TGD, plan.rows)
     parts = zip(plan.buckets, *(_to_buckets(x, plan) for x in (q_THD, k_TGD, v_TGD)), strict=True)
     return _from_buckets(plan, *(_causal(q, k, v, bucket.rows) for bucket, q, k, v in parts))
 

@@ -28,11 +28,12 @@ class Cache:
         self._slots = torch.arange(slots, device=device) * (c.kv_heads * positions)  # where each begins
 
     def fill(self, slots_T: Tensor, positions_T: Tensor, plan: Plan) -> Attend:
-        """The `attend` of a prefill: attention inside each prompt; keys and values are kept in each token's slot."""
+        """The `attend` of a prefill: attention inside each prompt; keys and values are kept in each token's slot. What
+        lies behind the last prompt is padding."""
         groups, at = self._groups, self._rows(self._slots[slots_T], positions_T)
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-            self._keep(layer, at, kv)
+            self._keep(layer, at, kv[: len(slots_T)])
             return packed_attention(q, kv[:, :groups], kv[:, groups:], plan)
 
         return attend

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tetrad.model.attention import Plan, packed_attention, plan_for
 from tetrad.model.config import DecoderConfig
 from tetrad.objectives.language import nll_sum, token_logprobs
-from tetrad.objectives.product import linear
+from tetrad.objectives.product import linear, padded
 from tetrad.types import IGNORE, Packed
 
 
@@ -181,12 +181,15 @@ class Decoder(nn.Module):
         x = self.embed_tokens(packed.ids_T)
         if self.training and self.token_dropout > 0:
             x = x * (torch.rand(len(x), 1, device=x.device) >= self.token_dropout)
-        angle = packed.positions_T[:, None].float() * self.inv_freq
+        tokens = len(x)
+        padding = padded(tokens, x.device) - tokens  # rows of zeros that nothing looks at; so are their gradients
+        x = F.pad(x, (0, 0, 0, padding))
+        angle = F.pad(packed.positions_T, (0, padding))[:, None].float() * self.inv_freq
         cos, sin = (f(angle)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
         plan = plan_for(packed.bounds, x.device, packed.prefixes)
         for layer in self.layers:
             x = layer(x, cos, sin, plan, self.dropout)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)[:tokens]  # type: ignore[no-any-return]
 
 
 def rope_frequencies(c: DecoderConfig) -> Tensor:

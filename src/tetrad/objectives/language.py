@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tetrad.objectives.masks import How, select, token_weights
-from tetrad.objectives.product import linear
+from tetrad.objectives.product import linear, pieces
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}  # of float32 logits alive at a time
 CHUNK_ROWS = 256  # at least, or the matrix products starve
@@ -106,7 +106,7 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> list
         raise ValueError(f"shapes do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}")
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     rows = chunk or max(CHUNK_ROWS, budget // (4 * weight.shape[0]))
-    return [slice(start, min(start + rows, len(hidden))) for start in range(0, len(hidden), rows)]
+    return pieces(len(hidden), rows, hidden.device)
 
 
 class _Head:

@@ -13,8 +13,33 @@ from torch import Tensor
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _FEW_ROWS = 64  # below, the weight's layout would have to be made for hardly any work
+_LEAST_STEP = 16  # between two numbers of rows
 _NARROW = 256  # a weight's gradient, a product over all tokens, is no faster where one side is smaller
 _SMALL = 160_000  # weights that stay in a core's own cache: plain up to twice as many multiplications
+
+
+def padded(rows: int, place: torch.device) -> int:
+    """The rows to compute in place of so many: on a CPU the next of eight sizes in each doubling. For each size that it
+    meets oneDNN keeps a compiled product, which lies between tensors whose memory then serves no larger ones."""
+    return rows + -rows % _step(rows - 1) if place.type == "cpu" else rows
+
+
+def pieces(rows: int, most: int, place: torch.device) -> list[slice]:
+    """The same rows in slices of at most `most`, without padding: on a CPU all of such a size, but for a last one of
+    few rows."""
+    found, start = [], 0
+    while start < rows:
+        size = min(most, rows - start)
+        if place.type == "cpu" and size >= _FEW_ROWS:
+            size -= size % _step(size)
+        found.append(slice(start, start + size))
+        start += size
+    return found
+
+
+def _step(rows: int) -> int:
+    """Between two numbers of rows: an eighth of the largest power of two in them."""
+    return max(_LEAST_STEP, 1 << max(rows.bit_length() - 4, 0))
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

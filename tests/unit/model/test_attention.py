@@ -1,5 +1,6 @@
 """Attention over packed documents and over a cache, against the formula."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -38,12 +39,14 @@ def inputs(tokens, heads=4, groups=2, width=6):
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_packed_is_the_formula(lengths, groups):
-    """Values and gradients; a padded slot would show in either."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_packed_is_the_formula(lengths, groups, device):
+    """Values and gradients; a padded slot would show in either. A GPU plan has no parts, which works here too."""
     bounds = bounds_of(lengths)
     ours, theirs = (inputs(bounds[-1], groups=groups) for _ in range(2))
     weight = torch.randn(bounds[-1], 4, 6, dtype=torch.float64)
-    a = packed_attention(*ours, plan_for(bounds, CPU))
+    plan = plan_for(bounds, CPU)
+    a = packed_attention(*ours, replace(plan, parts=()) if device == "cuda" else plan)
     b = by_formula(*theirs, bounds)
     torch.testing.assert_close(a, b)
     for x in (a, b):

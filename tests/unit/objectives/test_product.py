@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tetrad.objectives import product
-from tetrad.objectives.product import Product, linear
+from tetrad.objectives.product import Product, linear, padded, pieces
 
 
 def made(tokens: int, inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float32):
@@ -71,3 +71,24 @@ def test_without_the_operators_it_is_the_same(packs: bool, monkeypatch: pytest.M
             torch.testing.assert_close(Product(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
             added = Product(weight).added(x, expected)
             torch.testing.assert_close(added, 2 * expected - bias, rtol=1e-5, atol=1e-5)
+
+
+def test_few_sizes_and_little_padding() -> None:
+    cpu, sizes = torch.device("cpu"), [padded(rows, torch.device("cpu")) for rows in range(1, 4097)]
+    assert len(set(sizes)) < 50
+    assert all(0 <= size - rows < max(16, size / 8) for rows, size in enumerate(sizes, 1))
+    assert all(padded(size, cpu) == size for size in sizes)
+    assert padded(1001, torch.device("cuda")) == 1001
+
+
+@pytest.mark.parametrize("most", [256, 1000, 4096])
+def test_pieces_are_all_rows_in_few_sizes(most: int) -> None:
+    seen: set[int] = set()
+    for rows in range(3000):
+        found = pieces(rows, most, torch.device("cpu"))
+        assert [i for piece in found for i in range(piece.start, piece.stop)] == list(range(rows))
+        sizes = [piece.stop - piece.start for piece in found]
+        assert all(size <= most for size in sizes) and sum(size < 64 for size in sizes) <= 1
+        seen |= {size for size in sizes if size >= 64}
+    assert len(seen) <= 40  # eight in each doubling, four from 64 to 128
+    assert pieces(3000, 4096, torch.device("cuda")) == [slice(0, 3000)]
