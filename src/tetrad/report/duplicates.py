@@ -92,16 +92,24 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
         like = signed[reading.setting].first()
         near = int((once[: len(like)] & (like != np.arange(len(like)))).sum())
         where = reading.place(int(first[counts.argmax()])) if exact else ""
-        most = f"{where} stands {counts.max()} times" if exact else ""
+        most = f"{where} occurs {counts.max()} times" if exact else ""
         rows.append((reading.setting, n, exact, share(exact, n), near, share(near, n), most))
         figures[reading.setting] = {"records": n, "exact": exact, "near": near, "compared_nearly": len(like)}
         if exact + near > 0.005 * n:
-            text = f"{reading.setting}: {exact} of {n} records repeat an earlier one exactly, {near} more nearly"
+            text = f"{reading.setting}: {exact} of {n} records are copies of an earlier one, {near} more nearly so"
             much = exact + (near if reading.kind != "prompts" else 0)  # questions are often made from one pattern
             level = "warning" if much > 0.02 * n else "note"
-            findings.append(Finding(level, "duplicates", text, where))
+            findings.append(Finding(level, "duplicates", text, where, _fix(where)))
     columns = ("setting", "records", "exact", "", "near", "", "most often")
     return Section("duplicates", "Duplicates", figures, (Table("", columns, tuple(rows)),), (), tuple(findings))
+
+
+def _fix(where: str) -> str:
+    """where: the place of a copied record, if any is."""
+    path = where.rpartition(":")[0]
+    if path.endswith(".jsonl"):
+        return f"keep the first of identical lines: awk '!seen[$0]++' {path} > NEW.jsonl"
+    return "keep one of each, unless the repetition is meant"
 
 
 def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
@@ -122,9 +130,12 @@ def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
         figures[f"{names[1]} in {names[0]}"] = {"records": n, "exact": exact, "near": near, "prompts": prompts}
         if exact + near:
             same[: len(like)] |= like
-            text = f"{exact} of {n} records of {names[1]} stand in {names[0]} too, and {near} nearly"
+            text = f"{exact} of {n} records of {names[1]} are in {names[0]} too, and {near} more nearly so"
+            if not exact:
+                text = f"{near} of {n} records of {names[1]} are nearly the same as one of {names[0]}"
+            fix = f"remove them from {names[0]}, or split the records anew by a hash of their prompt"
             level = "error" if exact and names in REFUSED else "warning" if exact + near > 0.005 * n else "note"
-            findings.append(Finding(level, "leakage", text, held.place(int(same.argmax()))))
+            findings.append(Finding(level, "leakage", text, held.place(int(same.argmax())), fix))
     columns = ("held out", "trained on", "records", "exact", "near", "leaked", "same prompt")
     table = Table("", columns, tuple(rows))
-    return Section("leakage", "Held-out records among those trained on", figures, (table,), (), tuple(findings))
+    return Section("leakage", "Validation and test records that are trained on", figures, (table,), (), tuple(findings))

@@ -105,23 +105,38 @@ def contradictions(reading: Reading, pairs: Sequence[Pair], scores: Sequence[Sco
         "contradicting_scored_texts": len(differing),
     }
     told = (
-        ("contradictions", both, len(seen), 0.02, "pairs are judged both ways (they speak against each other)"),
+        (
+            "contradictions",
+            both,
+            len(seen),
+            0.02,
+            "pairs are judged both ways",
+            'keep one judgement a pair, or name who judged in "annotator"',
+        ),
         (
             "contradicting scores",
             differing,
             len(by_text),
             0.001,
-            "texts have different scores of one annotator or none",
+            "texts have several different scores, and not of different annotators",
+            'keep one score a text, or name who gave it in "annotator"',
         ),
-        ("circles", circles, len({key[0] for key in seen}), 0.0, "prompts have preferences that run in a circle"),
+        (
+            "circles",
+            circles,
+            len({key[0] for key in seen}),
+            0.0,
+            "prompts have preferences that run in a circle (a over b over c over a)",
+            "judge them again, or remove them",
+        ),
     )
     findings = tuple(_found(*row) for row in told if row[1])
     return Section("", "", figures, (_order(figures),), (), findings)
 
 
-def _found(name: str, bad: list[str], n: int, much: float, text: str) -> Finding:
+def _found(name: str, bad: list[str], n: int, much: float, text: str, fix: str) -> Finding:
     """bad: the places; more of them than a share `much` of n is a warning."""
-    return Finding("warning" if len(bad) > much * n else "note", name, f"{len(bad)} of {n} {text}", bad[0])
+    return Finding("warning" if len(bad) > much * n else "note", name, f"{len(bad)} of {n} {text}", bad[0], fix)
 
 
 def _order(figures: dict[str, Any]) -> Table:
@@ -183,7 +198,12 @@ def agreement(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
     title = "agreement (Krippendorff's alpha: 1 is perfect, 0 is chance)"
     tables = [Table(title, ("", "number", "alpha"), tuple(rows))]
     findings = [
-        Finding("warning", "agreement", f"people who judged the same {what} hardly agree: alpha is {alpha:.2f}")
+        Finding(
+            "warning",
+            "agreement",
+            f"annotators who judged the same {what} hardly agree: Krippendorff's alpha is {alpha:.2f} (0 is chance)",
+            fix="have them judged again with clearer instructions, or collect more judgements of each",
+        )
         for what, alpha in (("pair", figures["alpha_pairs"]), ("text", figures["alpha_scores"]))
         if alpha is not None and alpha < 0.2
     ]
@@ -255,7 +275,8 @@ def _people(told: dict[str, list[bool]]) -> tuple[list[tuple[str, int, float, fl
             error = math.sqrt(max(others * (1 - others), 0.01) * (1 / n + 1 / (everyone - n)))
             if others - yes / n > max(0.05, 4 * error):
                 text = f"annotator {name} agrees in {yes / n:.0%} of {n} pairs, the others in {others:.0%}"
-                findings.append(Finding("warning", "annotator", text))
+                fix = "look at this annotator's records: with a reversed scale swap them, else remove them"
+                findings.append(Finding("warning", "annotator", text, fix=fix))
     return sorted(people, key=lambda row: row[2]), findings
 
 
@@ -340,12 +361,17 @@ def lengths(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
             text = (
                 f"the {which} answer wins in {max(longer, n - longer) / n:.0%} of {n} pairs: length alone predicts them"
             )
-            findings.append(Finding("warning", "length bias", text))
+            other = "shorter" if low > 0.6 else "longer"
+            fix = f"add pairs whose {other} answer is better, or remove some of the others"
+            findings.append(Finding("warning", "length bias", text, fix=fix))
     if len(scores) >= 20:
         figures["length_score_spearman"] = rho = _spearman([len(s.answer) for s in scores], [s.score for s in scores])
         rows.append(("Spearman of length and score", f"{rho:+.2f}"))
         if abs(rho) > 0.4:
-            findings.append(Finding("warning", "length bias", f"scores go with length: Spearman is {rho:+.2f}"))
+            text = f"scores follow the length of the answer: their rank correlation (Spearman) is {rho:+.2f}"
+            good, bad = ("short", "long") if rho > 0 else ("long", "short")
+            fix = f"add {good} answers with high scores and {bad} ones with low scores"
+            findings.append(Finding("warning", "length bias", text, fix=fix))
     table = (Table("length", ("", ""), tuple(rows)),) if rows else ()
     return Section("", "", figures, table, tuple(plots), tuple(findings))
 

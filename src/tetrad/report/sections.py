@@ -1,5 +1,6 @@
 """What a report is made of: sections of figures, tables, plots and findings."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,20 +8,32 @@ from typing import Any
 import numpy as np
 
 LEVELS = ("error", "warning", "note")
+FIRST = 5  # findings that a report opens with
+ORDER = (
+    "refused", "length", "memory", "leakage", "contradicting scores", "contradictions", "agreement", "annotator",
+    "length bias", "coverage", "judge", "validation", "answer length", "few records", "score scale", "duplicates",
+    "long tokens", "circles", "vocabulary", "epochs", "encoding", "learned share", "diversity", "flips",
+    "control strings", "tokenizer",
+)  # fmt: skip
+"""The names of findings: of one level, what spoils a result more stands before what spoils it less."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to act on. error: training would stop; warning: it would learn something else than is meant."""
+    """Something to act on. error: training would stop; warning: it would learn something else than is meant.
+
+    name: one of ORDER. fix: the setting, the command or the change of the data that ends it; a note may have none.
+    """
 
     level: str
     name: str
     text: str
     where: str = ""
+    fix: str = ""
 
     def __post_init__(self) -> None:
-        if self.level not in LEVELS:
-            raise ValueError(self.level)
+        if self.level not in LEVELS or self.name not in ORDER:
+            raise ValueError(f"{self.level} {self.name}")
 
 
 @dataclass(frozen=True)
@@ -81,8 +94,19 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """Errors first, then warnings, then notes."""
-        return sorted((f for s in self.sections for f in s.findings), key=lambda found: LEVELS.index(found.level))
+        """Errors first, then warnings, then notes; each in the order of ORDER, what has a name for the first time before
+        what repeats it."""
+        ranked, before = [], Counter[tuple[str, str]]()
+        for finding in (finding for section in self.sections for finding in section.findings):
+            kind = finding.level, finding.name
+            ranked.append((LEVELS.index(finding.level), before[kind], ORDER.index(finding.name), finding))
+            before[kind] += 1
+        return [finding for *_, finding in sorted(ranked, key=lambda row: row[:3])]
+
+    @property
+    def first(self) -> list[Finding]:
+        """The few that matter most; none where there are only notes."""
+        return [finding for finding in self.findings if finding.level != "note"][:FIRST]
 
 
 def histogram(title: str, unit: str, values: Sequence[float] | np.ndarray[Any, Any], bins: int = 30) -> Plot:
