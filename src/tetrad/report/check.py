@@ -144,7 +144,7 @@ def examine(
         sections.append(texts.coverage(by_name["ppo.prompts"], by_name["reward.data"]))
     if recipe and config:
         sections.append(cost.section(recipe, config, by_name, guessed=encoder.stand_in))
-        sections.append(findings.section(recipe, by_name, config.max_positions, guessed=encoder.stand_in))
+        sections.append(findings.section(recipe, by_name, guessed=encoder.stand_in))
         sections.append(vocabulary.section(recipe))
     if encoder.stand_in:
         text = "there is no tokenizer yet: lengths are in characters, and over-long records can't be found"
@@ -199,7 +199,7 @@ def files(readings: Sequence[Reading], on_long: Mapping[str, str]) -> Section:
             if refused:
                 first = errors[0]
                 text = f"{refused} rows of {file.path} are refused, the first: [{first.code}] {first.what}"
-                noticed.append(Finding("error", "refused", text, first.where, first.hint or "correct these rows"))
+                noticed.append(Finding("error", "refused", text, first.where, first.hint))
             if c.control_strings:
                 text = f"{file.path}: control tokens are spelt out {c.control_strings} times; they stay plain text"
                 noticed.append(Finding("note", "control strings", text))
@@ -233,22 +233,16 @@ def lengths(readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str,
         }
         plots.append(histogram(f"{reading.setting}: length of a record", unit, reading.lengths))
         if reading.long:
-            noticed.append(_too_long(reading, on_long[reading.setting]))
+            does = {"cut": "will be cut", "drop": "will be dropped"}.get(on_long[reading.setting], "stop the training")
+            text = f"{reading.setting}: {reading.long} of {n} records are too long and {does}"
+            level = "error" if on_long[reading.setting] == "refuse" else "warning"
+            table = reading.setting.partition(".")[0]
+            fix = f'split them, or set {table}.on_long = "drop" or "cut"' if table in ("sft", "reward", "ppo") else ""
+            noticed.append(Finding(level, "length", text, reading.first_long, fix))
     columns = ("setting", "records", "median", "95 %", "99 %", "longest", "over-long", "tokens", "trained")
     return Section(
         "lengths", f"Lengths in {unit}", figures, (Table("", columns, tuple(rows)),), tuple(plots), tuple(noticed)
     )
-
-
-def _too_long(reading: Reading, does: str) -> Finding:
-    """does: on_long, what the stage does with such records."""
-    text = f"{reading.setting}: {reading.long} of {len(reading.lengths)} records are too long"
-    text += {"cut": " and will be cut", "drop": " and will be dropped"}.get(does, ": training stops at the first")
-    longest, table = max(reading.lengths), reading.setting.partition(".")[0]
-    fix = f"shorten or split them: the longest has {longest} tokens"
-    if table in ("sft", "reward", "ppo") and does == "refuse":
-        fix += f'; or {table}.on_long = "drop" (or "cut")'
-    return Finding("error" if does == "refuse" else "warning", "length", text, reading.first_long, fix)
 
 
 def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[Sample, ...]:

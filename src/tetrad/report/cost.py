@@ -167,9 +167,7 @@ def section(
         needed = memory(stage, config, recipe)
         if needed > there and recipe.run.device != "cuda":
             text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU, and this machine has"
-            fix = f"lower run.micro_tokens (now {recipe.run.micro_tokens}), or take a smaller model"
-            fix += "" if stage.name == "pretrain" else f", or {stage.name}.adapters = true"
-            findings.append(Finding("warning", "memory", f"{text} {there / 2**30:.1f} GiB", fix=fix))
+            findings.append(Finding("warning", "memory", f"{text} {there / 2**30:.1f} GiB"))
         work = 6 * n * stage.tokens + 2 * n * stage.read
         seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
         figures[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}

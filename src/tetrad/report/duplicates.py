@@ -99,17 +99,15 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
             text = f"{reading.setting}: {exact} of {n} records are copies of an earlier one, {near} more nearly so"
             much = exact + (near if reading.kind != "prompts" else 0)  # questions are often made from one pattern
             level = "warning" if much > 0.02 * n else "note"
-            findings.append(Finding(level, "duplicates", text, where, _fix(where)))
+            path = where.rpartition(":")[0]
+            fix = (
+                f"keep the first of equal lines: awk '!seen[$0]++' {path} > NEW.jsonl"
+                if path.endswith(".jsonl")
+                else ""
+            )
+            findings.append(Finding(level, "duplicates", text, where, fix))
     columns = ("setting", "records", "exact", "", "near", "", "most often")
     return Section("duplicates", "Duplicates", figures, (Table("", columns, tuple(rows)),), (), tuple(findings))
-
-
-def _fix(where: str) -> str:
-    """where: the place of a copied record, if any is."""
-    path = where.rpartition(":")[0]
-    if path.endswith(".jsonl"):
-        return f"keep the first of identical lines: awk '!seen[$0]++' {path} > NEW.jsonl"
-    return "keep one of each, unless the repetition is meant"
 
 
 def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
@@ -133,9 +131,8 @@ def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
             text = f"{exact} of {n} records of {names[1]} are in {names[0]} too, and {near} more nearly so"
             if not exact:
                 text = f"{near} of {n} records of {names[1]} are nearly the same as one of {names[0]}"
-            fix = f"remove them from {names[0]}, or split the records anew by a hash of their prompt"
             level = "error" if exact and names in REFUSED else "warning" if exact + near > 0.005 * n else "note"
-            findings.append(Finding(level, "leakage", text, held.place(int(same.argmax())), fix))
+            findings.append(Finding(level, "leakage", text, held.place(int(same.argmax()))))
     columns = ("held out", "trained on", "records", "exact", "near", "leaked", "same prompt")
     table = Table("", columns, tuple(rows))
     return Section("leakage", "Validation and test records that are trained on", figures, (table,), (), tuple(findings))

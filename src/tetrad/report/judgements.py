@@ -105,38 +105,23 @@ def contradictions(reading: Reading, pairs: Sequence[Pair], scores: Sequence[Sco
         "contradicting_scored_texts": len(differing),
     }
     told = (
-        (
-            "contradictions",
-            both,
-            len(seen),
-            0.02,
-            "pairs are judged both ways",
-            'keep one judgement a pair, or name who judged in "annotator"',
-        ),
+        ("contradictions", both, len(seen), 0.02, "pairs are judged both ways"),
         (
             "contradicting scores",
             differing,
             len(by_text),
             0.001,
-            "texts have several different scores, and not of different annotators",
-            'keep one score a text, or name who gave it in "annotator"',
+            "texts have several scores, and not of different annotators",
         ),
-        (
-            "circles",
-            circles,
-            len({key[0] for key in seen}),
-            0.0,
-            "prompts have preferences that run in a circle (a over b over c over a)",
-            "judge them again, or remove them",
-        ),
+        ("circles", circles, len({key[0] for key in seen}), 0.0, "prompts have preferences that run in a circle"),
     )
     findings = tuple(_found(*row) for row in told if row[1])
     return Section("", "", figures, (_order(figures),), (), findings)
 
 
-def _found(name: str, bad: list[str], n: int, much: float, text: str, fix: str) -> Finding:
+def _found(name: str, bad: list[str], n: int, much: float, text: str) -> Finding:
     """bad: the places; more of them than a share `much` of n is a warning."""
-    return Finding("warning" if len(bad) > much * n else "note", name, f"{len(bad)} of {n} {text}", bad[0], fix)
+    return Finding("warning" if len(bad) > much * n else "note", name, f"{len(bad)} of {n} {text}", bad[0])
 
 
 def _order(figures: dict[str, Any]) -> Table:
@@ -201,8 +186,7 @@ def agreement(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
         Finding(
             "warning",
             "agreement",
-            f"annotators who judged the same {what} hardly agree: Krippendorff's alpha is {alpha:.2f} (0 is chance)",
-            fix="have them judged again with clearer instructions, or collect more judgements of each",
+            f"annotators who judged the same {what} hardly agree: Krippendorff's alpha is {alpha:.2f}",
         )
         for what, alpha in (("pair", figures["alpha_pairs"]), ("text", figures["alpha_scores"]))
         if alpha is not None and alpha < 0.2
@@ -275,8 +259,7 @@ def _people(told: dict[str, list[bool]]) -> tuple[list[tuple[str, int, float, fl
             error = math.sqrt(max(others * (1 - others), 0.01) * (1 / n + 1 / (everyone - n)))
             if others - yes / n > max(0.05, 4 * error):
                 text = f"annotator {name} agrees in {yes / n:.0%} of {n} pairs, the others in {others:.0%}"
-                fix = "look at this annotator's records: with a reversed scale swap them, else remove them"
-                findings.append(Finding("warning", "annotator", text, fix=fix))
+                findings.append(Finding("warning", "annotator", text))
     return sorted(people, key=lambda row: row[2]), findings
 
 
@@ -361,17 +344,14 @@ def lengths(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
             text = (
                 f"the {which} answer wins in {max(longer, n - longer) / n:.0%} of {n} pairs: length alone predicts them"
             )
-            other = "shorter" if low > 0.6 else "longer"
-            fix = f"add pairs whose {other} answer is better, or remove some of the others"
-            findings.append(Finding("warning", "length bias", text, fix=fix))
+            findings.append(Finding("warning", "length bias", text))
     if len(scores) >= 20:
         figures["length_score_spearman"] = rho = _spearman([len(s.answer) for s in scores], [s.score for s in scores])
         rows.append(("Spearman of length and score", f"{rho:+.2f}"))
         if abs(rho) > 0.4:
-            text = f"scores follow the length of the answer: their rank correlation (Spearman) is {rho:+.2f}"
-            good, bad = ("short", "long") if rho > 0 else ("long", "short")
-            fix = f"add {good} answers with high scores and {bad} ones with low scores"
-            findings.append(Finding("warning", "length bias", text, fix=fix))
+            findings.append(
+                Finding("warning", "length bias", f"scores follow the answer's length: Spearman is {rho:+.2f}")
+            )
     table = (Table("length", ("", ""), tuple(rows)),) if rows else ()
     return Section("", "", figures, table, tuple(plots), tuple(findings))
 

@@ -9,20 +9,42 @@ import numpy as np
 
 LEVELS = ("error", "warning", "note")
 FIRST = 5  # findings that a report opens with
-ORDER = (
-    "refused", "length", "memory", "leakage", "contradicting scores", "contradictions", "agreement", "annotator",
-    "length bias", "coverage", "judge", "validation", "answer length", "few records", "score scale", "duplicates",
-    "long tokens", "circles", "vocabulary", "epochs", "encoding", "learned share", "diversity", "flips",
-    "control strings", "tokenizer",
-)  # fmt: skip
-"""The names of findings: of one level, what spoils a result more stands before what spoils it less."""
+FIXES = {
+    "refused": "correct these rows, or move them out of the file (--quarantine FILE writes them there)",
+    "length": "shorten or split these records",
+    "memory": "take a smaller model, or lower run.micro_tokens",
+    "leakage": "remove them from the training data, or split the records anew by a hash of their prompt",
+    "contradicting scores": 'keep one score a text, or name who gave it in "annotator"',
+    "contradictions": 'keep one judgement a pair, or name who judged in "annotator"',
+    "agreement": "have them judged again with clearer instructions, or collect more judgements of each",
+    "annotator": "look at this annotator's records: if the scale was read the wrong way swap them, else remove them",
+    "length bias": "add records in which length and quality differ, or remove some of those in which they agree",
+    "coverage": "add comparisons or scores for such prompts to reward.data, or remove them from ppo.prompts",
+    "judge": 'add [evaluate] with prompts = ["FILE"] and judges = ["FILE.py:FUNCTION"]',
+    "validation": "set a tenth of the records apart and name their file in held_out",
+    "answer length": "raise max_new, or learn from shorter answers",
+    "few records": "add records: results on so few are chance",
+    "score scale": "declare the range that is used in reward.score_scale",
+    "duplicates": "keep one of each, unless the repetition is meant",
+    "long tokens": "remove repeated text from tokenizer.text (see Duplicates), or raise tokenizer.min_frequency",
+    "circles": "judge these prompts again, or remove them",
+    "epochs": "add text, or lower pretrain.tokens",
+    "encoding": "export them again from their source, as UTF-8",
+    "learned share": "shorten the prompts, or count on more sft.epochs",
+    "diversity": "add prompts of other kinds",
+    "vocabulary": "add text, or lower tokenizer.vocab_size",
+    "flips": "",
+    "control strings": "",
+    "tokenizer": "",
+}
+"""What ends a finding of each name, unless it says so better itself. What spoils a result more stands first."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something to act on. error: training would stop; warning: it would learn something else than is meant.
 
-    name: one of ORDER. fix: the setting, the command or the change of the data that ends it; a note may have none.
+    name: one of FIXES. fix: the setting, the command or the change of the data that ends it.
     """
 
     level: str
@@ -32,8 +54,9 @@ class Finding:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        if self.level not in LEVELS or self.name not in ORDER:
-            raise ValueError(f"{self.level} {self.name}")
+        if self.level not in LEVELS:
+            raise ValueError(self.level)
+        object.__setattr__(self, "fix", self.fix or FIXES[self.name])
 
 
 @dataclass(frozen=True)
@@ -94,13 +117,13 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """Errors first, then warnings, then notes; each in the order of ORDER, what has a name for the first time before
-        what repeats it."""
-        ranked, before = [], Counter[tuple[str, str]]()
+        """Errors, warnings, notes; in each level first one of every name, in the order of FIXES, then the others."""
+        order, before = list(FIXES), Counter[tuple[str, str]]()
+        ranked: list[tuple[int, int, int, Finding]] = []
         for finding in (finding for section in self.sections for finding in section.findings):
-            kind = finding.level, finding.name
-            ranked.append((LEVELS.index(finding.level), before[kind], ORDER.index(finding.name), finding))
-            before[kind] += 1
+            seen = before[finding.level, finding.name]
+            ranked.append((LEVELS.index(finding.level), seen, order.index(finding.name), finding))
+            before[finding.level, finding.name] += 1
         return [finding for *_, finding in sorted(ranked, key=lambda row: row[:3])]
 
     @property

@@ -66,8 +66,7 @@ def scripts(readings: Sequence[Reading]) -> Section:
             text = (
                 f"{reading.setting}: {share(strange, len(texts))} of the texts contain U+FFFD (decoded wrongly before)"
             )
-            fix = "export them again from their source with its real encoding, as UTF-8"
-            findings.append(Finding("warning", "encoding", text, fix=fix))
+            findings.append(Finding("warning", "encoding", text))
     columns = ("setting", "texts", "scripts, share of letters", "languages, share of texts")
     return Section(
         "languages", "Scripts and languages", figures, (Table("", columns, tuple(rows)),), (), tuple(findings)
@@ -102,7 +101,7 @@ def prompts(readings: Sequence[Reading]) -> Section:
             tables.append(Table(title, ("share", "a prompt in the middle"), lines, brief=4))
             if groups[0][0] > 0.5:
                 text = f"{reading.setting}: {groups[0][0]:.0%} of the prompts are alike ({groups[0][1]})"
-                findings.append(Finding("warning", "diversity", text, fix="add prompts of other kinds"))
+                findings.append(Finding("warning", "diversity", text))
         figures[reading.setting] = found
         rows.append((reading.setting, len(texts), different, share(different, len(reading.prompt_keys))))
     first = Table("", ("setting", "prompts", "different", ""), tuple(rows))
@@ -165,8 +164,7 @@ def coverage(asks: Reading, judged: Reading) -> Section:
         where = asks.records[0].where.rpartition(":")[0]
         text = f"{told.far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
         example = _line(told.farthest)
-        fix = "add comparisons or scores for such prompts to reward.data, or remove them from ppo.prompts"
-        findings = (Finding("warning", "coverage", f"{text}, as {example!r}", where, fix),)
+        findings = (Finding("warning", "coverage", f"{text}, as {example!r}", where),)
     plot = histogram("PPO prompts: likeness to the nearest of the reward model's", "cosine", told.each)
     return Section(
         "coverage", "PPO's prompts and the reward model's", figures, (Table("", ("", ""), rows),), (plot,), findings

@@ -42,9 +42,8 @@ def section(recipe: Recipe) -> Section:
         findings.append(Finding("note", "vocabulary", text, fix=fix))
     if clauses:
         text = f"{len(clauses)} of {tokenizer.size} tokens are whole clauses, as " + ", ".join(clauses[:SHOWN])
-        fix = "remove repeated text from tokenizer.text (see Duplicates), or raise tokenizer.min_frequency"
         level = "warning" if len(clauses) > 0.005 * tokenizer.size else "note"
-        findings.append(Finding(level, "long tokens", text, fix=fix))
+        findings.append(Finding(level, "long tokens", text))
     figures = {"size": tokenizer.size, "asked": s.vocab_size, "bytes": used[0], "long_tokens": len(clauses)}
     table = Table(
         "longest clauses that are one token", ("token", "characters"), tuple((t, len(t)) for t in clauses[:20])

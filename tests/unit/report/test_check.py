@@ -63,7 +63,10 @@ def test_clean_data_is_not_accused(tmp_path: Path, checked: Checked) -> None:
     planted.write(tmp_path / "p.jsonl", [{"input": prompt} for prompt in planted.prompts(200, 2)])
     text = '[sft]\ndata = ["s.jsonl"]\n[reward]\ndata = ["r.jsonl"]\nheld_out = ["t.jsonl"]\n'
     text += '[ppo]\nprompts = ["p.jsonl"]\n[evaluate]\nprompts = ["e.jsonl"]\njudges = ["judge.py:length"]\n'
-    planted.write(tmp_path / "e.jsonl", [{"input": prompt} for prompt in planted.prompts(100, 3)])
+    planted.write(
+        tmp_path / "e.jsonl",
+        [{"input": f"Describe {a} and {b}."} for a in planted.FILLER[:40] for b in ("rain", "snow")],
+    )
     (tmp_path / "judge.py").write_text("def length(samples):\n    return [len(s['text']) for s in samples]\n")
     report = checked(text)
     assert found(report) == []
