@@ -116,6 +116,20 @@ def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch
     assert reply in printed
 
 
+@pytest.mark.parametrize("name", ["docs/output.md", "docs/zh/output.md"])
+def test_every_figure_is_explained(folder: Path, name: str) -> None:
+    """Of the logs, of the reward model and of the last table; a judge's figures are explained by their form."""
+    run = folder / "runs/reviews-en-quick"
+    logs = [
+        json.loads(path.read_text().splitlines()[-1]) for path in run.glob("*/metrics.jsonl") if path.stat().st_size
+    ]
+    report = json.loads((run / "evaluate/report/report.json").read_text(encoding="utf-8"))
+    figures = {key for line in [*logs, *report["stages"].values(), *report["systems"].values()] for key in line}
+    explained = set(re.findall(r"`([\w]+)`", (ROOT / name).read_text(encoding="utf-8")))
+    by_form = {"step", "length_gain", "pair_accuracy_low", "pair_accuracy_high", "spearman_low", "spearman_high"}
+    assert figures - explained - by_form == set()
+
+
 def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")}
