@@ -20,7 +20,7 @@ DEMO = "examples/reviews-en/quick.toml"
 INSTRUCTION, INPUT = "Continue this movie review.", "The plot is"
 RECIPE = """
 name = "reviews-en-quick"
-model = { hidden_size = 32, layers = 2, heads = 4, kv_heads = 2, max_positions = 128 }
+model = { hidden_size = 32, layers = 2, heads = 4, kv_heads = 2, max_positions = 512 }
 tokenizer = { text = ["text.txt"], vocab_size = 500 }
 pretrain = { text = ["text.txt"], tokens = 2048, row_tokens = 32, batch_tokens = 256 }
 sft = { data = ["sft.jsonl"], batch = 16, epochs = 1 }

@@ -5,6 +5,7 @@ text. Nearly means an estimated Jaccard similarity of at least 0.7 between the s
 of what was put in and answered, under one instruction. Signatures are rensa's; candidates meet in a band of them.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,12 +101,8 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
             much = exact + (near if reading.kind != "prompts" else 0)  # questions are often made from one pattern
             level = "warning" if much > 0.02 * n else "note"
             path = where.rpartition(":")[0]
-            fix = (
-                f"keep the first of equal lines: awk '!seen[$0]++' {path} > NEW.jsonl"
-                if path.endswith(".jsonl")
-                else ""
-            )
-            findings.append(Finding(level, "duplicates", text, where, fix))
+            awk = f"keep the first of equal lines: awk '!seen[$0]++' {shlex.quote(path)} > NEW.jsonl"
+            findings.append(Finding(level, "duplicates", text, where, awk if path.endswith(".jsonl") else ""))
     columns = ("setting", "records", "exact", "", "near", "", "most often")
     return Section("duplicates", "Duplicates", figures, (Table("", columns, tuple(rows)),), (), tuple(findings))
 

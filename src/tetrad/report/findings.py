@@ -14,9 +14,7 @@ from tetrad.settings.recipe import Recipe
 from tetrad.types import Score
 
 FEW = {"sft.data": 100, "reward.data": 200, "reward.held_out": 50, "ppo.prompts": 50, "evaluate.prompts": 30}
-MOST_EPOCHS = (
-    16.0  # repeated text teaches about as much as new text up to 4 times, hardly any after 16 (Muennighoff 2023)
-)
+MOST_EPOCHS = 16.0  # repeated text teaches nearly like new text up to 4 times, hardly after 16 (Muennighoff 2023)
 LEAST_LEARNED = 0.05  # of the tokens of SFT
 MOST_LONGER = 0.2  # of the answers to learn from that do not fit into max_new
 
@@ -34,12 +32,9 @@ def section(recipe: Recipe, readings: Mapping[str, Reading], *, guessed: bool) -
     columns = ("setting", "prompt: median", "95 %", "longest", "answer: median", "95 %", "longest", "in answers")
     tables = [Table("guessed from characters" if guessed else "", columns, tuple(rows))]
     if (text := readings.get("pretrain.text")) and text.tokens:
-        tokens = recipe.pretrain.tokens or text.tokens
-        epochs = tokens / text.tokens
+        epochs = (recipe.pretrain.tokens or text.tokens) / text.tokens
         figures["pretrain.text"] = {"tokens": text.tokens, "epochs": epochs}
-        tables.append(
-            Table("pre-training", ("tokens read", "of a text of", "epochs"), ((tokens, text.tokens, epochs),))
-        )
+        tables.append(Table("pre-training", ("tokens of the text", "times read"), ((text.tokens, epochs),)))
     parts = (_epochs, _learned, _cut_off, _judges, _validation, _few, _scale)
     findings = tuple(finding for part in parts for finding in part(recipe, readings))
     return Section("recipe", "Tokens of prompts and answers", figures, tuple(tables), (), findings)

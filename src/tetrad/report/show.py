@@ -11,10 +11,8 @@ SAMPLE = 1500  # characters of a rendered sample
 def show(report: Report, console: Console) -> None:
     """The findings that matter most with their fixes, then tables and samples, and last the other findings."""
     every, first = report.findings, report.first
-    if first:
-        console.say(f"what matters most ({len(first)} of {len(every)} findings; the whole report follows)")
-    else:
-        console.say("nothing that needs your attention")
+    most = f"what matters most ({len(first)} of {len(every)} findings; the whole report follows)"
+    console.say(most if first else "nothing that needs your attention")
     _list(first, console, numbered=True)
     for section in report.sections:
         tables = [table for table in section.tables if table.rows]
