@@ -59,7 +59,7 @@ def check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
     """What the types of settings can't say: names of folders and files, and whole numbers that nothing can count."""
     if not _NAME.fullmatch(recipe.name) or len(recipe.name.encode()) > 200:
         hint = 'use letters, digits, "-" and "_": it names a folder'
-        what = f"name = {shown(recipe.name)} is no name"
+        what = f"name = {shown(recipe.name)} can't name a run"
         raise UserError("E-CONF-RANGE", what, where=places.get("name", ""), hint=hint)
     for name, knob in _KNOBS(Recipe).items():
         table, _, key = name.rpartition(".")
@@ -215,7 +215,7 @@ def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
             raise UserError("E-CONF-CONFLICT", what, where=places.get(name, ""), hint=hint)
     for pair in recipe.data.rename:
         if not re.fullmatch(r"\s*[^\s=][^=]*=\s*[^\s=][^=]*", pair):
-            what = f'data.rename has "{pair}", which is no pair of names'
+            what = f'data.rename has "{pair}", which is not of the form OLD=NEW'
             hint = 'write rename = ["question=Instruction"]'
             raise UserError("E-CONF-RANGE", what, where=places.get("data.rename", ""), hint=hint)
     if recipe.run.dtype == "bfloat16" and recipe.run.device == "cpu":

@@ -25,15 +25,15 @@ _STAGE_TABLES = {
     "evaluate": ("evaluate", "sampling", "run"),
 }
 _VERBS = {
-    "run": ("RECIPE.toml", "all stages in order; done ones are skipped, a stopped one goes on where it stopped"),
-    "tokenizer": ("RECIPE.toml", "the one stage: learn a tokenizer"),
-    "pretrain": ("RECIPE.toml", "the one stage: pre-train on documents"),
-    "sft": ("RECIPE.toml", "the one stage: fine-tune on instructions and answers"),
-    "reward": ("RECIPE.toml", "the one stage: train the reward model on comparisons and scores"),
-    "ppo": ("RECIPE.toml", "the one stage: PPO against the reward model"),
-    "evaluate": ("RECIPE.toml", "the one stage: compare SFT, best-of-N and PPO on held-out prompts"),
-    "check": ("RECIPE.toml | FILE ...", "read every record, train nothing, and say what training would stumble over"),
-    "status": ("RECIPE.toml", "what is done, stale or running, and what each model was made from"),
+    "run": ("RECIPE.toml", "run all stages in order; finished ones are skipped, an interrupted one resumes"),
+    "tokenizer": ("RECIPE.toml", "only this stage: learn a tokenizer"),
+    "pretrain": ("RECIPE.toml", "only this stage: pre-train on documents"),
+    "sft": ("RECIPE.toml", "only this stage: fine-tune on instructions and answers"),
+    "reward": ("RECIPE.toml", "only this stage: train the reward model on comparisons and scores"),
+    "ppo": ("RECIPE.toml", "only this stage: PPO against the reward model"),
+    "evaluate": ("RECIPE.toml", "only this stage: compare SFT, best-of-N and PPO on held-out prompts"),
+    "check": ("RECIPE.toml | FILE ...", "read every record, train nothing, and report what would spoil the training"),
+    "status": ("RECIPE.toml", "which stages are done, stale or running, and what each model was made from"),
     "generate": ("MODEL", "answer one prompt or a file of prompts"),
     "chat": ("MODEL", "talk to a model"),
     "score": ("MODEL", "score answers with a reward model"),
@@ -41,7 +41,7 @@ _VERBS = {
     "doctor": ("", "versions, device, memory; with --vectors FILE the numeric self-test"),
 }
 _EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
-            7 the run folder is in use, 75 stopped on request (the same command goes on), 130 interrupted"""
+            7 the run folder is in use, 75 stopped on request (run the same command to resume), 130 interrupted"""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -107,7 +107,7 @@ def _dispatch(words: list[str]) -> int:
     if verb not in _VERBS:
         near = difflib.get_close_matches(verb, _VERBS, n=1)
         hint = f"did you mean `tetrad {near[0]}`?" if near else "`tetrad --help` lists the commands"
-        raise UserError("E-CONF-UNKNOWN", f"there is no command {verb}", where="tetrad", hint=hint)
+        raise UserError("E-CONF-UNKNOWN", f"unknown command {verb}", where="tetrad", hint=hint)
     if "-h" in rest or "--help" in rest:
         _write(_help(verb))
         return 0
@@ -129,7 +129,7 @@ def _write(text: str) -> None:
 
 def _overview() -> str:
     lines = ["usage: tetrad COMMAND ...   (tetrad COMMAND --help shows all its settings)", ""]
-    lines += [f"  {verb + ' ' + argument:<22} {text}" for verb, (argument, text) in _VERBS.items()]
+    lines += [f"  {verb + ' ' + argument:<27} {text}" for verb, (argument, text) in _VERBS.items()]
     lines += ["", "Every setting of a recipe can be given as a flag: tetrad run recipe.toml --ppo.steps 50"]
     return "\n".join([*lines, "--debug shows the traceback of an error. --version shows the version.", _EXITS])
 
@@ -160,7 +160,7 @@ def _recipe(verb: str, words: list[str]) -> int:
     """run, status and the single stages. The recipe is the first word, or the last."""
     if not words or (words[0].startswith("--") and words[-1].startswith("--")):
         hint = f"tetrad {verb} RECIPE.toml"
-        raise UserError("E-CONF-MISSING", "which recipe?", where=verb, hint=hint)
+        raise UserError("E-CONF-MISSING", "no recipe is given", where=verb, hint=hint)
     path = words.pop(-1 if words[0].startswith("--") else 0)
     from tetrad import pipeline
     from tetrad.engine.console import Console
@@ -203,7 +203,7 @@ def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
         values["model"] = plain.pop(0)
     if plain:
         hint = f"`tetrad {verb} --help` shows the settings"
-        raise UserError("E-CONF-SYNTAX", f"what is {plain[0]!r} for?", where=verb, hint=hint)
+        raise UserError("E-CONF-SYNTAX", f"unexpected argument {plain[0]!r}", where=verb, hint=hint)
     for name in ("model", "data"):
         if name in known and not values.get(name):
             flag = "MODEL" if name == "model" else "--data FILE.jsonl"
@@ -287,7 +287,11 @@ def _check(words: list[str]) -> int:
         recipe = read(targets[0], rest)
         return _with_console(lambda _, console: check_recipe(recipe, settings, console), settings, "check")
     if not targets or len(targets) < len(rest):
-        what = f"what is {next(w for w in rest if w not in targets)} for?" if targets else "what is to be checked?"
+        what = (
+            f"unexpected argument {next(w for w in rest if w not in targets)}"
+            if targets
+            else "nothing to check is given"
+        )
         hint = "tetrad check RECIPE.toml, or tetrad check FILE ..."
         raise UserError("E-CONF-SYNTAX" if targets else "E-CONF-MISSING", what, where="check", hint=hint)
     return _with_console(lambda _, console: check_files(targets, settings, console), settings, "check")

@@ -45,7 +45,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     stray, given, flags = parse(overrides, _KNOBS(Recipe))
     if stray:
         hint = "a setting is written --TABLE.KEY VALUE, as --ppo.steps 50"
-        raise UserError("E-CONF-SYNTAX", f"what is {stray[0]!r} for?", hint=hint)
+        raise UserError("E-CONF-SYNTAX", f"unexpected argument {stray[0]!r}", hint=hint)
     for table, inner in nest(given).items():
         below = values.get(table)
         values[table] = {**below, **inner} if isinstance(below, dict) and isinstance(inner, dict) else inner
@@ -84,22 +84,22 @@ def _literal(value: Any) -> str:
 
 
 def _text(path: Path) -> str:
-    where, hint = str(path), "name a recipe, a .toml file"
+    where, hint = str(path), "give the path of a recipe (a .toml file)"
     try:
         size, raw = disk.start_of(path, MAX_BYTES + 1)
     except FileNotFoundError:
-        raise UserError("E-CONF-MISSING", "there is no such recipe", where=where, hint=hint) from None
+        raise UserError("E-CONF-MISSING", "no such file", where=where, hint=hint) from None
     except OSError as error:
         what = error.strerror or str(error)
         if what.startswith("is "):
-            raise UserError("E-CONF-SIZE", f"{what}, so it is no recipe", where=where, hint=hint) from None
+            raise UserError("E-CONF-SIZE", f"{what}, so it is not a recipe", where=where, hint=hint) from None
         raise UserError("E-CONF-MISSING", f"can't be read: {what}", where=where, hint=hint) from None
     if max(size, len(raw)) > MAX_BYTES:
-        raise UserError("E-CONF-SIZE", "is larger than 1 MiB, so it is no recipe", where=where, hint=hint)
+        raise UserError("E-CONF-SIZE", "is larger than 1 MiB, so it is not a recipe", where=where, hint=hint)
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        what = f"byte {error.start} is no UTF-8 text"
+        what = f"byte {error.start} is not UTF-8 text"
         raise UserError("E-CONF-SYNTAX", what, where=where, hint=hint + " saved as UTF-8") from None
 
 

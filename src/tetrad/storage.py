@@ -273,7 +273,7 @@ def free_space_check(path: Path, needed_bytes: int) -> None:
     """Raises E-IO-SPACE, with both figures, if the disk of `path` (which need not exist) has less room than that."""
     free = disk.free_bytes(path)
     if free < needed_bytes:
-        what = f"the disk has too little room: needs {needed_bytes / 1e6:,.1f} MB, has {free / 1e6:,.1f} MB"
+        what = f"not enough disk space: needs {needed_bytes / 1e6:,.1f} MB, has {free / 1e6:,.1f} MB"
         raise UserError("E-IO-SPACE", what, where=str(path), hint="free some space, or put the runs on a larger disk")
 
 

@@ -19,16 +19,16 @@ Capture = pytest.CaptureFixture[str]
 SNAPSHOTS = [
     (
         ["train", "x.toml"],
-        "error[E-CONF-UNKNOWN] tetrad: there is no command train. Fix: did you mean `tetrad pretrain`?\n",
+        "error[E-CONF-UNKNOWN] tetrad: unknown command train. Fix: did you mean `tetrad pretrain`?\n",
     ),
-    (["run"], "error[E-CONF-MISSING] run: which recipe? Fix: tetrad run RECIPE.toml\n"),
+    (["run"], "error[E-CONF-MISSING] run: no recipe is given. Fix: tetrad run RECIPE.toml\n"),
     (
         ["run", "none.toml"],
-        "error[E-CONF-MISSING] none.toml: there is no such recipe. Fix: name a recipe, a .toml file\n",
+        "error[E-CONF-MISSING] none.toml: no such file. Fix: give the path of a recipe (a .toml file)\n",
     ),
     (
         ["ppo", "r.toml"],
-        "error[E-CONF-UNKNOWN] r.toml:2: there is no setting ppo.actr_lr. Fix: did you mean ppo.actor_lr?\n",
+        "error[E-CONF-UNKNOWN] r.toml:2: unknown setting ppo.actr_lr. Fix: did you mean ppo.actor_lr?\n",
     ),
     (
         ["run", "good.toml", "--ppo.actor-lr", "3"],
@@ -49,10 +49,13 @@ SNAPSHOTS = [
         ["score", "m"],
         "error[E-CONF-MISSING] score: --data FILE.jsonl is missing. Fix: tetrad score MODEL --data FILE.jsonl\n",
     ),
-    (["chat", "m", "n"], "error[E-CONF-SYNTAX] chat: what is 'n' for? Fix: `tetrad chat --help` shows the settings\n"),
+    (
+        ["chat", "m", "n"],
+        "error[E-CONF-SYNTAX] chat: unexpected argument 'n'. Fix: `tetrad chat --help` shows the settings\n",
+    ),
     (
         ["chat", "m", "--temprature", "1"],
-        "error[E-CONF-UNKNOWN] --temprature: there is no setting temprature. Fix: did you mean temperature?\n",
+        "error[E-CONF-UNKNOWN] --temprature: unknown setting temprature. Fix: did you mean temperature?\n",
     ),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -15,10 +16,11 @@ from tetrad import cli
 
 pytestmark = pytest.mark.parity
 ROOT = Path(__file__).parents[2]
+DEMO = "examples/reviews-en/quick.toml"
 INSTRUCTION, INPUT = "Continue this movie review.", "The plot is"
 RECIPE = """
-name = "reviews-en"
-model = { hidden_size = 32, layers = 2, heads = 4, kv_heads = 2, max_positions = 128 }
+name = "reviews-en-quick"
+model = { hidden_size = 32, layers = 2, heads = 4, kv_heads = 2, max_positions = 512 }
 tokenizer = { text = ["text.txt"], vocab_size = 500 }
 pretrain = { text = ["text.txt"], tokens = 2048, row_tokens = 32, batch_tokens = 256 }
 sft = { data = ["sft.jsonl"], batch = 16, epochs = 1 }
@@ -55,14 +57,28 @@ def write_data(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which the chain has run: `runs/reviews-en/...` is below it."""
+    """The folder in which the chain has run, as `scripts/demo --quick` runs it: `runs/reviews-en-quick` is below it."""
     path = tmp_path_factory.mktemp("chain")
-    write_data(path)
-    (path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    (path / DEMO).parent.mkdir(parents=True)
+    write_data((path / DEMO).parent)
+    (path / DEMO).write_text(RECIPE, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        assert cli.main(["run", "recipe.toml"]) == 0
+        assert cli.main(["run", DEMO]) == 0
         yield path
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_commands_run_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whoever runs the demo and then types README's lines one by one meets no error. Chat's input ends at once."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "scripts/demo --quick\n" in text.partition(".venv/bin/tetrad")[0]
+    commands = re.findall(r"^\.venv/bin/tetrad (.+)$", text, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        assert cli.main(shlex.split(command, comments=True)) == 0, command
 
 
 def run_python_block(word: str) -> tuple[dict[str, object], str]:
@@ -78,7 +94,7 @@ def run_python_block(word: str) -> tuple[dict[str, object], str]:
 def test_python_lines_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     _, printed = run_python_block("tetrad")
-    words = ["generate", "runs/reviews-en/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--max-new", "40"]
+    words = ["generate", "runs/reviews-en-quick/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--max-new", "40"]
     assert cli.main([*words, "--out", "one.jsonl"]) == 0
     assert printed == f"{[json.loads(Path('one.jsonl').read_text(encoding='utf-8'))['reply']]}\n"
 
@@ -91,7 +107,7 @@ def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch
     ids, prompt = names["output"][0].tolist(), names["inputs"]["input_ids"][0].tolist()  # type: ignore[index]
     assert ids[: len(prompt)] == prompt
     assert len(prompt) < len(ids) <= 30
-    words = ["generate", "runs/reviews-en/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--greedy"]
+    words = ["generate", "runs/reviews-en-quick/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--greedy"]
     words += ["--max-new", str(30 - len(prompt)), "--out", "answers.jsonl"]
     assert cli.main(words) == 0
     (answer,) = map(json.loads, Path("answers.jsonl").read_text(encoding="utf-8").splitlines())
@@ -100,11 +116,25 @@ def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch
     assert reply in printed
 
 
+@pytest.mark.parametrize("name", ["docs/output.md", "docs/zh/output.md"])
+def test_every_figure_is_explained(folder: Path, name: str) -> None:
+    """Of the logs, of the reward model and of the last table; a judge's figures are explained by their form."""
+    run = folder / "runs/reviews-en-quick"
+    logs = [
+        json.loads(path.read_text().splitlines()[-1]) for path in run.glob("*/metrics.jsonl") if path.stat().st_size
+    ]
+    report = json.loads((run / "evaluate/report/report.json").read_text(encoding="utf-8"))
+    figures = {key for line in [*logs, *report["stages"].values(), *report["systems"].values()] for key in line}
+    explained = set(re.findall(r"`([\w]+)`", (ROOT / name).read_text(encoding="utf-8")))
+    by_form = {"step", "length_gain", "pair_accuracy_low", "pair_accuracy_high", "spearman_low", "spearman_high"}
+    assert figures - explained - by_form == set()
+
+
 def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")}
     start = time.monotonic()
-    assert cli.main(["run", "recipe.toml"]) == 0
+    assert cli.main(["run", DEMO]) == 0
     assert time.monotonic() - start < 5
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")} == before
     assert len({path.parents[1].name for path in before}) == 5
@@ -112,5 +142,17 @@ def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert cli.main(["score", "runs/reviews-en/reward", "--data", "held_out.jsonl", "--out", "scores.out.jsonl"]) == 0
+    assert (
+        cli.main(
+            [
+                "score",
+                "runs/reviews-en-quick/reward",
+                "--data",
+                "examples/reviews-en/held_out.jsonl",
+                "--out",
+                "scores.out.jsonl",
+            ]
+        )
+        == 0
+    )
     assert len(Path("scores.out.jsonl").read_text(encoding="utf-8").splitlines()) == 64

@@ -104,7 +104,7 @@ def start(
         for note in run.notes:
             ctx.console.say(f"note: {note}")
         if run.step:
-            ctx.console.say(f"goes on after step {run.step} of {total_steps}")
+            ctx.console.say(f"resumes after step {run.step} of {total_steps}")
         yield run
 
 

@@ -17,7 +17,7 @@ from tetrad.engine.console import Console
 from tetrad.engine.context import renamed
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig, read_config
-from tetrad.report import cost, duplicates, judgements, texts
+from tetrad.report import cost, duplicates, findings, judgements, texts, vocabulary
 from tetrad.report.page import page
 from tetrad.report.reading import Encoder, Reading, read, settings_of, shortened, sniff
 from tetrad.report.sections import Finding, Plot, Report, Run, Sample, Section, Table, histogram, share
@@ -86,7 +86,7 @@ def _role(what: str) -> str:
 def _join(reading: Reading, other: Reading) -> None:
     reading.files += other.files
     reading.records += other.records
-    for name in ("keys", "prompt_keys", "lengths"):
+    for name in ("keys", "prompt_keys", "lengths", "prompt_lengths", "answer_lengths"):
         getattr(reading, name).extend(getattr(other, name))
     reading.tokens, reading.trained = reading.tokens + other.tokens, reading.trained + other.trained
     reading.long, reading.first_long = reading.long + other.long, reading.first_long or other.first_long
@@ -144,12 +144,13 @@ def examine(
         sections.append(texts.coverage(by_name["ppo.prompts"], by_name["reward.data"]))
     if recipe and config:
         sections.append(cost.section(recipe, config, by_name, guessed=encoder.stand_in))
+        sections.append(findings.section(recipe, by_name, guessed=encoder.stand_in))
+        sections.append(vocabulary.section(recipe))
     if encoder.stand_in:
-        text = "there is no tokenizer yet: lengths are characters, and what is over-long is not known"
+        text = "there is no tokenizer yet: lengths are in characters, and over-long records can't be found"
         sections.append(Section("tokenizer", "Tokenizer", findings=(Finding("note", "tokenizer", text),)))
     if error is None and (leaked := next((f for s in sections for f in s.findings if f.level == "error"), None)):
-        hint = "split by a hash of the text"
-        error = UserError("E-DATA-OVERLAP", leaked.text, where=leaked.where, hint=hint)
+        error = UserError("E-DATA-OVERLAP", leaked.text, where=leaked.where, hint=leaked.fix)
     return Report(target, tuple(s for s in sections if s.title), rendered(readings, encoder)), error
 
 
@@ -186,7 +187,7 @@ def first_error(
 
 def files(readings: Sequence[Reading], on_long: Mapping[str, str]) -> Section:
     """What became of each file's rows, how they were read, and each bad row with its reason and the way out."""
-    rows, forms, bad, findings, figures = [], [], [], [], {}
+    rows, forms, bad, noticed, figures = [], [], [], list[Finding](), {}
     for reading in readings:
         for file in reading.files:
             c, refused = file.counts, sum(file.codes.values())
@@ -198,23 +199,23 @@ def files(readings: Sequence[Reading], on_long: Mapping[str, str]) -> Section:
             if refused:
                 first = errors[0]
                 text = f"{refused} rows of {file.path} are refused, the first: [{first.code}] {first.what}"
-                findings.append(Finding("error", "refused", text, first.where))
+                noticed.append(Finding("error", "refused", text, first.where, first.hint))
             if c.control_strings:
-                text = f"{file.path}: {c.control_strings} control tokens are spelt in texts; they stay plain text"
-                findings.append(Finding("note", "control strings", text))
+                text = f"{file.path}: control tokens are spelt out {c.control_strings} times; they stay plain text"
+                noticed.append(Finding("note", "control strings", text))
     columns = ("setting", "file", "read", "kept", "refused", "blank lines", "ties", "control strings")
     tables = [Table("", columns, tuple(rows))]
     if forms:
         tables.append(Table("How the rows were read", ("file", ""), tuple(dict.fromkeys(forms))))
     if bad:
         tables.append(Table("Refused rows", ("where", "code", "what", "fix"), tuple(bad)))
-    return Section("files", "Files", figures, tuple(tables), (), tuple(findings))
+    return Section("files", "Files", figures, tuple(tables), (), tuple(noticed))
 
 
 def lengths(readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str, str]) -> Section:
     """Lengths of the records, what is over-long, and the share of tokens that the loss reads."""
     unit = "characters" if encoder.stand_in else "tokens"
-    rows, plots, findings, figures = [], list[Plot](), [], {}
+    rows, plots, noticed, figures = [], list[Plot](), list[Finding](), {}
     for reading in readings:
         if not reading.lengths:
             continue
@@ -233,12 +234,14 @@ def lengths(readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str,
         plots.append(histogram(f"{reading.setting}: length of a record", unit, reading.lengths))
         if reading.long:
             does = {"cut": "will be cut", "drop": "will be dropped"}.get(on_long[reading.setting], "stop the training")
-            text = f"{reading.setting}: {reading.long} of {n} records are over-long and {does}"
+            text = f"{reading.setting}: {reading.long} of {n} records are too long and {does}"
             level = "error" if on_long[reading.setting] == "refuse" else "warning"
-            findings.append(Finding(level, "length", text, reading.first_long))
+            table = reading.setting.partition(".")[0]
+            fix = f'split them, or set {table}.on_long = "drop" or "cut"' if table in ("sft", "reward", "ppo") else ""
+            noticed.append(Finding(level, "length", text, reading.first_long, fix))
     columns = ("setting", "records", "median", "95 %", "99 %", "longest", "over-long", "tokens", "trained")
     return Section(
-        "lengths", f"Lengths in {unit}", figures, (Table("", columns, tuple(rows)),), tuple(plots), tuple(findings)
+        "lengths", f"Lengths in {unit}", figures, (Table("", columns, tuple(rows)),), tuple(plots), tuple(noticed)
     )
 
 

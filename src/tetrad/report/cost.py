@@ -9,16 +9,19 @@ matrix products: it tells minutes from hours.
 """
 
 import math
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tetrad.model.config import DecoderConfig
 from tetrad.report.reading import Reading
-from tetrad.report.sections import Section, Table
+from tetrad.report.sections import Finding, Section, Table
 from tetrad.settings.base import model_pays
 from tetrad.settings.lora import Lora
 from tetrad.settings.recipe import Recipe
@@ -159,8 +162,12 @@ def section(
         return Section("cost", "What it will need")
     n, rate = parameters(config), speed()
     rows, figures = [], dict[str, Any]()
+    findings, there = list[Finding](), machine_memory()
     for stage in found:
         needed = memory(stage, config, recipe)
+        if needed > there and recipe.run.device != "cuda":
+            text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU, and this machine has"
+            findings.append(Finding("warning", "memory", f"{text} {there / 2**30:.1f} GiB"))
         work = 6 * n * stage.tokens + 2 * n * stage.read
         seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
         figures[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}
@@ -171,7 +178,15 @@ def section(
     columns = ("stage", "models trained + frozen", "tokens learned from", "memory", "time on this CPU")
     title = f"{n / 1e6:.1f} million parameters, {rate / 1e9:.0f} GFLOP/s here, within a factor of two"
     title += "; tokens guessed from characters" if guessed else ""
-    return Section("cost", "What it will need", figures, (Table(title, columns, tuple(rows)),))
+    return Section("cost", "What it will need", figures, (Table(title, columns, tuple(rows)),), (), tuple(findings))
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine, or the container that we are in, has."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):  # "max" is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(limits)
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ text. Nearly means an estimated Jaccard similarity of at least 0.7 between the s
 of what was put in and answered, under one instruction. Signatures are rensa's; candidates meet in a band of them.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,14 +93,16 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
         like = signed[reading.setting].first()
         near = int((once[: len(like)] & (like != np.arange(len(like)))).sum())
         where = reading.place(int(first[counts.argmax()])) if exact else ""
-        most = f"{where} stands {counts.max()} times" if exact else ""
+        most = f"{where} occurs {counts.max()} times" if exact else ""
         rows.append((reading.setting, n, exact, share(exact, n), near, share(near, n), most))
         figures[reading.setting] = {"records": n, "exact": exact, "near": near, "compared_nearly": len(like)}
         if exact + near > 0.005 * n:
-            text = f"{reading.setting}: {exact} of {n} records repeat an earlier one exactly, {near} more nearly"
+            text = f"{reading.setting}: {exact} of {n} records are copies of an earlier one, {near} more nearly so"
             much = exact + (near if reading.kind != "prompts" else 0)  # questions are often made from one pattern
             level = "warning" if much > 0.02 * n else "note"
-            findings.append(Finding(level, "duplicates", text, where))
+            path = where.rpartition(":")[0]
+            awk = f"keep the first of equal lines: awk '!seen[$0]++' {shlex.quote(path)} > NEW.jsonl"
+            findings.append(Finding(level, "duplicates", text, where, awk if path.endswith(".jsonl") else ""))
     columns = ("setting", "records", "exact", "", "near", "", "most often")
     return Section("duplicates", "Duplicates", figures, (Table("", columns, tuple(rows)),), (), tuple(findings))
 
@@ -122,9 +125,11 @@ def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
         figures[f"{names[1]} in {names[0]}"] = {"records": n, "exact": exact, "near": near, "prompts": prompts}
         if exact + near:
             same[: len(like)] |= like
-            text = f"{exact} of {n} records of {names[1]} stand in {names[0]} too, and {near} nearly"
+            text = f"{exact} of {n} records of {names[1]} are in {names[0]} too, and {near} more nearly so"
+            if not exact:
+                text = f"{near} of {n} records of {names[1]} are nearly the same as one of {names[0]}"
             level = "error" if exact and names in REFUSED else "warning" if exact + near > 0.005 * n else "note"
             findings.append(Finding(level, "leakage", text, held.place(int(same.argmax()))))
     columns = ("held out", "trained on", "records", "exact", "near", "leaked", "same prompt")
     table = Table("", columns, tuple(rows))
-    return Section("leakage", "Held-out records among those trained on", figures, (table,), (), tuple(findings))
+    return Section("leakage", "Validation and test records that are trained on", figures, (table,), (), tuple(findings))

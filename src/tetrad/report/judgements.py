@@ -105,13 +105,13 @@ def contradictions(reading: Reading, pairs: Sequence[Pair], scores: Sequence[Sco
         "contradicting_scored_texts": len(differing),
     }
     told = (
-        ("contradictions", both, len(seen), 0.02, "pairs are judged both ways (they speak against each other)"),
+        ("contradictions", both, len(seen), 0.02, "pairs are judged both ways"),
         (
             "contradicting scores",
             differing,
             len(by_text),
             0.001,
-            "texts have different scores of one annotator or none",
+            "texts have several scores, and not of different annotators",
         ),
         ("circles", circles, len({key[0] for key in seen}), 0.0, "prompts have preferences that run in a circle"),
     )
@@ -183,7 +183,7 @@ def agreement(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
     title = "agreement (Krippendorff's alpha: 1 is perfect, 0 is chance)"
     tables = [Table(title, ("", "number", "alpha"), tuple(rows))]
     findings = [
-        Finding("warning", "agreement", f"people who judged the same {what} hardly agree: alpha is {alpha:.2f}")
+        Finding("warning", "agreement", f"annotators hardly agree on the same {what}: alpha is {alpha:.2f}")
         for what, alpha in (("pair", figures["alpha_pairs"]), ("text", figures["alpha_scores"]))
         if alpha is not None and alpha < 0.2
     ]
@@ -345,7 +345,7 @@ def lengths(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
         figures["length_score_spearman"] = rho = _spearman([len(s.answer) for s in scores], [s.score for s in scores])
         rows.append(("Spearman of length and score", f"{rho:+.2f}"))
         if abs(rho) > 0.4:
-            findings.append(Finding("warning", "length bias", f"scores go with length: Spearman is {rho:+.2f}"))
+            findings.append(Finding("warning", "length bias", f"scores follow length: Spearman is {rho:+.2f}"))
     table = (Table("length", ("", ""), tuple(rows)),) if rows else ()
     return Section("", "", figures, table, tuple(plots), tuple(findings))
 

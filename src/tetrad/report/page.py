@@ -3,7 +3,7 @@
 Plots are SVG of rectangles and texts, drawn here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -27,6 +27,7 @@ th { color: var(--soft); font-weight: 600; } td.number { text-align: right; font
 ul.findings { list-style: none; padding: 0; } .findings li { padding: .3rem 0; }
 .findings b { display: inline-block; min-width: 5.5rem; } .error b { color: var(--error); }
 .warning b { color: var(--warning); } .note b { color: var(--note); } .where { color: var(--soft); }
+.fix { margin-left: 5.75rem; }
 .plots { display: flex; flex-wrap: wrap; gap: 1.2rem; } svg text { fill: var(--soft); font-size: 10px; }
 svg rect { fill: var(--bar); } figure { margin: 0; } figcaption { font-size: .85rem; color: var(--soft); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--fill); padding: .8rem; border-radius: 6px; }
@@ -61,13 +62,15 @@ def _text(value: Any) -> str:
     return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown))
 
 
-def _findings(findings: Iterable[Finding]) -> str:
+def _findings(findings: Sequence[Finding]) -> str:
     items = [
         f'<li class="{f.level}"><b>{f.level}</b> <bdi>{_text(f.text)}</bdi>'
-        f' <span class="where"><bdi>{_text(f.where)}</bdi></span></li>'
+        f' <span class="where"><bdi>{_text(f.where)}</bdi></span>'
+        + (f'<br><span class="fix">Fix: <bdi>{_text(f.fix)}</bdi></span></li>' if f.fix else "</li>")
         for f in findings
     ]
-    return f'<ul class="findings">{"".join(items)}</ul>' if items else "<p>Nothing to mend.</p>"
+    head = "" if any(f.level != "note" for f in findings) else "<p>Nothing that needs your attention.</p>"
+    return head + (f'<ul class="findings">{"".join(items)}</ul>' if items else "")
 
 
 def _section(section: Section) -> str:

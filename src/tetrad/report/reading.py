@@ -95,6 +95,8 @@ class FileReading:
 class Reading:
     """The records of one setting. lengths: tokens (or characters) of each; trained: tokens that the loss reads.
 
+    prompt_lengths, answer_lengths: tokens of each prompt and each (last) answer, guessed where there is no tokenizer.
+
     keys: a hash of each record's content, where Instruction and Input count as one text; prompt_keys: of its prompt.
     """
 
@@ -105,6 +107,8 @@ class Reading:
     keys: "array[int]" = field(default_factory=lambda: array("Q"))
     prompt_keys: "array[int]" = field(default_factory=lambda: array("Q"))
     lengths: "array[int]" = field(default_factory=lambda: array("l"))
+    prompt_lengths: "array[int]" = field(default_factory=lambda: array("l"))
+    answer_lengths: "array[int]" = field(default_factory=lambda: array("l"))
     tokens: int = 0
     trained: int = 0
     long: int = 0
@@ -209,9 +213,15 @@ def _keep(reading: Reading, file: FileReading, chunk: list[Record], encoder: Enc
     room = MOST_TEXTS - len(reading.records) if reading.kind == "documents" else len(chunk)
     reading.records += chunk[:room]
     if encoder.stand_in:
-        for texts in map(_texts, chunk):
+        for record in chunk:
+            texts = _texts(record)
             reading.lengths.append(max(map(len, texts)))
             reading.tokens += sum(map(guessed_tokens, texts))
+            if reading.kind != "documents":
+                answers = [guessed_tokens(text) for text in replies(record)]
+                reading.trained += sum(answers)
+                reading.prompt_lengths.append(guessed_tokens(asked(record)))
+                reading.answer_lengths.extend(answers)
             file.counts.control_strings += encoder.tokenizer.control_strings(texts)
         return
     for record, made in zip(chunk, encoder.tokens(chunk, file.counts, train_on_prompt=train_on_prompt), strict=True):
@@ -219,6 +229,10 @@ def _keep(reading: Reading, file: FileReading, chunk: list[Record], encoder: Enc
         reading.lengths.append(longest)
         reading.tokens += sum(len(tokens.ids) for tokens in made)
         reading.trained += sum(int(tokens.train.sum()) for tokens in made)
+        if reading.kind != "documents" and not train_on_prompt:  # else no label tells where the answer begins
+            ends = [int(tokens.train[::-1].argmin()) for tokens in made]
+            reading.prompt_lengths.append(len(made[0].ids) - ends[0])
+            reading.answer_lengths.extend(ends if replies(record) else ())
         if encoder.limit and longest > encoder.limit and reading.kind != "documents":
             reading.long += 1
             reading.first_long = reading.first_long or record.where

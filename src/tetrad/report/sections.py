@@ -1,5 +1,6 @@
 """What a report is made of: sections of figures, tables, plots and findings."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,20 +8,55 @@ from typing import Any
 import numpy as np
 
 LEVELS = ("error", "warning", "note")
+FIRST = 5  # findings that a report opens with
+FIXES = {
+    "refused": "correct these rows, or move them out of the file (--quarantine FILE writes them there)",
+    "length": "shorten or split these records",
+    "memory": "take a smaller model, or lower run.micro_tokens",
+    "leakage": "remove them from the training data, or split the records anew by a hash of their prompt",
+    "contradicting scores": 'keep one score a text, or name who gave it in "annotator"',
+    "contradictions": 'keep one judgement a pair, or name who judged in "annotator"',
+    "agreement": "have them judged again with clearer instructions, or collect more judgements of each",
+    "annotator": "look at this annotator's records: if the scale was read the wrong way swap them, else remove them",
+    "length bias": "add records in which length and quality differ, or remove some of those in which they agree",
+    "coverage": "add comparisons or scores for such prompts to reward.data, or remove them from ppo.prompts",
+    "judge": 'add [evaluate] with prompts = ["FILE"] and judges = ["FILE.py:FUNCTION"]',
+    "validation": "set a tenth of the records apart and name their file in held_out",
+    "answer length": "raise max_new, or learn from shorter answers",
+    "few records": "add records: results on so few are chance",
+    "score scale": "declare the range that is used in reward.score_scale",
+    "duplicates": "keep one of each, unless the repetition is meant",
+    "long tokens": "remove repeated text from tokenizer.text (see Duplicates), or raise tokenizer.min_frequency",
+    "circles": "judge these prompts again, or remove them",
+    "epochs": "add text, or lower pretrain.tokens",
+    "encoding": "export them again from their source, as UTF-8",
+    "learned share": "shorten the prompts, or count on more sft.epochs",
+    "diversity": "add prompts of other kinds",
+    "vocabulary": "add text, or lower tokenizer.vocab_size",
+    "flips": "",
+    "control strings": "",
+    "tokenizer": "",
+}
+"""What ends a finding of each name, unless it says so better itself. What spoils a result more stands first."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to act on. error: training would stop; warning: it would learn something else than is meant."""
+    """Something to act on. error: training would stop; warning: it would learn something else than is meant.
+
+    name: one of FIXES. fix: the setting, the command or the change of the data that ends it.
+    """
 
     level: str
     name: str
     text: str
     where: str = ""
+    fix: str = ""
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ValueError(self.level)
+        object.__setattr__(self, "fix", self.fix or FIXES[self.name])
 
 
 @dataclass(frozen=True)
@@ -81,8 +117,19 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """Errors first, then warnings, then notes."""
-        return sorted((f for s in self.sections for f in s.findings), key=lambda found: LEVELS.index(found.level))
+        """Errors, warnings, notes; in each level first one of every name, in the order of FIXES, then the others."""
+        order, before = list(FIXES), Counter[tuple[str, str]]()
+        ranked: list[tuple[int, int, int, Finding]] = []
+        for finding in (finding for section in self.sections for finding in section.findings):
+            seen = before[finding.level, finding.name]
+            ranked.append((LEVELS.index(finding.level), seen, order.index(finding.name), finding))
+            before[finding.level, finding.name] += 1
+        return [finding for *_, finding in sorted(ranked, key=lambda row: row[:3])]
+
+    @property
+    def first(self) -> list[Finding]:
+        """The few that matter most; none where there are only notes."""
+        return [finding for finding in self.findings if finding.level != "note"][:FIRST]
 
 
 def histogram(title: str, unit: str, values: Sequence[float] | np.ndarray[Any, Any], bins: int = 30) -> Plot:

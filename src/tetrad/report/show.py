@@ -1,15 +1,19 @@
-"""A report on the terminal: tables, findings by weight, and rendered samples with the trained part coloured."""
+"""A report on the terminal: what matters most, tables, samples with the trained part coloured, the other findings."""
 
-import itertools
+from collections.abc import Iterable
 
 from tetrad.engine.console import Console
-from tetrad.report.sections import Report
+from tetrad.report.sections import Finding, Report
 
 SAMPLE = 1500  # characters of a rendered sample
 
 
 def show(report: Report, console: Console) -> None:
-    """Tables first, then samples, and last what is to be mended."""
+    """The findings that matter most with their fixes, then tables and samples, and last the other findings."""
+    every, first = report.findings, report.first
+    most = f"what matters most ({len(first)} of {len(every)} findings; the whole report follows)"
+    console.say(most if first else "nothing that needs your attention")
+    _list(first, console, numbered=True)
     for section in report.sections:
         tables = [table for table in section.tables if table.rows]
         for number, table in enumerate(tables):
@@ -25,9 +29,14 @@ def show(report: Report, console: Console) -> None:
             runs.append((run.text[:left], run.trained))
             left = max(0, left - len(run.text))
         console.marked(f"  {sample.where}: ", runs)
-    found = report.findings
-    for level, group in itertools.groupby(found, key=lambda finding: finding.level):
-        for finding in group:
-            console.say(f"{level}: {finding.text}" + (f" (first: {finding.where})" if finding.where else ""))
-    if not any(finding.level != "note" for finding in found):
-        console.say("nothing to mend")
+    if first and len(every) > len(first):
+        console.say("the other findings")
+    _list(every[len(first) :], console)
+
+
+def _list(findings: Iterable[Finding], console: Console, *, numbered: bool = False) -> None:
+    for number, finding in enumerate(findings, 1):
+        where = f" (first: {finding.where})" if finding.where else ""
+        console.say(f"{f'{number:2}. ' if numbered else ''}{finding.level}: {finding.text}{where}")
+        if finding.fix:
+            console.say(f"    Fix: {finding.fix}")

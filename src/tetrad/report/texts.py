@@ -63,7 +63,9 @@ def scripts(readings: Sequence[Reading]) -> Section:
         rows.append((reading.setting, len(texts), _listed(by_script), _listed(by_language)))
         strange = sum("\ufffd" in text for text in texts)
         if strange:
-            text = f"{reading.setting}: {share(strange, len(texts))} of the texts hold U+FFFD: a wrong encoding before"
+            text = (
+                f"{reading.setting}: {share(strange, len(texts))} of the texts contain U+FFFD (decoded wrongly before)"
+            )
             findings.append(Finding("warning", "encoding", text))
     columns = ("setting", "texts", "scripts, share of letters", "languages, share of texts")
     return Section(

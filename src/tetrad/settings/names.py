@@ -33,7 +33,7 @@ def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
     hint = hint or (f"[{table}] has {', '.join(siblings)}" if table and siblings else "")
     hint = hint or "the settings are: " + ", ".join(dict.fromkeys(knob.partition(".")[0] for knob in known))
     told = name if len(name) <= 100 else name[:97] + "..."
-    return UserError("E-CONF-UNKNOWN", f"there is no setting {told}.", where=where, hint=hint)
+    return UserError("E-CONF-UNKNOWN", f"unknown setting {told}.", where=where, hint=hint)
 
 
 def nearest(name: str, known: Mapping[str, Knob]) -> list[str]:

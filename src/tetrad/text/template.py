@@ -204,7 +204,7 @@ def recognised(folder: Path) -> Template | None:
     for form in TEMPLATES.values():
         if digest in form.known:
             return form
-    what = f"the chat template of the folder (sha256 {digest}) is none that is known here"
+    what = f"the chat template of the folder (sha256 {digest}) is not one that Tetrad knows"
     names = ", ".join(TEMPLATES)
     hint = f'name the one that fits: template = "NAME" under [sft], or --template NAME; there are {names}'
     raise UserError("E-MODEL-TEMPLATE", what, where=str(folder), hint=hint)

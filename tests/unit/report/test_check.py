@@ -62,10 +62,15 @@ def test_clean_data_is_not_accused(tmp_path: Path, checked: Checked) -> None:
     planted.write(tmp_path / "s.jsonl", planted.instructions(300, 1))
     planted.write(tmp_path / "p.jsonl", [{"input": prompt} for prompt in planted.prompts(200, 2)])
     text = '[sft]\ndata = ["s.jsonl"]\n[reward]\ndata = ["r.jsonl"]\nheld_out = ["t.jsonl"]\n'
-    text += '[ppo]\nprompts = ["p.jsonl"]\n'
+    text += '[ppo]\nprompts = ["p.jsonl"]\n[evaluate]\nprompts = ["e.jsonl"]\njudges = ["judge.py:length"]\n'
+    planted.write(
+        tmp_path / "e.jsonl",
+        [{"input": f"Describe {a} and {b}."} for a in planted.FILLER[:40] for b in ("rain", "snow")],
+    )
+    (tmp_path / "judge.py").write_text("def length(samples):\n    return [len(s['text']) for s in samples]\n")
     report = checked(text)
     assert found(report) == []
-    assert "nothing to mend" in report["said"]
+    assert report["said"].startswith("nothing that needs your attention\n")
     judged = figures(report, "reward_data_judged")
     assert judged["reader_accuracy"] > 0.9 and judged["suspected_flips"] <= 6
     assert 0.4 < judged["longer_wins"] < 0.6
