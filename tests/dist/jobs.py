@@ -115,8 +115,7 @@ def ppo(s: Ppo = PPO) -> Found:
         figures.append([learned[name] for name in sorted(learned)])
         whitened.append(made.advantages)
     found = {"figures": torch.tensor(figures, dtype=torch.float64), "weights": weights(models.actor, models.critic)}
-    rows = [mesh.gather(list(part)) for part in whitened]
-    return found | {"advantages": torch.stack([torch.stack(row) for row in rows])}
+    return found | {"advantages": torch.tensor([mesh.gather(part.tolist()) for part in whitened])}
 
 
 def ppo_sampled(s: Ppo = PPO) -> Found:
@@ -129,8 +128,8 @@ def ppo_sampled(s: Ppo = PPO) -> Found:
         rollout = ppo_toys.sampled(models, mine, s, (SEED, step), numbers)
         made, _ = ppo_toys.experience(models, rollout, s, 64)
         learn(models, made, s, (SEED, step), 64, toys.CPU)
-        for sample in mesh.gather(list(rollout.samples)):
-            replies.append(torch.tensor([*sample.reply_ids, *[-1] * (s.max_new - len(sample.reply_ids))]))
+        for ids in mesh.gather([sample.reply_ids for sample in rollout.samples]):
+            replies.append(torch.tensor([*ids, *[-1] * (s.max_new - len(ids))]))
     return {"replies": torch.stack(replies), "weights": weights(models.actor, models.critic)}
 
 

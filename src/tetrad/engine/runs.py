@@ -74,6 +74,7 @@ class Run:
         self._logs: dict[str, LineLog] = {}
         self._stop = _Stop()
         self._saved_step = 0
+        self._first: Callable[[str], str] = str
         if save_every > total_steps:
             told = "no checkpoint but the last, the finished model"
             self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {told}")
@@ -108,7 +109,7 @@ class Run:
         `parts` is also what is saved from now on. Raises UserError E-CKPT-* if there are checkpoints but none is whole.
         """
         self._parts = dict(parts)
-        path, state, failures = checkpoints.newest(self.checkpoints, self._load)
+        path, state, failures = self._newest()
         if path is not None:
             self._set_aside(failures)
             self._continue_from(path, state)
@@ -116,6 +117,22 @@ class Run:
         for name in self._logs.keys() & set(_CUT_BACK):
             self._logs[name].truncate(0)
         return None
+
+    def _newest(self) -> tuple[Path | None, Any, checkpoints.Failures]:
+        """The first rank chooses, the others load what it has chosen."""
+        if self._logs:
+            path, state, failures = checkpoints.newest(self.checkpoints, self._load)
+            self._first(path.name if path else "")
+            return path, state, failures
+        if not (name := self._first("")):
+            return None, None, []
+        path = self.checkpoints / name
+        if not path.is_dir():
+            hint = "let run.out be a folder on a disk that all machines share"
+            raise UserError(
+                "E-RANK-FOLDER", f"rank 0 goes on from {name}, which is not here", where=str(path), hint=hint
+            )
+        return path, self._load(path), []
 
     def _load(self, path: Path) -> dict[str, Any]:
         ours = {"seed": self._seed, "total_steps": self.total_steps}
@@ -274,16 +291,18 @@ def open_run(
     grace: float | None = None,
     main: bool = True,
     agree: Callable[[bool], bool] = bool,
+    first: Callable[[str], str] = str,
 ) -> Iterator[Run]:
     """Takes a stage's folder for this process: lock, leftovers of a killed writer, logs, signals.
 
     save_every: steps between checkpoints, 0 for about ten a stage. keep: checkpoints kept, at least two. environment:
     what a checkpoint records and a resume compares. grace: seconds that a step may go on after SIGTERM, None without
     end. main: False on all ranks but one: they read and write nothing. agree: True on all ranks if it is on one.
+    first: what the first rank gives to all.
     Raises UserError E-RUN-LOCKED; Stopped, after the stage's end, for a stop that came too late to matter.
     """
     run = Run(folder, seed, total_steps, save_every, keep, environment or {})
-    run._stop.agree, run._stop.grace = agree, grace
+    run._stop.agree, run._stop.grace, run._first = agree, grace, first
     with ExitStack() as stack:
         if main:
             lock = stack.enter_context(storage.RunLock(folder / "lock"))

@@ -75,6 +75,7 @@ def start(
 ) -> Iterator[Run]:
     """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
     settings = ctx.recipe.run
+    mesh.phase(ctx.folder.name)
     _refuse_unlisted(ctx, parts, state())
     with open_run(
         ctx.folder,
@@ -91,14 +92,14 @@ def start(
         grace=grace,
         main=mesh.is_main(),
         agree=mesh.on_any,
+        first=mesh.first,
     ) as run:
         run.state(state)
         saved = run.resume(parts)
         if saved is not None and restore:
             restore(saved)
-        for part in parts.values():
-            if isinstance(part, Weights):
-                mesh.same_weights(part.model)
+        for part in (part for part in parts.values() if isinstance(part, Weights)):
+            mesh.same_weights(part.model)
         for note in run.notes:
             ctx.console.say(f"note: {note}")
         if run.step:
