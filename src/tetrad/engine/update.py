@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def update(
     means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
     loss = math.fsum(means[name] * scales[name][1] for name in means)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        _stop(loss, norm, model, micros, terms, totals, device)
+        _stop(loss, norm, micros, partial(_finite, model, terms, totals, device))
     optimizer.step(factor)
     return StepStats(loss, norm, optimizer.lr * factor, means | most)
 
@@ -116,17 +117,9 @@ def _backward(parts: list[Tensor]) -> None:
         torch.stack(parts).sum().backward()
 
 
-def _stop(
-    loss: float,
-    norm: float,
-    model: nn.Module,
-    micros: Sequence[Micro],
-    terms: Terms,
-    totals: Mapping[str, float],
-    device: Device,
-) -> None:
+def _stop(loss: float, norm: float, micros: Sequence[Micro], finite: Callable[[Micro], bool]) -> None:
     """Names the records of the micro-batches that are not finite by themselves, on the rank that has them."""
-    guilty = [micro for micro in micros if not _finite(model, micro, terms, totals, device)]
+    guilty = [micro for micro in micros if not finite(micro)]
     if mesh.on_any(bool(guilty)) and not guilty:
         mesh.wait()  # until a rank that is to blame ends all
     places = [place for micro in guilty or micros for place in (micro.places or micro.packed.where)]
@@ -135,7 +128,7 @@ def _stop(
     raise UserError("E-NUM-NONFINITE", what, hint="lower the learning rate, or look at these records")
 
 
-def _finite(model: nn.Module, micro: Micro, terms: Terms, totals: Mapping[str, float], device: Device) -> bool:
+def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device: Device, micro: Micro) -> bool:
     """Whether loss and gradient of this part alone are."""
     model.zero_grad(set_to_none=True)
     with device.compute():

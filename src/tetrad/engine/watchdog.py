@@ -196,6 +196,8 @@ def join(patience: float = 300.0, report: Callable[[BaseException], int] = lambd
 
 def claim(code: int) -> tuple[bool, int]:
     """Whether this process is the first of all to end, so that it has to say why, and the exit code of the first."""
+    if not (_watchdog or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        return os.environ["RANK"] == "0", code  # too early: there is no store
     try:
         return join().claim(code)
     except RuntimeError:  # nobody is left to agree with
