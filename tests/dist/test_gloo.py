@@ -1,5 +1,7 @@
 """Two processes make the same steps as one, and only because they really speak to each other."""
 
+import math
+
 import pytest
 import torch
 
@@ -86,4 +88,7 @@ def test_collectives(ranks: list[dict[str, Found]]) -> None:
         assert found["sum"].tolist() == [2.0, 1.0]
         assert found["any"].tolist() == [False, True, True]
         assert found["gradient"].tolist() == [[3.0, 4.0]]
+        assert found["unused"].item()
+        assert found["floats"].tolist() == [0.1, 1.1, 1 / 3, 1 / 3, math.inf, math.inf]  # to the bit
+        assert found["first"].item() == 0
         assert torch.equal(found["weights"], first["weights"])

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -46,8 +45,6 @@ def launch(words: Sequence[str], nproc: int, grace: float) -> int:
     if (code := claimed_code(store)) is not None:
         return code
     if isinstance(failure, SignalException):
-        if failure.sigval == signal.SIGINT:
-            raise KeyboardInterrupt
         return 128 + failure.sigval
     rank, process = failure.get_first_failure()
     how = process.signal_name() if process.exitcode < 0 else f"exit code {process.exitcode}"

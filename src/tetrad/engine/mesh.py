@@ -7,6 +7,7 @@ What is no tensor travels as JSON, in which floats keep every bit. A rank waits 
 
 import atexit
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,7 +26,7 @@ _NEVER = timedelta(days=30)  # the watchdog knows how long to wait, and for whom
 
 def start(device: str) -> None:
     """Joins the group that torchrun announced; does nothing on one process."""
-    if watchdog.several() and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dog = watchdog.join()
         store = PrefixStore("mesh", dog.store)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

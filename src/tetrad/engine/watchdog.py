@@ -72,9 +72,7 @@ class Watchdog:
             yield
         except RuntimeError as error:
             self._late(math.inf)
-            time.sleep(
-                4 * _BEAT
-            )  # whose heart still beats is not the one; and who failed by itself has said so by then
+            time.sleep(4 * _BEAT)  # by then it shows whose heart has stopped, or the rank that failed has said why
             gone = [text for text, one in self._late(3 * _BEAT).items() if one.gone]
             raise self._error(self._text(gone, f"lost its connection in {name}")) from error
         finally:
@@ -180,11 +178,6 @@ def label() -> str:
     if not (_watchdog and _watchdog.phase):
         return ""
     return f" [rank {_watchdog.rank} of {_watchdog.size}, {socket.gethostname()}]"
-
-
-def several() -> bool:
-    """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def join(patience: float = 300.0, report: Callable[[BaseException], int] = lambda _: 1) -> Watchdog:
