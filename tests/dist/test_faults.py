@@ -90,9 +90,11 @@ def test_asked_to_stop_inside_a_collective(tuned: Chain, tmp_path: Path) -> None
 
 
 def when_it_runs(launcher: int, folder: Path) -> dict[int, int]:
-    """The ranks, once there is a checkpoint."""
+    """The ranks, once there is a new checkpoint."""
+    place = folder / "runs/tiny/sft/checkpoints"
+    before = set(place.glob("step-*"))
     for _ in range(1500):
-        if any((folder / "runs/tiny/sft/checkpoints").glob("step-*")):
+        if set(place.glob("step-*")) - before:
             return children(launcher)
         time.sleep(0.1)
     raise AssertionError("it never began")
@@ -104,7 +106,6 @@ def test_stopped_and_gone_on(tuned: Chain, tmp_path: Path) -> None:
     for _ in range(2):
         launcher = popen(words)
         when_it_runs(launcher.pid, tmp_path)
-        time.sleep(0.5)
         launcher.terminate()
         out, err = launcher.communicate(timeout=170)
         assert [line.partition(" ")[0] for line in errors(err)] == ["stopped:"], err
@@ -116,7 +117,9 @@ def test_an_error_of_one_rank(tuned: Chain, tmp_path: Path) -> None:
     """A rule that raises on rank 1: its error, its code, once."""
     rule = tmp_path / "rule.py"
     rule.write_text("import os\ndef pays(samples):\n    return [1 / (1 - int(os.environ['RANK']))] * len(samples)\n")
-    words = ["ppo", str(tuned.path), "--nproc", "2", "--run.out", str(tuned.runs), "--ppo.rewards", f"{rule}:pays"]
+    shutil.copytree(tuned.runs, tmp_path / "runs")
+    out = ("--run.out", str(tmp_path / "runs"))
+    words = ["ppo", str(tuned.path), "--nproc", "2", *out, "--ppo.rewards", f"{rule}:pays"]
     done = popen(["-m", "tetrad", *words])
     _, err = done.communicate(timeout=170)
     (said,) = errors(err)
