@@ -144,6 +144,8 @@ class Law:
 
 
 STORAGE = ("storage.py", "disk.py")  # disk: storage's system calls, which tests swap
+MESH = ("engine/mesh.py", "engine/watchdog.py", "engine/launch.py")  # beside it: who lives, and who starts them
+OBJECTS = ("all_gather", "gather", "scatter", "broadcast", "send", "recv")
 CONSOLE = ("engine/console.py", "cli.py")
 LAWS = (
     Law("only update calls .backward()", lambda n: called(n, ".backward"), ("engine/update.py",)),
@@ -153,7 +155,8 @@ LAWS = (
         lambda n: uses(n, "multinomial", "Categorical", "gumbel") or below(n, "tetrad.engine.sampling"),
         ("engine/generate.py", "engine/sampling.py"),
     ),
-    Law("only mesh communicates", lambda n: below(n, "torch.distributed"), ("engine/mesh.py",)),
+    Law("only mesh communicates", lambda n: below(n, "torch.distributed"), MESH),
+    Law("collectives of objects are pickles", lambda n: uses(n, *(f"{c}_object" for c in OBJECTS))),
     Law(
         "only attention knows kernels",
         lambda n: uses(n, "scaled_dot_product", "flash_attn", "flex_attention", "varlen_attn", "sdpa_kernel"),

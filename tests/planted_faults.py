@@ -342,8 +342,8 @@ FAULTS = (
     Fault(
         "micro-batches weigh the same, whatever their size",
         "engine/update.py",
-        "_backward([t.coefficient / totals[t.per] * t.sum for t in parts",
-        "_backward([t.coefficient / micro.counts[t.per] / len(micros) * t.sum for t in parts",
+        "_backward(_loss(parts, totals))",
+        "_backward([part / len(micros) for part in _loss(parts, micro.counts)])",
         f"{PPO}::test_micro_batch_size_changes_rounding_only",
     ),
     Fault(

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from tetrad.engine import streams
-from tetrad.errors import EXIT_STOPPED, Stopped, UserError
+from tetrad.errors import EXIT_LOST, EXIT_STOPPED, Stopped, UserError
 
 T = TypeVar("T")
 _STAGE_TABLES = {
@@ -41,7 +41,8 @@ _VERBS = {
     "doctor": ("", "versions, device, memory; with --vectors FILE the numeric self-test"),
 }
 _EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
-            7 the run folder is in use, 75 stopped on request (run the same command to resume), 130 interrupted"""
+            7 the run folder is in use, 8 a process of several was lost, 75 stopped on request (run the same command to
+            resume), 130 interrupted"""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -62,11 +63,25 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _report(error: BaseException) -> int:
-    """Prints an error, and returns its exit code."""
+    """Prints an error, unless another process of this run ended first and has said why; the exit code of the first."""
     message, code = _told(error)
+    if _several():
+        from tetrad.engine import watchdog
+
+        first, code = watchdog.claim(code)
+        if not first:
+            return code
+        if isinstance(error, Exception) and code not in (EXIT_STOPPED, EXIT_LOST):
+            message += watchdog.label()
     with suppress(OSError):
         sys.stderr.write(message + "\n")
+        sys.stderr.flush()
     return code
+
+
+def _several() -> bool:
+    """Whether this is one of several processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _told(error: BaseException) -> tuple[str, int]:
@@ -119,7 +134,12 @@ def _dispatch(words: list[str]) -> int:
         "explain": _explain,
         "doctor": _doctor,
     }
-    return uses[verb](rest) if verb in uses else _recipe(verb, rest)
+    if verb not in uses:
+        return _recipe(verb, rest)
+    if _several():
+        what = f"{verb} is for one process: several would do the same and write the same file"
+        raise UserError("E-CONF-CONFLICT", what, where=verb, hint=f"start `tetrad {verb}` without torchrun")
+    return uses[verb](rest)
 
 
 def _write(text: str) -> None:
@@ -161,12 +181,22 @@ def _recipe(verb: str, words: list[str]) -> int:
     if not words or (words[0].startswith("--") and words[-1].startswith("--")):
         hint = f"tetrad {verb} RECIPE.toml"
         raise UserError("E-CONF-MISSING", "no recipe is given", where=verb, hint=hint)
+    words = [word.replace("--nproc", "--run.nproc") if word.partition("=")[0] == "--nproc" else word for word in words]
     path = words.pop(-1 if words[0].startswith("--") else 0)
     from tetrad import pipeline
     from tetrad.engine.console import Console
     from tetrad.recipe import read
 
     recipe = read(path, words)
+    if _several() and verb != "status":
+        from tetrad.engine import watchdog
+
+        watchdog.join(recipe.run.patience, _report)
+    elif recipe.run.nproc > 1 and verb != "status":
+        from tetrad.engine.launch import launch
+
+        debug = ["--debug"] if "--debug" in sys.argv else []
+        return launch([verb, path, *words, *debug], recipe.run.nproc, recipe.run.grace)
     console = Console(recipe.run.log_every, quiet=not pipeline.is_first(), outlives=verb != "status")
     if verb == "status":
         pipeline.status(recipe, console)

@@ -5,7 +5,7 @@ which docs/errors.md is made; the code's family fixes the exit status. Errors ar
 and printed once, by the command line.
 """
 
-EXIT_STOPPED = 75
+EXIT_STOPPED, EXIT_LOST = 75, 8
 _FAMILIES = {
     "CONF": (2, "the recipe or the command line"),
     "DATA": (3, "data"),
@@ -15,6 +15,7 @@ _FAMILIES = {
     "IO": (6, "disk and memory"),
     "MEM": (6, "disk and memory"),
     "RUN": (7, "the run folder"),
+    "RANK": (EXIT_LOST, "processes that train together"),
 }
 CODES = {
     "E-CONF-CONFLICT": "two values are each legal but not together",
@@ -73,6 +74,8 @@ CODES = {
     "E-IO-SPACE": "not enough disk space, reported before or when it happens",
     "E-IO-WRITE": "the disk refuses to write",
     "E-MEM-FULL": "memory ran out; says in which phase and what to lower",
+    "E-RANK-FOLDER": "a process does not see the run folder that the others use",
+    "E-RANK-LOST": "a process no longer answers, or ended without a word, or goes a way of its own",
     "E-RUN-LOCKED": "another process works in it: the message names its pid, host and start",
 }
 """Every code and what it means. Codes are stable: one that was released is never given another meaning."""

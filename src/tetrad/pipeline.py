@@ -81,12 +81,13 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
     if only:
         _refuse_missing_parents(steps, hashes)
     wanted, todo = steps[-1:] if only else steps, 0
-    if not stages:
+    if not stages and is_first():
         _look_ahead(wanted, recipe, hashes, console)
     for step in wanted:
         found = state(step, hashes)
         if found == "done":
-            storage.remove_folder(step.folder / "checkpoints")  # left where a kill came between the result and this
+            if is_first():
+                storage.remove_folder(step.folder / "checkpoints")  # left where a kill came between the result and this
             console.say(f"{step.stage:<10} unchanged, skipped")
             continue
         todo += 1
@@ -117,7 +118,7 @@ def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Cons
             checkpoints.check(step.folder, step.stage, recipe)
     for note in look.notes:
         console.say(f"note: {note}")
-    if todo and is_first():
+    if todo:
         names, keys = zip(*((step.stage, step.key) for step, _ in todo), strict=True)
         read_ahead(recipe, names, keys, _home(recipe) / ".cache" / "read.json")
 

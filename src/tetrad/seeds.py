@@ -7,6 +7,8 @@ import hashlib
 
 import numpy as np
 
+STRIDE = -0x61C8864680B583EB  # 2^64 over the golden ratio, odd, as a signed number: multiples lie far apart
+
 
 def seed_for(seed: int, purpose: str, *numbers: int) -> int:
     """A 63-bit seed that depends on every argument; the same on every machine and Python version."""

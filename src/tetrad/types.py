@@ -103,7 +103,7 @@ class Packed:
 
     ids_T; positions_T (from 0 in each document, or from its prefix's length); bounds: the D + 1 offsets; targets_T:
     the next token of the same document where it is a label, else IGNORE; where: the place of each document's record;
-    prefixes: what documents have in common and is stored once.
+    prefixes: what documents have in common and is stored once. keys_T: of each token's dropout, where there may be any.
     """
 
     ids_T: Array
@@ -112,6 +112,7 @@ class Packed:
     targets_T: Array
     where: tuple[str, ...] = ()
     prefixes: tuple[Prefix, ...] = ()
+    keys_T: Array = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ parts differ in size), and returns every step's figures and the final weights. A
 environment that torchrun sets.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from tetrad.engine.optim import Optimizer
 from tetrad.engine.preferences import preference_micros
 from tetrad.engine.rollout import Rollout
 from tetrad.engine.update import language_terms, update
+from tetrad.seeds import seed_for
 from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.reward import Reward
@@ -68,13 +70,15 @@ def reward() -> Found:
     answers = [
         [toys.document(toys.ids(3 + (5 * i + j) % 9, 10 * i + j)) for j in range(n)] for i, n in enumerate(sizes)
     ]
-    latent = Latent(toys.scalar(seed=1), learn_rho=True)
+    latent = Latent(toys.scalar(seed=1), learn_rho=True).train()
+    latent.reward.model.dropout, latent.reward.model.token_dropout = 0.2, 0.1
     optimizer = Optimizer(latent, 1e-3, Optim())
     stats = []
     for step in range(STEPS):
         wanted = mesh.share(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
         chosen = [records[i] for i in wanted], [answers[i] for i in wanted]
-        micros = preference_micros(*chosen, 48, 2.0, 1.5, toys.CPU)
+        keys = [seed_for(SEED, "dropout", step, place) for place in mesh.share(range(BATCH))]
+        micros = preference_micros(*chosen, 48, 2.0, 1.5, toys.CPU, keys=keys)
         terms = preference_terms(Reward(center=0.01))
         stats.append(update(latent, optimizer, micros, terms, toys.CPU, max_norm=0.5))
     return found(stats, latent)
@@ -115,8 +119,7 @@ def ppo(s: Ppo = PPO) -> Found:
         figures.append([learned[name] for name in sorted(learned)])
         whitened.append(made.advantages)
     found = {"figures": torch.tensor(figures, dtype=torch.float64), "weights": weights(models.actor, models.critic)}
-    rows = [mesh.gather(list(part)) for part in whitened]
-    return found | {"advantages": torch.stack([torch.stack(row) for row in rows])}
+    return found | {"advantages": torch.tensor([mesh.gather(part.tolist()) for part in whitened])}
 
 
 def ppo_sampled(s: Ppo = PPO) -> Found:
@@ -129,8 +132,8 @@ def ppo_sampled(s: Ppo = PPO) -> Found:
         rollout = ppo_toys.sampled(models, mine, s, (SEED, step), numbers)
         made, _ = ppo_toys.experience(models, rollout, s, 64)
         learn(models, made, s, (SEED, step), 64, toys.CPU)
-        for sample in mesh.gather(list(rollout.samples)):
-            replies.append(torch.tensor([*sample.reply_ids, *[-1] * (s.max_new - len(sample.reply_ids))]))
+        for ids in mesh.gather([sample.reply_ids for sample in rollout.samples]):
+            replies.append(torch.tensor([*ids, *[-1] * (s.max_new - len(ids))]))
     return {"replies": torch.stack(replies), "weights": weights(models.actor, models.critic)}
 
 
@@ -165,12 +168,17 @@ def collectives() -> Found:
         missing.weight.grad = torch.tensor([[3.0, 4.0]])
     mesh.sum_gradients(missing.parameters())
     assert missing.weight.grad is not None
+    unused = nn.Linear(2, 1, bias=False)
+    mesh.sum_gradients(unused.parameters())
     return {
         "share": torch.tensor(list(mesh.share(range(5)))),
         "gather": torch.tensor(mesh.gather(mesh.share(range(5)))),
         "counts": torch.tensor([counts["a"], counts["b"]]),
         "sum": mesh.sum_tensor(torch.tensor([1.0, float(rank)])),
         "any": torch.tensor([mesh.on_any(False), mesh.on_any(rank == 1), mesh.on_any(True)]),
+        "unused": torch.tensor([unused.weight.grad is None]),
+        "floats": torch.tensor(mesh.gather([0.1 + rank, 1 / 3, math.inf]), dtype=torch.float64),
+        "first": torch.tensor(mesh.first(rank)),
         "gradient": missing.weight.grad,
         "weights": weights(model),
         "rank": torch.tensor([rank, mesh.size(), int(mesh.is_main())]),

@@ -1,36 +1,22 @@
 """Two processes make the same steps as one, and only because they really speak to each other."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import math
 
 import pytest
 import torch
 
-import tetrad
 import toys
 from dist.jobs import BATCH, JOBS, STEPS, Found, weights
+from dist.workers import ROOT, pair
 
 pytestmark = pytest.mark.dist
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
     """What both processes found."""
     folder = tmp_path_factory.mktemp("gloo")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join((str(Path(tetrad.__file__).parents[1]), str(ROOT / "tests")))
-    given = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "tests/dist/jobs.py"), str(folder)]
-    workers = [
-        subprocess.Popen(command, env={**os.environ, **given, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    workers = pair(str(ROOT / "tests/dist/jobs.py"), str(folder))
     try:
         said = [worker.communicate(timeout=120)[1] for worker in workers]
     finally:
@@ -102,4 +88,7 @@ def test_collectives(ranks: list[dict[str, Found]]) -> None:
         assert found["sum"].tolist() == [2.0, 1.0]
         assert found["any"].tolist() == [False, True, True]
         assert found["gradient"].tolist() == [[3.0, 4.0]]
+        assert found["unused"].item()
+        assert found["floats"].tolist() == [0.1, 1.1, 1 / 3, 1 / 3, math.inf, math.inf]  # to the bit
+        assert found["first"].item() == 0
         assert torch.equal(found["weights"], first["weights"])

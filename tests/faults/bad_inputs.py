@@ -27,7 +27,7 @@ from threading import Lock
 import tiny
 
 ROOT = Path(__file__).parents[2]
-EXITS = {"CONF": 2, "DATA": 3, "CKPT": 4, "MODEL": 4, "NUM": 5, "IO": 6, "MEM": 6, "RUN": 7}
+EXITS = {"CONF": 2, "DATA": 3, "CKPT": 4, "MODEL": 4, "NUM": 5, "IO": 6, "MEM": 6, "RUN": 7, "RANK": 8}
 # A small process in between: the peak of a child begins with the memory of the process that it was forked from.
 _MEASURE = """
 import json, os, resource, sys

@@ -10,7 +10,7 @@ from tetrad.errors import CODES, UserError, page
 ROOT = Path(__file__).parents[2]
 CODE = r"E-[A-Z]+-[A-Z0-9]+"
 TABLE = ROOT / "src" / "tetrad" / "errors.py"
-EXITS = {"CONF": 2, "DATA": 3, "CKPT": 4, "MODEL": 4, "NUM": 5, "IO": 6, "MEM": 6, "RUN": 7}
+EXITS = {"CONF": 2, "DATA": 3, "CKPT": 4, "MODEL": 4, "NUM": 5, "IO": 6, "MEM": 6, "RUN": 7, "RANK": 8}
 
 
 def raised() -> set[str]:

@@ -31,6 +31,8 @@ BREACHES = {
     "distributed": ("import torch.distributed as dist", "only mesh communicates"),
     "distributed-from": ("from torch import distributed", "only mesh communicates"),
     "distributed-use": ("import torch\ntorch.distributed.barrier()", "only mesh communicates"),
+    "objects": ("dist.all_gather_object(values, value)", "collectives of objects are pickles"),
+    "objects-from": ("from thing import broadcast_object_list", "collectives of objects are pickles"),
     "sdpa": (
         "import torch.nn.functional as F\nF.scaled_dot_product_attention(q, k, v)",
         "only attention knows kernels",
@@ -110,6 +112,8 @@ def test_each_breach_is_found(tmp_path: Path, case: str) -> None:
         ("engine/generate.py", "multinomial"),
         ("engine/sampling.py", "multinomial"),
         ("engine/mesh.py", "distributed"),
+        ("engine/watchdog.py", "distributed"),
+        ("engine/launch.py", "distributed"),
         ("model/attention.py", "sdpa"),
         ("storage.py", "open-w"),
         ("engine/console.py", "print"),
@@ -119,6 +123,11 @@ def test_each_breach_is_found(tmp_path: Path, case: str) -> None:
 def test_home_of_a_law_may(tmp_path: Path, home: str, case: str) -> None:
     plant(tmp_path, home, BREACHES[case][0])
     assert laws.check(tmp_path)[1] == []
+
+
+def test_not_even_mesh_sends_objects(tmp_path: Path) -> None:
+    plant(tmp_path, "engine/mesh.py", BREACHES["objects"][0])
+    assert laws.check(tmp_path)[1] == [f"src/tetrad/engine/mesh.py:1: {BREACHES['objects'][1]}"]
 
 
 def test_what_only_looks_like_a_breach(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ A position's target is the next token of its own document where that token is a 
 has none. Numpy only: the batch becomes tensors where it reaches the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from tetrad.seeds import STRIDE, seed_for
 from tetrad.types import IGNORE, Packed, Prefix, Tokens
 
 LEAST_SAVED, LEAST_SHARE = 16, 1 / 8  # of a group's tokens, for a prefix to be shared
@@ -45,10 +47,11 @@ def common_prefix(documents: Sequence[Tokens]) -> int:
     return most if same.all() else int(same.argmin())
 
 
-def pack_groups(groups: Sequence[Sequence[Tokens]], prefixes: Sequence[int]) -> Packed:
+def pack_groups(groups: Sequence[Sequence[Tokens]], prefixes: Sequence[int], keys: Sequence[int] = ()) -> Packed:
     """Documents in groups, of which the first `prefixes[i]` tokens of group i are stored once, in its first document.
 
     The label of the first token after a prefix is lost but for the first document: for scores, not for language.
+    keys: of each group's dropout, the same for all of its documents in what they all begin with, shared or not.
     Raises ValueError as `pack` does, and where a document has nothing but the prefix.
     """
     cuts = [prefix * (n > 0) for group, prefix in zip(groups, prefixes, strict=True) for n in range(len(group))]
@@ -62,7 +65,19 @@ def pack_groups(groups: Sequence[Sequence[Tokens]], prefixes: Sequence[int]) -> 
         for group, prefix, end in zip(groups, prefixes, ends, strict=True)
         if prefix
     )
-    return replace(packed, positions_T=positions, prefixes=shared)
+    of_tokens = [key for group, own in zip(groups, keys, strict=False) for key in _token_keys(group, own)]
+    cut_keys = [key[cut:] for key, cut in zip(of_tokens, cuts, strict=False)]
+    keys_T = np.concatenate(cut_keys) if keys else None
+    return replace(packed, positions_T=positions, prefixes=shared, keys_T=keys_T)
+
+
+def _token_keys(group: Sequence[Tokens], key: int) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+    """One a token, of each document: they follow from the group's key, the position and, after the common prefix, the
+    number of the document."""
+    common = common_prefix(group)
+    for number, document in enumerate(group):
+        positions = np.arange(len(document.ids))
+        yield np.where(positions < common, key, seed_for(key, "document", number)) + positions * STRIDE
 
 
 def prefix_pays(prefix: int, lengths: Sequence[int]) -> bool:

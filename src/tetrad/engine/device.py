@@ -32,10 +32,11 @@ class Device:
         return torch.autocast(self.place.type, self.dtype)
 
     def put(self, packed: Packed) -> Packed:
-        """numpy to tensors: ids, positions and targets as int64."""
+        """numpy to tensors: ids, positions, targets and keys as int64."""
         arrays = (packed.ids_T, packed.positions_T, packed.targets_T)
         ids, positions, targets = (torch.as_tensor(a).to(self.place, torch.int64, non_blocking=True) for a in arrays)
-        return replace(packed, ids_T=ids, positions_T=positions, targets_T=targets)
+        keys = None if packed.keys_T is None else torch.as_tensor(packed.keys_T).to(self.place, non_blocking=True)
+        return replace(packed, ids_T=ids, positions_T=positions, targets_T=targets, keys_T=keys)
 
 
 def choose(run: Run) -> Device:
@@ -49,6 +50,9 @@ def choose(run: Run) -> Device:
         torch.set_num_threads(run.threads)
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
+        if place.index >= torch.cuda.device_count():
+            what = f"process {place.index} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
+            raise UserError("E-CONF-DEVICE", what, where="run.nproc", hint="start no more processes than GPUs")
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = run.dtype != "float32"
     if run.deterministic:

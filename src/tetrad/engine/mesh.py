@@ -2,30 +2,59 @@
 
 Data parallel: each rank holds the whole model and its share of every batch; counts are summed first, gradients are
 summed once an update, so that accumulation and ranks add up to the same step. No collective happens inside generation.
+What is no tensor travels as JSON, in which floats keep every bit. A rank waits in `engine.watchdog`'s sight.
 """
 
 import atexit
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from tetrad.engine import watchdog
 
 T = TypeVar("T")
+_NEVER = timedelta(days=30)  # the watchdog knows how long to wait, and for whom
 
 
 def start(device: str) -> None:
     """Joins the group that torchrun announced; does nothing on one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dog = watchdog.join()
+        store = PrefixStore("mesh", dog.store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        with dog.waiting("start"):
+            dist.init_process_group(backend, store=store, rank=dog.rank, world_size=dog.size, timeout=_NEVER)
         atexit.register(stop)
 
 
 def stop() -> None:
     if dist.is_initialized():
+        watchdog.join().stop()
         dist.destroy_process_group()
+
+
+@contextmanager
+def _together(name: str) -> Iterator[bool]:
+    """Around a collective; false on one process, which needs none."""
+    if not dist.is_initialized():
+        yield False
+        return
+    with watchdog.join().waiting(name):
+        yield True
+
+
+def phase(name: str) -> None:
+    """Names the stage that is running, for the messages of a rank that waits in vain."""
+    if dist.is_initialized():
+        watchdog.join().phase = name
 
 
 def rank() -> int:
@@ -47,18 +76,30 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 def sum_tensor(tensor: Tensor) -> Tensor:
     """The sum over ranks, on every rank."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+    with _together("sum of tensors") as many:
+        if many:
+            dist.all_reduce(tensor)
     return tensor
 
 
 def everyone(value: T) -> list[T]:
-    """Each rank's value, in the order of ranks."""
-    if not dist.is_initialized():
-        return [value]
-    found: list[Any] = [None] * size()
-    dist.all_gather_object(found, value)
-    return found
+    """Each rank's value, in the order of ranks. A value is what JSON can say, tuples come back as lists."""
+    with _together("exchange of values") as many:
+        if not many:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
+        dist.all_gather(lengths, torch.tensor([len(data)]))
+        longest = int(max(lengths))
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
+    texts = (bytes(part[: int(n)].tolist()) for part, n in zip(parts, lengths, strict=True))
+    return [json.loads(text) for text in texts]
+
+
+def first(value: T) -> T:
+    """Rank 0's value, on every rank: what is decided once."""
+    return everyone(value)[0]
 
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
@@ -71,19 +112,25 @@ def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sums every gradient over ranks; a rank without work counts as zeros."""
-    if not dist.is_initialized():
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+    """Sums every gradient over ranks; a rank without work counts as zeros. What has none on any rank keeps none, so
+    that the optimizer leaves it alone as it does on one process."""
+    with _together("sum of gradients") as many:
+        if not many:
+            return
+        everywhere = list(parameters)
+        there = torch.tensor([parameter.grad is not None for parameter in everywhere], dtype=torch.int32)
+        dist.all_reduce(there)
+        for parameter, ranks in zip(everywhere, there.tolist(), strict=True):
+            if ranks and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if ranks:
+                dist.all_reduce(parameter.grad)
 
 
 def same_weights(model: nn.Module) -> None:
     """Gives every rank the weights of rank 0."""
-    if dist.is_initialized():
-        for parameter in model.parameters():
+    with _together("broadcast of weights") as many:
+        for parameter in model.parameters() if many else ():
             dist.broadcast(parameter.data, 0)
 
 
@@ -96,12 +143,11 @@ def gather(items: Sequence[T]) -> list[T]:
 
 def on_any(flag: bool) -> bool:
     """Whether any rank says so."""
-    if not dist.is_initialized():
-        return flag
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    return bool(sum_tensor(torch.tensor(float(flag), device=device)) > 0)
+    return any(everyone(flag))
 
 
 def wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    """Until every rank is here."""
+    with _together("barrier") as many:
+        if many:
+            dist.barrier()

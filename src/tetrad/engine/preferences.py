@@ -162,14 +162,16 @@ def preference_micros(
     device: Device,
     numbers: Mapping[str, int] = MappingProxyType({}),
     shared_prefix: str = "auto",
+    keys: Sequence[int] = (),
 ) -> list[Micro]:
     """Micro-batches of whole records, of at most `micro_tokens` tokens that are computed. Counts: "comparisons" with an
-    order, and "scores". shared_prefix: the setting of that name."""
+    order, and "scores". shared_prefix: the setting of that name. keys: of each record's dropout."""
     prefixes = [_prefix(answers, shared_prefix, device) for answers in documents]
     micros = []
     for group in groups_of([_computed(*each) for each in zip(documents, prefixes, strict=True)], micro_tokens):
         chosen = [records[i] for i in group]
-        packed = device.put(pack_groups([documents[i] for i in group], [prefixes[i] for i in group]))
+        own = [keys[i] for i in group] if keys else ()
+        packed = device.put(pack_groups([documents[i] for i in group], [prefixes[i] for i in group], own))
         scores = sum(isinstance(record, Score) for record in chosen)
         lists = sum(isinstance(record, Comparison) and _informative(record) for record in chosen)
         counts = {"comparisons": float(lists), "scores": float(scores)}

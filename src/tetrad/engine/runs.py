@@ -83,6 +83,7 @@ class Run:
         self._stop = Stop(warn, lambda: f"what follows step {self.step}", self._stopped_after)
         self._stop.until = "before the next step"
         self._saved_step, self._enough, self._began = 0, False, 0.0
+        self._first: Callable[[str], str] = str
         if save_every > total_steps:
             told = "no checkpoint but the last, the finished model"
             self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {told}")
@@ -137,7 +138,7 @@ class Run:
         `parts` is also what is saved from now on. Raises UserError E-CKPT-* if there are checkpoints but none is whole.
         """
         self._parts = dict(parts)
-        path, state, failures = checkpoints.newest(self.checkpoints, self._load)
+        path, state, failures = self._newest()
         if path is not None:
             self._set_aside(failures)
             self._continue_from(path, state)
@@ -145,6 +146,22 @@ class Run:
         for name in self._logs.keys() & set(_CUT_BACK):
             self._logs[name].truncate(0)
         return None
+
+    def _newest(self) -> tuple[Path | None, Any, checkpoints.Failures]:
+        """The first rank chooses, the others load what it has chosen."""
+        if self._logs:
+            path, state, failures = checkpoints.newest(self.checkpoints, self._load)
+            self._first(path.name if path else "")
+            return path, state, failures
+        if not (name := self._first("")):
+            return None, None, []
+        path = self.checkpoints / name
+        if not path.is_dir():
+            hint = "let run.out be a folder on a disk that all machines share"
+            raise UserError(
+                "E-RANK-FOLDER", f"rank 0 goes on from {name}, which is not here", where=str(path), hint=hint
+            )
+        return path, self._load(path), []
 
     def _load(self, path: Path) -> dict[str, Any]:
         ours = {"seed": self._seed, "total_steps": self.total_steps}
@@ -278,17 +295,18 @@ def open_run(
     main: bool = True,
     agree: Callable[[bool], bool] = bool,
     warn: Callable[[str], None] = lambda _: None,
+    first: Callable[[str], str] = str,
 ) -> Iterator[Run]:
     """Takes a stage's folder for this process: lock, leftovers of a killed writer, logs, signals.
 
     save_every: steps between checkpoints, 0 for about ten a stage. keep: checkpoints kept, at least two. environment:
     what a checkpoint records and a resume compares. grace: seconds that a step may go on after SIGTERM, None without
     end. main: False on all ranks but one: they read and write nothing. agree: True on all ranks if it is on one.
-    warn: shows a line, from any thread: the answer to a signal.
+    first: what the first rank gives to all. warn: shows a line, from any thread: the answer to a signal.
     Raises UserError E-RUN-LOCKED; Stopped, after the stage's end, for a stop that came too late to matter.
     """
     run = Run(folder, seed, total_steps, save_every, keep, environment or {}, main, warn)
-    run._stop.agree, run._stop.grace = agree, grace
+    run._stop.agree, run._stop.grace, run._first = agree, grace, first
     with ExitStack() as stack:
         if main:
             lock = stack.enter_context(storage.RunLock(folder / "lock"))

@@ -7,11 +7,13 @@ before}: the likeliest reply now and before PPO. `tetrad explain` prints them. I
 """
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
+from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
-from tetrad.engine.experience import Experience
+from tetrad.engine.experience import Experience, numbers_of
 from tetrad.engine.generate import Request, generate
 from tetrad.engine.rollout import Question
 from tetrad.model.decoder import CausalLM
@@ -44,10 +46,10 @@ class Samples:
     def show(self, keep: Callable[[dict[str, Any]], None], step: int, made: Experience) -> None:
         """On the terminal and in samples.jsonl."""
         say = self.ctx.console.say
-        for row in range(min(SHOWN, len(made.scores))):
-            record = self._record(step, row, made)
+        numbers = numbers_of(self.ctx.recipe.ppo.batch, self.ctx.recipe.ppo.replies)[:SHOWN]
+        own = [(n, made.rollout.samples[i].asked, self._record(step, i, made)) for i, n in enumerate(numbers)]
+        for _, asked, record in sorted(mesh.gather(own), key=itemgetter(0))[:SHOWN]:  # the first of the whole batch
             keep(record)
-            asked = made.rollout.samples[row].asked
             say(f"  {asked} |{record['text']}  (score {record['score']:+.2f}, KL {record['kl']:.1f})")
         now, before = self._greedy(self.actor), self._greedy(self.reference)
         for question, new, old in zip(self.fixed, now, before, strict=True):

@@ -25,6 +25,7 @@ from tetrad.model.config import DecoderConfig
 from tetrad.model.decoder import CausalLM, ScalarModel
 from tetrad.model.safetensors_io import file_bytes
 from tetrad.model.weights import model_files, read_causal, read_members
+from tetrad.settings import common
 from tetrad.storage import Content, Json
 from tetrad.text.template import Template, choose
 from tetrad.text.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ def start(
 ) -> Iterator[Run]:
     """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
     settings = ctx.recipe.run
+    mesh.phase(ctx.folder.name)
     _refuse_unlisted(ctx, parts, state())
     with open_run(
         ctx.folder,
@@ -83,29 +85,30 @@ def start(
         total_steps=total_steps,
         save_every=settings.save_every,
         keep=settings.keep,
-        environment={
-            "device": device.place.type,
-            "dtype": str(device.dtype),
-            "processes": mesh.size(),
-            "micro_tokens": settings.micro_tokens,
-        },
+        environment=_conditions(settings, device),
         grace=grace,
         main=mesh.is_main(),
         agree=mesh.on_any,
         warn=ctx.console.warn,
+        first=mesh.first,
     ) as run:
         run.state(state)
         saved = run.resume(parts)
         if saved is not None and restore:
             restore(saved)
-        for part in parts.values():
-            if isinstance(part, Weights):
-                mesh.same_weights(part.model)
+        for part in (part for part in parts.values() if isinstance(part, Weights)):
+            mesh.same_weights(part.model)
         for note in run.notes:
             ctx.console.say(f"note: {note}")
         if run.step:
             ctx.console.say(f"resumes after step {run.step} of {total_steps}")
         yield run
+
+
+def _conditions(run: common.Run, device: Device) -> dict[str, Json]:
+    """What a checkpoint notes beside the recipe: numbers may differ in their last digits where one of these does."""
+    kind, dtype = device.place.type, str(device.dtype)
+    return {"device": kind, "dtype": dtype, "processes": mesh.size(), "micro_tokens": run.micro_tokens}
 
 
 def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:

@@ -21,6 +21,9 @@ _SAME_KEYPRESS_SECONDS = 0.3  # torchrun hands on the Ctrl-C that the terminal h
 _ANSWER_SECONDS = 0.5  # what ends sooner needs no answer
 _LAST_SECONDS = 1.0  # for the main thread to end after a second Ctrl-C
 
+also_told: list[Callable[[], None]] = []
+"""Who else hears, from a thread, that this process was asked to stop."""
+
 
 class Stop:
     """What SIGTERM and SIGINT do while `listening`.
@@ -99,6 +102,8 @@ class Stop:
                     return
                 if raw[0] in (signal.SIGTERM, signal.SIGINT) and first == math.inf:
                     first, answer_due = now, now + _ANSWER_SECONDS
+                    for tell in also_told:
+                        tell()
                 if raw[0] == signal.SIGINT:
                     if now - interrupted > _SAME_KEYPRESS_SECONDS:
                         end_due = min(end_due, now + _LAST_SECONDS)

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,21 +61,18 @@ def update(
             parts = terms(model, micro)
         most |= {t.name: max(float(t.sum), most.get(t.name, -math.inf)) for t in parts if t.per == MOST}
         parts = [t for t in parts if t.per != MOST]
-        _backward([t.coefficient / totals[t.per] * t.sum for t in parts if t.coefficient and totals[t.per]])
+        _backward(_loss(parts, totals))
         for t in parts:
             sums[t.name] = sums.get(t.name, 0) + t.sum.detach().double()
             scales[t.name] = (t.per, t.coefficient)
     parameters = [p for p in model.parameters() if p.requires_grad]
     mesh.sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
-    summed = mesh.sum_counts({name: float(value) for name, value in sums.items()})
-    for others, theirs in mesh.everyone((scales, most)):  # a rank without rows knows no terms of its own
-        scales |= others
-        most |= {name: max(value, most.get(name, -math.inf)) for name, value in theirs.items()}
+    summed, most = _over_ranks({name: float(value) for name, value in sums.items()}, scales, most)
     means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
     loss = math.fsum(means[name] * scales[name][1] for name in means)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        _stop(loss, norm, micros)
+        _stop(loss, norm, micros, partial(_finite, model, terms, totals, device))
     optimizer.step(factor)
     return StepStats(loss, norm, optimizer.lr * factor, means | most, totals[_READ])
 
@@ -100,16 +98,47 @@ def _counted(micros: Sequence[Micro]) -> dict[str, float]:
     return counts
 
 
+def _over_ranks(
+    sums: dict[str, float], scales: dict[str, tuple[str, float]], most: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The sums and the largest of all ranks. A rank without rows has no terms of its own: `scales` gets the others'."""
+    summed: dict[str, float] = {}
+    highest: dict[str, float] = {}
+    for part, others, theirs in mesh.everyone((sums, scales, most)):
+        summed |= {name: value + summed.get(name, 0.0) for name, value in part.items()}
+        highest |= {name: max(value, highest.get(name, -math.inf)) for name, value in theirs.items()}
+        scales |= {name: (per, coefficient) for name, (per, coefficient) in others.items()}
+    return summed, highest
+
+
+def _loss(parts: Sequence[Term], totals: Mapping[str, float]) -> list[Tensor]:
+    return [t.coefficient / totals[t.per] * t.sum for t in parts if t.per != MOST and t.coefficient and totals[t.per]]
+
+
 def _backward(parts: list[Tensor]) -> None:
     if parts:
         torch.stack(parts).sum().backward()
 
 
-def _stop(loss: float, norm: float, micros: Sequence[Micro]) -> None:
-    places = [place for micro in micros for place in (micro.places or micro.packed.where)]
+def _stop(loss: float, norm: float, micros: Sequence[Micro], finite: Callable[[Micro], bool]) -> None:
+    """Names the records of the micro-batches that are not finite by themselves, on the rank that has them."""
+    guilty = [micro for micro in micros if not finite(micro)]
+    if mesh.on_any(bool(guilty)) and not guilty:
+        mesh.wait()  # until a rank that is to blame ends all
+    places = [place for micro in guilty or micros for place in (micro.places or micro.packed.where)]
     named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-    what = f"loss {loss}, gradient norm {norm}; no weight was changed. The batch: {named or 'unnamed'}"
+    what = f"loss {loss}, gradient norm {norm}; no weight was changed. The records: {named or 'unnamed'}"
     raise UserError("E-NUM-NONFINITE", what, hint="lower the learning rate, or look at these records")
+
+
+def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device: Device, micro: Micro) -> bool:
+    """Whether loss and gradient of this part alone are."""
+    model.zero_grad(set_to_none=True)
+    with device.compute():
+        parts = _loss(terms(model, micro), totals)
+    _backward(parts)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (*parts, *gradients))
 
 
 def language_terms(model: nn.Module, micro: Micro) -> list[Term]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tetrad.model.attention import Plan, packed_attention, plan_for
 from tetrad.model.config import DecoderConfig
+from tetrad.model.dropout import dropped, kept_tokens
 from tetrad.objectives.language import nll_sum, token_logprobs
 from tetrad.objectives.product import linear, padded
 from tetrad.types import IGNORE, Packed
@@ -145,6 +146,10 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
+Drop = Callable[[Tensor, int], Tensor]
+"""Dropout of a branch of a block: 0 attention, 1 MLP."""
+
+
 class Block(nn.Module):
     """Pre-norm block."""
 
@@ -155,16 +160,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, dropout: float) -> Tensor:
-        drop = self.training and dropout > 0
-        out = self.self_attn(self.input_layernorm(x), cos, sin, plan)
-        x = x + (F.dropout(out, dropout) if drop else out)
-        out = self.mlp(self.post_attention_layernorm(x))
-        return x + (F.dropout(out, dropout) if drop else out)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, drop: Drop) -> Tensor:
+        x = x + drop(self.self_attn(self.input_layernorm(x), cos, sin, plan), 0)
+        return x + drop(self.mlp(self.post_attention_layernorm(x)), 1)
 
 
 class Decoder(nn.Module):
-    """ids to hidden states. `dropout` (residual branches) and `token_dropout` (embeddings) act in training only."""
+    """ids to hidden states. `dropout` (residual branches) and `token_dropout` (embeddings) act in training only, by the
+    keys of the pack."""
 
     inv_freq: Tensor
 
@@ -179,17 +182,33 @@ class Decoder(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         """Returns the normed hidden states [T, hidden]."""
         x = self.embed_tokens(packed.ids_T)
-        if self.training and self.token_dropout > 0:
-            x = x * (torch.rand(len(x), 1, device=x.device) >= self.token_dropout)
+        keys_T = self._dropout_keys(packed)
+        if keys_T is not None:
+            x = x * kept_tokens(keys_T, self.token_dropout)[:, None]
         tokens = len(x)
         padding = padded(tokens, x.device) - tokens  # rows of zeros that nothing looks at; so are their gradients
         x = F.pad(x, (0, 0, 0, padding))
+        keys_T = None if keys_T is None else F.pad(keys_T, (0, padding))
         angle = F.pad(packed.positions_T, (0, padding))[:, None].float() * self.inv_freq
         cos, sin = (f(angle)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
         plan = plan_for(packed.bounds, x.device, packed.prefixes)
-        for layer in self.layers:
-            x = layer(x, cos, sin, plan, self.dropout)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, plan, self._drop(keys_T, number))
         return self.norm(x)[:tokens]  # type: ignore[no-any-return]
+
+    def _dropout_keys(self, packed: Packed) -> Tensor | None:
+        """None where nothing is dropped. Raises ValueError where the pack has no keys."""
+        if not (self.training and (self.dropout or self.token_dropout)):
+            return None
+        keys: Tensor | None = packed.keys_T
+        if keys is None:
+            raise ValueError("dropout needs a pack with keys")
+        return keys
+
+    def _drop(self, keys_T: Tensor | None, layer: int) -> Drop:
+        if keys_T is None or not self.dropout:
+            return lambda x, _: x
+        return lambda x, branch: dropped(x, keys_T, self.dropout, layer, branch)
 
 
 def rope_frequencies(c: DecoderConfig) -> Tensor:

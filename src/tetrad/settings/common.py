@@ -19,10 +19,14 @@ class Run:
     """On a GPU: only kernels that repeat bit for bit (slower). A CPU always repeats."""
     threads: Whole = unkeyed(0)
     """CPU threads; 0 leaves the choice to torch."""
+    nproc: Count = unkeyed(1)
+    """Processes on this machine that train together, as `--nproc` too; of no effect under torchrun."""
+    patience: Positive = unkeyed(300.0)
+    """Seconds that a process waits for another one that does not arrive, before all end."""
     workers: Whole = unkeyed(0)
     """Processes that read and tokenise; 0 is one a core."""
     micro_tokens: Count = unkeyed(4096)
-    """Tokens of one forward and backward: memory and speed; results differ by rounding (and by dropout's masks)."""
+    """Tokens of one forward and backward: memory and speed; results differ by rounding."""
     save_every: Whole = unkeyed(0)
     """Steps between checkpoints; 0 picks about ten a stage."""
     keep: Count = unkeyed(2)

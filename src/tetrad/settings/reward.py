@@ -66,7 +66,7 @@ class Reward:
     """What to do with a longer one; cut (from the left) and drop are counted."""
     shared_prefix: Literal["auto", "always", "never"] = unkeyed("auto")
     """Whether a list's answers are computed from one prompt, on a CPU; auto: where that is faster. Numbers change by
-    rounding only and, as dropout then drops the same of the prompt for all answers, by its masks."""
+    rounding only: dropout drops the same of a prompt for all of its answers, shared or not."""
     adapters: bool = False
     """Train low-rank adapters (see [lora]) and the head on the frozen SFT model; `ppo.adapters` needs it."""
     epochs: Positive = 1.0

@@ -51,6 +51,7 @@ Referee = Callable[[Answers], float | None]
 
 def run(ctx: StageContext) -> None:
     device = choose(ctx.recipe.run)
+    mesh.phase(ctx.folder.name)
     if mesh.is_main():  # one process answers and writes
         with RunLock(ctx.folder / "lock"):
             remove_leftovers(ctx.folder)

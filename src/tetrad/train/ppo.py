@@ -31,7 +31,7 @@ from tetrad.engine.roles import ActorCritic, FourModels, four_models
 from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questions, read_values, roll_out
 from tetrad.engine.runs import Run
 from tetrad.engine.samples import Samples
-from tetrad.engine.scoring import Reward, python_function
+from tetrad.engine.scoring import Reward, Sample, python_function
 from tetrad.engine.stage import POLICY, finish, prepared, report_counts, start, template_for
 from tetrad.engine.update import Micro, Terms, update
 from tetrad.errors import UserError
@@ -346,15 +346,21 @@ def figures_of_step(
         "kl": float(k1.sum()),
         "kl_k3": float(k3.sum()),
         "reward": float(made.rewards.sum()),
-        "sampler_gap": float((made.old - rollout.sampled_BT).abs()[mask].max()) * n,
-        **{name: value * n for name, value in reply_figures(rollout.samples, rollout.ended_B.tolist()).items()},
         **{name: math.fsum(values) for name, values in {**parts, **(judged or {})}.items()},
     }
     total = mesh.sum_counts({**sums, "replies": float(n)})
     replies = total.pop("replies")
-    found = {name: value / replies for name, value in total.items()}
+    found = {name: value / replies for name, value in total.items()} | texts_of_step(rollout)
+    found["sampler_gap"] = max(mesh.everyone(float((made.old - rollout.sampled_BT).abs()[mask].max())))
     _, variance = mean_variance(scores, torch.ones_like(scores, dtype=torch.bool), device)
     return found | critic_figures(made, device) | {"score_std": float(variance) ** 0.5, "beta": beta}
+
+
+def texts_of_step(rollout: Rollout) -> dict[str, float]:
+    """What is said about the replies of all ranks together: a share of different pairs is no mean of shares."""
+    own = [(sample.reply_ids, sample.text) for sample in rollout.samples]
+    samples = [Sample((), tuple(ids), (), text) for ids, text in mesh.gather(own)]
+    return reply_figures(samples, mesh.gather(rollout.ended_B.tolist()))
 
 
 def critic_figures(made: Experience, device: Device) -> dict[str, float]:

@@ -175,10 +175,10 @@ class Lessons:
     def learn(self, member: Member, step: int) -> StepStats:
         """One optimizer step of one member."""
         wanted = mesh.share(batch_indices(member.seed, self.mixture, self.s.batch, step).tolist())
+        keys = [seed_for(member.seed, "dropout", step, place) for place in mesh.share(range(self.s.batch))]
         factor = lr_factor(step, self.steps, self.s.warmup, self.s.schedule)
         member.latent.train()
-        torch.manual_seed(seed_for(member.seed, "dropout", step, mesh.rank()))
-        micros = self._micros(self.examples, wanted)
+        micros = self._micros(self.examples, wanted, keys)
         how = {"factor": factor, "max_norm": self.optim.max_norm}
         return update(member.latent, member.optimizer, micros, self.terms, self.device, **how)
 
@@ -195,15 +195,15 @@ class Lessons:
         return (step + 1) % math.ceil(self.steps / LOOKS) == 0
 
     def held_out_loss(self, members: Sequence[Member]) -> float:
-        """The mean over members, without dropout."""
+        """The mean over members, without dropout. Rank 0's for all: a bit apart, some would stop and others not."""
         losses = [measured(m.latent.eval(), self._held_out or [], self.terms, self.device) for m in members]
-        return sum(losses) / len(losses)
+        return mesh.first(sum(losses) / len(losses))
 
-    def _micros(self, examples: Examples, wanted: Sequence[int]) -> list[Micro]:
+    def _micros(self, examples: Examples, wanted: Sequence[int], keys: Sequence[int] = ()) -> list[Micro]:
         records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
         # A shared prefix has no label after it but in the first answer, and every label counts here.
         shared = "never" if self.s.token_weight else self.s.shared_prefix
-        how = (self.run.micro_tokens, self.zero, self.unit, self.device, self.numbers, shared)
+        how = (self.run.micro_tokens, self.zero, self.unit, self.device, self.numbers, shared, keys)
         return preference_micros(records, documents, *how)
 
 

@@ -258,10 +258,25 @@ def test_other_ranks_only_read(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with storage.RunLock(tmp_path / "lock"):
         stage = Stage(tmp_path)
-        stage.run(main=False)
+        stage.run(main=False, first=lambda _: "step-000004")
     assert stage.began == 4
     before.pop(tmp_path / "lock")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "lock"} == before
+
+
+def test_other_ranks_load_what_the_first_has_chosen(tmp_path: Path) -> None:
+    """Not what they would choose, and not from the start where it is not to be seen."""
+    stop(tmp_path, 5)
+    older, newest = saved(tmp_path)
+    other = Stage(tmp_path)
+    other.run(main=False, first=lambda _: f"step-{older:06d}")
+    assert other.began == older
+    with pytest.raises(UserError, match="rank 0 goes on from step-000099, which is not here") as raised:
+        Stage(tmp_path).run(main=False, first=lambda _: "step-000099")
+    assert (raised.value.code, raised.value.exit_code) == ("E-RANK-FOLDER", 8)
+    chosen: list[str] = []
+    Stage(tmp_path).run(first=lambda name: chosen.append(name) or name)
+    assert chosen == [f"step-{newest:06d}"]
 
 
 def test_a_thread_listens_to_nothing(tmp_path: Path, calm: dict[str, str]) -> None:

@@ -1,0 +1,63 @@
+"""A rank that fails in one way or another, as a program: `faulty.py CASE`, with the environment that torchrun sets."""
+
+import sys
+
+import torch
+
+import toys
+from tetrad import cli
+from tetrad.engine import mesh, watchdog
+from tetrad.engine.batches import language_micros
+from tetrad.engine.optim import Optimizer
+from tetrad.engine.update import language_terms, update
+from tetrad.settings.common import Optim
+
+PATIENCE = 6.0
+
+
+def step(model, optimizer, documents):
+    update(model, optimizer, language_micros(documents, 64, toys.CPU), language_terms, toys.CPU)
+
+
+def not_finite(model, optimizer, documents):
+    """A loss that is NaN on rank 1 alone, in its second micro-batch: ids of the last document meet a bad row."""
+    if mesh.rank() == 1:
+        documents = [*documents[:1], toys.document([39, 39, 39], where="bad.jsonl:7"), *documents[2:]]
+        with torch.no_grad():
+            model.model.embed_tokens.weight[39] = torch.nan
+    step(model, optimizer, documents)
+
+
+def one_step_more(model, optimizer, documents):
+    """Rank 1 takes a step in which rank 0 has no part."""
+    step(model, optimizer, documents)
+    if mesh.rank() == 1:
+        step(model, optimizer, documents)
+    mesh.wait()
+
+
+def raises(model, optimizer, documents):
+    """Neither a mistake of the user nor of a collective."""
+    if mesh.rank() == 1:
+        raise KeyError("only here")
+    step(model, optimizer, documents)
+
+
+def main(case: str) -> int:
+    torch.set_num_threads(1)
+    watchdog.join(PATIENCE, cli._report)
+    mesh.start("cpu")
+    mesh.phase("sft")
+    model = toys.causal(seed=1, tied=False)
+    documents = [toys.document([5, 6, 7, 8], where=f"rank{mesh.rank()}.jsonl:{i}") for i in range(40)]
+    try:
+        {"nan": not_finite, "more": one_step_more, "raises": raises}[case](
+            model, Optimizer(model, 1e-3, Optim()), documents
+        )
+    except BaseException as error:
+        return cli._report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

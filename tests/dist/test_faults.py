@@ -1,0 +1,151 @@
+"""Two processes of which one fails, hangs or is killed: one message that names it, one exit code, nobody left behind."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from dist.faulty import PATIENCE
+from dist.workers import ROOT, alive, children, pair, popen
+from tiny import Chain
+
+pytestmark = pytest.mark.dist
+HERE = socket.gethostname()
+
+
+def errors(text: str) -> list[str]:
+    """The lines of stderr that are not progress."""
+    return [line for line in text.splitlines() if not re.match(r"(sft|ppo|reward) \d+/\d+ ", line)]
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "parts"),
+    [
+        ("nan", 5, ["error[E-NUM-NONFINITE]", "bad.jsonl:7", f"[rank 1 of 2, {HERE}]"]),
+        ("more", 8, ["error[E-RANK-LOST] sft:", "rank 0", "rank 1", "exchange of values", "barrier"]),
+        ("raises", 1, ["error[internal]", "only here", f"[rank 1 of 2, {HERE}]"]),
+    ],
+)
+def test_one_message_and_one_code(case: str, code: int, parts: list[str]) -> None:
+    workers = pair(str(ROOT / "tests/dist/faulty.py"), case)
+    outputs = [worker.communicate(timeout=170) for worker in workers]
+    said = [line for _, err in outputs for line in errors(err)]
+    assert len(said) == 1, said
+    assert [part for part in parts if part not in said[0]] == [], said[0]
+    assert "rank0.jsonl" not in said[0]
+    assert [worker.returncode for worker in workers] == [code, code]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """A recipe of which one process has done all."""
+    chain = Chain(tmp_path_factory.mktemp("tuned"))
+    chain.run()
+    return chain
+
+
+def again(tuned: Chain, folder: Path) -> list[str]:
+    """Words for its SFT in a copy of its runs, many steps long and saved often."""
+    shutil.copytree(tuned.runs, folder / "runs")
+    for stage in ("sft", "reward", "ppo", "evaluate"):
+        shutil.rmtree(folder / "runs/tiny" / stage)
+    long = ("--sft.epochs", "3000", "--run.save-every", "5", "--run.out", str(folder / "runs"))
+    return ["-m", "tetrad", "sft", str(tuned.path), "--nproc", "2", *long]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "part"), [(signal.SIGSTOP, 8, "no longer answers"), (signal.SIGKILL, 8, "no longer answers")]
+)
+def test_a_rank_that_no_longer_answers(tuned: Chain, tmp_path: Path, number: int, code: int, part: str) -> None:
+    """The others say which one within their patience; nobody is left, not even the one that was stopped."""
+    launcher = popen([*again(tuned, tmp_path), "--run.patience", str(PATIENCE)])
+    ranks = when_it_runs(launcher.pid, tmp_path)
+    os.kill(ranks[1], number)
+    began = time.monotonic()
+    _, err = launcher.communicate(timeout=170)
+    assert time.monotonic() - began < PATIENCE + 60
+    (said,) = errors(err)
+    assert said.startswith(f"error[E-RANK-LOST] sft: rank 1 ({HERE}, process {ranks[1]}) {part}; rank 0 ")
+    assert launcher.returncode == code
+    assert not any(map(alive, ranks.values()))
+
+
+def test_asked_to_stop_inside_a_collective(tuned: Chain, tmp_path: Path) -> None:
+    """A rank that waits for one that was stopped hears SIGTERM all the same, long before its patience ends."""
+    launcher = popen(again(tuned, tmp_path))
+    ranks = when_it_runs(launcher.pid, tmp_path)
+    os.kill(ranks[1], signal.SIGSTOP)
+    time.sleep(1)
+    launcher.terminate()
+    _, err = launcher.communicate(timeout=170)
+    (said,) = errors(err)
+    assert said.startswith(f"stopped: rank 1 ({HERE}, process {ranks[1]}) no longer answers")
+    assert launcher.returncode == 75
+    assert not any(map(alive, ranks.values()))
+
+
+def when_it_runs(launcher: int, folder: Path) -> dict[int, int]:
+    """The ranks, once there is a new checkpoint."""
+    place = folder / "runs/tiny/sft/checkpoints"
+    before = set(place.glob("step-*"))
+    for _ in range(1500):
+        if set(place.glob("step-*")) - before:
+            return children(launcher)
+        time.sleep(0.1)
+    raise AssertionError("it never began")
+
+
+def test_stopped_and_gone_on(tuned: Chain, tmp_path: Path) -> None:
+    """SIGTERM: one word, exit 75, a checkpoint; the same command goes on from it on both ranks."""
+    words = again(tuned, tmp_path)
+    for _ in range(2):
+        launcher = popen(words)
+        when_it_runs(launcher.pid, tmp_path)
+        launcher.terminate()
+        out, err = launcher.communicate(timeout=170)
+        assert [line.partition(" ")[0] for line in errors(err)] == ["stopped:"], err
+        assert launcher.returncode == 75
+    assert "goes on after step" in out
+
+
+def test_an_error_of_one_rank(tuned: Chain, tmp_path: Path) -> None:
+    """A rule that raises on rank 1: its error, its code, once."""
+    rule = tmp_path / "rule.py"
+    rule.write_text("import os\ndef pays(samples):\n    return [1 / (1 - int(os.environ['RANK']))] * len(samples)\n")
+    shutil.copytree(tuned.runs, tmp_path / "runs")
+    out = ("--run.out", str(tmp_path / "runs"))
+    words = ["ppo", str(tuned.path), "--nproc", "2", *out, "--ppo.rewards", f"{rule}:pays"]
+    done = popen(["-m", "tetrad", *words])
+    _, err = done.communicate(timeout=170)
+    (said,) = errors(err)
+    assert said.startswith("error[E-NUM-REWARD]")
+    assert said.endswith(f"[rank 1 of 2, {HERE}]")
+    assert done.returncode == 5
+
+
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_a_mistake_is_told_once(tuned: Chain, torchrun: bool) -> None:
+    """Of the recipe, and of a command that is for one process."""
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tetrad"] if torchrun else ["-m", "tetrad"]
+    own = [] if torchrun else ["--nproc", "2"]
+    cases = {"E-CONF-UNKNOWN": ["run", str(tuned.path), *own, "--ppo.stepps", "3"]}
+    if torchrun:
+        cases["E-CONF-CONFLICT"] = ["generate", str(tuned.home / "sft/model"), "--prompt", "x"]
+    for code, words in cases.items():
+        done = popen([*run, *words])
+        _, err = done.communicate(timeout=170)
+        assert err.count("error[") == 1, err
+        assert f"error[{code}]" in err
+        assert done.returncode == (1 if torchrun else 2)
+
+
+def test_what_is_done_is_left_alone(tuned: Chain) -> None:
+    done = popen(["-m", "tetrad", "run", str(tuned.path), "--nproc", "2", "--run.out", str(tuned.runs)])
+    out, err = done.communicate(timeout=170)
+    assert (done.returncode, errors(err)) == (0, [])
+    assert out.count("unchanged, skipped") == 6
