@@ -37,8 +37,9 @@ def before_evaluation(recipe: Recipe, figures: Mapping[str, Any]) -> Verdict:
 
 def of_run(recipe: Recipe, ppo: Path | None, report: Path | None) -> Verdict | None:
     """ppo, report: the folders of what is done. None where there is no PPO, and nothing was compared."""
-    if report and (saved := json.loads((report / "report.json").read_bytes())["verdict"]):
-        return Verdict(**{**saved, "reasons": tuple(saved["reasons"])})
+    if report:
+        saved = json.loads((report / "report.json").read_bytes())["verdict"]
+        return Verdict(**{**saved, "reasons": tuple(saved["reasons"])}) if saved else None
     return before_evaluation(recipe, storage.read_manifest(ppo)["figures"]) if ppo else None
 
 
