@@ -31,7 +31,7 @@ _VERBS = {
     "ppo": ("RECIPE.toml", "the one stage: PPO against the reward model"),
     "evaluate": ("RECIPE.toml", "the one stage: compare SFT, best-of-N and PPO on held-out prompts"),
     "check": ("RECIPE.toml | FILE ...", "read every record, train nothing, and say what training would stumble over"),
-    "status": ("RECIPE.toml", "what is done, stale or running, and what each model was made from"),
+    "status": ("RECIPE.toml", "what is done, stale or running, what each model was made from, and the verdict"),
     "generate": ("MODEL", "answer one prompt or a file of prompts"),
     "chat": ("MODEL", "talk to a model"),
     "score": ("MODEL", "score answers with a reward model"),

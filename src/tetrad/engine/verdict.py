@@ -145,7 +145,7 @@ def _evidence(gain: Differences, system: str, other: str) -> list[str]:
     """Each judge's difference with its interval, for all judges together."""
     prompts = next((difference.count for difference in gain.values()), FEWEST_PROMPTS)
     if not gain:
-        return ["no judge but what PPO was paid by: give evaluate.judges others"]
+        return ["no independent judge: add one to evaluate.judges, by which PPO is not paid"]
     if prompts < FEWEST_PROMPTS:
         return [f"{prompts} prompts are too few to tell systems apart, {FEWEST_PROMPTS} are the least"]
     rows = [(judge, difference.mean, *difference.interval(len(gain))) for judge, difference in gain.items()]

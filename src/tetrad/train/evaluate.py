@@ -144,17 +144,14 @@ def verdict_of(
 ) -> Verdict | None:
     """table: the figures of each system; scores: those of each by judge; judges: names of those that may decide."""
     guards = {name: failed_guards(system, table[SFT], ctx.recipe.evaluate) for name, system in table.items()}
-    gains = {
-        (a, b): {judge: Difference.of(scores[a][judge], scores[b][judge]) for judge in judges}
-        for a, b in permutations(table, 2)
-    }
-    faults: list[str] = []
+    pairs = permutations(table, 2)
+    gains = {(a, b): {j: Difference.of(scores[a][j], scores[b][j]) for j in judges} for a, b in pairs}
     if PPO in table:
-        faults = outcome.faults(figures_of(ctx.parents[PPO]))
-    elif "reward" in ctx.parents:
-        result = gate.apply(figures_of(ctx.parents["reward"]), ctx.recipe.gate)
-        faults = [f"gate: {failure}" for failure in result.failures]
-    return verdict(faults, guards, gains)
+        notes = figures_of(ctx.parents[PPO])
+    else:
+        figures = figures_of(ctx.parents["reward"]) if "reward" in ctx.parents else {}
+        notes = outcome.notes(gate.apply(figures, ctx.recipe.gate).failures, [])
+    return verdict(outcome.faults(notes), guards, gains)
 
 
 def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:

@@ -88,7 +88,7 @@ def test_reasons() -> None:
     )
     assert concluded([0, 0], [0, 0], [1, -1]).reasons[0] == "the judges disagree"
     assert concluded([0], [0], [-1]).reasons[0] == "the judges put PPO below SFT"
-    assert "no judge but what PPO was paid by" in concluded([], [], []).reasons[0]
+    assert "no independent judge" in concluded([], [], []).reasons[0]
     assert "7 prompts are too few" in concluded([0], [0], [9], count=7).reasons[0]
     assert verdict([], {"sft": ()}, {}) is None
 
