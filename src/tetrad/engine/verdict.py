@@ -81,7 +81,7 @@ def verdict(
     subject, best = list(guards)[-1], next((name for name in guards if name not in (SFT, PPO)), SFT)
     if subject == SFT:
         return None
-    own, usable = gains[subject, SFT], best != subject and not guards[best]
+    own, usable = gains[subject, SFT], best not in (SFT, subject) and not guards[best]
     reasons = [*faults, *(f"{_name(subject)}: {guard}" for guard in guards[subject])]
     reasons += [f"the judges put {_name(subject)} below SFT"] if is_better(gains[SFT, subject]) else []
     better = not reasons and is_better(own)

@@ -67,6 +67,7 @@ CASES = [
     ("no PPO", concluded([0], [1], names=("sft", BEST)), "best of 16 is better", COST),
     ("no PPO, nothing", concluded([0], [0], names=("sft", BEST)), "no difference shown", "SFT"),
     ("no PPO, gate", concluded([0], [1], names=("sft", BEST), faults=["gate: x"]), "not to be trusted", "SFT"),
+    ("no best of 16, nothing", concluded([0], [0], names=("sft", "ppo")), "no difference shown", "SFT"),
     ("no best of 16", concluded([0], [1], names=("sft", "ppo")), "PPO is better", "PPO"),
 ]
 
