@@ -33,7 +33,10 @@ _VERBS = {
     "ppo": ("RECIPE.toml", "only this stage: PPO against the reward model"),
     "evaluate": ("RECIPE.toml", "only this stage: compare SFT, best-of-N and PPO on held-out prompts"),
     "check": ("RECIPE.toml | FILE ...", "read every record, train nothing, and report what would spoil the training"),
-    "status": ("RECIPE.toml", "which stages are done, stale or running, and what each model was made from"),
+    "status": (
+        "RECIPE.toml",
+        "which stages are done, stale or running, what each model was made from, and the verdict",
+    ),
     "generate": ("MODEL", "answer one prompt or a file of prompts"),
     "chat": ("MODEL", "talk to a model"),
     "score": ("MODEL", "score answers with a reward model"),

@@ -70,6 +70,7 @@ CODES = {
     "E-NUM-GATE": "the reward model fails its gate, and `gate.strict` is set",
     "E-NUM-NONFINITE": "a loss, gradient, weight or logged number is NaN or infinite: stopped before it was kept",
     "E-NUM-REWARD": "a reward or judge function or endpoint failed, or returned something that is not a finite number",
+    "E-NUM-VERDICT": "the result of the run is not to be trusted, and `evaluate.strict` is set; the report is kept",
     "E-IO-READ": "the disk refuses to read",
     "E-IO-SPACE": "not enough disk space, reported before or when it happens",
     "E-IO-WRITE": "the disk refuses to write",

@@ -7,7 +7,6 @@ stage runs. No torch: a stage's module is imported when it runs.
 """
 
 import errno
-import fcntl
 import hashlib
 import importlib
 import json
@@ -15,24 +14,24 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tetrad import storage
 from tetrad.data import source
-from tetrad.engine import checkpoints, folders, prepare
+from tetrad.engine import checkpoints, folders, outcome, prepare
 from tetrad.engine.console import Console, phase
 from tetrad.engine.context import StageContext
 from tetrad.engine.hashes import Hashes
 from tetrad.engine.preflight import Preflight
+from tetrad.engine.verdict import UNTRUSTED
 from tetrad.errors import UserError
 from tetrad.recipe import write
 from tetrad.report.ahead import read_ahead
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, is_function, knobs, model_pays
-from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
+from tetrad.status import Step, differences, lineage, show, state, verdict_of, verify
 from tetrad.storage import Json
 
 Stage = Callable[[StageContext], None]
@@ -53,28 +52,12 @@ _FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from"
 _KNOBS = cache(knobs)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One stage of a recipe. parents: model folders by role. lineage: what it is made from, key included."""
-
-    stage: str
-    folder: Path
-    key: str
-    parents: Mapping[str, Path]
-    lineage: Mapping[str, Any]
-
-    @property
-    def result(self) -> Path:
-        """The folder whose manifest says that the stage is done."""
-        return self.folder / ("report" if self.stage == "evaluate" else "model")
-
-
 def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str, Stage] | None = None) -> None:
     """Runs the stages that are not done, in order; `only` runs that one and needs its parents done.
 
     stages: what runs instead of the modules tetrad.train.<stage>, for tests. Under torchrun every process walks this
     way, and the first one alone writes.
-    Raises UserError; Stopped when a stage was asked to stop.
+    Raises UserError, E-NUM-VERDICT after the last stage; Stopped when a stage was asked to stop.
     """
     hashes = _hashes(recipe)
     steps = plan(recipe, hashes, upto=only)
@@ -106,12 +89,14 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         hashes.save()
     if not todo:
         console.say("nothing to do")
+    if steps[-1].stage == "evaluate" or not recipe.evaluate.prompts:  # `tetrad ppo` says nothing of an evaluation
+        _conclude(recipe, steps, hashes, console)
 
 
 def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Console) -> None:
     """Refuses what a stage can't start from and records that can't be read, before the first one runs."""
     todo = [(step, found) for step in steps if (found := state(step, hashes)) != "done"]
-    look = Preflight(recipe, [step.result for step, _ in todo], lambda folder: _verify(folder, hashes))
+    look = Preflight(recipe, [step.result for step, _ in todo], lambda folder: verify(folder, hashes))
     for step, found in todo:
         look.refuse(step.stage, step.parents)
         if found == "stopped":
@@ -123,21 +108,29 @@ def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Cons
         read_ahead(recipe, names, keys, _home(recipe) / ".cache" / "read.json")
 
 
+def _conclude(recipe: Recipe, steps: list[Step], hashes: Hashes, console: Console) -> None:
+    """Says the verdict, and writes it into the card of PPO's model where a kill or an older evaluation left another.
+
+    Raises UserError E-NUM-VERDICT where the result is not to be trusted, under `evaluate.strict`.
+    """
+    if not (verdict := verdict_of(recipe, steps, hashes)):
+        return
+    ppo = [step.result for step in steps if step.stage == "ppo"]
+    if ppo and is_first():
+        outcome.write_card(ppo[0], verdict)
+    console.say("\n".join(verdict.lines()))
+    if recipe.evaluate.strict and verdict.outcome == UNTRUSTED:
+        where, hint = str(steps[-1].result), "mend what it names, or set evaluate.strict = false; the report is kept"
+        raise UserError("E-NUM-VERDICT", "; ".join([str(verdict), *verdict.reasons]), where=where, hint=hint)
+
+
 def status(recipe: Recipe, console: Console) -> None:
-    """Shows what is done, stale, stopped or running, and which data and parents made each model."""
+    """Shows what is done, stale, stopped or running, which data and parents made each model, and the verdict."""
     hashes = _hashes(recipe)
-    rows = []
-    for step in plan(recipe, hashes):
-        found = state(step, hashes)
-        made = _lineage(step.folder) or step.lineage
-        parents = ", ".join(f"{role} {parent['key'][:8]}" for role, parent in made["parents"].items())
-        files = [item for items in made["data"].values() for item in items]
-        data = ", ".join(f"{Path(item['path']).name} {item['sha256'][:8]}" for item in files)
-        why = "; ".join(_differences(made, step.lineage))
-        checkpoints = storage.step_folders(step.folder / "checkpoints")
-        note = f"at step {max(checkpoints)}" if checkpoints else why
-        rows.append((step.stage, found, str(made["key"])[:8], parents, data, note))
-    console.table(f"{recipe.name} in {_home(recipe)}", ("stage", "state", "key", "parents", "data", ""), rows)
+    steps = plan(recipe, hashes)
+    show(f"{recipe.name} in {_home(recipe)}", steps, hashes, console)
+    if verdict := verdict_of(recipe, steps, hashes):
+        console.say("\n".join(verdict.lines()))
     if _home(recipe).is_dir():
         hashes.save()
 
@@ -303,68 +296,6 @@ def _hashes(recipe: Recipe) -> Hashes:
 # What there is already
 
 
-def state(step: Step, hashes: Hashes) -> str:
-    """done | new | stopped | stale | running. Raises UserError E-CKPT-* for a result that is damaged."""
-    if not step.folder.is_dir():
-        return "new"
-    if (step.result / storage.MANIFEST).is_file():
-        manifest = storage.read_manifest(step.result)
-        if manifest.get("key") == step.key:
-            _verify(step.result, hashes)
-            return "done"
-    if _is_locked(step.folder / "lock"):
-        return "running"
-    return "stopped" if _lineage(step.folder).get("key") == step.key else "stale"
-
-
-def _verify(folder: Path, hashes: Hashes) -> None:
-    """Compares the files of a folder that has a manifest, those whose hash is remembered without reading them."""
-    if (folder / storage.MANIFEST).is_file():
-        files = storage.read_manifest(folder)["files"]
-        paths = {folder / name: entry["sha256"] for name, entry in files.items()}
-        if not all(path.is_file() and hashes.of(path) == sha256 for path, sha256 in paths.items()):
-            storage.verify_folder(folder)
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _lineage(folder: Path) -> dict[str, Any]:
-    """What a folder says that it was made from; empty where that can't be read."""
-    try:
-        made = json.loads((folder / "lineage.json").read_bytes())
-        _differences(made, made)
-        names = [item["path"] + item["sha256"] for items in made["data"].values() for item in items]
-        "".join([*names, made["key"], *(parent["key"] for parent in made["parents"].values())])
-        return dict(made)
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return {}
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Why a stage has to be made anew, in words."""
-    old, new = before["settings"], json.loads(json.dumps(now["settings"]))
-    names = [name for name in new if old.get(name) != new[name]]
-    said = [f"{name} was {shown(old.get(name))}, is {shown(new[name])}" for name in names[:3]]
-    said += [f"{len(names) - 3} more settings"] if len(names) > 3 else []
-    old, new = _made_from(before), _made_from(now)
-    said += [f"{name} changed" for name in {**old, **new} if old.get(name) != new.get(name)]
-    return said or (["the arithmetic changed"] if before["key"] != now["key"] else [])
-
-
-def _made_from(made: Mapping[str, Any]) -> dict[str, Any]:
-    hashes = {name: [item["sha256"] for item in items] for name, items in made["data"].items()}
-    return {**hashes, **{role: parent["key"] for role, parent in made["parents"].items()}}
-
-
 def _refuse_missing_parents(steps: list[Step], hashes: Hashes) -> None:
     wanted = steps[-1]
     for step in steps[:-1]:
@@ -382,10 +313,10 @@ def _prepare(step: Step, found: str, recipe: Recipe, console: Console) -> None:
             if lock.note:
                 console.say(f"{step.stage:<10} {lock.note}")
             if found == "stale":
-                made = _lineage(step.folder)
+                made = lineage(step.folder)
                 to = step.folder.parent / "old" / f"{step.stage}-{made.get('key', 'unknown')[:8]}"
                 moved = storage.move_aside(step.folder, to)
-                why = "; ".join(_differences(made, step.lineage)) if made else "its lineage is unknown"
+                why = "; ".join(differences(made, step.lineage)) if made else "its lineage is unknown"
                 console.say(f"{step.stage:<10} {why}; the old one is now {moved}")
     if found != "stopped":
         storage.write_file(step.folder / "lineage.json", json.dumps(step.lineage, indent=1).encode())

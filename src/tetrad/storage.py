@@ -51,13 +51,17 @@ def make_folder(path: Path) -> None:
         disk.sync_folder(path.parent)
 
 
-def write_folder(path: Path, files: Mapping[str, Content], meta: Mapping[str, Json]) -> None:
+def write_folder(
+    path: Path, files: Mapping[str, Content], meta: Mapping[str, Json], unlisted: Mapping[str, Content] | None = None
+) -> None:
     """Writes a whole folder, with a manifest {version, files, sha256, **meta}; one that is there is replaced.
 
-    Contents may be iterators of chunks, so that a model is never held twice. Raises UserError E-IO-SPACE or E-IO-WRITE;
-    then what was at `path` is as before. Raises ValueError for a file name that no manifest may hold.
+    Contents may be iterators of chunks, so that a model is never held twice. unlisted: files for people, which the
+    manifest doesn't vouch for, so that each can be written anew in a finished folder. Raises UserError E-IO-SPACE or
+    E-IO-WRITE; then what was at `path` is as before. Raises ValueError for a file name that no manifest may hold.
     """
-    for name in files:
+    unlisted = unlisted or {}
+    for name in (*files, *unlisted):
         if not _NAME.fullmatch(name) or name == MANIFEST:
             raise ValueError(f"not a file name for a manifest: {name!r}")
     make_folder(path.parent)
@@ -66,6 +70,8 @@ def write_folder(path: Path, files: Mapping[str, Content], meta: Mapping[str, Js
         try:
             disk.calls.mkdir(temp)
             entries = {name: _write_new(temp / name, content) for name, content in files.items()}
+            for name, content in unlisted.items():
+                _write_new(temp / name, content)
             manifest = _render({**meta, "version": VERSION, "files": entries})
             _write_new(temp / MANIFEST, manifest)
             disk.sync_folder(temp)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,8 @@ class Workshop:
     contexts: dict[str, StageContext] = field(default_factory=dict)
     said: str = ""
     before: Callable[[StageContext], None] = lambda context: None
+    report: dict[str, Any] = field(default_factory=lambda: {"verdict": None})
+    notes: dict[str, Any] = field(default_factory=lambda: {"gate": [], "alarms": []})
 
     def write(self, name: str, text: str) -> None:
         path = self.folder / name
@@ -65,13 +68,20 @@ class Workshop:
         out = StringIO()
         pipeline.status(read(self.folder / "recipe.toml", ["--run.out", str(self.folder / "runs")]), Console(out=out))
         self.said = out.getvalue()
-        return [line.split()[1] for line in self.said.splitlines()[2:]]
+        return [line.split()[1] for line in self.said.splitlines()[2:8]]
 
     def stage(self, context: StageContext) -> None:
         self.contexts[context.folder.name] = context
         self.before(context)
-        result = "report" if context.folder.name == "evaluate" else "model"
-        storage.write_folder(context.folder / result, {"weights.bin": context.key.encode()}, {"key": context.key})
+        stage, key = context.folder.name, context.key
+        if stage == "evaluate":
+            storage.write_folder(
+                context.folder / "report", {"report.json": json.dumps(self.report).encode()}, {"key": key}
+            )
+            return
+        figures = {"figures": self.notes} if stage == "ppo" else {}
+        card = {"README.md": f"# {stage}\n".encode()}
+        storage.write_folder(context.folder / "model", {"weights.bin": key.encode()}, {"key": key, **figures}, card)
 
     @property
     def home(self) -> Path:
@@ -247,6 +257,107 @@ def test_status_says_running_and_stale(shop: Workshop) -> None:
     assert "sft.jsonl " in shop.said
 
 
+def test_status_of_a_new_stage_tells_no_differences(shop: Workshop) -> None:
+    """Nothing differs from anything: not where all is new, not behind stages that are done."""
+    assert shop.status() == ["new"] * 6
+    assert " was " not in shop.said and "is new" not in shop.said
+    shop.run(only="tokenizer")
+    assert shop.status() == ["done"] + ["new"] * 5
+    assert " was " not in shop.said and "is new" not in shop.said
+
+
+def test_status_of_a_stale_stage_says_why(shop: Workshop) -> None:
+    shop.run()
+    (shop.home / "evaluate/lineage.json").write_text("{}")
+    place = shop.home / "ppo/lineage.json"
+    made = json.loads(place.read_text())
+    del made["settings"]["ppo.steps"]
+    made["settings"]["ppo.batch"] = 9
+    place.write_text(json.dumps({**made, "key": "other"}))
+    (shop.home / "ppo/model/manifest.json").unlink()
+    (shop.home / "ppo/checkpoints/step-000004").mkdir(parents=True)
+    shop.write("data/prompts.jsonl", "other")
+    assert shop.status() == ["done"] * 4 + ["stale", "stale"]
+    assert "ppo.steps is new; ppo.batch was 9, is 64; ppo.prompts changed; at step 4" in " ".join(shop.said.split())
+    assert "its lineage is unknown" in shop.said
+
+
+def verdict_of(outcome: str, reason: str = "ridge: PPO less SFT is +0.10 [-0.10, +0.30]") -> dict[str, Any]:
+    return {"verdict": {"outcome": outcome, "use": "SFT", "reasons": [reason]}}
+
+
+def test_the_verdict_is_the_last_line_of_run_and_status_and_in_the_card(shop: Workshop) -> None:
+    shop.report = verdict_of("no difference shown")
+    last = ["because    ridge: PPO less SFT is +0.10 [-0.10, +0.30]", "verdict    no difference shown: use SFT"]
+    for said in (lambda: shop.run(), lambda: shop.run(), lambda: shop.run(only="evaluate")):
+        said()
+        assert shop.said.splitlines()[-2:] == last
+    out = StringIO()
+    pipeline.status(read(shop.folder / "recipe.toml", ["--run.out", str(shop.folder / "runs")]), Console(out=out))
+    assert out.getvalue().splitlines()[-2:] == last
+    card = (shop.home / "ppo/model/README.md").read_text()
+    assert card.startswith("# ppo\n") and card.count("## Verdict") == 1
+    assert "**no difference shown: use SFT**\n\n- ridge: PPO less SFT is" in card
+    shop.report = verdict_of("PPO is better")
+    shop.run("--evaluate.samples", "9")
+    again = (shop.home / "ppo/model/README.md").read_text()
+    assert again == card.replace("no difference shown", "PPO is better")
+    assert (
+        storage.verify_folder(shop.home / "ppo/model")["key"]
+        == shop.contexts["evaluate"].lineage["parents"]["ppo"]["key"]
+    )
+
+
+def test_under_strict_a_result_not_to_be_trusted_is_exit_5_every_time(shop: Workshop) -> None:
+    shop.report = verdict_of("not to be trusted", "gate: the reward follows the length of replies")
+    assert shop.run() == ALL
+    for expected in ([], []):
+        with pytest.raises(UserError, match="gate: the reward follows") as caught:
+            shop.run("--evaluate.strict", "true")
+        assert (caught.value.code, caught.value.exit_code) == ("E-NUM-VERDICT", 5)
+        assert list(shop.contexts) == expected
+    assert shop.status()[:6] == ["done"] * 6
+    assert (shop.home / "evaluate/report/report.json").is_file()
+    assert "not to be trusted" in (shop.home / "ppo/model/README.md").read_text()
+    shop.report = verdict_of("no difference shown")
+    assert shop.run("--evaluate.strict", "true", "--evaluate.samples", "9") == ["evaluate"]
+
+
+def test_without_evaluate_ppo_speaks_for_itself(shop: Workshop) -> None:
+    shop.write("recipe.toml", RECIPE.partition("[evaluate]")[0])
+    shop.run()
+    assert shop.said.splitlines()[-2:] == ["because    add [evaluate]", "verdict    not evaluated"]
+    span = {"figure": "length", "level": 2, "first": 12, "last": 19}
+    shop.notes = {"gate": ["the reward follows the length"], "alarms": [span, {**span, "figure": "kl", "level": 1}]}
+    shop.run("--ppo.steps", "9")
+    assert shop.said.splitlines()[-4:] == [
+        "because    gate: the reward follows the length",
+        "because    alarm length: at its second limit, first at step 12, last at step 19",
+        "because    add [evaluate]",
+        "verdict    not to be trusted: use SFT",
+    ]
+    with pytest.raises(UserError, match="E-NUM-VERDICT"):
+        shop.run("--ppo.steps", "9", "--evaluate.strict", "true")
+    shop.run(only="sft")
+    assert "verdict" not in shop.said
+
+
+def test_a_kill_before_the_card_is_made_good(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report is there and the card says another verdict: the next run writes it, and clears what the kill left."""
+    shop.report = verdict_of("PPO is better")
+    monkeypatch.setattr(pipeline.outcome, "write_card", lambda *_: None)
+    shop.run()
+    monkeypatch.undo()
+    model = shop.home / "ppo/model"
+    (model / ".tmp-README.md-12345678").write_text("half")
+    assert "Verdict" not in (model / "README.md").read_text()
+    shop.run(only="ppo")
+    assert "Verdict" not in (model / "README.md").read_text(), "one stage alone says nothing of what follows"
+    assert shop.run() == []
+    assert "PPO is better" in (model / "README.md").read_text()
+    assert not list(model.glob(".tmp*"))
+
+
 def test_status_of_nothing_writes_nothing(shop: Workshop) -> None:
     assert shop.status() == ["new"] * 6
     assert not shop.home.exists()
@@ -271,7 +382,12 @@ def test_a_damaged_result_is_an_error(shop: Workshop, damage: Callable[[Path], N
 def test_large_files_are_hashed_once(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.run()
     old = time.time() - 100
-    for path in [*shop.folder.glob("data/*"), *shop.folder.glob("*.py"), *shop.home.glob("*/*/weights.bin")]:
+    for path in [
+        *shop.folder.glob("data/*"),
+        *shop.folder.glob("*.py"),
+        *shop.home.glob("*/model/*"),
+        *shop.home.glob("*/report/*"),
+    ]:
         os.utime(path, (old, old))
     shop.run()
 

@@ -19,6 +19,7 @@ MOST_SCORED = 4000  # scored answers that are paired: all pairs of more would fi
 RESAMPLES = 1000
 MOST_VALUES = 20  # slices of one kind
 LEAST = 30  # pairs that a slice needs
+BETTER_IS_LONGER, BETTER_IS_SHORTER = "the better is longer", "the better is shorter"
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,9 @@ def _of_pairs(pairs: Pairs, lengths_D: Tensor) -> Iterator[tuple[str, str, Tenso
             yield by, f"{high:.2f} and more", amount >= high
     better, worse = lengths_D[pairs.better_P], lengths_D[pairs.worse_P]
     like = (better - worse).abs() <= 0.1 * torch.maximum(better, worse)
-    yield "length", "the better is longer", ~like & (better > worse)
+    yield "length", BETTER_IS_LONGER, ~like & (better > worse)
     yield "length", "about equal", like
-    yield "length", "the better is shorter", ~like & (better < worse)
+    yield "length", BETTER_IS_SHORTER, ~like & (better < worse)
 
 
 def _sources(examples: Examples) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
-from tetrad.engine.assessment import Pairs, Slice, slices
+from tetrad.engine.assessment import BETTER_IS_LONGER, BETTER_IS_SHORTER, Pairs, Slice, slices
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
 from tetrad.engine.preferences import Examples
@@ -124,8 +124,8 @@ def assess(
     temperature = held_out.temperature()
     figures = {"temperature": temperature, **pairs.figures(temperature)}
     lengths = torch.tensor([float(len(sample.text)) for sample in test.samples()])
-    by_length = _accuracy(Pairs.of(test, lengths, gap))
-    figures |= {"length_accuracy": max(by_length, 1 - by_length)} if by_length is not None else {}
+    of_length = _accuracy(Pairs.of(test, lengths, gap))
+    figures |= {"length_accuracy": max(of_length, 1 - of_length)} if of_length is not None else {}
     beside = {name: Pairs.of(test, torch.tensor(f(test.samples())), gap) for name, f in baselines.items()}
     for name, other in beside.items():
         told = {"pair_accuracy": _accuracy(other), "spearman": other.ranks().get("spearman")}
@@ -140,6 +140,7 @@ def assess(
             known = [value for member in members if (value := member[name]) is not None]
             figures |= {f"{name}_sd": float(np.std(known, ddof=1))} if len(known) > 1 else {}
     parts = slices(test, pairs, temperature)
+    figures |= by_length(parts)
     show(ctx, figures, parts, probed)
     return figures, {
         "figures": figures,
@@ -147,6 +148,18 @@ def assess(
         "probes": [asdict(probe) for probe in probed],
         "members": members,
     }
+
+
+def by_length(parts: Sequence[Slice]) -> dict[str, float]:
+    """The accuracy where the better answer is longer and where it is shorter, each with the upper end of its interval;
+    nothing of a slice that is too small."""
+    sides = {BETTER_IS_LONGER: "longer", BETTER_IS_SHORTER: "shorter"}
+    figures: dict[str, float] = {}
+    for part in parts:
+        if part.by == "length" and part.value in sides and part.accuracy is not None and part.accuracy_high is not None:
+            side = sides[part.value]
+            figures |= {f"accuracy_{side}": part.accuracy, f"accuracy_{side}_high": part.accuracy_high}
+    return figures
 
 
 def _accuracy(pairs: Pairs) -> float | None:

@@ -268,8 +268,13 @@ class Run:
             there = len(storage.step_folders(self.checkpoints))
             storage.free_space_check(self.folder, max(1, copies - there) * size)
 
-    def finish(self, files: Mapping[str, Content], meta: Mapping[str, Json]) -> None:
-        """Writes the stage's result to <folder>/model, reads it back, and only then removes the checkpoints."""
+    def finish(
+        self, files: Mapping[str, Content], meta: Mapping[str, Json], unlisted: Mapping[str, Content] | None = None
+    ) -> None:
+        """Writes the stage's result to <folder>/model, reads it back, and only then removes the checkpoints.
+
+        files, meta, unlisted: as `storage.write_folder` takes them.
+        """
         self._stop.until = "when the model is written"
         for name, part in self._parts.items():
             _refuse_nonfinite(name, part.tensors())
@@ -277,7 +282,7 @@ class Run:
             for log in self._logs.values():
                 log.sync()
             with phase("writing the model"):
-                storage.write_folder(self.folder / "model", files, meta)
+                storage.write_folder(self.folder / "model", files, meta, unlisted)
                 storage.verify_folder(self.folder / "model")
                 storage.remove_folder(self.checkpoints)
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tetrad.data.source import Counts
-from tetrad.engine import checkpoints, mesh
+from tetrad.engine import checkpoints, mesh, outcome
 from tetrad.engine.batches import mean_nll
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device
@@ -133,12 +133,16 @@ def finish(
     """Writes <stage>/model: what transformers loads, with the figures and the lineage in its manifest."""
     model.config = _ending_at(model.config, form.end_id(tokenizer) if form else tokenizer.document_end)
     model.config = replace(model.config, pad_id=tokenizer.pad_id)
-    files = {**model_files(model), **tokenizer.files(form), **(extra or {}), "README.md": _card(ctx, model, figures)}
-    run.finish(files, {"key": ctx.key, "figures": dict(figures), "lineage": dict(ctx.lineage)})
+    files = {**model_files(model), **tokenizer.files(form), **(extra or {})}
+    card = _card(ctx, model, figures)
+    if ctx.folder.name == "ppo":
+        card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, figures))
+    meta: dict[str, Json] = {"key": ctx.key, "figures": dict(figures), "lineage": dict(ctx.lineage)}
+    run.finish(files, meta, {outcome.CARD: card.encode()})
     mesh.wait()
 
 
-def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str, Json]) -> bytes:
+def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str, Json]) -> str:
     """The folder's README: what this is, how to load it, how good it was, and what it was made from, without paths."""
     auto = "AutoModelForCausalLM"
     lines = [f"# {ctx.recipe.name}: {ctx.folder.name}", ""]
@@ -148,13 +152,13 @@ def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str
             f"Reward = logit + {float(model.bias):.6g} (`tetrad.reward_bias` in config.json), read at the last token."
         ]
     lines += [f"Loads in transformers with `{auto}.from_pretrained(folder)` and `AutoTokenizer`.", ""]
-    lines += [f"- {name}: {value}" for name, value in figures.items()]
+    lines += [f"- {name}: {value}" for name, value in figures.items() if isinstance(value, int | float)]
     lines += ["", "Made from (all of it in manifest.json):", ""]
     parents = cast(Mapping[str, Mapping[str, str]], ctx.lineage.get("parents", {}))
     lines += [f"- {role}: key {parent['key'][:8]}" for role, parent in parents.items()]
     data = cast(Mapping[str, list[Mapping[str, str]]], ctx.lineage.get("data", {}))
     lines += [f"- {Path(item['path']).name}: sha256 {item['sha256'][:8]}" for items in data.values() for item in items]
-    return ("\n".join(lines) + "\n").encode()
+    return "\n".join(lines) + "\n"
 
 
 def figures_of(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,9 @@ class Gate:
     """Fails where taking the longer (or the shorter) answer is right nearly as often: less than this below."""
     length_correlation: Share = unkeyed(0.5)
     """Fails where reward and length of the SFT model's replies have a rank correlation beyond this."""
+    accuracy_by_length: Share = unkeyed(0.5)
+    """Fails where, of the test pairs whose better answer is longer (or of those where it is shorter), surely fewer are
+    in order: the upper end of the 95 % interval is below this."""
     probe_shift: NotNegative = unkeyed(1.25)
     """Fails where padding, doubling or a polite phrase raises rewards by more than this, in standard deviations."""
     prompts_far: Share = unkeyed(0.5)

@@ -6,11 +6,12 @@ its reward changes length, endings, variety or entropy long before its texts are
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from tetrad.engine import mesh
 from tetrad.engine.context import StageContext
+from tetrad.engine.verdict import AlarmSpan
 from tetrad.errors import UserError
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.base import model_pays
@@ -58,7 +59,7 @@ class Alarm:
 
 
 class Watch:
-    """The memory of the alarms: how it began, and how long the critic has failed."""
+    """The memory of the alarms: how it began, how long the critic has failed, and when each alarm was there."""
 
     def __init__(self, s: Alarms, expected_kl: float, warmup: int, replies: int = RECENT) -> None:
         """replies: of an iteration."""
@@ -69,18 +70,21 @@ class Watch:
         self.recent: dict[str, list[float]] = {}
         self.failing = 0.0
         self.told: dict[str, int] = {}
+        self.spans: dict[tuple[str, int], AlarmSpan] = {}
         self.broken = ""
         self.windows: dict[str, list[list[float]]] = {}
         self.falls: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
         kept = {"start": self.start, "recent": self.recent, "failing": self.failing, "told": self.told}
-        return {"alarms": {**kept, "windows": self.windows, "falls": self.falls}}
+        spans = [astuple(span) for span in self.spans.values()]
+        return {"alarms": {**kept, "windows": self.windows, "falls": self.falls, "spans": spans}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         kept = saved["alarms"]
         self.start, self.failing, self.told = kept["start"], kept["failing"], kept["told"]
         self.windows, self.falls, self.recent = kept["windows"], kept["falls"], kept["recent"]
+        self.spans = {(figure, level): AlarmSpan(figure, level, *steps) for figure, level, *steps in kept["spans"]}
 
     def look(self, step: int, figures: Mapping[str, float]) -> list[Alarm]:
         """The alarms of this iteration."""
@@ -93,7 +97,10 @@ class Watch:
             "falls": self._judges(figures),
         }
         still = step <= self.warmup
-        return [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured, still))]
+        alarms = [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured, still))]
+        for key in ((alarm.figure, alarm.level) for alarm in alarms):
+            self.spans[key] = AlarmSpan(*key, self.spans[key].first if key in self.spans else step, step)
+        return alarms
 
     def _judges(self, figures: Mapping[str, float]) -> float:
         """Windows in a row in which the judge that is worst off fell by more than chance, and the score rose."""

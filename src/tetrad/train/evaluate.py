@@ -1,15 +1,16 @@
 """Was it worth it? The SFT model, best-of-N and PPO answer the same held-out prompts, and others judge.
 
 The reward model's own opinion is shown, but it is what PPO was paid by; judges are Python functions that no training
-saw. Every mean has a 95 % bootstrap interval over prompts, gains over SFT are paired by prompt, and what a cheater
-gives away stands beside: KL, length, share of ended replies and of those that are no UTF-8, distinct-2, the commonest
-word, likelihood under another model.
+saw, and they alone decide the verdict. Every mean has a 95 % bootstrap interval over prompts, gains over SFT are paired
+by prompt, and what a cheater gives away stands beside: KL, length, share of ended replies and of those that are no
+UTF-8, distinct-2, the commonest word, likelihood under another model.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
-from tetrad.engine import mesh
+from tetrad.engine import mesh, outcome
 from tetrad.engine.batches import reply_logprobs
 from tetrad.engine.console import phase
 from tetrad.engine.context import StageContext
@@ -29,11 +30,13 @@ from tetrad.engine.rewards import named
 from tetrad.engine.rollout import Question, Rollout, read_questions, roll_out
 from tetrad.engine.scoring import Reward, Sample, best, python_function
 from tetrad.engine.stage import POLICY, figures_of, frozen, read_policy, reward_model, template_for
+from tetrad.engine.verdict import PPO, SFT, Difference, Verdict, failed_guards, verdict
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import read_causal
 from tetrad.objectives.calibration import bootstrap_interval
 from tetrad.storage import RunLock, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.train import gate
 from tetrad.types import Tokens
 
 
@@ -46,6 +49,8 @@ class Answers:
     kl: float
 
 
+Scores = Mapping[str, Sequence[float]]
+"""Of one system's answers, by judge."""
 Referee = Callable[[Answers], float | None]
 
 
@@ -73,11 +78,15 @@ def _run(ctx: StageContext, device: Device) -> None:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
     systems = answers_of_all(ctx, sft, questions, tokenizer, judges.get("reward"), device)
     referee = _referee(ctx, device)
-    table = {name: figures(answers, systems["sft"], judges, referee, seed) for name, answers in systems.items()}
+    scores = {name: _judged(name, answers, judges) for name, answers in systems.items()}
+    table = {name: figures(answers, scores[name], scores["sft"], referee, seed) for name, answers in systems.items()}
     stages = {name: figures_of(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")}
     samples = side_by_side(systems, s.side_by_side)
     report = {"prompts": len(questions), "systems": table, "stages": stages, "samples": samples}
     show(ctx, report)
+    independent = [name for name, spec in zip(names, s.judges, strict=True) if spec not in ctx.recipe.ppo.rewards]
+    result = verdict_of(ctx, table, scores, independent)
+    report["verdict"] = asdict(result) if result else None
     files = {"report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode()}
     write_folder(ctx.folder / "report", files, {"key": ctx.key, "lineage": dict(ctx.lineage)})
 
@@ -124,19 +133,39 @@ def _chosen(rollout: Rollout, rows: list[int], kl: float) -> Answers:
     return Answers(tuple(rollout.samples[i] for i in rows), tuple(ended[i] for i in rows), kl)
 
 
-def figures(
-    answers: Answers, sft: Answers, judges: Mapping[str, Reward], referee: Referee | None, seed: int
-) -> dict[str, Any]:
-    """Means with intervals; "gain" is the paired difference to the SFT model's answers."""
-    found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.ended)}
+def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scores:
+    scores: dict[str, list[float]] = {}
     for name, judge in judges.items():
-        with phase(f"judge {name}"):
-            scores, before = (torch.tensor(judge(a.samples), dtype=torch.float64) for a in (answers, sft))
-        found[name] = _interval(scores, seed)
-        found[f"{name}_gain"] = _interval(scores - before, seed)
+        with phase(f"judge {name}, {system}"):
+            scores[name] = judge(answers.samples)
+    return scores
+
+
+def figures(answers: Answers, scores: Scores, sft: Scores, referee: Referee | None, seed: int) -> dict[str, Any]:
+    """Means with intervals; "gain" is the paired difference to the SFT model's answers. scores: of the answers."""
+    found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.ended)}
+    for name in scores:
+        own, before = (torch.tensor(s[name], dtype=torch.float64) for s in (scores, sft))
+        found[name] = _interval(own, seed)
+        found[f"{name}_gain"] = _interval(own - before, seed)
     if referee:
         found["referee_nll"] = referee(answers)
     return found
+
+
+def verdict_of(
+    ctx: StageContext, table: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Scores], judges: Sequence[str]
+) -> Verdict | None:
+    """table: the figures of each system; scores: those of each by judge; judges: names of those that may decide."""
+    guards = {name: failed_guards(system, table[SFT], ctx.recipe.evaluate) for name, system in table.items()}
+    pairs = permutations(table, 2)
+    gains = {(a, b): {j: Difference.of(scores[a][j], scores[b][j]) for j in judges} for a, b in pairs}
+    if PPO in table:
+        notes = figures_of(ctx.parents[PPO])
+    else:
+        figures = figures_of(ctx.parents["reward"]) if "reward" in ctx.parents else {}
+        notes = outcome.notes(gate.apply(figures, ctx.recipe.gate).failures, [])
+    return verdict(outcome.faults(notes), guards, gains)
 
 
 def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:

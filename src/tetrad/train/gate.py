@@ -21,14 +21,15 @@ from tetrad.types import Prompt, lines
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """outcome: "pass", "warn" where something could not be judged, "fail". reasons: one a failed or missing figure."""
+class GateResult:
+    """failures: one a figure beyond its limit. unknown: what was not measured."""
 
-    outcome: str
-    reasons: tuple[str, ...]
+    failures: tuple[str, ...]
+    unknown: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"gate: {self.outcome}" + "".join(f"; {reason}" for reason in self.reasons)
+        outcome = "fail" if self.failures else "warn" if self.unknown else "pass"
+        return "; ".join([f"gate: {outcome}", *self.failures, *self.unknown])
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ _RULES = (
     ),
     *(
         _Rule(
+            f"accuracy where the better answer is {side}",
+            (f"accuracy_{side}", f"accuracy_{side}_high"),
+            lambda s, _, high: high < s.accuracy_by_length,
+            f"where the better answer is {side}, {{:.3f}} of the pairs are in order, at most {{:.3f}}",
+        )
+        for side in ("longer", "shorter")
+    ),
+    *(
+        _Rule(
             f"the probe {name!r}",
             (f"probe_{name}",),
             lambda s, shift: shift > s.probe_shift,
@@ -96,7 +106,7 @@ _COVERAGE = _Rule(
 )
 
 
-def verdict(figures: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) -> Verdict:
+def apply(figures: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) -> GateResult:
     """figures: of the reward stage."""
     failed, unknown = list[str](), list[str]()
     for rule in rules:
@@ -105,22 +115,23 @@ def verdict(figures: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES
             unknown.append(f"{rule.what} was not measured")
         elif rule.fails(s, *values):
             failed.append(rule.reason.format(*values))
-    return Verdict("fail" if failed else "warn" if unknown else "pass", (*failed, *unknown))
+    return GateResult(tuple(failed), tuple(unknown))
 
 
-def heed(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> None:
-    """Before PPO with these prompts: says what the gate finds. Errors: E-NUM-GATE where it fails and `gate.strict` is
-    set."""
+def heed(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateResult:
+    """Before PPO with these prompts: says what the gate finds, and returns it. Errors: E-NUM-GATE where it fails and
+    `gate.strict` is set."""
     figures = figures_of(folder)
     if ctx.recipe.reward.data:
         known = read_prompts(ctx.files(ctx.recipe.reward.data))
         near = covered([lines(prompt.turns) for prompt in prompts], [lines(prompt.turns) for prompt in known])
         figures |= {"prompts_far": near.far} if near else {}
-    found = verdict(figures, ctx.recipe.gate, (*_RULES, _COVERAGE))
-    if found.outcome == "fail" and ctx.recipe.gate.strict:
+    result = apply(figures, ctx.recipe.gate, (*_RULES, _COVERAGE))
+    if result.failures and ctx.recipe.gate.strict:
         hint = "train a better reward model, move the limit under [gate], or set gate.strict = false"
-        raise UserError("E-NUM-GATE", "; ".join(found.reasons), where=str(folder), hint=hint)
-    ctx.console.say(f"ppo        {found}")
+        raise UserError("E-NUM-GATE", "; ".join(result.failures), where=str(folder), hint=hint)
+    ctx.console.say(f"ppo        {result}")
+    return result
 
 
 def heed_first(ctx: StageContext, scores: Sequence[float]) -> None:
@@ -129,6 +140,6 @@ def heed_first(ctx: StageContext, scores: Sequence[float]) -> None:
     scores = mesh.gather(list(scores))
     if len(scores) < 2:
         return
-    found = verdict({"fresh_mean": fmean(scores), "fresh_std": pstdev(scores)}, ctx.recipe.gate, (_SCALE,))
-    if found.outcome == "fail":
-        ctx.console.say(f"warning    PPO's own prompts are on another scale of the reward model: {found.reasons[0]}")
+    result = apply({"fresh_mean": fmean(scores), "fresh_std": pstdev(scores)}, ctx.recipe.gate, (_SCALE,))
+    if result.failures:
+        ctx.console.say(f"warning    PPO's own prompts are on another scale of the reward model: {result.failures[0]}")

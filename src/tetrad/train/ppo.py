@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tetrad.data.loader import Mixture, Rows, batch_indices
 from tetrad.data.source import Counts
-from tetrad.engine import adapters, mesh
+from tetrad.engine import adapters, mesh, outcome
 from tetrad.engine.batches import language_micros
 from tetrad.engine.context import StageContext
 from tetrad.engine.device import Device, choose
@@ -43,6 +43,7 @@ from tetrad.objectives.calibration import spearman
 from tetrad.settings.base import REWARD_MODEL, model_pays
 from tetrad.settings.common import Sampling
 from tetrad.settings.ppo import Ppo
+from tetrad.storage import Json
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.train import gate
 from tetrad.train.alarms import Watch, idle
@@ -59,7 +60,7 @@ def run(ctx: StageContext) -> None:
     refuse_uneven(s)
     tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
     four = four_models(ctx, tokenizer, device)
-    questions, mixture = questions_of(ctx, four.actor, tokenizer)
+    questions, mixture, failures = questions_of(ctx, four.actor, tokenizer)
     text = text_of(ctx, device)
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=ctx.recipe.sampling.slots)
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
@@ -92,7 +93,7 @@ def run(ctx: StageContext) -> None:
             speed = stage.timing(step, figures["length"] * s.batch * s.replies)
             bar.advance(1, **{name: figures[name] for name in SHOWN}, **speed)
             steered.watch.stop()
-        end(ctx, stage, four, tokenizer)
+        end(ctx, stage, four, tokenizer, outcome.notes(failures, [*steered.watch.spans.values()]))
 
 
 @dataclass(frozen=True)
@@ -270,8 +271,10 @@ def refuse_uneven(s: Ppo) -> None:
         raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {mesh.size()}")
 
 
-def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tuple[list[Question], Mixture]:
-    """The prompts, and how often each is asked. Errors: E-DATA-*, E-NUM-GATE."""
+def questions_of(
+    ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer
+) -> tuple[list[Question], Mixture, tuple[str, ...]]:
+    """The prompts, how often each is asked, and why the reward model fails its gate. Errors: E-DATA-*, E-NUM-GATE."""
     s, counts = ctx.recipe.ppo, Counts()
     form = template_for(ctx, first_parent(ctx, *POLICY))
     limit = min(s.max_prompt + s.max_new if s.max_prompt else math.inf, actor.config.max_positions)
@@ -280,9 +283,10 @@ def questions_of(ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer) -> tu
     report_counts(ctx, counts, len(questions))
     for note in idle(ctx.recipe):
         ctx.console.say(f"note: {note}")
+    failures: tuple[str, ...] = ()
     if model_pays(s.rewards):
-        gate.heed(ctx, ctx.parents["reward"], [question.prompt for question in questions])
-    return questions, given.mixture(question.prompt.where for question in questions)
+        failures = gate.heed(ctx, ctx.parents["reward"], [question.prompt for question in questions]).failures
+    return questions, given.mixture(question.prompt.where for question in questions), failures
 
 
 def judges_of(ctx: StageContext) -> dict[str, Reward]:
@@ -310,9 +314,9 @@ def text_of(ctx: StageContext, device: Device) -> Text | None:
     return micros
 
 
-def end(ctx: StageContext, stage: Run, four: FourModels, tokenizer: Tokenizer) -> None:
+def end(ctx: StageContext, stage: Run, four: FourModels, tokenizer: Tokenizer, notes: Mapping[str, Json]) -> None:
     """The result is the actor or its moving average; the critic, and then the actor itself, are kept beside it: whole
-    models, whatever adapters or shares a trunk."""
+    models, whatever adapters or shares a trunk. notes: what the verdict reads in the manifest."""
     folder, critic = first_parent(ctx, *POLICY), merged(four.critic)
     beside = {"critic.safetensors": {**dict(critic.named_parameters()), "bias": critic.bias}}
     if four.average:
@@ -321,7 +325,7 @@ def end(ctx: StageContext, stage: Run, four: FourModels, tokenizer: Tokenizer) -
         four.average.weights.load_tensors(four.average.kept)  # of a trunk that the critic shares too
     kept = {name: tensor_chunks(tensors) for name, tensors in beside.items()}
     adapters.keep(ctx, four.actor, folder)
-    finish(ctx, stage, merged(four.actor), tokenizer, template_for(ctx, folder), {}, kept)
+    finish(ctx, stage, merged(four.actor), tokenizer, template_for(ctx, folder), notes, kept)
 
 
 # What is told

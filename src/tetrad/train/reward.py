@@ -98,7 +98,7 @@ def run(ctx: StageContext) -> None:
         if tests:
             found, evaluation = assess(ctx, judge, tests, baselines)
             figures |= found
-        ctx.console.say(f"reward     {gate.verdict(figures, ctx.recipe.gate)}")
+        ctx.console.say(f"reward     {gate.apply(figures, ctx.recipe.gate)}")
         adapters.keep(ctx, models[0], folder)
         whole, tokenizer = exported(models, tokenizer)
         extra = as_files({"annotators": told, "evaluation": evaluation}) | members_content(whole)

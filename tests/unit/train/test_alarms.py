@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tetrad.engine.console import Console
+from tetrad.engine.verdict import AlarmSpan
 from tetrad.errors import UserError
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.ppo import Ppo
@@ -94,6 +95,17 @@ def test_the_start_survives_a_stop() -> None:
     after.restore(json.loads(json.dumps(before.state())))
     assert after.state() == before.state()
     assert levels(after, 4, length=31.0) == {"length": 1}
+
+
+def test_the_first_and_last_step_of_each_level_is_remembered() -> None:
+    found = watch()
+    for step, length in enumerate((31.0, 45.0, 20.0, 45.0, 31.0), start=3):
+        found.look(step, HEALTHY | {"length": length})
+    assert list(found.spans.values()) == [AlarmSpan("length", 1, 3, 7), AlarmSpan("length", 2, 4, 6)]
+    after = Watch(Alarms(), 0.0, warmup=2)
+    after.restore(json.loads(json.dumps(found.state())))
+    after.look(8, HEALTHY | {"length": 45.0})
+    assert after.spans["length", 2] == AlarmSpan("length", 2, 4, 8)
 
 
 def test_an_alarm_is_said_once_and_stops_under_strict(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from tetrad.errors import UserError
 from tetrad.settings.gate import Gate
 from tetrad.settings.reward import Reward
 from tetrad.train import gate
-from tetrad.train.gate import verdict
+from tetrad.train.gate import GateResult, apply
 from tetrad.types import Prompt, Turn
 
 SOUND = {
@@ -22,6 +22,10 @@ SOUND = {
     "ece": 0.02,
     "length_accuracy": 0.53,
     "length_correlation": -0.2,
+    "accuracy_longer": 0.74,
+    "accuracy_longer_high": 0.79,
+    "accuracy_shorter": 0.77,
+    "accuracy_shorter_high": 0.82,
     "probe_padded": -0.3,
     "probe_duplicated": 0.2,
     "probe_phrase": 0.4,
@@ -35,6 +39,11 @@ FAULTS = [
     ({"length_accuracy": 0.74}, "length alone is right in 0.740 of the pairs, the model in 0.760"),
     ({"length_correlation": 0.6}, "rank correlation +0.60"),
     ({"length_correlation": -0.6}, "rank correlation -0.60"),
+    (
+        {"accuracy_longer": 0.38, "accuracy_longer_high": 0.397},
+        "where the better answer is longer, 0.380 of the pairs are in order, at most 0.397",
+    ),
+    ({"accuracy_shorter": 0.4, "accuracy_shorter_high": 0.49}, "where the better answer is shorter, 0.400"),
     ({"probe_padded": 1.3}, "padding an answer with empty words raises the reward by 1.30"),
     ({"probe_duplicated": 1.4}, "saying an answer twice raises the reward by 1.40"),
     ({"probe_phrase": 1.5}, "adding a polite phrase raises the reward by 1.50"),
@@ -46,13 +55,13 @@ FAULTS = [
 
 
 def test_a_sound_model_passes() -> None:
-    assert str(verdict(SOUND, Gate())) == "gate: pass"
+    assert str(apply(SOUND, Gate())) == "gate: pass"
 
 
 @pytest.mark.parametrize(("fault", "reason"), FAULTS)
 def test_each_fault_has_its_reason(fault: dict[str, float], reason: str) -> None:
-    found = verdict({**SOUND, **fault}, Gate())
-    assert found.outcome == "fail" and len(found.reasons) == 1 and reason in found.reasons[0]
+    found = apply({**SOUND, **fault}, Gate())
+    assert len(found.failures) == 1 and reason in found.failures[0] and not found.unknown
 
 
 def test_limits_can_be_moved() -> None:
@@ -61,23 +70,29 @@ def test_limits_can_be_moved() -> None:
         ece=0.2,
         length_margin=0.0,
         length_correlation=0.7,
+        accuracy_by_length=0.3,
         probe_shift=2.0,
         least_raw_std=0.001,
         least_std=0.3,
         most_std=3.0,
         most_mean=2.0,
     )
-    assert {verdict({**SOUND, **fault}, loose).outcome for fault, _ in FAULTS} == {"pass"}
-    assert verdict(SOUND, replace(Gate(), accuracy=0.74)).outcome == "fail"
+    assert {apply({**SOUND, **fault}, loose) for fault, _ in FAULTS} == {GateResult((), ())}
+    assert apply(SOUND, replace(Gate(), accuracy=0.74)).failures
 
 
 @pytest.mark.parametrize("missing", SOUND)
 def test_what_was_not_measured_is_said(missing: str) -> None:
     figures = {name: value for name, value in SOUND.items() if name != missing}
-    found = verdict(figures, Gate())
-    assert found.outcome == "warn" and all("was not measured" in reason for reason in found.reasons)
-    assert verdict({**figures, **({"ece": 0.5} if missing != "ece" else {"fresh_std": 9.0})}, Gate()).outcome == "fail"
-    assert len(verdict({}, Gate()).reasons) == 9
+    found = apply(figures, Gate())
+    assert str(found).startswith("gate: warn") and all("was not measured" in reason for reason in found.unknown)
+    assert apply({**figures, **({"ece": 0.5} if missing != "ece" else {"fresh_std": 9.0})}, Gate()).failures
+    assert len(apply({}, Gate()).unknown) == 11
+
+
+def test_few_pairs_in_the_wrong_order_are_no_proof() -> None:
+    """A slice counts against the model where the whole of its interval is below the limit."""
+    assert not apply({**SOUND, "accuracy_longer": 0.45, "accuracy_longer_high": 0.52}, Gate()).failures
 
 
 def test_ppo_is_told_or_refused(

@@ -1,0 +1,113 @@
+"""The verdict of real runs: one that is paid for length, a healthy one, one without a step, and what chance alone calls
+better. Three seeds each, or as many as TETRAD_SEEDS says."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import ppo_toys
+import toys
+from tetrad import cli, pipeline, recipe
+from tetrad.engine.console import Console
+from tetrad.engine.metrics import reply_figures
+from tetrad.engine.rollout import Question
+from tetrad.engine.verdict import Difference, Verdict, failed_guards, verdict
+from tetrad.settings.evaluate import Evaluate
+from tetrad.settings.ppo import Ppo
+from tetrad.types import Prompt
+from tiny import Chain
+
+pytestmark = pytest.mark.learn
+SEEDS = range(int(os.environ.get("TETRAD_SEEDS", "3")))
+
+PAID_FOR_LENGTH = [
+    *("--ppo.rewards", '["reward", "length.py:length"]', "--ppo.reward-weights", "[1, 1]", "--ppo.critic", "actor"),
+    *("--ppo.steps", "20", "--ppo.batch", "16", "--ppo.epochs", "4", "--ppo.actor-lr", "1e-2"),
+    *("--ppo.kl-target", "0", "--ppo.kl-coefficient", "0", "--alarms.nats", "1", "--evaluate.max-kl", "2"),
+]
+
+
+def test_a_run_that_is_paid_for_length_is_not_to_be_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The gate fails, KL is at its second limit: said in the last lines, report.json, status and the card. Exit 0, and
+    5 under strict, with everything kept."""
+    chain = Chain(tmp_path)
+    (chain.path.parent / "length.py").write_text("def length(samples):\n    return [len(s['text']) for s in samples]\n")
+    chain.run(*PAID_FOR_LENGTH)
+    last = chain.said.splitlines()[-1]
+    assert last.startswith("verdict    not to be trusted: use ")
+    report = json.loads((chain.home / "evaluate/report/report.json").read_text())["verdict"]
+    assert report["outcome"] == "not to be trusted"
+    (alarm,) = [reason for reason in report["reasons"] if reason.startswith("alarm kl: at its second limit")]
+    first = next(line["step"] for line in chain.lines("ppo") if line["kl"] >= 5)
+    final = max(line["step"] for line in chain.lines("ppo") if line["kl"] >= 5)
+    assert alarm.endswith(f"first at step {first}, last at step {final}")
+    assert any(reason.startswith("gate: ") for reason in report["reasons"])
+    assert any(reason.startswith("PPO: kl is ") for reason in report["reasons"])
+    card = (chain.home / "ppo/model/README.md").read_text()
+    out = io.StringIO()
+    words = ["--run.out", str(chain.runs), *PAID_FOR_LENGTH]
+    pipeline.status(recipe.read(chain.path, words), Console(out=out))
+    for text in (chain.said, card, out.getvalue()):
+        assert all(reason in text for reason in report["reasons"]) and last.removeprefix("verdict    ") in text
+    capsys.readouterr()
+    assert cli.main(["run", str(chain.path), *words]) == 0
+    assert cli.main(["run", str(chain.path), *words, "--evaluate.strict", "true"]) == 5
+    assert "error[E-NUM-VERDICT]" in capsys.readouterr().err
+    assert cli.main(["status", str(chain.path), *words, "--evaluate.strict", "true"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    assert (chain.home / "evaluate/report/report.json").is_file()
+
+
+S = Ppo(batch=64, max_new=32, epochs=2, actor_lr=1e-3, critic_lr=3e-3, kl_coefficient=0.05, critic_warmup=3)
+ASKED = [Question((3, 4), Prompt(()))] * S.batch
+
+
+def judge(ids: Sequence[int]) -> float:
+    """Liked words in the first half of a reply: not what anything is paid by."""
+    return ppo_toys.liked(tuple(ids[: max(1, len(ids) // 2)]))
+
+
+def concluded(seed: int, steps: int, reward: ppo_toys.Reward) -> Verdict:
+    """PPO of so many steps, held against its SFT model on 64 prompts."""
+    s = replace(S, steps=max(1, steps))
+    four = ppo_toys.four_models(s, deepcopy(ppo_toys.speaker()), toys.scalar(seed + 100), reward)
+    before = ppo_toys.sampled(four, ASKED, s, (seed, 10_000))
+    for step in range(steps):
+        ppo_toys.iterate(four, ASKED, s, (seed, step))
+    after = ppo_toys.sampled(four, ASKED, s, (seed, 20_000))
+    sft, ppo = ({"kl": 0.0, **reply_figures(r.samples, r.ended_B.tolist())} for r in (before, after))
+    scores, others = ([judge(sample.reply_ids) for sample in r.samples] for r in (after, before))
+    gains = {("ppo", "sft"): {"judge": Difference.of(scores, others)}}
+    gains["sft", "ppo"] = {"judge": Difference.of(others, scores)}
+    found = verdict([], {"sft": (), "ppo": failed_guards(ppo, sft, Evaluate())}, gains)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_healthy_run_is_better(seed: int) -> None:
+    found = concluded(seed, 20, ppo_toys.by_ids(ppo_toys.liked))
+    assert (found.outcome, found.use) == ("PPO is better", "PPO"), found
+
+
+def test_a_run_within_the_noise_shows_no_difference() -> None:
+    found = concluded(0, 0, ppo_toys.by_ids(ppo_toys.liked))
+    assert (found.outcome, found.use) == ("no difference shown", "SFT"), found
+
+
+def chance(ids: tuple[int, ...]) -> float:
+    """A number between -1 and 1 that has nothing to do with the text."""
+    return hashlib.sha256(bytes(ids)).digest()[0] / 127.5 - 1
+
+
+def test_a_reward_of_chance_is_hardly_ever_better() -> None:
+    outcomes = [concluded(seed, 10, ppo_toys.by_ids(chance)).outcome for seed in SEEDS]
+    print(outcomes)
+    assert outcomes.count("PPO is better") <= max(1, len(SEEDS) // 10)
