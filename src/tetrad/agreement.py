@@ -14,6 +14,7 @@ from pathlib import Path
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
 from tetrad.settings.base import FUNCTIONS, REWARDS, is_function, knobs, model_pays
+from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 
@@ -71,6 +72,9 @@ def check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
             if "\0" in text or len(os.fsencode(text)) > 4000 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
                 what = f"{name} has {shown(text)}, which no file can be named"
                 raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint="name a file or folder")
+            if not is_text(path := os.path.abspath(text)):
+                what = f"{name} lies in {path!a:.200}, and that name is not UTF-8 text"
+                raise UserError("E-CONF-TYPE", what, where=places.get(name, ""), hint="rename the folder")
 
 
 def _check_divisors(recipe: Recipe, places: Mapping[str, str]) -> None:

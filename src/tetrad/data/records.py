@@ -114,12 +114,12 @@ def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> 
 
 def _records(
     part: Path | Span,
-    make: Callable[[Fields, str, Counts], R],
+    make: Callable[[Fields, str, Counts], R | None],
     given: Sources,
     counts: Counts,
     refuse: Refuse | None,
 ) -> Iterator[R]:
-    for row in rows(part, counts):
+    for row in rows(part, counts, given.rename):
         try:
             record = make(fold(row.read(), row.where, rename=given.rename), row.where, counts)
         except UserError as error:
@@ -128,8 +128,9 @@ def _records(
             counts.refused += 1
             refuse(error, row.text())
             continue
-        counts.kept += 1
-        yield record
+        if record is not None:
+            counts.kept += 1
+            yield record
 
 
 # --- what records say ---

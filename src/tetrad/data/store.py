@@ -10,15 +10,16 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -27,17 +28,18 @@ import numpy as np
 
 from tetrad import storage
 from tetrad.data.records import conversations_of, documents_of
-from tetrad.data.source import Counts, Sources, Span, spans
-from tetrad.data.tokens import OnLong, fit, refuse_long, tokenize, tokenize_documents
+from tetrad.data.source import Counts, Sources, Span, refuse_none_learned, spans
+from tetrad.data.tokens import OnLong, fit, learned, refuse_long, tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.storage import Json
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
 
-VERSION = 1  # raised when the same records would become other tokens
+VERSION = 2  # raised when the same records would become other tokens
 PART_BYTES = 4 << 20  # a part's text, where a file can be cut
-MOST_PARTS = 512  # of one file, so that a store has no more open maps than a process may have
+MOST_PARTS = 512  # of one file
+OPEN_SHARE = 16  # a sixteenth of the files that a process may open is the most parts that are mapped, by four maps each
 ALONE_BYTES = 16 << 20  # less than this is built faster by one process
 SPOOL_TOKENS = 1 << 18  # tokens moved at once to the spool, and from it to the part; a multiple of 8
 HELD_RECORDS = 4096
@@ -70,7 +72,7 @@ class Encoding:
             return tokenize_documents(tokenizer, documents_of(span, given, counts), counts)
         found = conversations_of(span, given, counts)
         how = {"train_on_prompt": self.train_on_prompt, "last_only": self.last_only}
-        made = tokenize(self.template, tokenizer, found, **how, counts=counts)
+        made = learned(tokenize(self.template, tokenizer, found, **how, counts=counts), counts)
         return fit(made, self.max_tokens, self.on_long, counts) if self.max_tokens else made
 
 
@@ -91,6 +93,8 @@ class TokenStore:
         self.lengths: np.ndarray[Any, np.dtype[np.int64]] = np.concatenate([p.lengths() for p in self._parts])
         self._first = np.concatenate([[0], np.cumsum([p.records for p in self._parts])])
         self.total = int(self.lengths.sum())
+        most = max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // OPEN_SHARE)
+        self._maps = lru_cache(most)(lambda number: self._parts[number].maps())
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -101,41 +105,49 @@ class TokenStore:
 
     def piece(self, index: int, start: int, stop: int) -> Tokens:
         """Tokens start to stop of record `index`."""
-        part, inner = self._place(index)
-        return part.piece(inner, start, stop)
+        number, inner = self._place(index)
+        return self._maps(number).piece(inner, start, stop)
 
     def where(self, index: int) -> str:
         """`file:line` of record `index`."""
-        part, inner = self._place(index)
-        return part.where(inner)
+        number, inner = self._place(index)
+        return self._maps(number).where(inner)
 
     def places(self) -> Iterator[str]:
         """`file:line` of every record."""
-        return (part.where(i) for part in self._parts for i in range(part.records))
+        return (self._maps(number).where(i) for number, part in enumerate(self._parts) for i in range(part.records))
 
-    def _place(self, index: int) -> tuple["_Part", int]:
+    def _place(self, index: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self._parts[number], index - int(self._first[number])
+        return number, index - int(self._first[number])
 
 
 class _Part:
-    """One folder of a store."""
+    """One folder of a store; no file of it is held open."""
 
     def __init__(self, folder: Path) -> None:
         meta = storage.read_manifest(folder)
         if meta.get("kind") != "tokens":
             raise UserError("E-CKPT-MANIFEST", "this folder holds no tokens", where=str(folder), hint="remove it")
+        self.folder, self.meta = folder, meta
         self.records: int = meta["records"]
-        if not self.records:
-            return
+
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.diff(np.fromfile(self.folder / "offsets.bin", np.int64))
+
+    def maps(self) -> "_Maps":
+        return _Maps(self.folder, self.meta)
+
+
+class _Maps:
+    """The mapped files of a part."""
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
         self._ids = np.memmap(folder / "ids.bin", np.dtype(meta["ids"]), "r")
         self._bits = np.memmap(folder / "train.bin", np.uint8, "r")
         self._offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
         self._places = np.memmap(folder / "places.bin", np.uint32, "r").reshape(-1, 2)
         self._paths: list[str] = meta["paths"]
-
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.diff(self._offsets)
 
     def piece(self, index: int, start: int, stop: int) -> Tokens:
         low, high = int(self._offsets[index]) + start, int(self._offsets[index]) + stop
@@ -185,6 +197,7 @@ def build(
     counts = Counts()
     for job in jobs:
         counts.add(storage.read_manifest(job.folder)["counts"])
+    refuse_none_learned(counts, str(given.paths[0]))
     refuse_long(counts, encoding.max_tokens, encoding.on_long)
     names = {job.folder.name for job in jobs}
     for old in folder.iterdir():
