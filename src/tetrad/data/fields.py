@@ -96,8 +96,8 @@ def turns(value: Any, name: str, where: str, *, answer: bool = False) -> tuple[T
             _refuse_tools([spelt], place, where)
             chat(f'"{spelt}" is no role ({", ".join(known)})', place, where)
         _check_order(role, found[-1].role if found else "user" if answer else "", place, where)
-        train = role != "assistant" or all([_mark(turn, mark, place, where) for mark in MARKS if mark in turn])
-        found.append(Turn(role, text(turn, what, where, blank=role == "system"), train))
+        marks = [_mark(turn, mark, place, where) for mark in MARKS if mark in turn and role == "assistant"]
+        found.append(Turn(role, text(turn, what, where, blank=role == "system"), all(marks)))
     if not found:
         chat("there is no turn", 0, where)
     return tuple(found)

@@ -17,35 +17,38 @@ _UNPACK = "unpack it and name the files inside"
 _SHEET = "in the spreadsheet: save as CSV UTF-8 (comma delimited), and name that file"
 _EXPORT = "export its rows as jsonl, one JSON object a line"
 _MODEL = "this belongs to a model; name the files of records"
+_ARROW = "write it as parquet, which is read, for example with Dataset.to_parquet(FILE) of datasets"
+_PARQUET, _GZIP = "parquet", "gzip"
 _TEXT = "records are text: copy what it says into a jsonl or txt file"
-_SIGNS: tuple[tuple[int, bytes, str, str], ...] = (  # where the sign stands, the sign, what has it, what to do
-    (0, b"version https://git-lfs", "a pointer of git-lfs, not the file itself", "fetch the file: git lfs pull"),
-    (0, b"PAR1", "parquet", "give it its own ending, .parquet"),
-    (0, b"\x1f\x8b", "gzip", "name it {name}.gz"),
-    (0, b"PK\x03\x04\x14\x00\x06\x00", "an Excel sheet (.xlsx)", _SHEET),
-    (0, b"\xd0\xcf\x11\xe0", "an old Excel sheet or Word text (.xls, .doc)", _SHEET),
-    (0, b"PK\x03\x04", "a zip archive", _UNPACK),
-    (0, b"PK\x05\x06", "an empty zip archive", _UNPACK),
-    (257, b"ustar", "a tar archive", _UNPACK),
-    (0, b"\x28\xb5\x2f\xfd", "zstandard", _UNPACK),
-    (0, b"BZh", "bzip2", _UNPACK),
-    (0, b"\xfd7zXZ", "xz", _UNPACK),
-    (0, b"7z\xbc\xaf", "a 7z archive", _UNPACK),
-    (0, b"Rar!", "a RAR archive", _UNPACK),
-    (0, b"ARROW1", "Arrow or Feather", "write it as parquet, which is read"),
-    (0, b"FEA1", "Feather", "write it as parquet, which is read"),
-    (0, b"\xff\xff\xff\xff", "a stream of Arrow", "write it as parquet: Dataset.to_parquet(FILE) of datasets"),
-    (0, b"SQLite format 3\0", "an SQLite database", _EXPORT),
-    (0, b"\x89HDF", "HDF5", _EXPORT),
-    (0, b"\x93NUMPY", "an array of numpy", _EXPORT),
-    (0, b"GGUF", "a model file (gguf)", _MODEL),
-    (8, b'{"', "a model file (safetensors)", _MODEL),
-    (0, b"%PDF", "PDF", _TEXT),
-    (0, b"\x89PNG", "a PNG picture", _TEXT),
-    (0, b"\xff\xd8\xff", "a JPEG picture", _TEXT),
-    (0, b"GIF8", "a GIF picture", _TEXT),
+_SIGNS = tuple(  # what a file opens with, what it is then, what to do
+    (re.compile(sign, re.DOTALL), what, hint)
+    for sign, what, hint in (
+        (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself", "fetch the file: git lfs pull"),
+        (rb"PAR1", _PARQUET, "give it its own ending, .parquet"),
+        (rb"\x1f\x8b", _GZIP, "name it {name}.gz"),
+        (rb"PK\x03\x04.*?(\[Content_Types\]|docProps/|xl/|word/)", "an Excel sheet or Word text (.xlsx, .docx)", _SHEET),
+        (rb"\xd0\xcf\x11\xe0", "an old Excel sheet or Word text (.xls, .doc)", _SHEET),
+        (rb"PK[\x03\x05][\x04\x06]", "a zip archive", _UNPACK),
+        (rb".{257}ustar", "a tar archive", _UNPACK),
+        (rb"\x28\xb5\x2f\xfd", "zstandard", _UNPACK),
+        (rb"BZh\d", "bzip2", _UNPACK),
+        (rb"\xfd7zXZ", "xz", _UNPACK),
+        (rb"7z\xbc\xaf", "a 7z archive", _UNPACK),
+        (rb"Rar!\x1a", "a RAR archive", _UNPACK),
+        (rb"ARROW1|FEA1", "Arrow or Feather", _ARROW),
+        (rb"\xff{4}.{3}\0", "a stream of Arrow", _ARROW),
+        (rb"SQLite format 3\0", "an SQLite database", _EXPORT),
+        (rb"\x89HDF", "HDF5", _EXPORT),
+        (rb"\x93NUMPY", "an array of numpy", _EXPORT),
+        (rb"\x80[\x02-\x05][^\s{]", "a pickle of Python, which is never read", _EXPORT),
+        (rb"GGUF", "a model file (gguf)", _MODEL),
+        (rb".{3}\0{5}\{", "a model file (safetensors)", _MODEL),
+        (rb"%PDF", "PDF", _TEXT),
+        (rb"\x89PNG", "a PNG picture", _TEXT),
+        (rb"\xff\xd8\xff", "a JPEG picture", _TEXT),
+        (rb"GIF8", "a GIF picture", _TEXT),
+    )
 )
-_PICKLE = re.compile(rb"\x80[\x02-\x05][^\s{]")
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _CSV = re.compile(rb'^[^{}\[\]]*[\w"][,\t][\w"][^{}\[\]]*$')
 
@@ -55,7 +58,7 @@ def check_format(path: Path) -> None:
     check_file(path)
     head = _head(path)
     what, hint = _signed(head)
-    if what == "parquet" and kind(path) == ".parquet":
+    if what == _PARQUET and kind(path) == ".parquet":
         return
     if not what and (head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[1:2] == b"\0" or head[:1] == b"\0"):
         name = shlex.quote(str(path))
@@ -72,10 +75,7 @@ def check_format(path: Path) -> None:
 
 def _signed(head: bytes) -> tuple[str, str]:
     """What has this opening, and what to do; nothing where it may be text."""
-    for at, sign, what, hint in _SIGNS:
-        if head.startswith(sign, at) and (at != 8 or head[3:8] == bytes(5)):  # safetensors: a length before the JSON
-            return what, hint
-    return ("a pickle of Python, which is never read", _EXPORT) if _PICKLE.match(head) else ("", "")
+    return next(((what, hint) for sign, what, hint in _SIGNS if sign.match(head)), ("", ""))
 
 
 def _other_text(path: Path, head: bytes) -> tuple[str, str]:
@@ -114,6 +114,7 @@ def _no_gzip(path: Path, error: Exception) -> NoReturn:
     """A name that ends in .gz: what the bytes are instead, or that they are damaged."""
     with path.open("rb") as file:
         what, hint = _signed(file.read(_HEAD_BYTES))
-    if what and what != "gzip":
+    if what not in ("", _GZIP):
         raise UserError("E-DATA-FORMAT", f"this is {what}", where=str(path), hint=hint) from None
+    hint = "was the copy complete?" if what else "name it without .gz, if it is not compressed"
     raise UserError("E-DATA-FORMAT", f"this is no gzip file ({error})", where=str(path), hint=hint) from None

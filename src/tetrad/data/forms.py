@@ -3,11 +3,11 @@
 Field names count in any letter case. A record's form is seen from its fields, so that one file may mix forms:
 Instruction/Input/Output (and Alpaca's system and history), messages, ShareGPT's conversations, prompt/completion,
 choices with ranks or votes, output with score, chosen/rejected. `input` alone is an Instruction with an empty Input, so
-that a prompt has the same ids in every stage. Every form seen is counted by its name, and so is what a record says is not
-to be learned from.
+that a prompt has the same ids in every stage. Every form seen is counted by its name, and so is what a record says is
+not to be learned from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tetrad.data.fields import MARKS, Fields, chat, fold, missing, number, refuse_two_ranks, text, turns, wrong_type
@@ -143,7 +143,9 @@ def _is_talk(value: Any) -> bool:
 
 def asked(fields: Fields, where: str, counts: Counts) -> Prompt:
     prompt = _prompt(fields, where, answered=True)
-    _seen(counts, "prompts", fields, (*_prompt_fields(fields), *_ANSWERS), where)
+    known = _prompt_fields(fields)
+    rest = Fields({name: value for name, value in fields.items() if name in known or name not in _ANSWERS})
+    _seen(counts, "prompts", rest, known, where)
     return prompt
 
 
@@ -223,7 +225,7 @@ def _comparison(fields: Fields, form: str, annotator: str, where: str) -> Compar
     return Comparison(prompt, texts, ranks, annotator, margin, where, votes)
 
 
-def _not_negative(fields: Fields, name: str, where: str, hint: str) -> float:
+def _not_negative(fields: Mapping[str, Any], name: str, where: str, hint: str) -> float:
     """0 where the field is missing."""
     value = 0.0 if fields.get(name) is None else number(fields, name, where)
     if value < 0:

@@ -11,7 +11,7 @@ import numpy as np
 from tetrad.data import forms
 from tetrad.data.fields import Fields, fold
 from tetrad.data.rows import paragraphs, rows
-from tetrad.data.source import Counts, Sources, Span, kind, sources
+from tetrad.data.source import Counts, Sources, Span, kind, refuse_none_learned, sources
 from tetrad.errors import UserError
 from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
 
@@ -119,6 +119,7 @@ def _records(
     counts: Counts,
     refuse: Refuse | None,
 ) -> Iterator[R]:
+    read, excluded = counts.read, counts.excluded
     for row in rows(part, counts, given.rename):
         try:
             record = make(fold(row.read(), row.where, rename=given.rename), row.where, counts)
@@ -131,6 +132,8 @@ def _records(
         if record is not None:
             counts.kept += 1
             yield record
+    if isinstance(part, Path):
+        refuse_none_learned(counts.excluded - excluded, counts.read - read, str(part))
 
 
 # --- what records say ---

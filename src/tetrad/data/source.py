@@ -283,11 +283,11 @@ def check_file(path: Path) -> os.stat_result:
     return status
 
 
-def refuse_none_learned(counts: Counts, where: str) -> None:
+def refuse_none_learned(excluded: int, read: int, where: str) -> None:
     """Errors: E-DATA-EMPTY where all records say themselves that they are not to be learned from."""
-    if counts.excluded and counts.excluded == counts.read - counts.refused:
-        what = f"all {counts.excluded} records are marked as not to be learned from"
-        hint = 'give good answers, with a "label" of true or without one'
+    if excluded and excluded == read:
+        what = f"all {read} records are marked as not to be learned from"
+        hint = 'leave the file out, or give answers with a "label" of true or without one'
         raise UserError("E-DATA-EMPTY", what, where=where, hint=hint)
 
 

@@ -1,4 +1,4 @@
-"""A stage's tokens on disk: memory-mapped, read in any order, never held in memory as a whole.
+"""A stage's tokens on disk: read in any order, never held in memory as a whole.
 
 A store is a row of parts, each a folder with ids (uint16 or uint32), one bit a token for what the loss reads, int64
 offsets and each record's place. A part holds the records of a file, or of some megabytes of one, under a name made of
@@ -10,16 +10,15 @@ import hashlib
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -38,8 +37,7 @@ from tetrad.types import Tokens
 
 VERSION = 2  # raised when the same records would become other tokens
 PART_BYTES = 4 << 20  # a part's text, where a file can be cut
-MOST_PARTS = 512  # of one file
-OPEN_SHARE = 16  # a sixteenth of the files that a process may open is the most parts that are mapped, by four maps each
+MOST_PARTS = 512  # of one file, so that its folders stay few
 ALONE_BYTES = 16 << 20  # less than this is built faster by one process
 SPOOL_TOKENS = 1 << 18  # tokens moved at once to the spool, and from it to the part; a multiple of 8
 HELD_RECORDS = 4096
@@ -85,7 +83,7 @@ class TokenStore:
     """Records of tokens in folders. `lengths`: int64, tokens of each record; `total`: of all."""
 
     def __init__(self, parts: Sequence[Path]) -> None:
-        """Opens what `build` wrote; the files are mapped, not read. Errors: E-CKPT-MANIFEST, E-DATA-EMPTY."""
+        """Opens what `build` wrote; the files stay closed. Errors: E-CKPT-MANIFEST, E-DATA-EMPTY."""
         self._parts = [part for part in map(_Part, parts) if part.records]
         if not self._parts:
             where = str(parts[0]) if parts else ""
@@ -93,8 +91,6 @@ class TokenStore:
         self.lengths: np.ndarray[Any, np.dtype[np.int64]] = np.concatenate([p.lengths() for p in self._parts])
         self._first = np.concatenate([[0], np.cumsum([p.records for p in self._parts])])
         self.total = int(self.lengths.sum())
-        most = max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // OPEN_SHARE)
-        self._maps = lru_cache(most)(lambda number: self._parts[number].maps())
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -105,59 +101,55 @@ class TokenStore:
 
     def piece(self, index: int, start: int, stop: int) -> Tokens:
         """Tokens start to stop of record `index`."""
-        number, inner = self._place(index)
-        return self._maps(number).piece(inner, start, stop)
+        part, inner = self._place(index)
+        return part.piece(inner, start, stop)
 
     def where(self, index: int) -> str:
         """`file:line` of record `index`."""
-        number, inner = self._place(index)
-        return self._maps(number).where(inner)
+        part, inner = self._place(index)
+        return next(part.places(inner, 1))
 
     def places(self) -> Iterator[str]:
         """`file:line` of every record."""
-        return (self._maps(number).where(i) for number, part in enumerate(self._parts) for i in range(part.records))
+        return (place for part in self._parts for place in part.places())
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _place(self, index: int) -> tuple["_Part", int]:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return number, index - int(self._first[number])
+        return self._parts[number], index - int(self._first[number])
 
 
 class _Part:
-    """One folder of a store; no file of it is held open."""
+    """One folder of a store. Each look opens a file and closes it: parts may be many, and open files are few."""
 
     def __init__(self, folder: Path) -> None:
         meta = storage.read_manifest(folder)
         if meta.get("kind") != "tokens":
             raise UserError("E-CKPT-MANIFEST", "this folder holds no tokens", where=str(folder), hint="remove it")
-        self.folder, self.meta = folder, meta
         self.records: int = meta["records"]
-
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.diff(np.fromfile(self.folder / "offsets.bin", np.int64))
-
-    def maps(self) -> "_Maps":
-        return _Maps(self.folder, self.meta)
-
-
-class _Maps:
-    """The mapped files of a part."""
-
-    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
-        self._ids = np.memmap(folder / "ids.bin", np.dtype(meta["ids"]), "r")
-        self._bits = np.memmap(folder / "train.bin", np.uint8, "r")
-        self._offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
-        self._places = np.memmap(folder / "places.bin", np.uint32, "r").reshape(-1, 2)
+        self._folder, self._dtype = folder, str(meta["ids"])
         self._paths: list[str] = meta["paths"]
 
-    def piece(self, index: int, start: int, stop: int) -> Tokens:
-        low, high = int(self._offsets[index]) + start, int(self._offsets[index]) + stop
-        bits = np.unpackbits(self._bits[low // 8 : (high + 7) // 8], bitorder="little")
-        train = bits[low % 8 : low % 8 + high - low].astype(np.bool_)
-        return Tokens(self._ids[low:high].astype(np.int32), train, self.where(index))
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.ediff1d(self._read("offsets.bin", "int64"))
 
-    def where(self, index: int) -> str:
-        path, line = self._places[index]
-        return f"{self._paths[path]}:{line}" if line else self._paths[path]
+    def piece(self, index: int, start: int, stop: int) -> Tokens:
+        first = int(self._read("offsets.bin", "int64", index, 1)[0])
+        low, high = first + start, first + stop
+        packed = self._read("train.bin", "uint8", low // 8, (high + 7) // 8 - low // 8)
+        train = np.unpackbits(packed, bitorder="little")[low % 8 : low % 8 + high - low].astype(np.bool_)
+        ids = self._read("ids.bin", self._dtype, low, high - low).astype(np.int32)
+        return Tokens(ids, train, next(self.places(index, 1)))
+
+    def places(self, index: int = 0, count: int = -1) -> Iterator[str]:
+        """`file:line` of so many records from this one on; -1 for all."""
+        for path, line in self._read("places.bin", "uint32", 2 * index, 2 * count).reshape(-1, 2).tolist():
+            yield f"{self._paths[path]}:{line}" if line else self._paths[path]
+
+    def _read(self, name: str, dtype: str, start: int = 0, count: int = -1) -> np.ndarray[Any, Any]:
+        width = np.dtype(dtype).itemsize
+        with open(f"{self._folder}/{name}", "rb", buffering=0) as file:
+            file.seek(start * width)
+            return np.frombuffer(file.read(count * width if count >= 0 else -1), dtype)
 
 
 # --- building ---
@@ -197,7 +189,7 @@ def build(
     counts = Counts()
     for job in jobs:
         counts.add(storage.read_manifest(job.folder)["counts"])
-    refuse_none_learned(counts, str(given.paths[0]))
+    refuse_none_learned(counts.excluded, counts.read, str(given.paths[0]))
     refuse_long(counts, encoding.max_tokens, encoding.on_long)
     names = {job.folder.name for job in jobs}
     for old in folder.iterdir():

@@ -30,7 +30,8 @@ def tokenize(
 ) -> Iterator[Tokens]:
     """The tokens of each conversation (`train` marks answers and their end tokens) or prompt (nothing marked).
 
-    train_on_prompt: what is no answer is marked too. last_only: of several answers the last alone is. closed: false ends a record with its last end token.
+    train_on_prompt: what is no answer is marked too. last_only: of several answers the last alone is. closed: false
+    ends a record with its last end token.
     counts: gets the control strings in user text. Errors: E-DATA-CHAT, E-MODEL-TEMPLATE, E-MODEL-TOKENIZER.
     """
     which = {"last": last_only, "closed": closed, "prompt": train_on_prompt}
