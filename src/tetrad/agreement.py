@@ -72,7 +72,7 @@ def check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
             if "\0" in text or len(os.fsencode(text)) > 4000 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
                 what = f"{name} has {shown(text)}, which no file can be named"
                 raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint="name a file or folder")
-            if not is_text(path := os.path.abspath(text)):
+            if text and not is_text(path := os.path.abspath(text)):
                 what = f"{name} lies in {path!a:.200}, and that name is not UTF-8 text"
                 raise UserError("E-CONF-TYPE", what, where=places.get(name, ""), hint="rename the folder")
 

@@ -26,7 +26,11 @@ _SIGNS = tuple(  # what a file opens with, what it is then, what to do
         (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself", "fetch the file: git lfs pull"),
         (rb"PAR1", _PARQUET, "give it its own ending, .parquet"),
         (rb"\x1f\x8b", _GZIP, "name it {name}.gz"),
-        (rb"PK\x03\x04.*?(\[Content_Types\]|docProps/|xl/|word/)", "an Excel sheet or Word text (.xlsx, .docx)", _SHEET),
+        (
+            rb"PK\x03\x04.*?(\[Content_Types\]|docProps/|xl/|word/)",
+            "an Excel sheet or Word text (.xlsx, .docx)",
+            _SHEET,
+        ),
         (rb"\xd0\xcf\x11\xe0", "an old Excel sheet or Word text (.xls, .doc)", _SHEET),
         (rb"PK[\x03\x05][\x04\x06]", "a zip archive", _UNPACK),
         (rb".{257}ustar", "a tar archive", _UNPACK),

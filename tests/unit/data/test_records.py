@@ -197,7 +197,14 @@ def marked(*marks, shape=("role", "content", "user", "assistant"), name="message
 
 
 SHAREGPT = {"shape": ("from", "value", "human", "gpt"), "name": "conversations"}
-NO = [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"trainable": False}, {"train": False}, {"weight": 1, "train": 0}]
+NO = [
+    {"weight": 0},
+    {"weight": 0.0},
+    {"loss": False},
+    {"trainable": False},
+    {"train": False},
+    {"weight": 1, "train": 0},
+]
 YES = [{}, {"weight": 1}, {"loss": True}, {"weight": None, "train": True}, {"trainable": 1.0}]
 
 
@@ -268,7 +275,7 @@ def test_a_false_label_is_no_good_answer(write, bad, good):
         (instruction(kto_tag="false"), 0),
         (instruction(kto_tag=True), 1),
         (chat() | {"label": False}, 0),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}], "label": False}, 0),
+        ({"prompt": chat()["messages"][:1], "completion": chat()["messages"][1:], "label": False}, 0),
     ],
 )  # fmt: skip
 def test_labels_of_other_forms(write, record, kept):
@@ -287,7 +294,9 @@ def test_a_null_is_a_missing_field_at_every_depth(write):
     assert counts.unknown == {}
     ranks = [{"text": "x", "rank": 2, "votes": None}, {"text": "y", "rank": 1, "votes": None}]
     votes = [{"text": "x", "rank": None, "votes": 2}, {"text": "y", "rank": None, "votes": 1}]
-    found = read_preferences(write(*({"input": "q", "choices": c, "chosen": None, "margin": None} for c in (ranks, votes))))
+    found = read_preferences(
+        write(*({"input": "q", "choices": c, "chosen": None, "margin": None} for c in (ranks, votes)))
+    )
     assert [(r.ranks, r.votes) for r in found] == [((2, 1), ()), ((1, 2), (2, 1))]
     renamed = sources(write({"question": None, "instruction": "q", "output": "a"}), rename={"question": "instruction"})
     assert len(list(read_conversations(renamed))) == 1

@@ -288,7 +288,9 @@ def test_values_that_json_and_python_cannot_hold(tmp_path):
         "map": (arrow.array([[("k", b"v")], None], arrow.map_(arrow.string(), arrow.binary())), [["k", "v"]]),
     }
     path = tmp_path / "f.parquet"
-    parquet.write_table(arrow.table({"text": ["a", "b"]} | {name: column for name, (column, _) in columns.items()}), path)
+    parquet.write_table(
+        arrow.table({"text": ["a", "b"]} | {name: column for name, (column, _) in columns.items()}), path
+    )
     assert [d.text for d in read_documents([path])] == ["a", "b"]
     first, second = (plain(row.read()) for row in rows(path, Counts()))
     json.dumps([first, second], allow_nan=False)
@@ -465,9 +467,9 @@ def test_a_name_in_other_bytes_is_refused_wherever_it_comes_from(tmp_path, name)
     path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name + b".jsonl")
     with open(path, "w") as file:
         file.write(GOOD)
-    for given in (path, tmp_path / "*.jsonl", tmp_path / "**"):
+    for pattern in (path, tmp_path / "*.jsonl", tmp_path / "**"):
         with pytest.raises(UserError, match=r"E-DATA-PATH.*\\x.*is not UTF-8 text.*rename it") as caught:
-            files([given])
+            files([pattern])
     if name == "数据".encode("gb18030"):
         assert "数据.jsonl" in caught.value.hint
     str(caught.value).encode()
