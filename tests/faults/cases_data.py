@@ -94,7 +94,7 @@ SYNTAX = [
     ("git-lfs", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "E-DATA-FORMAT", "git lfs pull"),
     ("pickle", b"\x80\x04\x95\x05\0\0\0\0\0\0\0]\x94.", "E-DATA-FORMAT", "a pickle of Python, which is never read"),
     ("sheet", b"\xd0\xcf\x11\xe0" + bytes(64), "E-DATA-FORMAT", "save as CSV UTF-8"),
-    ("safetensors", b"\x40" + bytes(7) + b'{"a":{}}', "E-DATA-FORMAT", "a model file (safetensors)"),
+    ("safetensors", b"\x40" + bytes(7) + b'{"a":{}}', "E-DATA-FORMAT", "a model file (safetensors or gguf)"),
     ("gb18030", ROW.encode() + '{"prompt": "你好，世界"}\n'.encode("gb18030"), "E-DATA-ENCODING", "iconv -f GB18030 -t UTF-8 f.jsonl >"),
     ("half a weight", ROW + line(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "weight": 0.5}]), "E-DATA-TYPE", 'f.jsonl:2: turn 2: "weight"'),
     ("tool turn", ROW + talk("user", "tool"), "E-DATA-CHAT", 'f.jsonl:2: turn 2: "tool": calls of tools'),

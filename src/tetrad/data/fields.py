@@ -130,9 +130,8 @@ def _check_order(role: str, last: str, place: int, where: str) -> None:
 def missing(needed: str, fields: Fields, where: str) -> NoReturn:
     """Errors: E-DATA-MISSING, with the words that would rename the fields where they can be guessed; E-DATA-NULL where
     a field that is needed is there and null."""
-    for name in fields.nulls:
-        if f'"{name}"' in needed.lower():
-            null(name, where)
+    if nulls := [name for name in fields.nulls if f'"{name}"' in needed.lower()]:
+        null(min(nulls, key=needed.lower().index), where)
     seen = ", ".join(f'"{name}"' for name in fields) or "none"
     wanted = [name for name in _USUAL if f'"{name}"' in needed.lower() and name not in fields]
     usual = {name: next((other for other in _USUAL[name] if other in fields), "") for name in wanted}

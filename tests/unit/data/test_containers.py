@@ -12,7 +12,14 @@ from tetrad.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=6)
 WORDS = st.one_of(st.none(), TEXT, st.sampled_from([" ", "a", "b"]))
-TURN = st.fixed_dictionaries(
+
+
+def fixed(fields):
+    """Objects with these fields in this order, as a column's type has them."""
+    return st.fixed_dictionaries(fields).map(lambda row: {name: row[name] for name in fields})
+
+
+TURN = fixed(
     {
         "role": st.sampled_from([None, "user", "assistant"]),
         "content": WORDS,
@@ -21,10 +28,8 @@ TURN = st.fixed_dictionaries(
         "weight": st.sampled_from([None, 0, 1]),
     }
 )
-ANSWER = st.fixed_dictionaries(
-    {"text": WORDS, "rank": st.sampled_from([None, 1, 2]), "votes": st.sampled_from([None, 1, 5])}
-)
-ROW = st.fixed_dictionaries(
+ANSWER = fixed({"text": WORDS, "rank": st.sampled_from([None, 1, 2]), "votes": st.sampled_from([None, 1, 5])})
+ROW = fixed(
     {
         "id": st.just("1"),  # a table's row without any cell is a blank line
         "instruction": WORDS,
