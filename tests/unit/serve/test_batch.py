@@ -250,7 +250,7 @@ def test_foreign_values_of_fields_that_nobody_reads_are_written(run: Path, here:
         scored(run, name, "b.jsonl")
         for new in ("a.jsonl", "b.jsonl"):
             (record,) = (json.loads(line, parse_constant=pytest.fail) for line in Path(new).read_text().splitlines())
-            assert record.get("given_score", record.get("score", record.get("far"))) is None
+            assert None in record.values()
     Path("deep.jsonl").write_text('{"input": "x", "deep": ' + "[" * 700 + "]" * 700 + "}\n")
     assert refused(generated, run, prompts="deep.jsonl").code == "E-DATA-SYNTAX"
 
