@@ -6,14 +6,16 @@ No data file is opened; of a model's folder, config.json alone.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
-from tetrad.settings.base import FUNCTIONS, REWARDS, is_function, knobs, model_pays
+from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Knob, is_function, knobs, model_pays
+from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
 from tetrad.settings.recipe import Recipe
 
@@ -44,6 +46,10 @@ def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
     _check_adapters(recipe, places)
     _check_ppo(recipe, places)
     for name, knob in _KNOBS(Recipe).items():
+        for path in map(os.path.abspath, filter(None, _paths(name, knob, _value(recipe, name)))):
+            if not is_text(path):  # its recipe and its lineage could not be written down
+                what = f"{name} lies in {path!a:.200}, and that name is not UTF-8 text"
+                raise UserError("E-CONF-TYPE", what, where=places.get(name, ""), hint="rename the folder")
         if knob.mark in (FUNCTIONS, REWARDS):
             table, _, key = name.partition(".")
             for text in getattr(getattr(recipe, table), key):
@@ -55,6 +61,16 @@ def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
                     raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
 
 
+def _value(recipe: Recipe, name: str) -> Any:
+    table, _, key = name.rpartition(".")
+    return getattr(getattr(recipe, table) if table else recipe, "from_" if key == "from" else key)
+
+
+def _paths(name: str, knob: Knob, value: Any) -> Sequence[str]:
+    """The names of files and folders that a setting holds."""
+    return (value,) if name in (*PATHS, "run.out") else value if knob.mark in (FILES, FUNCTIONS, REWARDS) else ()
+
+
 def check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
     """What the types of settings can't say: names of folders and files, and whole numbers that nothing can count."""
     if not _NAME.fullmatch(recipe.name) or len(recipe.name.encode()) > 200:
@@ -62,12 +78,11 @@ def check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
         what = f"name = {shown(recipe.name)} can't name a run"
         raise UserError("E-CONF-RANGE", what, where=places.get("name", ""), hint=hint)
     for name, knob in _KNOBS(Recipe).items():
-        table, _, key = name.rpartition(".")
-        value = getattr(getattr(recipe, table) if table else recipe, "from_" if key == "from" else key)
+        value = _value(recipe, name)
         if knob.kind == "whole" and name != "seed" and value >= _LARGEST_WHOLE:
             what, hint = f"{name} = {shown(value)} is more than anything can count", f"the default is {knob.default}"
             raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
-        for text in (value,) if name in (*PATHS, "run.out") else value if knob.mark else ():
+        for text in _paths(name, knob, value):
             if "\0" in text or len(os.fsencode(text)) > 4000 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
                 what = f"{name} has {shown(text)}, which no file can be named"
                 raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint="name a file or folder")
@@ -228,5 +243,4 @@ def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
 
 
 def _get(recipe: Recipe, name: str) -> int:
-    table, _, key = name.partition(".")
-    return int(getattr(getattr(recipe, table), key))
+    return int(_value(recipe, name))

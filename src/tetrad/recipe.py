@@ -17,7 +17,7 @@ from typing import Any
 from tetrad import disk
 from tetrad.agreement import PATHS, check, check_values
 from tetrad.errors import UserError
-from tetrad.settings.base import FUNCTIONS, REWARDS, Knob, is_function, knobs, toml_name
+from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Knob, is_function, knobs, toml_name
 from tetrad.settings.check import build
 from tetrad.settings.recipe import Recipe
 from tetrad.settings.words import nest, parse
@@ -166,7 +166,7 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
 def _path(knob: Knob, value: Any, folder: Path) -> Any:
     if knob.mark in (FUNCTIONS, REWARDS):
         return tuple(os.path.abspath(_from(folder, text)) if is_function(text) else text for text in value)
-    if knob.mark:
+    if knob.mark == FILES:
         return tuple(str(_from(folder, text)) for text in value)
     if knob.name in PATHS and value:
         beside = folder / os.path.expanduser(value)

@@ -15,10 +15,14 @@ IGNORE = -100  # the target of a position that no loss reads, as in transformers
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One piece of a conversation. role: system | user | assistant, or instruction | input of an Instruction record."""
+    """One piece of a conversation. role: system | user | assistant, or instruction | input of an Instruction record.
+
+    train: false for an answer that is read as context and not learned.
+    """
 
     role: str
     text: str
+    train: bool = field(default=True, repr=False)
 
 
 def lines(turns: Iterable[Turn]) -> str:

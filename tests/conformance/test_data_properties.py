@@ -88,7 +88,7 @@ def normal(text: str) -> str:
 def check_batches(store: TokenStore, seed: int) -> None:
     """Every batch of an epoch has labels, and none stands where a document ends or belongs to another one."""
     mixture = whole(len(store))
-    for step in range(epoch_size(mixture) // 16):
+    for step in range(int(epoch_size(mixture)) // 16):
         packed = pack([store[i] for i in batch_indices(seed, mixture, 16, step).tolist()])
         last = np.array(packed.bounds[1:]) - 1
         assert (packed.targets_T != IGNORE).any() and (packed.targets_T[last] == IGNORE).all()

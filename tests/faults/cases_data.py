@@ -91,6 +91,14 @@ SYNTAX = [
     ("csv in jsonl", "prompt,completion\np,c\n", "E-DATA-FORMAT", "CSV"),
     ("zip", b"PK\x03\x04" + bytes(64), "E-DATA-FORMAT", "zip archive"),
     ("parquet in jsonl", b"PAR1" + bytes(64), "E-DATA-FORMAT", "parquet"),
+    ("git-lfs", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "E-DATA-FORMAT", "git lfs pull"),
+    ("pickle", b"\x80\x04\x95\x05\0\0\0\0\0\0\0]\x94.", "E-DATA-FORMAT", "a pickle of Python, which is never read"),
+    ("sheet", b"\xd0\xcf\x11\xe0" + bytes(64), "E-DATA-FORMAT", "save as CSV UTF-8"),
+    ("safetensors", b"\x40" + bytes(7) + b'{"a":{}}', "E-DATA-FORMAT", "a model file (safetensors or gguf)"),
+    ("gb18030", ROW.encode() + '{"prompt": "你好，世界"}\n'.encode("gb18030"), "E-DATA-ENCODING", "iconv -f GB18030 -t UTF-8 f.jsonl >"),
+    ("half a weight", ROW + line(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "weight": 0.5}]), "E-DATA-TYPE", 'f.jsonl:2: turn 2: "weight"'),
+    ("tool turn", ROW + talk("user", "tool"), "E-DATA-CHAT", 'f.jsonl:2: turn 2: "tool": calls of tools'),
+    ("all labels false", line(prompt="p", completion="c", label=False) * 2, "E-DATA-EMPTY", "f.jsonl: all 2 records are marked"),
     ("random bytes", b"\x01" + random.Random(0).randbytes(4000), "E-DATA-", ""),
 ]  # fmt: skip
 
@@ -124,6 +132,11 @@ def pipe(folder: Path) -> None:
 
 def dangling(folder: Path) -> None:
     (folder / "f.jsonl").symlink_to(folder / "nowhere")
+
+
+def other_bytes(folder: Path) -> None:
+    """A name as unzip leaves those of an archive from Windows."""
+    write(folder / os.fsdecode("数据.jsonl".encode("gb18030")), GOOD)
 
 
 def huge(folder: Path) -> None:
@@ -161,6 +174,9 @@ LEGAL = [  # what is printed shows the text that was read
     ("byte order mark", "\ufeff" + GOOD, "f.jsonl  3     3     0"),
     ("no last newline", GOOD.strip(), "f.jsonl  3     3     0"),
     ("odd line ends", line(prompt="p", completion="a\u2028b\u0085c\u000bd"), "a\u2028b\u0085c\u000bd<|endoftext|>"),
+    ("marked turns", line(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "loss": True, "weight": 1}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": False}]), '"weight", "loss", "trainable", "train"): 1'),
+    ("labels", ROW + line(prompt="p", completion="c", label=False), 'because of a false "label" or with no answer to learn: 1'),
+    ("nested field", line(messages=[{"role": "user", "content": "x", "name": "n"}, {"role": "assistant", "content": "x"}]), '"messages.name" (first at f.jsonl:1)'),
     ("unknown field", line(prompt="p", completion="c", x=1), '"x" (first at f.jsonl:1)'),
     ("large id", line(prompt="p", completion="c", id=2**70), "f.jsonl  1     1     0"),
     ("escaped pair", '{"prompt": "p", "completion": "\\ud83e\\udd8a"}\n', "🦊<|endoftext|>"),
@@ -176,6 +192,8 @@ NAMES = ("-rf.jsonl", "a b;c$(d).jsonl", "~.jsonl", "new\nline.jsonl", "🦊.jso
 CASES = [
     *(case for name, content, code, place in SYNTAX if code != "E-DATA-" for case in both(name, file(content), code, place)),
     *(case for name, content, code, place in JUDGED for case in both(name, file(content), code, place, REWARD)),
+    *both("name in other bytes", other_bytes, "E-DATA-PATH", "the name of this file is not UTF-8 text", SFT.replace("f.jsonl", "*.jsonl"), "check '*.jsonl'"),
+    *both("dialogues as texts", file(line(chosen="\n\nHuman: a\n\nAssistant: b", rejected="\n\nHuman: a\n\nAssistant: c")), "E-DATA-MISSING", "f.jsonl:1: ", REWARD),
     *both("directory", directory, "E-DATA-PATH", "a folder, not a file"),
     *both("pipe", pipe, "E-DATA-PATH", "not a regular file"),
     *both("dangling", dangling, "E-DATA-PATH", "a link to nothing"),

@@ -1,11 +1,13 @@
 """Recipes: every mistake has its code, its line and a way out, the same from the file and from the command line."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tetrad.agreement import check
+from tetrad.data.source import files
 from tetrad.errors import UserError
 from tetrad.recipe import Recipe, read, write
 
@@ -66,6 +68,47 @@ def test_paths_start_at_the_recipe(recipe_file: Path) -> None:
     assert recipe.tokenizer.text == (str(folder / "data/a.txt"), str(folder / "data/*.jsonl"))
     assert recipe.evaluate.judges == (f"{folder / 'judge.py'}:ridge",)
     assert recipe.run.out == "runs"
+
+
+@pytest.mark.parametrize("folder", ["exp[1]", "what?", "a*b"])
+def test_a_recipe_reads_its_own_files_whatever_its_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """Not those of a sibling whose name the folder's would match as a pattern: named by any path, given anywhere."""
+    for name in (folder, "exp1", "whatX", "aXb"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / "s.jsonl").write_text("{}\n")
+        (tmp_path / name / "judge.py").write_text("")
+        (tmp_path / name / "base").mkdir()
+    home = tmp_path / folder
+    ppo = '[ppo]\nprompts = ["~/data/*.jsonl"]\nrewards = ["judge.py:f"]\n'
+    (home / "r.toml").write_text('[model]\nfrom = "base"\n[sft]\ndata = ["data/*.jsonl"]\n' + ppo)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for place in (home / "r.toml", Path(folder, "r.toml")):
+        recipe = read(place)
+        given = read(place, ["--sft.data", "data/s*.jsonl"])
+        again = tmp_path / "again.toml"
+        again.write_text(write(recipe))
+        for paths in (recipe.sft.data, given.sft.data, recipe.ppo.prompts, read(again).sft.data):
+            assert [path.resolve() for path in files(paths)] == [home / "data" / "s.jsonl"]
+        assert recipe.ppo.rewards == (f"{home}/judge.py:f",) and Path(recipe.model.from_).resolve() == home / "base"
+        with pytest.raises(UserError, match="E-DATA-PATH"):
+            files(read(place, ["--sft.data", "data/none.jsonl"]).sft.data)
+
+
+def test_a_folder_with_a_name_in_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder there could never be written: its recipe and lineage are UTF-8."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xca\xfd")
+    os.mkdir(folder)
+    Path(folder, "r.toml").write_text('[sft]\ndata = ["s.jsonl"]\n')
+    for place in (tmp_path, Path(folder)):
+        monkeypatch.chdir(place)
+        with pytest.raises(UserError, match=r"E-CONF-TYPE.*is not UTF-8 text"):
+            read(Path(folder, "r.toml"))
+    (tmp_path / "r.toml").write_text('[sft]\ndata = ["s.jsonl"]\n')
+    with pytest.raises(UserError, match=r"E-CONF-TYPE.*run.out"):
+        read(tmp_path / "r.toml")
 
 
 def test_from_is_beside_the_recipe_or_in_the_current_folder(tmp_path: Path) -> None:

@@ -1,45 +1,55 @@
 """A record's fields by lower-case name, and the one error for each way in which a field can be wrong.
 
-Errors name the place, the field and what was seen, and say what to write.
+A null is a missing field, at every depth and from every kind of file. Errors name the place, the field and what was
+seen, and say what to write.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from tetrad.errors import UserError
 from tetrad.types import Turn
 
-Fields = dict[str, Any]
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+MARKS = ("weight", "loss", "trainable", "train")  # on an assistant's turn: whether it is learned
+_TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython", "tool_calls")
 _USUAL = {  # other names that people give to fields, for a hint
-    "instruction": ("question", "query", "ask", "problem", "prompt", "q", "input"),
-    "output": ("answer", "response", "reply", "completion", "target", "solution", "a"),
-    "text": ("content", "body", "document", "passage", "paragraph", "article"),
+    "instruction": ("question", "query", "ask", "problem", "prompt", "q", "input", "问题", "提问", "指令", "题目"),
+    "output": ("answer", "response", "reply", "completion", "target", "solution", "a", "答案", "回答", "回复", "输出"),
+    "text": ("content", "body", "document", "passage", "paragraph", "article", "正文", "内容", "文本"),
     "chosen": ("preferred", "better", "accepted", "winner"),
     "rejected": ("dispreferred", "worse", "loser"),
-    "score": ("rating", "label", "stars", "value"),
+    "score": ("rating", "label", "stars", "value", "评分", "分数", "得分"),
 }
+
+
+class Fields(dict[str, Any]):
+    """Values by lower-case name. nulls: the names of fields that were null, which are not among them."""
+
+    nulls: tuple[str, ...] = ()
 
 
 def fold(value: Any, where: str, name: str = "", rename: Mapping[str, str] | None = None) -> Fields:
     """The fields of an object. rename: other names of fields, in lower case. Errors: E-DATA-TYPE, E-DATA-DUPKEY."""
     if not isinstance(value, dict):
         wrong_type(name, "an object with named fields", value, where)
-    names = [str(key).lower() for key in value]
-    if rename:
-        names = [rename.get(folded, folded) for folded in names]
-    fields = dict(zip(names, value.values(), strict=True))
-    if len(fields) < len(value):
+    rename = rename or {}
+    pairs = [(rename.get(folded := str(key).lower(), folded), item) for key, item in value.items()]
+    names = [key for key, item in pairs if item is not None]
+    fields = Fields((key, item) for key, item in pairs if item is not None)
+    if len(fields) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         how = "under two names" if rename else "in different letter case"
         raise UserError("E-DATA-DUPKEY", f'the key "{twice}" stands twice in one object, {how}', where=where)
+    if len(names) < len(pairs):
+        fields.nulls = tuple(key for key, item in pairs if item is None)
     return fields
 
 
-def text(fields: Fields, name: str, where: str, *, blank: bool = False) -> str:
+def text(fields: Mapping[str, Any], name: str, where: str, *, blank: bool = False) -> str:
     """A text; blank: it may be empty. Errors: E-DATA-NULL, E-DATA-TYPE, E-DATA-BLANK."""
     value = fields[name]
     if value is None:
@@ -52,7 +62,7 @@ def text(fields: Fields, name: str, where: str, *, blank: bool = False) -> str:
     return value
 
 
-def number(fields: Fields, name: str, where: str) -> float:
+def number(fields: Mapping[str, Any], name: str, where: str) -> float:
     """A finite number. Errors: E-DATA-NULL, E-DATA-TYPE, E-DATA-NUMBER."""
     value = fields[name]
     if value is None:
@@ -67,10 +77,9 @@ def number(fields: Fields, name: str, where: str) -> float:
 def turns(value: Any, name: str, where: str, *, answer: bool = False) -> tuple[Turn, ...]:
     """An optional system turn, then user and assistant in turn. answer: the turns go on after a prompt's.
 
-    A turn is {"role", "content"}, or {"from", "value"} as in ShareGPT. Errors: E-DATA-CHAT with the turn's number.
+    A turn is {"role", "content"}, or {"from", "value"} as in ShareGPT; an assistant's may be marked as not to be
+    learned. Errors: E-DATA-CHAT with the turn's number.
     """
-    if value is None:
-        null(name, where)
     if not isinstance(value, list):
         wrong_type(name, "a list of turns", value, where)
     found: list[Turn] = []
@@ -79,16 +88,35 @@ def turns(value: Any, name: str, where: str, *, answer: bool = False) -> tuple[T
         share = "from" in turn and "role" not in turn
         who, what, known = ("from", "value", SHAREGPT_ROLES) if share else ("role", "content", ROLES)
         if who not in turn or what not in turn:
+            _refuse_tools(turn, place, where)
             missing(f'"{who}" and "{what}" in turn {place}', turn, where)
         spelt = text(turn, who, where)
         role = known.get(spelt)
         if role is None:
+            _refuse_tools([spelt], place, where)
             chat(f'"{spelt}" is no role ({", ".join(known)})', place, where)
         _check_order(role, found[-1].role if found else "user" if answer else "", place, where)
-        found.append(Turn(role, text(turn, what, where, blank=role == "system")))
+        marks = [_mark(turn, mark, place, where) for mark in MARKS if mark in turn and role == "assistant"]
+        found.append(Turn(role, text(turn, what, where, blank=role == "system"), all(marks)))
     if not found:
         chat("there is no turn", 0, where)
     return tuple(found)
+
+
+def _mark(turn: Fields, mark: str, place: int, where: str) -> bool:
+    """Whether a mark says that its turn is learned: a truth value, or 1 and 0."""
+    if turn[mark] not in (0, 1):  # True and 1.0 are equal to 1
+        what = f'turn {place}: "{mark}" must be true or false, or 1 or 0: an answer is learned as a whole or not at all'
+        raise UserError("E-DATA-TYPE", what, where=where, hint="write 0 where the answer is not to be learned, else 1")
+    return bool(turn[mark])
+
+
+def _refuse_tools(words: Iterable[str], place: int, where: str) -> None:
+    """Errors: E-DATA-CHAT where a turn is a call of a tool or what a tool answered."""
+    if tool := next((word for word in words if word in _TOOLS), ""):
+        hint = "write call and result as text into the assistant's and the user's turns, or delete the record"
+        what = f'turn {place}: "{tool}": calls of tools and their results have no template here'
+        raise UserError("E-DATA-CHAT", what, where=where, hint=hint)
 
 
 def _check_order(role: str, last: str, place: int, where: str) -> None:
@@ -100,13 +128,18 @@ def _check_order(role: str, last: str, place: int, where: str) -> None:
 
 
 def missing(needed: str, fields: Fields, where: str) -> NoReturn:
-    """Errors: E-DATA-MISSING, with the line of a recipe that would name the fields where that can be guessed."""
+    """Errors: E-DATA-MISSING, with the words that would rename the fields where they can be guessed; E-DATA-NULL where
+    a field that is needed is there and null."""
+    if nulls := [name for name in fields.nulls if f'"{name}"' in needed.lower()]:
+        null(min(nulls, key=needed.lower().index), where)
     seen = ", ".join(f'"{name}"' for name in fields) or "none"
     wanted = [name for name in _USUAL if f'"{name}"' in needed.lower() and name not in fields]
-    pairs = [f'"{other}={name}"' for name in wanted for other in _USUAL[name] if other in fields][: len(wanted)]
+    usual = {name: next((other for other in _USUAL[name] if other in fields), "") for name in wanted}
+    pairs = [f"{other}={name}" for name, other in usual.items() if other]
     hint = "rename the fields (letter case does not matter)"
     if pairs:
-        hint += f", or write [data] rename = [{', '.join(pairs)}] (--data.rename on the command line)"
+        listed = ", ".join(f'"{pair}"' for pair in pairs)
+        hint += f", or write [data] rename = [{listed}] (--data.rename {' '.join(pairs)} on the command line)"
     raise UserError("E-DATA-MISSING", f"needs {needed}; fields seen: {seen}", where=where, hint=hint)
 
 

@@ -3,13 +3,14 @@
 Field names count in any letter case. A record's form is seen from its fields, so that one file may mix forms:
 Instruction/Input/Output (and Alpaca's system and history), messages, ShareGPT's conversations, prompt/completion,
 choices with ranks or votes, output with score, chosen/rejected. `input` alone is an Instruction with an empty Input, so
-that a prompt has the same ids in every stage. Every form seen is counted by its name.
+that a prompt has the same ids in every stage. Every form seen is counted by its name, and so is what a record says is
+not to be learned from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tetrad.data.fields import Fields, chat, fold, missing, null, number, refuse_two_ranks, text, turns, wrong_type
+from tetrad.data.fields import MARKS, Fields, chat, fold, missing, number, refuse_two_ranks, text, turns, wrong_type
 from tetrad.data.source import Counts
 from tetrad.errors import UserError
 from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
@@ -22,13 +23,22 @@ _PREFERENCES = (  # the fields that make a form, and those that it may have; the
     (("output", "score"), ("annotator", "spread")),
 )
 _FORMS = {"choices": "ranked choices", "chosen": "chosen and rejected", "output": "scores"}
+_TURN = ("role", "content", "from", "value")
+_TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
+_PAIRED = "prompt and completion"
 
 
-def _seen(counts: Counts, form: str, fields: Fields, known: Known, where: str) -> None:
+def _seen(counts: Counts, form: str, fields: Fields, known: Known, where: str, inner: Known = _TURN) -> None:
+    """Counts the form, and notes the fields that are not read. inner: those that are, of the objects in a list."""
     counts.forms[form] += 1
-    for name in fields:
+    for name, value in fields.items():
         if name not in known:
             counts.unknown.setdefault(name, where)
+            continue
+        for item in value if isinstance(value, list) else (value,):
+            for key in item if isinstance(item, dict) else ():
+                if key.lower() not in inner and item[key] is not None:
+                    counts.unknown.setdefault(f"{name}.{key.lower()}", where)
 
 
 def document(fields: Fields, where: str, counts: Counts) -> Document:
@@ -39,10 +49,24 @@ def document(fields: Fields, where: str, counts: Counts) -> Document:
     return Document(found, where)
 
 
-def conversation(fields: Fields, where: str, counts: Counts) -> Conversation:
+def conversation(fields: Fields, where: str, counts: Counts) -> Conversation | None:
+    """A record of SFT; nothing where it says itself that its answer is a bad one, or that none is to be learned."""
     form, known, found = _answered(fields, where)
-    _seen(counts, form, fields, known, where)
+    label = next((name for name in ("label", "kto_tag") if _is_label(name, fields.get(name), form)), "")
+    _seen(counts, form, fields, (*known, label), where, (*_TURN, *MARKS))
+    answers = [turn.train for turn in found if turn.role == "assistant"]
+    counts.masked += answers.count(False)
+    if not any(answers) or (label and str(fields[label]).lower() in _FALSE):
+        counts.excluded += 1
+        return None
     return Conversation(found, where)
+
+
+def _is_label(name: str, value: Any, form: str) -> bool:
+    """Whether a field is the label of KTO's form: is this a good answer? A number called `label` beside an Instruction
+    may be anything, the class of a text for example."""
+    free = name == "kto_tag" or form == _PAIRED
+    return isinstance(value, bool) or (free and str(value).lower() in (*_FALSE, *_TRUE))
 
 
 def _answered(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ...]]:
@@ -54,7 +78,7 @@ def _answered(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ...]]
         return form, known, found
     if "prompt" in fields and "completion" in fields:
         prompt, answer = _prompt(fields, where), _answer(fields, "completion", where)
-        return "prompt and completion", ("prompt", "completion"), (*prompt.turns, *answer)
+        return _PAIRED, ("prompt", "completion"), (*prompt.turns, *answer)
     if "instruction" in fields and "output" in fields:
         form, known, asked = _instruction(fields, where)
         return form, (*known, "output"), (*asked, Turn("assistant", text(fields, "output", where)))
@@ -119,7 +143,9 @@ def _is_talk(value: Any) -> bool:
 
 def asked(fields: Fields, where: str, counts: Counts) -> Prompt:
     prompt = _prompt(fields, where, answered=True)
-    _seen(counts, "prompts", fields, (*_prompt_fields(fields), *_ANSWERS), where)
+    known = _prompt_fields(fields)
+    rest = Fields({name: value for name, value in fields.items() if name in known or name not in _ANSWERS})
+    _seen(counts, "prompts", rest, known, where)
     return prompt
 
 
@@ -169,7 +195,8 @@ def preference(fields: Fields, where: str, counts: Counts, scale: Sequence[float
         record = _score(fields, name, where, scale)
     else:
         record = _comparison(fields, form[0][0], name, where)
-    _seen(counts, _FORMS[form[0][0]], fields, (*_prompt_fields(fields), *form[0], *form[1]), where)
+    inner = (*_TURN, "text", "votes" if isinstance(record, Comparison) and record.votes else "rank")
+    _seen(counts, _FORMS[form[0][0]], fields, (*_prompt_fields(fields), *form[0], *form[1]), where, inner)
     return record
 
 
@@ -198,7 +225,7 @@ def _comparison(fields: Fields, form: str, annotator: str, where: str) -> Compar
     return Comparison(prompt, texts, ranks, annotator, margin, where, votes)
 
 
-def _not_negative(fields: Fields, name: str, where: str, hint: str) -> float:
+def _not_negative(fields: Mapping[str, Any], name: str, where: str, hint: str) -> float:
     """0 where the field is missing."""
     value = 0.0 if fields.get(name) is None else number(fields, name, where)
     if value < 0:
@@ -231,6 +258,10 @@ def _pair(fields: Fields, where: str) -> tuple[Prompt, tuple[str, str]]:
             if found[-1].role != "assistant":
                 chat("the last turn must be the assistant's", len(found), where)
         return Prompt(better[:-1], where), (better[-1].text, worse[-1].text)
+    if not _prompt_fields(fields) and all(isinstance(value, str) for value in whole):
+        what = '"chosen" and "rejected" are texts, and there is no prompt beside them'
+        hint = 'put what both begin with into "prompt", or write both as lists of turns, {"role": ..., "content": ...}'
+        raise UserError("E-DATA-MISSING", what, where=where, hint=hint)
     prompt = _prompt(fields, where)
     pair = [_answer(fields, name, where) for name in ("chosen", "rejected")]
     for found in pair:
@@ -242,8 +273,6 @@ def _pair(fields: Fields, where: str) -> tuple[Prompt, tuple[str, str]]:
 def _choices(fields: Fields, where: str) -> tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]:
     """Texts, ranks and, where they have any instead of ranks, votes."""
     value: Any = fields["choices"]
-    if value is None:
-        null("choices", where)
     if not isinstance(value, list):
         wrong_type("choices", "a list of answers", value, where)
     if len(value) < 2:

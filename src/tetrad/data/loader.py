@@ -6,6 +6,7 @@ Nothing is replayed on resume and no state is kept; permutations are cached only
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,9 @@ from tetrad.types import Tokens
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 Mixture = tuple[tuple[int, float], ...]
-"""Runs of records in the order of the store: how many, and how often an epoch reads each."""
+"""Runs of records in the order of the store: how many, and how often an epoch reads each. What is less than a record
+is carried over: a weight of 0.01 reads one of 32 records in every third epoch or so, and each of them exactly as often
+as any other in the long run."""
 
 
 @lru_cache(maxsize=32)  # several epochs of each member of an ensemble
@@ -41,13 +44,25 @@ def mixed(seed: int, epoch: int, mixture: Mixture) -> Indices:
 def _mixed(seed: int, epoch: int, mixture: Mixture) -> Indices:
     first, chosen = 0, []
     for number, (n, weight) in enumerate(mixture):
-        copies, rest = divmod(round(n * weight), n)
-        some = _cycle(seed_for(seed, "mixture", number), ((n, 1.0),), epoch * rest, (epoch + 1) * rest)
+        copies = int(weight)
+        start, stop = (_reads(n, weight, e) - e * copies * n for e in (epoch, epoch + 1))
+        some = _cycle(seed_for(seed, "mixture", number), whole(n), start, stop)
         chosen.append(first + np.concatenate([np.tile(np.arange(n), copies), some]))
         first += n
-    found = np.concatenate(chosen)[order(seed, epoch, epoch_size(mixture))]
-    found.flags.writeable = False
-    return found
+    read = np.concatenate(chosen)
+    read = read[order(seed, epoch, len(read))]
+    read.flags.writeable = False
+    return read
+
+
+def _reads(n: int, weight: float, epochs: int) -> int:
+    """How many records of a run so many epochs read, the weight taken as the decimal that it was written as."""
+    return int(epochs * n * Fraction(str(weight)) + Fraction(1, 2))
+
+
+def _before(mixture: Mixture, epoch: int) -> int:
+    """Records that the epochs before this one read."""
+    return sum(_reads(n, weight, epoch) for n, weight in mixture)
 
 
 def whole(n: int) -> Mixture:
@@ -55,9 +70,9 @@ def whole(n: int) -> Mixture:
     return ((n, 1.0),)
 
 
-def epoch_size(mixture: Mixture) -> int:
-    """Records that an epoch reads."""
-    return sum(round(n * weight) for n, weight in mixture)
+def epoch_size(mixture: Mixture) -> float:
+    """Records that an epoch reads, on the average of many; it may be less than one."""
+    return float(sum(n * Fraction(str(weight)) for n, weight in mixture))
 
 
 def batch_indices(seed: int, mixture: Mixture, batch: int, step: int) -> Indices:
@@ -67,14 +82,18 @@ def batch_indices(seed: int, mixture: Mixture, batch: int, step: int) -> Indices
 
 
 def _cycle(seed: int, mixture: Mixture, start: int, stop: int) -> Indices:
-    """Places start to stop of the epochs laid end to end."""
-    places, n = np.arange(start, stop), epoch_size(mixture)
-    epochs = places // n
-    parts = [mixed(seed, int(e), mixture)[places[epochs == e] % n] for e in np.unique(epochs)]
-    return np.concatenate([np.zeros(0, np.int64), *parts])
+    """Places start to stop of the epochs laid end to end; epochs that read nothing are passed over."""
+    parts = [np.zeros(0, np.int64)]
+    while start < stop:
+        later = range(int((start + len(mixture)) / epoch_size(mixture)) + 2)
+        epoch = bisect_right(later, start, key=lambda e: _before(mixture, e)) - 1
+        first = _before(mixture, epoch)
+        parts.append(mixed(seed, epoch, mixture)[start - first : stop - first])
+        start += len(parts[-1])
+    return np.concatenate(parts)
 
 
-def steps_for(n: int, batch: int, epochs: float) -> int:
+def steps_for(n: float, batch: int, epochs: float) -> int:
     """Steps that read n records `epochs` times; the last one may reach into a further epoch."""
     return max(1, math.ceil(round(n * epochs, 6) / batch))
 
@@ -95,8 +114,9 @@ class Rows:
         self._enter(0)
         self.per_epoch, self.left_out = divmod(int(self._starts[-1]), row_tokens)
         if not self.per_epoch:
-            what = f"the text has {int(self._starts[-1])} tokens, less than one row of {row_tokens}"
-            raise UserError("E-DATA-EMPTY", what, where=store.where(0), hint="give more text or lower row_tokens")
+            what = f"the first epoch has {int(self._starts[-1])} tokens, less than one row of {row_tokens}"
+            hint = "give more text, lower row_tokens, or raise the weights"
+            raise UserError("E-DATA-EMPTY", what, where=store.where(0), hint=hint)
 
     def row(self, k: int) -> list[Tokens]:
         """The pieces of documents in row k, together `row_tokens` tokens, all of them labels of what precedes them in

@@ -1,10 +1,14 @@
 """Rows of parquet files, read group by group. The only door to pyarrow, which is an extra.
 
-Columns without a value are left out, as a table has no other way to say that a field is missing.
+Parquet holds what JSON can't: times, decimals, bytes, numbers that are none. Such a value is never an error in a field
+that nobody reads; `plain` makes text or null of it where a row is written.
 """
 
+import datetime
 import importlib
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,44 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with reader.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    yield {name: value for name, value in row.items() if value is not None}
+                names, columns = batch.schema.names, [_values(column) for column in batch.columns]
+                yield from (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
     except (OSError, ValueError, TypeError, MemoryError, OverflowError) as error:  # pyarrow's errors are among these
         first = str(error).partition("\n")[0]
         raise UserError("E-DATA-FORMAT", f"this is no whole parquet file ({first:.200})", where=str(path)) from None
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as Python's values; of those that Python can't hold, a time of the year 20,000 for example, a text."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        raise  # a damaged text
+    except (ValueError, OverflowError, LookupError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    for read in (scalar.as_py, lambda: scalar.cast("string").as_py()):
+        with suppress(ValueError, OverflowError, LookupError, NotImplementedError):
+            return read()
+    return f"<{scalar.type}>"
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: times, decimals, bytes and whatever else is foreign as text, NaN and infinity as
+    null."""
+    match value:
+        case dict():
+            return {str(plain(key)): plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [plain(item) for item in value]
+        case bool() | int() | None:
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case bytes():
+            return value.decode(errors="backslashreplace")
+    return str(value).encode(errors="backslashreplace").decode()

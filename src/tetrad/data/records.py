@@ -11,7 +11,7 @@ import numpy as np
 from tetrad.data import forms
 from tetrad.data.fields import Fields, fold
 from tetrad.data.rows import paragraphs, rows
-from tetrad.data.source import Counts, Sources, Span, kind, sources
+from tetrad.data.source import Counts, Sources, Span, kind, refuse_none_learned, sources
 from tetrad.errors import UserError
 from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
 
@@ -114,12 +114,13 @@ def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> 
 
 def _records(
     part: Path | Span,
-    make: Callable[[Fields, str, Counts], R],
+    make: Callable[[Fields, str, Counts], R | None],
     given: Sources,
     counts: Counts,
     refuse: Refuse | None,
 ) -> Iterator[R]:
-    for row in rows(part, counts):
+    read, excluded = counts.read, counts.excluded
+    for row in rows(part, counts, given.rename):
         try:
             record = make(fold(row.read(), row.where, rename=given.rename), row.where, counts)
         except UserError as error:
@@ -128,8 +129,11 @@ def _records(
             counts.refused += 1
             refuse(error, row.text())
             continue
-        counts.kept += 1
-        yield record
+        if record is not None:
+            counts.kept += 1
+            yield record
+    if isinstance(part, Path):
+        refuse_none_learned(counts.excluded - excluded, counts.read - read, str(part))
 
 
 # --- what records say ---

@@ -1,19 +1,21 @@
 """Rows of files: jsonl (an object a line), json (an array, or objects), csv and tsv, parquet; and paragraphs of txt.
 
 A row is parsed when it is asked for, so that a reader may go on after a bad one. JSON is read strictly: no duplicate
-keys, no NaN, no comments. Lines end at LF or CRLF only, so that U+2028 and its kin stay inside their text.
+keys, no NaN, no comments. Lines end at LF or CRLF only, so that U+2028 and its kin stay inside their text; those of a
+table may be CR too, and inside its cells all of them are read as LF.
 """
 
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tetrad.data import parquet
-from tetrad.data.source import MAX_LINE_BYTES, Counts, Span, check_format, decode, empty, kind, lines
+from tetrad.data.filetype import check_format
+from tetrad.data.source import MAX_LINE_BYTES, Counts, Span, decode, empty, kind, lines
 from tetrad.errors import UserError
 
 MAX_JSON_BYTES = 512 << 20  # a .json file is held whole
@@ -51,8 +53,9 @@ class Row:
         return "" if isinstance(self.value, UserError) else json.dumps(self.value, ensure_ascii=False, default=str)
 
 
-def rows(part: Path | Span, counts: Counts) -> Iterator[Row]:
-    """The rows of a file or of a part of one. Errors: E-DATA-* of the file as a whole; those of a row by `Row.read`."""
+def rows(part: Path | Span, counts: Counts, rename: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """The rows of a file or of a part of one. rename: other names of a table's columns, by which cells are numbers or
+    JSON. Errors: E-DATA-* of the file as a whole; those of a row by `Row.read`."""
     span = part if isinstance(part, Span) else Span(part)
     path, suffix = span.path, kind(span.path)
     check_format(path)
@@ -63,7 +66,7 @@ def rows(part: Path | Span, counts: Counts) -> Iterator[Row]:
         case ".json":
             found = _json_values(path)
         case ".csv" | ".tsv":
-            found = _table_rows(path, "\t" if suffix == ".tsv" else ",", counts)
+            found = _table_rows(path, "\t" if suffix == ".tsv" else ",", counts, rename or {})
         case ".parquet":
             found = (Row(f"{path}:{n}", value=value) for n, value in enumerate(parquet.rows(path), 1))
         case _:
@@ -229,12 +232,12 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _table_rows(path: Path, separator: str, counts: Counts) -> Iterator[Row]:
-    """Rows of csv or tsv below their line of names; empty cells are missing fields."""
+def _table_rows(path: Path, separator: str, counts: Counts, rename: Mapping[str, str]) -> Iterator[Row]:
+    """Rows of csv or tsv below their line of names; empty cells are null."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    texts = (decode(raw, f"{path}:{number}") for number, raw in lines(Span(path)))
-    reader = csv.reader(texts, delimiter=separator, strict=True)
+    reader = csv.reader(_table_lines(path), delimiter=separator, strict=True)
     names: list[str] = []
+    meant: list[str] = []
     before = 0
     try:
         for cells in reader:
@@ -243,12 +246,20 @@ def _table_rows(path: Path, separator: str, counts: Counts) -> Iterator[Row]:
                 counts.blank += 1
             elif not names:
                 names = _column_names(cells, where)
+                meant = [rename.get(name.lower(), name.lower()) for name in names]
             else:
-                yield _table_row(names, cells, where)
+                yield _table_row(names, meant, cells, where)
     except csv.Error as error:
         hint = "put quotes around a text with line ends, and write a quote inside it twice"
         what = f"not a table: {error} (in the row that starts here)"
         raise UserError("E-DATA-SYNTAX", what, where=f"{path}:{before + 1}", hint=hint) from None
+
+
+def _table_lines(path: Path) -> Iterator[str]:
+    """The lines of a table, all with LF at their end: those of a cell are the file's, and differ by system only."""
+    for number, raw in lines(Span(path)):
+        text = decode(raw, f"{path}:{number}").replace("\r\n", "\n").replace("\r", "\n")
+        yield from (line + "\n" for line in text.removesuffix("\n").split("\n"))
 
 
 def _column_names(cells: list[str], where: str) -> list[str]:
@@ -264,13 +275,14 @@ def _column_names(cells: list[str], where: str) -> list[str]:
     return names
 
 
-def _table_row(names: list[str], cells: list[str], where: str) -> Row:
+def _table_row(names: list[str], meant: list[str], cells: list[str], where: str) -> Row:
     if len(cells) != len(names):
         hint = "put quotes around a cell that holds the separator"
         what = f"{len(cells)} cells where the first line names {len(names)} columns"
         return Row(where, value=UserError("E-DATA-SYNTAX", what, where=where, hint=hint))
     try:
-        return Row(where, value={n: _cell(n.lower(), c, where) for n, c in zip(names, cells, strict=True) if c})
+        values = [_cell(name, cell, where) if cell else None for name, cell in zip(meant, cells, strict=True)]
+        return Row(where, value=dict(zip(names, values, strict=True)))
     except UserError as error:
         return Row(where, value=error)
 

@@ -6,34 +6,25 @@ at before it is opened, because opening a pipe would wait for ever, and memory s
 
 import glob
 import gzip
-import json
 import os
-import re
+import shlex
 import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
 from tetrad.data import hub
+from tetrad.data.fields import MARKS
 from tetrad.errors import UserError
 
 MAX_LINE_BYTES = 64 << 20
 LINES = (".txt", ".jsonl", ".ndjson")  # formats that can be cut into parts at a line
 SUFFIXES = (*LINES, ".json", ".csv", ".tsv", ".parquet")
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"\x89PNG": "a PNG picture",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "parquet",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"%PDF": "PDF",
-}
-_CSV = re.compile(rb'^[^{}\[\]]*[\w"][,\t][\w"][^{}\[\]]*$')
 _SCAN = 1 << 24
 
 
@@ -42,7 +33,8 @@ class Counts:
     """What became of the rows of one reading, so that nothing is lost in silence.
 
     read: rows seen; of them kept came out and refused were set aside. blank: blank lines. cut, dropped: over-long
-    records. tied: comparisons without an order. control_strings: places where user text spells a control token (it
+    records. tied: comparisons without an order. excluded: records that say themselves that nothing of them is to be
+    learned; masked: answers that are marked so. control_strings: places where user text spells a control token (it
     stays plain text). long: over-long records that are refused, the longest and the first. forms: how each record was
     read. unknown: fields that no form reads, each with its first place.
     """
@@ -54,6 +46,8 @@ class Counts:
     cut: int = 0
     dropped: int = 0
     tied: int = 0
+    excluded: int = 0
+    masked: int = 0
     control_strings: int = 0
     long: int = 0
     longest: int = 0
@@ -82,10 +76,15 @@ class Counts:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know: forms that were recognised, and fields that are not read."""
+        """What a reader should know: forms that were recognised, what is not learned, and fields that are not read."""
         found = []
         if self.forms:
             found.append("read as " + ", ".join(f"{form} ({n})" for form, n in self.forms.most_common()))
+        if self.masked:
+            marks = ", ".join(f'"{mark}"' for mark in MARKS)
+            found.append(f"answers that are marked as not to be learned ({marks}): {self.masked}")
+        if self.excluded:
+            found.append(f'records left out, because of a false "label" or with no answer to learn: {self.excluded}')
         if self.unknown:
             listed = ", ".join(f'"{name}" (first at {where})' for name, where in sorted(self.unknown.items()))
             found.append(f"fields that are not read: {listed}")
@@ -107,12 +106,19 @@ class Sources:
         return type(self)(self.paths[number : number + 1], rename=self.rename)
 
     def mixture(self, where: Iterable[str]) -> tuple[tuple[int, float], ...]:
-        """(records, weight) of each run of records that share a weight. where: the places of the records, in order."""
+        """(records, weight) of each run of records that share a weight. where: the places of the records, in order.
+
+        Errors: E-DATA-EMPTY where the only records are those of a weight of 0.
+        """
         if all(weight == 1 for weight in self.weights):
             return ((sum(1 for _ in where), 1.0),)
         entry_of = {str(p): e for p, e in zip(self.paths, self.entry, strict=True)}
         found = Counter(entry_of[place.rpartition(":")[0]] for place in where)
-        return tuple((found[entry], self.weights[entry]) for entry in sorted(found))
+        mixture = tuple((found[entry], self.weights[entry]) for entry in sorted(found))
+        if not any(n * weight for n, weight in mixture):
+            what, hint = "the entries with a weight above 0 have no records", "give more data, or raise the weights"
+            raise UserError("E-DATA-EMPTY", what, where=str(self.paths[0]), hint=hint)
+        return mixture
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ class Span:
 def files(patterns: Iterable[str | Path]) -> list[Path]:
     """The files named, globs (`data/*.jsonl`, `**`) expanded in the order of their names, `hf://` names downloaded.
 
-    A name is taken literally where such a file exists. Errors: E-DATA-PATH, E-DATA-HUB, E-DATA-OVERLAP (named twice).
+    A name is taken literally where such a file exists, and so is each folder before a glob: a folder may be called
+    `exp[1]`. Errors: E-DATA-PATH (also a name that is not UTF-8), E-DATA-HUB, E-DATA-OVERLAP (named twice).
     """
     return list(sources(patterns).paths)
 
@@ -154,9 +161,15 @@ def sources(
 def _matches(pattern: str) -> list[Path]:
     if pattern.startswith(hub.SCHEME):
         return hub.fetch(pattern, SUFFIXES)
-    if not any(c in pattern for c in "*?[") or os.path.lexists(pattern):
+    folder, rest = "", pattern
+    while rest:
+        name, slash, below = rest.partition("/")
+        if not os.path.lexists(folder + name + slash):
+            break
+        folder, rest = folder + name + slash, below
+    if not glob.has_magic(rest):
         return [Path(pattern)]
-    matches = [Path(m) for m in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(m)]
+    matches = [Path(m) for m in sorted(glob.glob(glob.escape(folder) + rest, recursive=True)) if not os.path.isdir(m)]
     if not matches:
         raise UserError("E-DATA-PATH", "no file matches", where=repr(pattern))
     return matches
@@ -230,16 +243,32 @@ def lines(span: Span) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(raw: bytes, where: str) -> str:
-    """UTF-8 text of a line. Errors: E-DATA-ENCODING with the byte."""
+    """UTF-8 text of a line. Errors: E-DATA-ENCODING with the byte, and what the encoding probably is."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         what = f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
-        raise UserError("E-DATA-ENCODING", what, where=where, hint="save the file as UTF-8") from None
+        hint, path = "save the file as UTF-8", where.rpartition(":")[0]
+        if encoding := _probable(raw):
+            hint += f"; if it is {encoding}: iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > NEW-FILE"
+        raise UserError("E-DATA-ENCODING", what, where=where, hint=hint) from None
+
+
+def _probable(raw: bytes) -> str:
+    """The encoding that a line which is no UTF-8 most likely has: Chinese writes its bytes in pairs of high ones, the
+    languages of Western Europe a single one among letters."""
+    high = sum(byte > 127 for byte in raw)
+    paired = sum(a > 127 and b > 127 for a, b in pairwise(raw))
+    for encoding, likely in (("GB18030", paired >= high / 2), ("WINDOWS-1252", paired < high / 4)):
+        with suppress(UnicodeDecodeError):
+            if likely and raw.decode(encoding):
+                return encoding
+    return ""
 
 
 def check_file(path: Path) -> os.stat_result:
-    """A regular file that may be read. Errors: E-DATA-PATH."""
+    """A regular file that may be read, with a name that can be written down. Errors: E-DATA-PATH."""
+    _refuse_other_bytes(path)
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -254,49 +283,25 @@ def check_file(path: Path) -> os.stat_result:
     return status
 
 
-def check_format(path: Path) -> None:
-    """Looks at the name and the first bytes, so that a wrong kind of file is called by its name. Errors: E-DATA-*."""
-    check_file(path)
-    head = _head(path)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[1:2] == b"\0" or head[:1] == b"\0":
-        raise UserError("E-DATA-ENCODING", "this is UTF-16", where=str(path), hint="save as UTF-8")
-    found = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
-    if kind(path) == ".parquet":
-        found = "" if found == "parquet" else found or "not parquet"
-    if not found and kind(path) not in SUFFIXES:
-        found = f"a file of the kind {path.suffix!r}" if path.suffix else "a file without an ending"
-    if not found and kind(path) not in (".txt", ".parquet"):
-        found = _other_text(head, table=kind(path) in (".csv", ".tsv"))
-    if found:
-        hint = f"name it {path.name}.gz" if found == "gzip" else f"give it its own ending ({' '.join(SUFFIXES)})"
-        raise UserError("E-DATA-FORMAT", f"this is {found}", where=str(path), hint=hint)
+def refuse_none_learned(excluded: int, read: int, where: str) -> None:
+    """Errors: E-DATA-EMPTY where all records say themselves that they are not to be learned from."""
+    if excluded and excluded == read:
+        what = f"all {read} records are marked as not to be learned from"
+        hint = 'leave the file out, or give answers with a "label" of true or without one'
+        raise UserError("E-DATA-EMPTY", what, where=where, hint=hint)
 
 
-def _head(path: Path) -> bytes:
-    """The first bytes of a file, of a gzip file those inside."""
+def _refuse_other_bytes(path: Path) -> None:
+    """Errors: E-DATA-PATH for a name that is not UTF-8, as unzip leaves those of another system: no recipe and no
+    lineage can hold it."""
+    raw = os.fsencode(path)
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            return file.read(4096)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError("E-DATA-FORMAT", f"this is no gzip file ({error})", where=str(path)) from None
-    except OSError as error:
-        raise UserError("E-DATA-PATH", f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
-def _other_text(head: bytes, *, table: bool) -> str:
-    """What a text file is that should hold records; empty where it may hold them."""
-    first = head.lstrip().partition(b"\n")[0].strip()
-    if first.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "HTML"
-    return "CSV" if not table and first[:1] not in b"'/#" and _CSV.match(first) and not _is_json(first) else ""
-
-
-def _is_json(raw: bytes) -> bool:
-    try:
-        json.loads(raw)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        raw.decode()
+    except UnicodeDecodeError:
+        encoding = _probable(raw)
+        hint = f"rename it; in {encoding} it says {raw.decode(encoding)}" if encoding else "rename it"
+        shown = raw.decode(errors="backslashreplace")
+        raise UserError("E-DATA-PATH", "the name of this file is not UTF-8 text", where=shown, hint=hint) from None
 
 
 def empty(path: Path, blank: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A stage's tokens on disk: memory-mapped, read in any order, never held in memory as a whole.
+"""A stage's tokens on disk: read in any order, never held in memory as a whole.
 
 A store is a row of parts, each a folder with ids (uint16 or uint32), one bit a token for what the loss reads, int64
 offsets and each record's place. A part holds the records of a file, or of some megabytes of one, under a name made of
@@ -27,17 +27,17 @@ import numpy as np
 
 from tetrad import storage
 from tetrad.data.records import conversations_of, documents_of
-from tetrad.data.source import Counts, Sources, Span, spans
-from tetrad.data.tokens import OnLong, fit, refuse_long, tokenize, tokenize_documents
+from tetrad.data.source import Counts, Sources, Span, refuse_none_learned, spans
+from tetrad.data.tokens import OnLong, fit, learned, refuse_long, tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.storage import Json
 from tetrad.text.template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
 
-VERSION = 1  # raised when the same records would become other tokens
+VERSION = 2  # raised when the same records would become other tokens
 PART_BYTES = 4 << 20  # a part's text, where a file can be cut
-MOST_PARTS = 512  # of one file, so that a store has no more open maps than a process may have
+MOST_PARTS = 512  # of one file, so that its folders stay few
 ALONE_BYTES = 16 << 20  # less than this is built faster by one process
 SPOOL_TOKENS = 1 << 18  # tokens moved at once to the spool, and from it to the part; a multiple of 8
 HELD_RECORDS = 4096
@@ -70,7 +70,7 @@ class Encoding:
             return tokenize_documents(tokenizer, documents_of(span, given, counts), counts)
         found = conversations_of(span, given, counts)
         how = {"train_on_prompt": self.train_on_prompt, "last_only": self.last_only}
-        made = tokenize(self.template, tokenizer, found, **how, counts=counts)
+        made = learned(tokenize(self.template, tokenizer, found, **how, counts=counts), counts)
         return fit(made, self.max_tokens, self.on_long, counts) if self.max_tokens else made
 
 
@@ -83,7 +83,7 @@ class TokenStore:
     """Records of tokens in folders. `lengths`: int64, tokens of each record; `total`: of all."""
 
     def __init__(self, parts: Sequence[Path]) -> None:
-        """Opens what `build` wrote; the files are mapped, not read. Errors: E-CKPT-MANIFEST, E-DATA-EMPTY."""
+        """Opens what `build` wrote; the files stay closed. Errors: E-CKPT-MANIFEST, E-DATA-EMPTY."""
         self._parts = [part for part in map(_Part, parts) if part.records]
         if not self._parts:
             where = str(parts[0]) if parts else ""
@@ -107,11 +107,11 @@ class TokenStore:
     def where(self, index: int) -> str:
         """`file:line` of record `index`."""
         part, inner = self._place(index)
-        return part.where(inner)
+        return next(part.places(inner, 1))
 
     def places(self) -> Iterator[str]:
         """`file:line` of every record."""
-        return (part.where(i) for part in self._parts for i in range(part.records))
+        return (place for part in self._parts for place in part.places())
 
     def _place(self, index: int) -> tuple["_Part", int]:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -119,33 +119,37 @@ class TokenStore:
 
 
 class _Part:
-    """One folder of a store."""
+    """One folder of a store. Each look opens a file and closes it: parts may be many, and open files are few."""
 
     def __init__(self, folder: Path) -> None:
         meta = storage.read_manifest(folder)
         if meta.get("kind") != "tokens":
             raise UserError("E-CKPT-MANIFEST", "this folder holds no tokens", where=str(folder), hint="remove it")
         self.records: int = meta["records"]
-        if not self.records:
-            return
-        self._ids = np.memmap(folder / "ids.bin", np.dtype(meta["ids"]), "r")
-        self._bits = np.memmap(folder / "train.bin", np.uint8, "r")
-        self._offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
-        self._places = np.memmap(folder / "places.bin", np.uint32, "r").reshape(-1, 2)
+        self._folder, self._dtype = folder, str(meta["ids"])
         self._paths: list[str] = meta["paths"]
 
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.diff(self._offsets)
+        return np.ediff1d(self._read("offsets.bin", "int64"))
 
     def piece(self, index: int, start: int, stop: int) -> Tokens:
-        low, high = int(self._offsets[index]) + start, int(self._offsets[index]) + stop
-        bits = np.unpackbits(self._bits[low // 8 : (high + 7) // 8], bitorder="little")
-        train = bits[low % 8 : low % 8 + high - low].astype(np.bool_)
-        return Tokens(self._ids[low:high].astype(np.int32), train, self.where(index))
+        first = int(self._read("offsets.bin", "int64", index, 1)[0])
+        low, high = first + start, first + stop
+        packed = self._read("train.bin", "uint8", low // 8, (high + 7) // 8 - low // 8)
+        train = np.unpackbits(packed, bitorder="little")[low % 8 : low % 8 + high - low].astype(np.bool_)
+        ids = self._read("ids.bin", self._dtype, low, high - low).astype(np.int32)
+        return Tokens(ids, train, next(self.places(index, 1)))
 
-    def where(self, index: int) -> str:
-        path, line = self._places[index]
-        return f"{self._paths[path]}:{line}" if line else self._paths[path]
+    def places(self, index: int = 0, count: int = -1) -> Iterator[str]:
+        """`file:line` of so many records from this one on; -1 for all."""
+        for path, line in self._read("places.bin", "uint32", 2 * index, 2 * count).reshape(-1, 2).tolist():
+            yield f"{self._paths[path]}:{line}" if line else self._paths[path]
+
+    def _read(self, name: str, dtype: str, start: int = 0, count: int = -1) -> np.ndarray[Any, Any]:
+        width = np.dtype(dtype).itemsize
+        with open(f"{self._folder}/{name}", "rb", buffering=0) as file:
+            file.seek(start * width)
+            return np.frombuffer(file.read(count * width if count >= 0 else -1), dtype)
 
 
 # --- building ---
@@ -185,6 +189,7 @@ def build(
     counts = Counts()
     for job in jobs:
         counts.add(storage.read_manifest(job.folder)["counts"])
+    refuse_none_learned(counts.excluded, counts.read, str(given.paths[0]))
     refuse_long(counts, encoding.max_tokens, encoding.on_long)
     names = {job.folder.name for job in jobs}
     for old in folder.iterdir():

@@ -30,12 +30,13 @@ def tokenize(
 ) -> Iterator[Tokens]:
     """The tokens of each conversation (`train` marks answers and their end tokens) or prompt (nothing marked).
 
-    last_only: of several answers the last alone is marked. closed: false ends a record with its last end token.
+    train_on_prompt: what is no answer is marked too. last_only: of several answers the last alone is. closed: false
+    ends a record with its last end token.
     counts: gets the control strings in user text. Errors: E-DATA-CHAT, E-MODEL-TEMPLATE, E-MODEL-TOKENIZER.
     """
-    cut = ((template.pieces(tokenizer, r.turns, r.where, last=last_only, closed=closed), r.where) for r in records)
-    for tokens in _encode(tokenizer, cut, counts):
-        yield Tokens(tokens.ids, np.ones_like(tokens.train), tokens.where) if train_on_prompt else tokens
+    which = {"last": last_only, "closed": closed, "prompt": train_on_prompt}
+    pieces = ((template.pieces(tokenizer, r.turns, r.where, **which), r.where) for r in records)
+    return _encode(tokenizer, pieces, counts)
 
 
 def tokenize_documents(
@@ -74,6 +75,15 @@ def fit(
                 yield short
                 continue
         counts.dropped += on_long != "refuse"
+
+
+def learned(stream: Iterable[Tokens], counts: Counts) -> Iterator[Tokens]:
+    """Records with a token to learn; of others the last answer alone was wanted, and it is marked as not to be."""
+    for tokens in stream:
+        if tokens.train.any():
+            yield tokens
+        else:
+            counts.excluded += 1
 
 
 def refuse_long(counts: Counts, max_tokens: int, on_long: OnLong) -> None:

@@ -1,4 +1,7 @@
-"""sha256 of files, remembered by path, size, time of change and inode, so that a large file is read once."""
+"""sha256 of files, remembered by path, size, inode and both times of change, so that a large file is read once.
+
+The time of the content can be set by anyone (touch, rsync, a restored backup); that of the inode is the system's own.
+"""
 
 import json
 import time
@@ -26,13 +29,13 @@ class Hashes:
         """The sha256 of a file's content. Raises UserError E-IO-READ."""
         status = path.stat()
         name = str(path.resolve())
-        seen = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        seen = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
         known = self._known.get(name)
         if isinstance(known, list) and len(known) == 2 and known[0] == seen:
             return str(known[1])
         with phase(f"hashing {path.name}"):
             digest = storage.sha256_file(Path(name))
-        if abs(time.time() - status.st_mtime) > _SETTLED_SECONDS:
+        if min(abs(time.time() - changed) for changed in (status.st_mtime, status.st_ctime)) > _SETTLED_SECONDS:
             self._known[name] = [seen, digest]
             self._changed = True
         return digest

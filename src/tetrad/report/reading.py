@@ -242,12 +242,13 @@ def sniff(path: Path, given: Sources) -> str:
     """What the records of a file are, seen from its first rows. Errors: E-DATA-*."""
     if kind(path) == ".txt":
         return "documents"
-    for number, row in enumerate(rows(path, Counts())):
+    for number, row in enumerate(rows(path, Counts(), given.rename)):
         try:
             value = row.read()
         except UserError:
             continue
-        names = {given.rename.get(str(n).lower(), str(n).lower()) for n in value} if isinstance(value, dict) else set()
+        fields = value if isinstance(value, dict) else {}
+        names = {given.rename.get(name := str(n).lower(), name) for n in fields if fields[n] is not None}
         if names & {"choices", "chosen"} or names >= {"output", "score"}:
             return "preferences"
         if names & {"output", "completion"} or names & {"messages", "conversations"}:
@@ -320,7 +321,7 @@ def shortened(record: Record) -> Record:
         if isinstance(record, Comparison):
             return replace(record, prompt=prompt, answers=tuple(answer[:LONGEST] for answer in record.answers))
         return replace(record, prompt=prompt, answer=record.answer[:LONGEST])
-    return replace(record, turns=tuple(Turn(turn.role, turn.text[:LONGEST]) for turn in record.turns))
+    return replace(record, turns=tuple(replace(turn, text=turn.text[:LONGEST]) for turn in record.turns))
 
 
 def _turns(record: Record) -> tuple[Turn, ...]:

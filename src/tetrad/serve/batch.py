@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from tetrad.data.fields import fold, null
+from tetrad.data.parquet import plain
 from tetrad.data.records import read_prompts
-from tetrad.data.rows import rows
+from tetrad.data.rows import Row, rows
 from tetrad.data.source import Counts, sources
 from tetrad.engine.console import Console
 from tetrad.engine.context import renamed
@@ -53,13 +55,13 @@ def generate_file(settings: Generate, console: Console) -> None:
     Errors: E-CONF-CONFLICT, E-DATA-*, E-MODEL-*, E-CKPT-*, E-IO-*.
     """
     _check_out(settings.out, settings.prompts)
+    given = sources([settings.prompts] if settings.prompts else [], rename=renamed(settings.rename))
+    records = _records(given.paths)
     model = load(settings.model, settings.template)
     judge = load_reward(settings.reward, settings.template) if settings.reward else None
     if settings.prompts:
         counts, limit = Counts(), model.model.config.max_positions
-        given = sources([settings.prompts], rename=renamed(settings.rename))
         questions = read_questions(given, model.form, model.tokenizer, counts, limit, settings.max_new)
-        records = _records(given.paths)
     else:
         questions = [question(model, asked(settings.instruction, settings.input, where="--instruction"))]
         records = [{"Instruction": settings.instruction, **({"Input": settings.input} if settings.input else {})}]
@@ -82,9 +84,9 @@ def generate_file(settings: Generate, console: Console) -> None:
 def score_file(settings: ScoreFile, console: Console) -> None:
     """Scores the answer of each record of a file. Errors: E-CONF-CONFLICT, E-DATA-*, E-MODEL-*, E-CKPT-*, E-IO-*."""
     _check_out(settings.out, settings.data)
-    judge = load_reward(settings.model, settings.template)
     given = sources([settings.data], rename=renamed(settings.rename))
     prompts, records = read_prompts(given, Counts()), _records(given.paths)
+    judge = load_reward(settings.model, settings.template)
     texts, ended = zip(*(_answer(r, p.where, given.rename) for r, p in zip(records, prompts, strict=True)), strict=True)
     samples = [Sample((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, ended, strict=True)]
     documents = written(judge.form, judge.tokenizer, samples)
@@ -171,8 +173,17 @@ def _logprobs(tokenizer: Tokenizer, reply: Reply) -> list[Fields]:
 
 
 def _records(paths: Iterable[Path]) -> list[Fields]:
-    """The records of files that were read once, field by field as they stand there."""
-    return [row.read() for path in paths for row in rows(path, Counts())]
+    """The records of files, field by field as they stand there and as JSON can hold them. Errors: E-DATA-*."""
+    return [_writable(row) for path in paths for row in rows(path, Counts())]
+
+
+def _writable(row: Row) -> Fields:
+    value = row.read()
+    fold(value, row.where)  # refuses what is no object
+    try:
+        return dict(plain(value))
+    except RecursionError:
+        raise UserError("E-DATA-SYNTAX", "brackets nest too deeply", where=row.where) from None
 
 
 def _extended(record: Fields, new: Fields) -> Fields:
@@ -190,14 +201,15 @@ def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str,
     """The text to score, and whether it ends: only a reply that `generate` marked as cut does not."""
     fields = {rename.get(name.lower(), name.lower()): value for name, value in record.items()}
     for name in _ANSWERS:
-        if name in fields:
+        if fields.get(name) is not None:
             if not isinstance(fields[name], str):
-                code = "E-DATA-NULL" if fields[name] is None else "E-DATA-TYPE"
-                raise UserError(code, f'"{name}" must be text', where=where, hint="write the answer as text")
+                raise UserError("E-DATA-TYPE", f'"{name}" must be text', where=where, hint="write the answer as text")
             return fields[name], name != "reply" or fields.get("ended") is not False
-    last = {name.lower(): value for name, value in fields.get("messages", [{}])[-1].items()}
+    last = {name.lower(): value for name, value in (fields.get("messages") or [{}])[-1].items()}
     if last.get("role") == "assistant":
         return last["content"], True
+    if name := next((name for name in _ANSWERS if name in fields), ""):
+        null(name, where)
     what = f"there is no answer to score; fields seen: {', '.join(record)}"
     raise UserError("E-DATA-MISSING", what, where=where, hint=f"name it one of {', '.join(_ANSWERS)}")
 

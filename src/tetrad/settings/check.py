@@ -41,7 +41,7 @@ def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) ->
             raise unknown(name, known, where)
         if SECRET_VALUE.search(str(value)):
             raise secret(name, where)
-        if not _is_text(json.dumps(value, ensure_ascii=False, default=str)):
+        if not is_text(json.dumps(value, ensure_ascii=False, default=str)):
             what, hint = f"{name} = {value!a:.60} is not UTF-8 text.", "rename the file, or write it in UTF-8"
             raise UserError("E-CONF-TYPE", what, where=where, hint=hint)
     try:
@@ -62,7 +62,7 @@ def _known(cls: type[Any]) -> tuple[dict[str, Knob], dict[str, type[Any]]]:
     return knobs(cls), tables(cls)
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """False for halves of surrogate pairs, which is how Python shows bytes that are no UTF-8."""
     try:
         value.encode()

@@ -59,19 +59,23 @@ class Template:
         *,
         last: bool = False,
         closed: bool = True,
+        prompt: bool = False,
     ) -> list[Piece]:
         """What a conversation, or a prompt that waits for an answer, is made of. last: only the last answer is learned.
 
-        closed: false ends a conversation with its last end token, as a reply ends. Errors: E-DATA-CHAT, E-MODEL-*.
+        prompt: what is no answer is learned too. closed: false ends a conversation with its last end token, as a reply
+        ends. An answer that is marked so is never learned. Errors: E-DATA-CHAT, E-MODEL-*.
         """
         make = _chat_pieces if self.start else _instruction_pieces
         found = list(make(self, tokenizer, turns, where))
         learned = [i for i, (_, trained) in enumerate(found) if trained]
         if not closed and turns[-1].role == "assistant":
             found = found[: learned[-1] + 1]
-        if last and len(learned) > 2:  # a text and its end token
-            found = [(piece, trained and i >= learned[-2]) for i, (piece, trained) in enumerate(found)]
-        return found
+        marks = [turn.train for turn in turns if turn.role == "assistant"]
+        if last:
+            marks = [mark and number == len(marks) for number, mark in enumerate(marks, 1)]
+        answers = iter([mark for mark in marks for _ in ("text", "end token")])
+        return [(piece, next(answers) if trained else prompt) for piece, trained in found]
 
     def prompt(self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "") -> list[int]:
         """Ids up to where the answer begins."""

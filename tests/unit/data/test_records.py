@@ -31,6 +31,18 @@ def write(tmp_path):
     return write
 
 
+def choices(*pairs):
+    return {"input": "q", "choices": [{"text": text, "rank": rank} for text, rank in pairs]}
+
+
+def instruction(**fields):
+    return {"instruction": "q", "output": "a", **fields}
+
+
+def chat(**fields):
+    return {"messages": [{"role": "user", "content": "a", **fields}, {"role": "assistant", "content": "b"}]}
+
+
 def strip(records):
     return [r.turns for r in records]
 
@@ -177,6 +189,152 @@ def test_pairs_of_different_conversations(write):
             read_preferences(write(record))
 
 
+def marked(*marks, shape=("role", "content", "user", "assistant"), name="messages"):
+    """A conversation with an answer for each mark: fields of the assistant's turn."""
+    who, what, user, assistant = shape
+    turns = [({who: user, what: "a"}, {who: assistant, what: "b", **mark}) for mark in marks]
+    return {name: [turn for pair in turns for turn in pair]}
+
+
+SHAREGPT = {"shape": ("from", "value", "human", "gpt"), "name": "conversations"}
+NO = [
+    {"weight": 0},
+    {"weight": 0.0},
+    {"loss": False},
+    {"trainable": False},
+    {"train": False},
+    {"weight": 1, "train": 0},
+]
+YES = [{}, {"weight": 1}, {"loss": True}, {"weight": None, "train": True}, {"trainable": 1.0}]
+
+
+@pytest.mark.parametrize("where", [{}, SHAREGPT])
+@pytest.mark.parametrize("no", NO)
+def test_an_answer_that_is_marked_is_not_learned(write, no, where):
+    counts = Counts()
+    records = [marked(no, yes, **where) for yes in YES] + [marked({}, no, **where), marked(no, no, **where)]
+    found = list(read_conversations(write(*records), counts))
+    assert [[t.train for t in r.turns if t.role == "assistant"] for r in found] == [[False, True]] * 5 + [[True, False]]
+    assert all(turn.train for record in found for turn in record.turns if turn.role == "user")
+    assert (counts.masked, counts.excluded, counts.kept, counts.unknown) == (8, 1, 6, {})
+    assert any('"weight", "loss", "trainable", "train"): 8' in note for note in counts.notes)
+    with pytest.raises(UserError, match=r"E-DATA-EMPTY.*all 2 records are marked"):
+        list(read_conversations(write(marked(no), marked(no, no))))
+
+
+@pytest.mark.parametrize("bad", [{"weight": 0.5}, {"loss": "false"}, {"train": [0]}, {"trainable": 2}])
+def test_a_mark_that_is_neither_yes_nor_no(write, bad):
+    with pytest.raises(UserError, match=r"E-DATA-TYPE.*:1: turn 4: .*true or false, or 1 or 0"):
+        list(read_conversations(write(marked({}, bad))))
+
+
+def test_a_mark_on_a_users_turn_is_harmless(write):
+    (found,) = read_conversations(write(chat(weight=0.5, train=False)))
+    assert all(turn.train for turn in found.turns)
+
+
+def test_nested_fields_that_are_not_read_are_told(write):
+    counts = Counts()
+    talk = marked({"mask": 1, "weight": 1, "name": None})
+    list(read_conversations(write(talk, chat(Name="x")), counts))
+    assert counts.unknown.keys() == {"messages.mask", "messages.name"}
+    assert counts.unknown["messages.name"].endswith(":2") and '"messages.mask" (first at' in counts.notes[-1]
+    counts = Counts()
+    ranked = choices(("a", 1), ("b", 2))
+    ranked["choices"][0] |= {"votes": 3, "model": "m"}
+    pair = {"chosen": talk["messages"], "rejected": [*talk["messages"][:1], {"role": "assistant", "content": "c"}]}
+    read_preferences(write(ranked, pair), (), counts)
+    assert counts.unknown.keys() == {"choices.votes", "choices.model", "chosen.mask", "chosen.weight"}
+    counts = Counts()
+    read_prompts(write(ranked), counts)
+    assert counts.unknown == {}  # answers are not read at all
+
+
+KTO = {"prompt": "p", "completion": "c"}
+
+
+@pytest.mark.parametrize("bad", [False, 0, 0.0, "false", "False", "0"])
+@pytest.mark.parametrize("good", [True, 1, "true", "1", None, "positive", 5])
+def test_a_false_label_is_no_good_answer(write, bad, good):
+    counts = Counts()
+    records = [KTO | {"label": good}, KTO | {"label": bad}, KTO]
+    assert len(list(read_conversations(write(*records), counts))) == 2
+    assert (counts.read, counts.kept, counts.excluded) == (3, 2, 1)
+    assert any('because of a false "label"' in note and note.endswith(": 1") for note in counts.notes)
+    assert ("label" in counts.unknown) == (good in ("positive", 5))
+    with pytest.raises(UserError, match=r"E-DATA-EMPTY.*all 1 records"):
+        list(read_conversations(write(KTO | {"label": bad})))
+
+
+@pytest.mark.parametrize(
+    ("record", "kept"),
+    [
+        (instruction(label=False), 0),
+        (instruction(label=0), 1),  # the class of a text
+        (instruction(label="false"), 1),
+        (instruction(kto_tag="false"), 0),
+        (instruction(kto_tag=True), 1),
+        (chat() | {"label": False}, 0),
+        ({"prompt": chat()["messages"][:1], "completion": chat()["messages"][1:], "label": False}, 0),
+    ],
+)  # fmt: skip
+def test_labels_of_other_forms(write, record, kept):
+    assert len(list(read_conversations(write(instruction(), record)))) == 1 + kept
+
+
+NULLS = {"messages": None, "prompt": None, "choices": None, "label": None, "Input": None, "x": None}
+
+
+def test_a_null_is_a_missing_field_at_every_depth(write):
+    counts = Counts()
+    turns = [{"from": None, "value": None, "role": "user", "content": "a", "weight": None}]
+    turns += [{"from": "gpt", "value": "b", "role": None, "content": None}]
+    found = list(read_conversations(write(NULLS | instruction(), NULLS | {"messages": turns}), counts))
+    assert [r.turns for r in found] == [(Turn("instruction", "q"), Turn("input", ""), Turn("assistant", "a")), SAID]
+    assert counts.unknown == {}
+    ranks = [{"text": "x", "rank": 2, "votes": None}, {"text": "y", "rank": 1, "votes": None}]
+    votes = [{"text": "x", "rank": None, "votes": 2}, {"text": "y", "rank": None, "votes": 1}]
+    found = read_preferences(
+        write(*({"input": "q", "choices": c, "chosen": None, "margin": None} for c in (ranks, votes)))
+    )
+    assert [(r.ranks, r.votes) for r in found] == [((2, 1), ()), ((1, 2), (2, 1))]
+    renamed = sources(write({"question": None, "instruction": "q", "output": "a"}), rename={"question": "instruction"})
+    assert len(list(read_conversations(renamed))) == 1
+
+
+@pytest.mark.parametrize("role", ["tool", "function_call", "observation"])
+def test_turns_of_tools_have_a_reason(write, role):
+    called = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    with pytest.raises(UserError, match=rf'E-DATA-CHAT.*turn 2: "{role}": calls of tools.*as text'):
+        list(read_conversations(write({"messages": called})))
+    called[1] = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    with pytest.raises(UserError, match=r'E-DATA-CHAT.*turn 2: "tool_calls"'):
+        list(read_conversations(write({"messages": called})))
+    share = [{"from": "human", "value": "a"}, {"from": role, "value": "{}"}]
+    with pytest.raises(UserError, match=r"E-DATA-CHAT.*calls of tools"):
+        list(read_conversations(write({"conversations": share})))
+
+
+def test_whole_dialogues_as_texts_have_a_way_out(write):
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    with pytest.raises(UserError, match=r'E-DATA-MISSING.*no prompt beside them.*into "prompt".*lists of turns'):
+        read_preferences(write({"chosen": f"{start} Hello", "rejected": f"{start} Go"}))
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"Question": "a", "Answer": "b"}, "--data.rename question=instruction answer=output"),
+        ({"问题": "a", "答案": "b"}, "--data.rename 问题=instruction 答案=output"),
+        ({"query": "a", "question": "b", "response": "c"}, "--data.rename question=instruction response=output"),
+    ],
+)
+def test_the_words_that_would_rename(write, record, words):
+    with pytest.raises(UserError, match="E-DATA-MISSING") as caught:
+        list(read_conversations(write(record)))
+    assert words in caught.value.hint
+
+
 def test_fields_of_other_names(write):
     given = sources(write({"Question": "hello", "ANSWER": "x"}), rename={"question": "instruction", "answer": "output"})
     (found,) = read_conversations(given)
@@ -258,18 +416,6 @@ def test_a_missing_scale_says_the_range_and_the_line(write):
         read_preferences(paths)
     with pytest.raises(UserError, match=r"E-DATA-NUMBER.*:3: .*4, outside the scale -2 to 3"):
         read_preferences(paths, (-2, 3))
-
-
-def choices(*pairs):
-    return {"input": "q", "choices": [{"text": text, "rank": rank} for text, rank in pairs]}
-
-
-def instruction(**fields):
-    return {"instruction": "q", "output": "a", **fields}
-
-
-def chat(**fields):
-    return {"messages": [{"role": "user", "content": "a", **fields}, {"role": "assistant", "content": "b"}]}
 
 
 BAD = [

@@ -1,10 +1,21 @@
 """Every bad file has its error with the line, and nothing legal is refused."""
 
+import contextlib
+import datetime
+import decimal
 import gzip
+import io
 import json
+import math
 import os
+import pickle
+import sqlite3
 import sys
+import tarfile
 import time
+import uuid
+import zipfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +23,8 @@ from hypothesis import strategies as st
 
 from tetrad.data import rows as rows_module
 from tetrad.data import source
+from tetrad.data.parquet import plain
+from tetrad.data.records import read_documents
 from tetrad.data.rows import paragraphs, parse, rows
 from tetrad.data.source import Counts, Span, files, lines, sources, spans
 from tetrad.errors import UserError
@@ -173,11 +186,35 @@ def test_gzip(tmp_path):
 TABLE = 'Instruction,Output,score,choices\r\n"say ""hi"",\nthen go",x,4.5,\n\n你好,y,,"[{""rank"": 1}]"\n'
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(("name", "separator"), [("f.csv", ","), ("f.tsv", "\t")])
+def test_line_ends_of_a_table_are_one_thing(tmp_path, end, last, mark, name, separator):
+    table = f'input{separator}output\n"a\nb"{separator}"c\n\nd"\n\ne{separator}"f\n"'.replace("\n", end)
+    found, counts = read(write(tmp_path, mark + table + end * last, name))
+    assert found == [("2", {"input": "a\nb", "output": "c\n\nd"}), ("7", {"input": "e", "output": "f\n"})]
+    assert counts.blank == 1
+
+
+def test_a_table_is_renamed_before_its_cells_are_read(tmp_path):
+    """A cell is a number or JSON by the name that its column gets."""
+    table = 'Rating,talk,score\n4.5,"[{""role"": ""user""}]",007\n'
+    path = write(tmp_path, table, "f.csv")
+    renamed = {"rating": "score", "talk": "messages", "score": "id"}
+    (row,) = rows(path, Counts(), renamed)
+    assert row.read() == {"Rating": 4.5, "talk": [{"role": "user"}], "score": "007"}
+    (row,) = rows(path, Counts(), {"talk": "choices", "rating": "margin"})
+    assert row.read() == {"Rating": 4.5, "talk": [{"role": "user"}], "score": 7.0}
+    (row,) = rows(path, Counts())
+    assert row.read() == {"Rating": "4.5", "talk": '[{"role": "user"}]', "score": 7.0}
+
+
 def test_csv(tmp_path):
     found, counts = read(write(tmp_path, TABLE, "f.csv"))
     assert found == [
-        ("2", {"Instruction": 'say "hi",\nthen go', "Output": "x", "score": 4.5}),
-        ("5", {"Instruction": "你好", "Output": "y", "choices": [{"rank": 1}]}),
+        ("2", {"Instruction": 'say "hi",\nthen go', "Output": "x", "score": 4.5, "choices": None}),
+        ("5", {"Instruction": "你好", "Output": "y", "score": None, "choices": [{"rank": 1}]}),
     ]
     assert (counts.read, counts.blank) == (2, 1)
     tabs = "\ufeffprompt\tcompletion\na, b\t007\n"
@@ -217,9 +254,9 @@ def test_parquet(tmp_path):
          ("messages", arrow.list_(arrow.struct([("role", arrow.string()), ("content", arrow.string())])))]
     )), path)  # fmt: skip
     assert read(path)[0] == [
-        ("1", {"text": "a"}),
-        ("2", {"messages": [{"role": "user", "content": "你好"}]}),
-        ("3", {"score": 1.5}),
+        ("1", {"text": "a", "score": None, "messages": None}),
+        ("2", {"text": None, "score": None, "messages": [{"role": "user", "content": "你好"}]}),
+        ("3", {"text": None, "score": 1.5, "messages": None}),
     ]
     whole = path.read_bytes()
     for damaged in (whole[:-20], whole[:60] + b"\xff" * 40 + whole[100:], b"PAR1" + b"\0" * 40 + b"PAR1"):
@@ -231,6 +268,140 @@ def test_parquet_without_its_wheel(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"E-DATA-FORMAT.*tetrad\[parquet\]"):
         read(write(tmp_path, b"PAR1....", "f.parquet"))
+
+
+def test_values_that_json_and_python_cannot_hold(tmp_path):
+    """Never an error in a field that nobody reads, and text or null where the row is written."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    fine, large = 1234567890123456789, 2**53
+    columns = {
+        "ns": (arrow.array([fine, None], arrow.timestamp("ns")), "2009-02-13T23:31:30.123456789"),
+        "far": (arrow.array([large, None], arrow.timestamp("s")), "<value out of range"),
+        "inner": (arrow.array([{"a": large}, None], arrow.struct([("a", arrow.timestamp("s"))])), "<struct"),
+        "zone": (arrow.array([fine, None], arrow.timestamp("us", tz="Mars/Olympus")), "<timestamp[us, tz=Mars"),
+        "day": (arrow.array([datetime.date(2025, 1, 2), None]), "2025-01-02"),
+        "span": (arrow.array([datetime.timedelta(1), None]), "1 day, 0:00:00"),
+        "money": (arrow.array([decimal.Decimal("1.10"), None]), "1.10"),
+        "raw": (arrow.array([b"\0\xff", None]), "\0\\xff"),
+        "nan": (arrow.array([math.nan, None]), None),
+        "list": (arrow.array([[math.inf, 1.0], None]), [None, 1.0]),
+        "map": (arrow.array([[("k", b"v")], None], arrow.map_(arrow.string(), arrow.binary())), [["k", "v"]]),
+    }
+    path = tmp_path / "f.parquet"
+    parquet.write_table(
+        arrow.table({"text": ["a", "b"]} | {name: column for name, (column, _) in columns.items()}), path
+    )
+    assert [d.text for d in read_documents([path])] == ["a", "b"]
+    first, second = (plain(row.read()) for row in rows(path, Counts()))
+    json.dumps([first, second], allow_nan=False)
+    for name, (_, text) in columns.items():
+        assert first[name] == text or str(first[name]).startswith(str(text)), name
+        assert second[name] is None
+    assert plain([uuid.UUID(int=1), "\ud800", 2**70, True]) == [str(uuid.UUID(int=1)), "\\ud800", 2**70, True]
+
+
+def packed(name, content):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        item = tarfile.TarInfo(name)
+        item.size = len(content)
+        archive.addfile(item, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zipped(*names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return buffer.getvalue()
+
+
+def exported(write_file):
+    import pyarrow
+
+    buffer = io.BytesIO()
+    write_file(pyarrow.table({"a": [1]}), buffer)
+    return buffer.getvalue()
+
+
+def database(folder):
+    path = folder / "x.db"
+    with contextlib.closing(sqlite3.connect(path)) as opened:
+        opened.execute("create table t (a)")
+        opened.commit()
+    return path.read_bytes()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+OTHERS = {
+    "lfs": (lambda folder: LFS, "git-lfs.*git lfs pull"),
+    "page": (lambda folder: b"\n <!DOCTYPE HTML>\n<html></html>", "HTML.*download"),
+    "zip": (lambda folder: zipped("a.jsonl"), "zip archive.*unpack"),
+    "tar": (lambda folder: packed("a.jsonl", GOOD.encode()), "tar archive.*unpack"),
+    "xlsx": (lambda folder: zipped("[Content_Types].xml", "xl/workbook.xml"), "Excel.*CSV UTF-8"),
+    "xls": (lambda folder: b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "Excel.*CSV UTF-8"),
+    "sqlite": (database, "SQLite.*jsonl"),
+    "pickle": (lambda folder: pickle.dumps([{"prompt": "p"}]), "pickle.*never read"),
+    "old pickle": (lambda folder: pickle.dumps([{"prompt": "p"}], 2), "pickle.*never read"),
+    "jpeg": (lambda folder: b"\xff\xd8\xff\xe0\0\x10JFIF", "JPEG"),
+    "pdf": (lambda folder: b"%PDF-1.7\n", "PDF"),
+    "safetensors": (lambda folder: b"\x40\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32"}}', "safetensors"),
+    "gguf": (lambda folder: b"GGUF\3\0\0\0", "gguf"),
+    "numpy": (lambda folder: b"\x93NUMPY\1\0", "numpy"),
+    "utf-16": (lambda folder: GOOD.encode("utf-16"), "UTF-16.*iconv -f UTF-16 -t UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.csv", "f.parquet", "f.txt", "f.jsonl.gz"])
+@pytest.mark.parametrize(("make", "words"), OTHERS.values(), ids=OTHERS)
+def test_what_is_plainly_something_else(tmp_path, make, words, name):
+    """By its opening, whatever it is called; text is free to be a page."""
+    path = write(tmp_path, make(tmp_path), name)
+    if name == "f.txt" and words.startswith("HTML"):
+        return
+    if name == "f.jsonl.gz" and words.startswith(("HTML", "UTF-16")):
+        words = "no gzip file.*without .gz"
+    with pytest.raises(UserError, match=words) as caught:
+        list(read_documents([path]))
+    assert caught.value.code in ("E-DATA-FORMAT", "E-DATA-ENCODING") and name in caught.value.where
+
+
+def test_arrow_files_and_swapped_endings(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    from pyarrow import feather, parquet
+
+    def stream(table, file):
+        with pyarrow.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
+
+    for content, words in ((exported(feather.write_feather), "Arrow"), (exported(stream), "stream of Arrow")):
+        with pytest.raises(UserError, match=rf"E-DATA-FORMAT.*{words}.*parquet"):
+            read(write(tmp_path, content))
+    with pytest.raises(UserError, match=r"this is parquet.*\.parquet"):
+        read(write(tmp_path, exported(parquet.write_table)))
+    with pytest.raises(UserError, match=r"not parquet.*\.jsonl"):
+        read(write(tmp_path, GOOD, "f.parquet"))
+    with pytest.raises(UserError, match=r"JSON.*\.jsonl"):
+        read(write(tmp_path, GOOD, "f.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "words"),
+    [
+        ("请把这句话翻译成英文，谢谢。", "gb18030", "iconv -f GB18030 -t UTF-8"),
+        ("問題與答案", "gbk", "iconv -f GB18030 -t UTF-8"),
+        ("café crème à la carte", "latin-1", "iconv -f WINDOWS-1252 -t UTF-8"),
+        ("“quoted” text – and more of it", "cp1252", "iconv -f WINDOWS-1252 -t UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["f.jsonl", "f.csv", "f.txt"])
+def test_the_encoding_that_a_text_probably_has(tmp_path, text, encoding, words, name):
+    first = b"" if name == "f.txt" else b"text\n" if name == "f.csv" else b'{"text": "a"}\n'
+    path = write(tmp_path, b"\n"[: name == "f.txt"] + first + text.encode(encoding), name)
+    with pytest.raises(UserError, match=rf"E-DATA-ENCODING.*:2: not UTF-8.*{words} \S*{name} >"):
+        list(read_documents([path]))
 
 
 def test_weights_and_places(tmp_path):
@@ -272,6 +443,36 @@ def test_names_are_never_options_or_patterns_where_the_file_exists(tmp_path, mon
         write(tmp_path, GOOD, name)
         assert [str(p) for p in files([name])] == [name]
         assert read(files([name])[0])[1].read == 2
+
+
+@pytest.mark.parametrize("folder", ["exp[1]", "a*b", "what?", "[!x]", "plain"])
+def test_a_folder_before_a_glob_is_taken_literally(tmp_path, monkeypatch, folder):
+    """Siblings that the folder's name would match as a pattern are never read."""
+    for name in (folder, "exp1", "aXb", "whatX", "y"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        write(tmp_path / name / "data", GOOD, "s.jsonl")
+        write(tmp_path / name / "data", GOOD, "t[1].jsonl")
+    monkeypatch.chdir(tmp_path)
+    for start in (str(tmp_path / folder), folder, f"./{folder}", f"../{tmp_path.name}/{folder}"):
+        assert files([f"{start}/data/s*.jsonl"]) == [Path(f"{start}/data/s.jsonl")]
+        assert files([f"{start}/**/t?1?.jsonl"]) == [Path(f"{start}/data/t[1].jsonl")]
+        assert files([f"{start}/data/t[1].jsonl"]) == [Path(f"{start}/data/t[1].jsonl")]
+        for missing in ("none.jsonl", "none*.jsonl"):
+            with pytest.raises(UserError, match="E-DATA-PATH"):
+                files([f"{start}/data/{missing}"])
+
+
+@pytest.mark.parametrize("name", ["数据".encode("gb18030"), "données".encode("latin-1"), b"\xff\xfe"])
+def test_a_name_in_other_bytes_is_refused_wherever_it_comes_from(tmp_path, name):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name + b".jsonl")
+    with open(path, "w") as file:
+        file.write(GOOD)
+    for pattern in (path, tmp_path / "*.jsonl", tmp_path / "**"):
+        with pytest.raises(UserError, match=r"E-DATA-PATH.*\\x.*is not UTF-8 text.*rename it") as caught:
+            files([pattern])
+    if name == "数据".encode("gb18030"):
+        assert "数据.jsonl" in caught.value.hint
+    str(caught.value).encode()
 
 
 def test_globs_are_sorted_and_a_file_counts_once(tmp_path):

@@ -3,7 +3,9 @@
 import gzip
 import json
 import os
+import resource
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,3 +240,40 @@ def test_workers_end_with_their_parent(tmp_path, many, monkeypatch):
     with pytest.raises(SystemExit):
         store_file._begin_worker(123, CHAT)
     assert ended == [1]
+
+
+def test_open_files_do_not_grow_with_the_number_of_parts(tmp_path):
+    """A corpus of many small files: everything is read with a few more files than are open already."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for i in range(120):
+        (folder / f"{i}.txt").write_text(f"Book {i}.\n\nIts end.\n")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 16, before[1]))
+    try:
+        store, counts = made(tmp_path / "t", [folder / "*.txt"], DOCUMENTS)
+        texts = {TOKENIZER.decode(store[i].ids.tolist()) for i in range(len(store))}
+        places = list(store.places())
+        again, _ = made(tmp_path / "t", [folder / "*.txt"], DOCUMENTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(store) == len(again) == counts.kept == 240 and len(texts) == 121
+    assert places == [store.where(i) for i in range(240)]
+
+
+def test_records_with_nothing_to_learn_are_counted(tmp_path):
+    """The last answer alone is wanted, and it is marked; the answers before it are context."""
+    turns = [{"role": r, "content": r} for r in ("user", "assistant", "user")]
+    last = [{"role": "assistant", "content": "x", "weight": weight} for weight in (0, 1)]
+    path = tmp_path / "f.jsonl"
+    path.write_text("".join(json.dumps({"messages": [*turns, end]}) + "\n" for end in last))
+    tokenizer = bpe.learn(["user assistant x"] * 5, 320).with_control("<|im_start|>").with_control("<|im_end|>")
+    chat = Encoding(tokenizer.text, tokenizer.eos_ids, TEMPLATES["chatml"], last_only=True)
+    store, counts = made(tmp_path / "t", [path], chat)
+    assert (len(store), counts.excluded, counts.kept) == (1, 1, 2)
+    every, _ = made(tmp_path / "u", [path], replace(chat, last_only=False, train_on_prompt=True))
+    unlearned = [i for i, trained in zip(every[0].ids.tolist(), every[0].train, strict=True) if not trained]
+    assert tokenizer.decode(unlearned, keep_control=True) == "x<|im_end|>" and every[1].train.all()
+    path.write_text(json.dumps({"messages": [*turns, last[0]]}) + "\n")
+    with pytest.raises(UserError, match=r"E-DATA-EMPTY.*all 1 records are marked"):
+        made(tmp_path / "v", [path], chat)

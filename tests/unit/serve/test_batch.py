@@ -1,6 +1,8 @@
 """Records in, the same records with replies or scores out; mistakes are told before any work is done."""
 
+import datetime
 import json
+import math
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -219,6 +221,56 @@ def test_a_bad_record_is_named(run: Path, here: Path, record: dict[str, Any], co
     error = refused(scored, run, "s.jsonl", "o.jsonl")
     assert (error.code, error.where) == (code, "s.jsonl:2")
     assert not Path("o.jsonl").exists()
+
+
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would load a model fails."""
+    for name in ("load", "load_reward"):
+        monkeypatch.setattr(batch, name, lambda *_: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize(
+    "bad", ['{"input": "x", "output": "y", "id": NaN}', '{"input": "x", "output": "\\ud800"}', "5"]
+)
+def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(
+    run: Path, here: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    unloaded(monkeypatch)
+    Path("s.jsonl").write_text('{"input": "x", "output": "y"}\n' + bad + "\n")
+    for error in (
+        refused(scored, run, "s.jsonl", "o.jsonl"),
+        refused(generated, run, prompts="s.jsonl", out="o.jsonl"),
+    ):
+        assert error.code in ("E-DATA-NUMBER", "E-DATA-ENCODING", "E-DATA-TYPE") and error.where == "s.jsonl:2"
+
+
+def test_foreign_values_of_fields_that_nobody_reads_are_written(run: Path, here: Path) -> None:
+    """A table of numbers that are none, and of times: text or null beside the reply, and no reply is lost."""
+    Path("s.csv").write_text("input,output,score,margin\nx,y,1e999,-1e999\n")
+    Path("deep.jsonl").write_text('{"input": "x", "output": "y", "far": 1e999, "deep": ' + "[" * 90 + "]" * 90 + "}\n")
+    for name in ("s.csv", "deep.jsonl"):
+        generated(run, prompts=name, out="a.jsonl")
+        scored(run, name, "b.jsonl")
+        for new in ("a.jsonl", "b.jsonl"):
+            (record,) = (json.loads(line, parse_constant=pytest.fail) for line in Path(new).read_text().splitlines())
+            assert None in record.values()
+    Path("deep.jsonl").write_text('{"input": "x", "deep": ' + "[" * 700 + "]" * 700 + "}\n")
+    assert refused(generated, run, prompts="deep.jsonl").code == "E-DATA-SYNTAX"
+
+
+def test_a_parquet_file_keeps_its_columns(run: Path, here: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    when = [datetime.datetime(2025, 1, 2, 3, 4, 5), None]
+    rows = {"input": ["a film", "the plot"], "output": ["x", "y"], "when": when, "raw": [b"z", None]}
+    parquet.write_table(arrow.table(rows | {"nan": [math.nan, 0.5], "reply": [None, "is warm"]}), "p.parquet")
+    generated(run, prompts="p.parquet", out="a.jsonl")
+    scored(run, "p.parquet", "b.jsonl")
+    for name in ("a.jsonl", "b.jsonl"):
+        assert [(r["when"], r["raw"], r["nan"]) for r in read(name)] == [
+            ("2025-01-02T03:04:05", "z", None),
+            (None, None, 0.5),
+        ]
+    assert [r["reply"] for r in read("b.jsonl")] == [None, "is warm"]  # a null reply is none: the output is scored
 
 
 def test_a_prompt_without_room_is_named(run: Path, here: Path) -> None:
