@@ -44,7 +44,7 @@ STAGES = {
     "evaluate": "prompts",
 }
 """Each stage with the setting that turns it on."""
-VERSIONS = dict.fromkeys(STAGES, 1) | {"reward": 3, "ppo": 2}
+VERSIONS = {"tokenizer": 1, "pretrain": 2, "sft": 2, "reward": 4, "ppo": 3, "evaluate": 2}
 """Raised when a stage's arithmetic changes, so that its results are made anew."""
 _SHARED = {"pretrain": "optim", "sft": "optim", "reward": "optim", "ppo": "optim", "evaluate": "sampling"}
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")
