@@ -266,7 +266,7 @@ def test_parquet(tmp_path):
 
 def test_parquet_without_its_wheel(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"E-DATA-FORMAT.*tetrad\[parquet\]"):
+    with pytest.raises(UserError, match=r"E-DATA-FORMAT.*pip install pyarrow"):
         read(write(tmp_path, b"PAR1....", "f.parquet"))
 
 
