@@ -1,5 +1,5 @@
-"""Poor terminals, and none: what can't be shown is written as escapes, a run outlives its window, a result that can't be
-printed is an error with a code."""
+"""Poor terminals, and none: what can not be shown is written as escapes, a run outlives its window, and a result that
+can not be printed is an error with a code."""
 
 import os
 import subprocess
