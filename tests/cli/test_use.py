@@ -63,28 +63,6 @@ def test_generate_then_score(run: Path, tmp_path: Path, capsys: Capture, monkeyp
     assert re.search(rf"note: {sum(broken)} answers? (is|are) not valid UTF-8, .*; {first}", said)
 
 
-@pytest.mark.parametrize("flag", ["--rename", "--data.rename"])
-def test_other_names_of_fields(
-    run: Path, tmp_path: Path, flag: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file of other names is read after the words of the error's own hint were added, and keeps its names."""
-    monkeypatch.chdir(tmp_path)
-    Path("q.jsonl").write_text('{"Question": "Go on.", "ANSWER": "so be it"}\n')
-    Path("plain.jsonl").write_text('{"Instruction": "Go on.", "output": "so be it"}\n')
-    words = ["generate", str(run / "sft"), "--prompts", "q.jsonl", "--max-new", "3"]
-    assert main(words) == 3
-    hinted = re.search(r"--data\.rename (\S+=\S+)", capsys.readouterr().err)
-    assert hinted and main([*words, "--out", "a.jsonl", flag, hinted[1]]) == 0
-    assert {"Question", "ANSWER", "reply"} <= json.loads(Path("a.jsonl").read_text()).keys()
-    score = ["score", str(run / "reward")]
-    given = ["--data", "q.jsonl", flag, "question=instruction", "answer=output", "--out", "s.jsonl"]
-    assert main([*score, *given]) == 0
-    assert main([*score, "--data", "plain.jsonl", "--out", "p.jsonl"]) == 0
-    assert json.loads(Path("s.jsonl").read_text())["score"] == json.loads(Path("p.jsonl").read_text())["score"]
-    check = ["check", "q.jsonl", flag, "question=instruction", "answer=output"]
-    assert main(check) == 0 and "1 kept" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [

@@ -1,14 +1,12 @@
 """Rewards: what a sample says of itself, Python functions that misbehave, a trained model on ids."""
 
-import os
 from dataclasses import replace
 
 import pytest
-import torch
 
 import toys
 from tetrad.engine.scoring import Sample, best, joined, python_function, score_tokens, trained
-from tetrad.errors import Stopped, UserError
+from tetrad.errors import UserError
 from tetrad.types import Turn
 
 SAMPLES = [
@@ -89,54 +87,6 @@ def test_a_function_that_cannot_be_loaded(tmp_path, spec, body):
     (tmp_path / "judge.txt").write_text("def f(s): return []")
     error = refused(lambda: python_function(f"{tmp_path}/{spec}"), "E-CONF-FUNCTION")
     assert error.hint
-
-
-@pytest.mark.parametrize("how", ["sys.exit(0)", "sys.exit('no')", "raise SystemExit", "raise GeneratorExit", "1 / 0"])
-def test_a_function_that_would_end_the_run(tmp_path, how):
-    reward = python_function(function(tmp_path, f"import sys\n\ndef f(samples):\n    {how}\n"))
-    assert refused(lambda: reward(SAMPLES), "E-NUM-REWARD").what.startswith("the function failed on 3 samples")
-
-
-def test_a_file_that_would_end_the_run(tmp_path):
-    refused(lambda: python_function(function(tmp_path, "import sys\nsys.exit(0)\n")), "E-CONF-FUNCTION")
-
-
-def test_a_stop_is_no_failure_of_the_function(tmp_path):
-    body = "from tetrad.errors import Stopped\n\ndef f(samples):\n    raise Stopped('asked to')\n"
-    with pytest.raises(Stopped, match="asked to"):
-        python_function(function(tmp_path, body))(SAMPLES)
-
-
-DISTURBS = {
-    "threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
-    "type": "torch.set_default_dtype(torch.float64)",
-    "gradients": "torch.set_grad_enabled(False)",
-    "random numbers": "torch.manual_seed(1)",
-    "determinism": "torch.use_deterministic_algorithms(True)",
-    "folder": "os.chdir('/')",
-}
-
-
-@pytest.mark.parametrize("statement", DISTURBS.values(), ids=DISTURBS)
-@pytest.mark.parametrize("loading", [True, False])
-def test_what_a_function_sets_for_the_process_ends_with_it(tmp_path, statement, loading):
-    inside = "pass" if loading else statement
-    body = f"import os\nimport torch\n{statement if loading else ''}\n\n"
-    body += f"def f(samples):\n    {inside}\n    return [0.0] * len(samples)\n"
-    before = _process()
-    python_function(function(tmp_path, body))(SAMPLES)
-    assert _process() == before
-
-
-def _process():
-    state = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
-    return *state, torch.are_deterministic_algorithms_enabled(), os.getcwd(), torch.get_rng_state().tolist()
-
-
-def test_what_a_function_does_to_its_samples_is_its_own(tmp_path):
-    body = "def f(samples):\n    for s in samples:\n        s['ids'].clear()\n    return [0.0] * len(samples)\n"
-    python_function(function(tmp_path, body))(SAMPLES)
-    assert [s.reply_ids for s in SAMPLES] == [(5, 6), (7,), (8,)]
 
 
 def test_joined():

@@ -58,54 +58,6 @@ def test_added_tokens_that_are_not_special_are_plain_text_too():
     assert tokenizer.decode([tokenizer.control("<think>")]) == "<think>"  # as transformers' skip_special_tokens
 
 
-@pytest.mark.parametrize("text", ["the harbourmaster likes 人工智能.", "caféharbourmaster", "é人工智能é", "x STOP<x>"])
-@pytest.mark.parametrize("flags", [{}, {"single_word": True}, {"lstrip": True, "rstrip": True}, {"normalized": True}])
-def test_added_words_are_text_with_the_ids_of_transformers(text, flags):
-    base = LEARNED.size - 5
-    words = ["<|endoftext|>", "harbourmaster", "人工智能", "é", "STOP"]
-    tokens = [added(base + i, word, special=not i) | (flags if i else {}) for i, word in enumerate(words)]
-    spec = json.loads(LEARNED.text) | {"added_tokens": tokens}
-    tokenizer = Tokenizer.from_json(json.dumps(spec))
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec)).encode(text, add_special_tokens=False).ids
-    assert tokenizer.encode(text) == theirs == tokenizer.encode_batch([text])[0]
-    assert tokenizer.decode(theirs).split() == text.split()
-    assert tokenizer.control_strings([text]) == 0 and tokenizer.control("harbourmaster") is None
-
-
-@pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize("pairs", [True, False])
-def test_a_control_token_that_merges_build_too(special, pairs):
-    vocab = {name: i for i, name in enumerate(["<", "a", ">", "b", "<a", "<a>", "<a>b", "ab", "</s>"])}
-    merges = [("<", "a"), ("<a", ">"), ("<a>", "b"), ("a", "b")]
-    model = {"type": "BPE", "vocab": vocab, "merges": [list(m) if pairs else " ".join(m) for m in merges]}
-    tokens = [added(vocab["<a>"], "<a>", special), added(vocab["</s>"], "</s>")]
-    tokenizer = Tokenizer.from_json(json.dumps({"version": "1.0", "model": model, "added_tokens": tokens}))
-    assert tokenizer.control("<a>") == vocab["<a>"]
-    assert tokenizer.encode("<a>b") == [vocab["<a"], vocab[">"], vocab["b"]]  # neither it nor what it would become
-    assert tokenizer.encode("ab") == [vocab["ab"]]
-
-
-def test_an_added_word_that_merges_build_too():
-    vocab = {name: i for i, name in enumerate(["a", "b", "c", "ab", "abc", "</s>"])}
-    model = {"type": "BPE", "vocab": vocab, "merges": ["a b", "ab c"]}
-    spec = {"version": "1.0", "model": model, "added_tokens": [added(3, "ab", special=False), added(5, "</s>")]}
-    tokenizer = Tokenizer.from_json(json.dumps(spec))
-    for text in ("abc", "cab", "ababc"):
-        theirs = tokenizers.Tokenizer.from_str(json.dumps(spec)).encode(text, add_special_tokens=False).ids
-        assert tokenizer.encode(text) == theirs
-
-
-@pytest.mark.parametrize("name", ["TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizer", "OurOwnTokenizer", None])
-def test_an_exported_tokenizer_has_a_class_that_transformers_4_and_5_load(tmp_path, name):
-    more = ["<|a|>", "<|b|>"]
-    config = {"tokenizer_class": name, "backend": "tokenizers", "auto_map": {"AutoTokenizer": ["x.Own", None]}}
-    path = folder(tmp_path / "m", foreign("<|endoftext|>"), tokenizer_config=config | {"extra_special_tokens": more})
-    written = json.loads(Tokenizer.load(path).files()["tokenizer_config.json"])
-    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert written["additional_special_tokens"] == more and "extra_special_tokens" not in written
-    assert not written.keys() & {"auto_map", "backend"}
-
-
 def test_runs_of_spaces_added_as_tokens_stay_text():
     base = LEARNED.size - 5
     spec = json.loads(LEARNED.text) | {"added_tokens": [added(base, "</s>"), added(base + 1, "   ", special=False)]}
