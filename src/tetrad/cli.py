@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tetrad.engine import streams
@@ -43,6 +43,9 @@ _VERBS = {
     "explain": ("RUN", "one step of PPO with its real numbers, token by token"),
     "doctor": ("", "versions, device, memory; with --vectors FILE the numeric self-test"),
 }
+_LENGTH = "the number and length of the records"
+_LOWER = {"generate": "--slots, then --max-new", "chat": "--max-new"}
+"""What takes less memory, for those that have no recipe."""
 _EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
             7 the run folder is in use, 8 a process of several was lost, 75 stopped on request (run the same command to
             resume), 130 interrupted"""
@@ -76,10 +79,13 @@ def _report(error: BaseException) -> int:
             return code
         if isinstance(error, Exception) and code not in (EXIT_STOPPED, EXIT_LOST):
             message += watchdog.label()
-    with suppress(OSError):
-        sys.stderr.write(message + "\n")
-        sys.stderr.flush()
+    _note(message)
     return code
+
+
+def _note(text: str) -> None:
+    """A line on stderr, where that can be written to."""
+    streams.guarded(sys.stderr, outlives=True).write(text + "\n")
 
 
 def _several() -> bool:
@@ -146,8 +152,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    streams.guarded(sys.stdout, outlives=False).write(text + "\n")
 
 
 def _overview() -> str:
@@ -226,8 +231,10 @@ def _flags(words: list[str]) -> list[str]:
 
 def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
     """The settings of a command that uses a model, whose folder is the one word without a flag."""
+    from tetrad.engine.folders import own_sampling
     from tetrad.settings.base import knobs
     from tetrad.settings.check import build
+    from tetrad.settings.use import Sample
     from tetrad.settings.words import nest, parse
 
     known = knobs(cls)
@@ -242,7 +249,8 @@ def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
             flag = "MODEL" if name == "model" else "--data FILE.jsonl"
             hint = f"tetrad {verb} MODEL" + (" --data FILE.jsonl" if "data" in known else "")
             raise UserError("E-CONF-MISSING", f"{flag} is missing", where=verb, hint=hint)
-    return build(cls, nest(values), places), set(values)
+    own = own_sampling(values["model"]) if issubclass(cls, Sample) else {}
+    return build(cls, own | nest(values), places), set(values)
 
 
 def _with_console(function: Callable[[Any, Any], None], settings: object, verb: str) -> int:
@@ -251,7 +259,7 @@ def _with_console(function: Callable[[Any, Any], None], settings: object, verb: 
 
     console = Console()
     stoppable = _stoppable(console, lambda doing: KeyboardInterrupt(f"in {doing}; no file was written"))
-    with explained(verb), stoppable, phase(verb):
+    with explained(verb, _LOWER.get(verb, _LENGTH)), stoppable, phase(verb):
         function(settings, console)
     return 0
 
@@ -261,7 +269,7 @@ def _look_at(model: str, template: str, *, reward: bool = False) -> None:
     from tetrad.engine import folders
 
     if note := folders.usable(model, template=template, reward=reward).note:
-        sys.stderr.write(f"note: {note}\n")
+        _note(f"note: {note}")
 
 
 def _generate(words: list[str]) -> int:
@@ -285,7 +293,7 @@ def _chat(words: list[str]) -> int:
     from tetrad.pipeline import explained
     from tetrad.serve.chat import chat
 
-    with explained("chat"):
+    with explained("chat", _LOWER["chat"]):
         chat(settings, Console())  # Ctrl-C ends a reply
     return 0
 

@@ -49,6 +49,7 @@ VERSIONS = {"tokenizer": 1, "pretrain": 2, "sft": 2, "reward": 4, "ppo": 3, "eva
 _SHARED = {"pretrain": "optim", "sft": "optim", "reward": "optim", "ppo": "optim", "evaluate": "sampling"}
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")
 _FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from", "referee": "evaluate.referee"}
+_LOWER = "run.micro_tokens, then the longest text (max_tokens, max_new), then the model"
 _KNOBS = cache(knobs)
 
 
@@ -141,7 +142,7 @@ def is_first() -> bool:
 
 
 @contextmanager
-def explained(phase: str) -> Iterator[None]:
+def explained(phase: str, lower: str = _LOWER) -> Iterator[None]:
     """Turns a full memory or disk into a UserError that says in which phase, and what to lower."""
     try:
         yield
@@ -154,10 +155,8 @@ def explained(phase: str) -> Iterator[None]:
         full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not full and "allocate memory" not in first and "out of memory" not in first:
             raise
-        hint = "lower run.micro_tokens, then the longest text (max_tokens, max_new), then the model"
-        raise UserError(
-            "E-MEM-FULL", f"the memory is full: {first or 'MemoryError'}", where=phase, hint=hint
-        ) from error
+        what = f"the memory is full: {first or 'MemoryError'}"
+        raise UserError("E-MEM-FULL", what, where=phase, hint=f"lower {lower}") from error
 
 
 # Which stages, from what

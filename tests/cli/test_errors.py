@@ -189,7 +189,10 @@ def test_memory_of_other_commands_is_explained(capsys: Capture, monkeypatch: pyt
     fake.chat = stopping(MemoryError())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tetrad.serve.chat", fake)
     assert main(["chat", "m"]) == 6
-    assert "error[E-MEM-FULL] chat:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error[E-MEM-FULL] chat:" in error
+    assert "Fix: lower --max-new" in error
+    assert "run.micro_tokens" not in error  # a setting of recipes
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 5)])
@@ -201,4 +204,6 @@ def test_doctor(ok: bool, code: int, capsys: Capture, monkeypatch: pytest.Monkey
     assert main(["doctor"]) == 0
     assert "device" in capsys.readouterr().out
     assert main(["doctor", "--vectors", "v"]) == code
-    assert "1e-12" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "numeric self-test, v\n" in out
+    assert "1e-12" in out

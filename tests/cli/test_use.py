@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import tetrad
 from served import write_model
 from tetrad.cli import main
 
@@ -61,6 +63,49 @@ def test_generate_then_score(run: Path, tmp_path: Path, capsys: Capture, monkeyp
     broken = ["\ufffd" in json.loads(line)["reply"] for line in Path("one.jsonl").read_text().splitlines()]
     first = f"the first answers p.jsonl:{broken.index(True) + 1}"
     assert re.search(rf"note: {sum(broken)} answers? (is|are) not valid UTF-8, .*; {first}", said)
+
+
+@pytest.mark.parametrize("flag", ["--data.rename", "--rename"])
+def test_a_file_with_other_names_is_read_as_the_hint_says(
+    run: Path, tmp_path: Path, flag: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By generate, score and check, which have no recipe: what the error shows can be typed."""
+    monkeypatch.chdir(tmp_path)
+    record = {"question": "Go on.", "answer": "a film"}
+    Path("q.jsonl").write_text(json.dumps(record) + "\n")
+    generate = ["generate", str(run / "sft"), "--prompts", "q.jsonl", "--max-new", "3"]
+    score = ["score", str(run / "reward"), "--data", "q.jsonl"]
+    hints = {}
+    for words in (generate, score):
+        assert main(words) == 3
+        (hint,) = re.findall(r"\(--data.rename (.*) on the command line\)", capsys.readouterr().err)
+        hints[words[0]] = hint.split()
+        assert "question=instruction" in hints[words[0]]
+    assert main([*generate, flag, *hints["generate"]]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {*record, "reply", "tokens", "ended"}
+    assert main([*score, flag, "question=Instruction", "answer=Output"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {*record, "score"}
+    assert main(["check", "q.jsonl", "--kind", "conversations", flag, "question=Instruction", "answer=Output"]) == 0
+
+
+def test_a_folder_says_how_it_is_sampled(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """generation_config.json stands between the defaults and what is typed; in Python too."""
+    folder = shutil.copytree(run / "sft" / "model", tmp_path / "hf")
+    (folder / "manifest.json").unlink()
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": True, "temperature": 1.3, "top_k": 3}))
+
+    def reply(place: Path, *words: str) -> str:
+        assert main(["generate", str(place), "--instruction", "Go on.", "--max-new", "9", *words]) == 0
+        return capsys.readouterr().out
+
+    as_typed = reply(run / "sft", "--temperature", "1.3", "--top-k", "3")
+    assert reply(folder) == as_typed != reply(run / "sft")
+    assert reply(folder, "--top-k", "0", "--temperature", "0.7") == reply(run / "sft")
+    assert reply(folder, "--greedy") == reply(run / "sft", "--greedy")
+    model = tetrad.load(folder)
+    assert tetrad.generate(model, ["Go on."], max_new=9) == [as_typed[:-1]]
+    assert tetrad.generate(model, ["Go on."], max_new=9, top_k=0, temperature=0.7) == [reply(run / "sft")[:-1]]
 
 
 @pytest.mark.parametrize(

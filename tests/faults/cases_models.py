@@ -50,6 +50,16 @@ def put(name: str, content: str | bytes) -> Change:
     return lambda folder: write(folder / name, content)
 
 
+def index(shard: str) -> Change:
+    """Instead of one file an index that names this one, in JSON."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        write(folder / "model.safetensors.index.json", f'{{"weight_map": {{"a": {shard}}}}}')
+
+    return change
+
+
 def config(**values: Any) -> Change:
     """config.json with these values."""
 
@@ -268,15 +278,41 @@ FOLDERS: list[tuple[str, Change, str, str]] = [
     ("layers-billion", config(num_hidden_layers=10**9), "E-CKPT-KEYS", "1000000000 layers"),
     ("theta-infinite", put("config.json", "{}"), "E-MODEL-UNSUPPORTED", "unnamed"),
     ("ends-text", config(eos_token_id="x"), "E-MODEL-FORMAT", "eos_token_id"),
+    (
+        "two-sets",
+        put("model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}'),
+        "E-MODEL-FORMAT",
+        "two sets of weights lie here: model.safetensors, and",
+    ),
+    ("adapter-beside", put("adapter_config.json", "{}"), "E-MODEL-UNSUPPORTED", "adapter_config.json"),
+    (
+        "head-differs",
+        tensors({"lm_head.weight": [320, 32]}),
+        "E-CKPT-KEYS",
+        "lm_head.weight differs from model.embed_tokens.weight",
+    ),
+    (
+        "head-shape",
+        tensors({"lm_head.weight": [8, 32]}),
+        "E-CKPT-KEYS",
+        "lm_head.weight differs from model.embed_tokens.weight",
+    ),
+    ("head-missing", config(tie_word_embeddings=False), "E-CKPT-KEYS", "lm_head.weight"),
+    (
+        "sampling-odd",
+        put("generation_config.json", '{"do_sample": true, "top_p": 2}'),
+        "E-CONF-RANGE",
+        "generation_config.json: top_p = 2",
+    ),
     ("shape", config(intermediate_size=64), "E-CKPT-SHAPE", "mlp"),
     ("shape-of-a-tensor", tensors(SHAPE_64, ("model.norm.weight",)), "E-CKPT-SHAPE", "model.norm.weight is [64]"),
     ("whole-numbers", header(lambda h: first(h).update(dtype="I32")), "E-CKPT-SHAPE", "model.norm.weight is I32"),
     ("tensor-missing", tensors({}, ("model.norm.weight",)), "E-CKPT-KEYS", "model.norm.weight"),
     ("tensor-unexpected", tensors({"lora_A": [2]}), "E-CKPT-KEYS", "lora_A"),
     ("index-not-json", put("model.safetensors.index.json", "{"), "E-MODEL-FORMAT", "index"),
-    ("index-up", put("model.safetensors.index.json", '{"weight_map": {"a": "../x"}}'), "E-MODEL-MISSING", "../x"),
-    ("index-zero", put("model.safetensors.index.json", '{"weight_map": {"a": "a\\u0000"}}'), "E-MODEL-MISSING", "a"),
-    ("index-shard", put("model.safetensors.index.json", '{"weight_map": {"a": "b"}}'), "E-MODEL-MISSING", "b"),
+    ("index-up", index('"../x"'), "E-MODEL-MISSING", "../x"),
+    ("index-zero", index('"a\\u0000"'), "E-MODEL-MISSING", "a"),
+    ("index-shard", index('"b"'), "E-MODEL-MISSING", "b"),
     (
         "sentencepiece",
         lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),

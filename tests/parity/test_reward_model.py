@@ -2,6 +2,7 @@
 that config.json names, in batches padded on either side; and one that transformers made is read by us."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 import toys
 from tetrad.engine.scoring import score_tokens
 from tetrad.model.weights import read_scalar
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.train.reward import exported
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
@@ -21,11 +24,11 @@ IDS[2][5] = toys.EOS
 FAMILIES = ["qwen2", "qwen3", "llama"]
 
 
-def padded(side: str) -> dict[str, torch.Tensor]:
+def padded(side: str, pad: int = toys.PAD) -> dict[str, torch.Tensor]:
     longest = max(map(len, IDS))
-    fill = [[toys.PAD] * (longest - len(ids)) for ids in IDS]
+    fill = [[pad] * (longest - len(ids)) for ids in IDS]
     rows = [f + i if side == "left" else i + f for f, i in zip(fill, IDS, strict=True)]
-    ones = [[0 if token == toys.PAD else 1 for token in row] for row in rows]
+    ones = [[0 if token == pad else 1 for token in row] for row in rows]
     return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(ones)}
 
 
@@ -53,6 +56,25 @@ def test_ours_in_transformers(tmp_path: Path, family: str, side: str) -> None:
     assert ours.std() > 0.3
     assert (logits[:, 0] + bias - ours).abs().max() <= 1e-5
     assert (torch.tensor(alone) + bias - ours).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+def test_without_a_pad_to_spare_it_gets_one(tmp_path: Path, spare: int) -> None:
+    """GPT-2 has one control token, and a reward is read at the last token that is no pad: a row is added, or a spare
+    one taken, and no score changes."""
+    spec = json.loads(toys.tokenizer().text)
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] == toys.EOS]
+    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    model = toys.scalar(seed=5, vocab_size=40 + spare, pad_id=None)
+    before = score_tokens(model, [toys.document(ids) for ids in IDS], toys.CPU, 64)
+    (grown,), own = exported([model], tokenizer)
+    assert (own.pad_id, grown.config.vocab_size) == (40, max(41, 40 + spare))
+    grown.config = replace(grown.config, pad_id=own.pad_id)
+    theirs, bias = read(toys.saved(tmp_path, grown))
+    for side in ("left", "right"):
+        with torch.no_grad():
+            logits = theirs(**padded(side, own.pad_id)).logits[:, 0]
+        assert (logits + bias - torch.tensor(before)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -117,3 +117,92 @@ def test_a_folder_that_transformers_wrote(tmp_path, kind):
     theirs = exported(again, ours, TEMPLATES["chatml"], None)
     assert jinja_ids(theirs, CHATS[2]) == our_ids(TEMPLATES["chatml"], ours, CHATS[2])
     assert theirs.pad_token_id == ours.pad_id
+
+
+FLAGS = [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "".join(flags) or "plain")
+def test_words_that_were_added(tmp_path, flags):
+    """By `add_tokens`, some of them built by merges already: equal ids and texts before and after our export."""
+    theirs = exported(tmp_path, TOKENIZER, TEMPLATES["chatml"], QWEN2)
+    words = ("harbourmaster", "人工智能", "watch", "翻译", "<think>")
+    theirs.add_tokens(
+        [transformers.AddedToken(word, special=False, **{"normalized": False, **flags}) for word in words]
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    again = tmp_path / "again"
+    again.mkdir()
+    exports = exported(again, ours, TEMPLATES["chatml"], QWEN2)
+    said = [*TEXTS, "the harbourmaster's  watch: 人工智能翻译 harbourmasters 翻译 watch 人工智能"]
+    for text in said:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids == exports(text)["input_ids"]
+        assert exports.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert {theirs.convert_tokens_to_ids(word) for word in words[:4]} <= set(ours.encode(said[-1]))
+    assert ours.control_strings(said) == 0
+    thought = theirs.convert_tokens_to_ids("<think>")
+    assert thought in theirs("<think>")["input_ids"] and thought not in ours.encode(
+        "<think>"
+    )  # it is placed by id alone
+    assert theirs.decode([thought], skip_special_tokens=True) == "<think>" == ours.decode([thought])
+    assert exports.decode([thought], skip_special_tokens=True) == "<think>"
+
+
+ONE, TWO = ("<|endoftext|>",), ("<|endoftext|>", "<think>")
+
+
+@pytest.mark.parametrize(
+    ("names", "special", "config"),
+    [
+        (ONE, True, {}),  # GPT-2
+        (ONE, True, {"pad_token": "<|endoftext|>"}),
+        (ONE, True, {"pad_token": "!"}),
+        (ONE, True, {"pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}),
+        (TWO, False, {}),
+        (("<s>", "</s>", "<unk>"), True, {"eos_token": "</s>", "unk_token": "<unk>"}),  # Llama without a pad
+        (("<s>", "</s>", "<unk>"), True, {"eos_token": "</s>", "pad_token": "<unk>"}),
+    ],
+    ids=str,
+)
+def test_texts_are_as_before_an_export(tmp_path, names, special, config):
+    """Whatever pad is chosen: ids and texts of the exported folder are those of the one that training started from."""
+    spec, base = json.loads(TOKENIZER.text), TOKENIZER.size - 5
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"] = [
+        {"id": base + i, "content": name, "special": special or i == 0, **flags} for i, name in enumerate(names)
+    ]
+    usual = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(usual | config))
+    before = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = tmp_path / "again"
+    again.mkdir()
+    after = exported(again, Tokenizer.load(tmp_path), None, {"model_type": "llama"})
+    said = [text for text in [*TEXTS, 'No! Are you "sure"? #1!!!', "<think>a!</think>"] if text]
+    if config.get("pad_token") == "!":  # there it is taken out of texts
+        before = transformers.AutoTokenizer.from_pretrained(tmp_path, pad_token=None)
+    for text in said:
+        ids = before(text)["input_ids"]
+        assert after(text)["input_ids"] == ids
+        assert after.decode(ids, skip_special_tokens=True) == before.decode(ids, skip_special_tokens=True)
+    assert after.pad_token_id is None or after.pad_token in after.all_special_tokens
+    assert len(after) == len(before)
+
+
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizerFast"])
+def test_the_class_of_an_export(tmp_path, kind):
+    """Whatever class a folder names, the export has equal ids and the same special tokens."""
+    exported(tmp_path, TOKENIZER, TEMPLATES["chatml"], QWEN2)
+    path = tmp_path / "tokenizer_config.json"
+    named = {"tokenizer_class": kind, "backend": "tokenizers", "extra_special_tokens": ["<|im_start|>"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    again = tmp_path / "again"
+    again.mkdir()
+    theirs = exported(again, Tokenizer.load(tmp_path), TEMPLATES["chatml"], QWEN2)
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == TOKENIZER.encode(text)
+    assert "<|im_start|>" in theirs.all_special_tokens
+    assert theirs.eos_token == "<|im_end|>"

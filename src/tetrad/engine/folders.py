@@ -8,10 +8,13 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tetrad.errors import UserError
-from tetrad.model.config import is_reward
+from tetrad.model.config import is_file, is_reward, read_json
 from tetrad.model.inspect import Facts, has_manifest, inspect
+from tetrad.settings.check import build
+from tetrad.settings.common import Sampling
 from tetrad.storage import verify_folder
 from tetrad.text.template import TEMPLATES, Template, recognised, recorded
 from tetrad.text.template import template as template_of
@@ -20,6 +23,8 @@ from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
 _PROBES = [start * 60 + "!" for start in ("a", "1", " ", "\n", "é", "字", "ab ", "a1")]
 """Texts on which a regular expression that needs exponential time runs out of its retries at once."""
 _FILES = (".json", ".safetensors", ".jinja")
+_GENERATION = "generation_config.json"
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,17 @@ def model_folder(name: str | Path) -> Path:
     else:
         what, hint = "there is no config.json", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
     raise UserError("E-MODEL-MISSING", what, where=str(path), hint=hint)
+
+
+def own_sampling(name: str | Path) -> dict[str, Any]:
+    """How the model of a folder, or of a stage of a run, wants to be sampled: the settings that the table of
+    generation_config.json has where it says do_sample. Errors: E-MODEL-FORMAT, E-CONF-*."""
+    path = next((p for p in (Path(name, "model", _GENERATION), Path(name, _GENERATION)) if is_file(p)), None)
+    if not path or (stated := read_json(path)).get("do_sample") is not True:
+        return {}
+    values = {key: stated[key] for key in _SAMPLING if stated.get(key) is not None}
+    build(Sampling, values, dict.fromkeys(values, str(path)))
+    return values
 
 
 def folder_template(folder: Path, choice: str) -> Template | None:

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.data.tokens import tokenize
+from tetrad.engine import streams
 from tetrad.engine.console import counted
 from tetrad.engine.device import Device
 from tetrad.errors import Stopped, UserError
@@ -39,6 +40,17 @@ from tetrad.types import Prompt, Tokens, Turn, lines
 _PATIENCE = 300.0  # seconds for one answer of an endpoint
 _WAITS = (1.0, 5.0)  # before it is asked again
 _MOST_ANSWER = 64 << 20
+_STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_rng_state, torch.set_rng_state),
+    (lambda: None, torch.set_default_device),  # ours sets none
+    (os.getcwd, os.chdir),
+)
+"""What our numbers depend on and foreign code may set for the whole process: how it is read, and how it is set back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +173,9 @@ def python_function(spec: str) -> Reward:
         try:
             with _undisturbed():
                 scores = [float(x) for x in function(_told(samples))]
-        except (Exception, SystemExit, GeneratorExit) as error:
-            if isinstance(error, Stopped):  # the stage was asked to stop meanwhile
-                raise
+        except (Stopped, KeyboardInterrupt):  # the stage was asked to stop meanwhile
+            raise
+        except BaseException as error:
             what = f"the function failed on {len(samples)} samples: {type(error).__name__}: {error}"
             raise UserError("E-NUM-REWARD", what, where=spec) from error
         return _finite(scores, samples, spec)
@@ -173,24 +185,15 @@ def python_function(spec: str) -> Reward:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What foreign code sets for the whole process ends with it: threads and types that our numbers depend on, random
-    states, and the folder that relative paths start from."""
-    threads, dtype, grad, folder = (
-        torch.get_num_threads(),
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-        os.getcwd(),
-    )
-    random, deterministic = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+    """What foreign code sets for the whole process ends with it, and what it prints can't end the run."""
+    before = [(restore, read()) for read, restore in _STATE]
+    out, err = (streams.guarded(stream, outlives=True) for stream in (sys.stdout, sys.stderr))
     try:
-        yield
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
     finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(grad)
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_rng_state(random)
-        os.chdir(folder)
+        for restore, value in before:
+            restore(value)
 
 
 def endpoint(url: str) -> Reward:
@@ -265,6 +268,8 @@ def _load(spec: str) -> Callable[[list[dict[str, Any]]], Sequence[float]]:
         with _undisturbed():
             module_spec.loader.exec_module(module)
         found: Callable[[list[dict[str, Any]]], Sequence[float]] = getattr(module, attribute)
-    except (Exception, SystemExit) as error:
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:
         raise UserError("E-CONF-FUNCTION", f"{type(error).__name__}: {error}", where=spec, hint=hint) from error
     return found

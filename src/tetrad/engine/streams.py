@@ -2,6 +2,7 @@
 and a run of hours outlives the window that it was started in.
 """
 
+import codecs
 import io
 import os
 import sys
@@ -9,17 +10,33 @@ from typing import Any, TextIO, cast
 
 from tetrad.errors import UserError
 
+_ESCAPES = "tetrad-escapes"
+
 
 def prepare() -> None:
     """Mends the three standard streams of this process: characters that an output's encoding lacks are written as
-    escapes, and a stream that was closed (`>&-`) is one that refuses to be written to, or has nothing to read."""
+    \\uXXXX, which is JSON too, and a stream that was closed (`>&-`) is one that refuses to be written to, or has
+    nothing to read."""
+    codecs.register_error(_ESCAPES, _escaped)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
             stream = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w" if number else "r")
             setattr(sys, name, stream)
         if number and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=_ESCAPES)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """What is written instead of characters that can't be; those beyond 16 bits as the pair that JSON asks for."""
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)), error.end
+
+
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 class _Guarded:
@@ -41,7 +58,7 @@ class _Guarded:
             self._gone = True
             for name in ("stdout", "stderr"):
                 if getattr(sys, name) is self._stream:  # what it still holds would fail once more at exit
-                    setattr(sys, name, io.StringIO())
+                    setattr(sys, name, _Nowhere())
             if not self._outlives:
                 if isinstance(error, BrokenPipeError):
                     raise

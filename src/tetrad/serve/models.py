@@ -21,6 +21,7 @@ from tetrad.engine.folders import (
     model_folder,
     needed_template,
     no_reward,
+    own_sampling,
     refuse_small_vocabulary,
 )
 from tetrad.engine.generate import Engine, Request
@@ -201,7 +202,8 @@ def generate(model: Model, prompts: Sequence[str | tuple[str, str]], **settings:
     """
     if "template" in settings:
         raise UserError("E-CONF-CONFLICT", "the template was chosen by `load`", where="template")
-    checked = use.agreed(build(use.Sample, settings, {name: name for name in settings}), set(settings))
+    values = own_sampling(model.folder) | settings
+    checked = use.agreed(build(use.Sample, values, {name: name for name in settings}), set(settings))
     pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     questions = [question(model, asked(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)]
     return [answer.sample.text for answer in answers(model, questions, 0, checked)] if questions else []

@@ -242,7 +242,7 @@ def _instruction_pieces(form: Template, tokenizer: Tokenizer, turns: Sequence[Tu
     separator = tokenizer.control(form.separator)
     if separator is None:
         if form.separator == SEPARATOR:
-            hint = 'set sft.add_separator = true, or a plain text as sft.separator, such as "\\n\\n"'
+            hint = 'set sft.add_separator = true or sft.separator = "\\n\\n" in a recipe; elsewhere another --template'
             raise UserError("E-MODEL-TOKENIZER", f"the tokenizer has no control token {SEPARATOR}", hint=hint)
         yield first + form.separator + second + form.separator, False
     else:

@@ -81,7 +81,8 @@ class Tokenizer:
             raise UserError("E-MODEL-TOKENIZER", "no token ends a text", hint=hint)
         self._added = set(added.values())
         spare = {name: i for name, i in self._controls.items() if i not in self.eos_ids}
-        self.pad_id = pad_id if pad_id in spare.values() else _spare_pad(spare)
+        unsaid = {name: i for name, i in spare.items() if i in self._special}  # a pad is taken out of texts
+        self.pad_id = pad_id if pad_id in spare.values() else _spare_pad(unsaid)
         self._byte_level = "ByteLevel" in json.dumps(spec.get("decoder") or {})
         ordered = sorted(self._controls, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")

@@ -1,11 +1,12 @@
 """What is told of a folder before its model is loaded. Hostile folders are in tests/faults."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 import served
-from tetrad.engine.folders import check, model_folder, others_may_write, refuse_other_tokenizer, usable
+from tetrad.engine.folders import check, model_folder, others_may_write, own_sampling, refuse_other_tokenizer, usable
 from tetrad.engine.preflight import Preflight
 from tetrad.errors import UserError
 from tetrad.settings.ppo import Ppo
@@ -102,3 +103,44 @@ def test_the_template_needs_its_control_tokens(language: Path, tmp_path: Path) -
         Preflight(Recipe(sft=settings), [], lambda folder: None).refuse("sft", {"base": tmp_path / "model"})
     with pytest.raises(UserError, match=r"E-MODEL-TOKENIZER.*sft\.template.*add_separator"):
         Preflight(Recipe(), [], lambda folder: None).refuse("sft", {"base": tmp_path / "model"})
+
+
+QWEN = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "repetition_penalty": 1.05,
+    "eos_token_id": [1],
+}
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        (QWEN, {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}),
+        ({"do_sample": True, "temperature": 1, "min_p": 0.1, "top_p": None}, {"temperature": 1, "min_p": 0.1}),
+        (QWEN | {"do_sample": False}, {}),
+        ({"temperature": 0.6, "eos_token_id": 1}, {}),
+        ({"do_sample": True}, {}),
+    ],
+)
+def test_a_folders_own_sampling(tmp_path: Path, stated: dict[str, object], expected: dict[str, float]) -> None:
+    assert own_sampling(tmp_path) == own_sampling("zero\0") == {}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(stated))
+    assert own_sampling(tmp_path) == own_sampling(str(tmp_path / "model")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("{", "E-MODEL-FORMAT"),
+        ('{"do_sample": true, "temperature": -1}', "E-CONF-RANGE"),
+        ('{"do_sample": true, "top_k": "many"}', "E-CONF-TYPE"),
+    ],
+)
+def test_an_own_sampling_that_is_none(tmp_path: Path, text: str, code: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=f"{code}.*generation_config.json"):
+        own_sampling(tmp_path)

@@ -1,12 +1,16 @@
 """Rewards: what a sample says of itself, Python functions that misbehave, a trained model on ids."""
 
+import os
+import sys
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import pytest
+import torch
 
 import toys
 from tetrad.engine.scoring import Sample, best, joined, python_function, score_tokens, trained
-from tetrad.errors import UserError
+from tetrad.errors import Stopped, UserError
 from tetrad.types import Turn
 
 SAMPLES = [
@@ -61,9 +65,16 @@ def test_numpy_and_helpers_of_its_own(tmp_path):
         ("return [1.0, 'x', 2.0]", "ValueError"),
         ("return None", "TypeError"),
         ("return samples[99]", "IndexError"),
+        ("return [10**400] * 3", "OverflowError"),
+        ("return ({} for _ in samples)", "TypeError"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import sys; sys.exit('bye')", "SystemExit: bye"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("raise BaseExceptionGroup('all', [SystemExit(0)])", "BaseExceptionGroup"),
+        ("class Own(BaseException): pass\n    raise Own('mine')", "Own: mine"),
     ],
 )
-def test_what_a_function_must_not_return(tmp_path, body, said):
+def test_what_a_function_must_not_do(tmp_path, body, said):
     spec = function(tmp_path, f"def f(samples):\n    {body}\n")
     error = refused(lambda: python_function(spec)(SAMPLES), "E-NUM-REWARD")
     assert error.where == spec
@@ -79,6 +90,9 @@ def test_what_a_function_must_not_return(tmp_path, body, said):
         ("judge.py:f", "def f(s) return []"),
         ("judge.py:f", "import no_such_module"),
         ("judge.py:f", "1 / 0"),
+        ("judge.py:f", "raise SystemExit(0)"),
+        ("judge.py:f", "import sys; sys.exit()"),
+        ("judge.py:f", "raise GeneratorExit"),
         ("judge.txt:f", ""),
     ],
 )
@@ -87,6 +101,101 @@ def test_a_function_that_cannot_be_loaded(tmp_path, spec, body):
     (tmp_path / "judge.txt").write_text("def f(s): return []")
     error = refused(lambda: python_function(f"{tmp_path}/{spec}"), "E-CONF-FUNCTION")
     assert error.hint
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        "(float(len(s['text'])) for s in samples)",
+        "torch.tensor([4, 2, 2], dtype=torch.bfloat16)",
+        "['4', '2.0', '2']",
+        "map(len, (s['text'] for s in samples))",
+        "(4, 2.0, True + True)",
+    ],
+)
+def test_whatever_is_one_number_each(tmp_path, scores):
+    assert python_function(function(tmp_path, f"import torch\ndef f(samples):\n    return {scores}\n"))(SAMPLES) == [
+        4,
+        2,
+        2,
+    ]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
+def test_a_stop_is_no_failure_of_the_function(tmp_path, error):
+    """A signal raises it in whatever runs."""
+    spec = function(
+        tmp_path, f"from tetrad.errors import Stopped\ndef f(samples):\n    raise {error.__name__}('now')\n"
+    )
+    with pytest.raises(error, match="now"):
+        python_function(spec)(SAMPLES)
+    spec = function(tmp_path, f"from tetrad.errors import Stopped\nraise {error.__name__}('now')\n")
+    with pytest.raises(error, match="now"):
+        python_function(spec)
+
+
+STATE = """
+    torch.manual_seed(7); torch.rand(3)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(not torch.is_grad_enabled())
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_default_device("meta")
+    os.chdir("/")
+    sys.stdout = sys.stderr = None
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_state_of_the_process_is_what_it_was(tmp_path, monkeypatch, fails, grad):
+    """Whether it is set when the file is loaded or when it is called, and whether that ends well."""
+    monkeypatch.chdir(tmp_path)
+    last = "raise ValueError" if fails else "return [0.0] * len(samples)"
+    body = f"import os, sys, torch\ndef change():{STATE}change()\ndef f(samples):\n    change()\n    {last}\n"
+    spec = function(tmp_path, body)
+
+    def state():
+        random = torch.get_rng_state().tolist()
+        kinds = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+        ways = torch.get_float32_matmul_precision(), torch.get_deterministic_debug_mode(), torch.get_num_threads()
+        return random, kinds, ways, os.getcwd(), sys.stdout, sys.stderr
+
+    with torch.set_grad_enabled(grad):
+        before = state()
+        reward = python_function(spec)
+        assert state() == before
+        with pytest.raises(UserError) if fails else nullcontext():
+            reward(SAMPLES)
+        assert state() == before
+
+
+def test_samples_are_not_the_functions_to_change(tmp_path):
+    body = "def f(samples):\n    samples[0]['ids'].clear(); samples[0].clear(); samples.clear()\n    return [1.0] * 3\n"
+    spec = function(tmp_path, body)
+    before = repr(SAMPLES)
+    assert python_function(spec)(SAMPLES) == [1.0] * 3
+    assert repr(SAMPLES) == before
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_a_function_prints_may_be_lost(tmp_path, monkeypatch, name):
+    """Its terminal has gone, has no room, or was closed: it is paid all the same."""
+    spec = function(
+        tmp_path,
+        f"import sys\ndef f(samples):\n    print('x' * 99, file=sys.{name}, flush=True)\n    return [1.0] * 3\n",
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    for place, mode in ((writing, "w"), ("/dev/full", "w"), (os.devnull, "r")):
+        stream = open(place, mode)  # noqa: SIM115
+        monkeypatch.setattr(sys, name, stream)
+        assert python_function(spec)(SAMPLES) == [1.0] * 3
+        assert getattr(sys, name) is stream
+        monkeypatch.undo()
+        with suppress(OSError):
+            stream.close()
 
 
 def test_joined():

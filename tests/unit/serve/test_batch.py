@@ -127,7 +127,8 @@ def test_the_batch_changes_nothing(run: Path, here: Path, monkeypatch: pytest.Mo
 
 def test_best_of_keeps_the_highest_reward(run: Path, here: Path) -> None:
     """Each of the three is a copy that a larger N may choose from; a reply that is not valid UTF-8 comes last."""
-    with_reward = {"prompts": "p.jsonl", "reward": str(run / "reward")}
+    all_tokens = {"prompts": "p.jsonl", "temperature": 1.0, "top_p": 1.0}
+    with_reward = all_tokens | {"reward": str(run / "reward")}
     for n in (1, 2, 4, 8):
         generated(run, **with_reward, best_of=n, out=f"{n}.jsonl")
     scores = [[("\ufffd" not in r["reply"], r["score"]) for r in read(f"{n}.jsonl")] for n in (1, 2, 4, 8)]
@@ -136,7 +137,7 @@ def test_best_of_keeps_the_highest_reward(run: Path, here: Path) -> None:
             assert (valid, score) <= (better, higher + 1e-6)  # one reply, two sizes of batch
     assert all(a < b for a, b in zip(scores[0], scores[3], strict=True))
     assert {valid for row in scores for valid, _ in row} == {True, False}
-    generated(run, prompts="p.jsonl", out="first.jsonl")
+    generated(run, **all_tokens, out="first.jsonl")
     assert [r["reply"] for r in read("first.jsonl")] == [r["reply"] for r in read("1.jsonl")]
 
 

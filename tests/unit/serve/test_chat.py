@@ -101,9 +101,25 @@ def test_it_ends(talk: Talk, seen: Seen, end: str) -> None:
 
 
 def test_unknown_commands_are_not_sent(talk: Talk, seen: Seen) -> None:
-    said = talk("sft", "/help\n/etc/hosts\n")
-    assert said[0] == "There is no /help: /quit ends."
+    said = talk("sft", "/bogus\n/score\n/new\n/etc/hosts\n")
+    assert said[:3] == [f"There is no /{name}: /help says this, /quit ends." for name in ("bogus", "score", "new")]
     assert users(seen[0]) == ["user /etc/hosts"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "reward", "shown"),
+    [
+        ("sft", False, "/help says this, /quit ends."),
+        ("chat", False, "/new forgets what was said, /help says this, /quit ends."),
+        ("sft", True, "/score rates the last reply, /help says this, /quit ends."),
+    ],
+)
+def test_help_lists_the_commands_that_there_are(
+    talk: Talk, seen: Seen, run: Path, stage: str, reward: bool, shown: str
+) -> None:
+    rated = {"reward": str(run / "reward")} if reward else {}
+    assert talk(stage, "/help\n", **rated)[-1] == shown
+    assert not seen
 
 
 def test_a_full_memory_can_be_emptied(talk: Talk, seen: Seen, run: Path) -> None:

@@ -20,9 +20,9 @@ LEARNED = bpe.learn(["hello world, 你好世界 <think> ends </s> [CLS] <|im_end
 CONTROL_IDS = set(range(LEARNED.size - 5, LEARNED.size))
 
 
-def added(identity, content, special=True):
+def added(identity, content, special=True, **more):
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": identity, "content": content, "special": special, **flags}
+    return {"id": identity, "content": content, "special": special, **flags, **more}
 
 
 def foreign(*names, special=True):
@@ -56,6 +56,74 @@ def test_added_tokens_that_are_not_special_are_plain_text_too():
     assert tokenizer.control("<think>") is not None
     assert tokenizer.control("<think>") not in tokenizer.encode("<think>so</think>")
     assert tokenizer.decode([tokenizer.control("<think>")]) == "<think>"  # as transformers' skip_special_tokens
+
+
+WORDS = bpe.learn(["hello world, 今天天气很好 cash flow cashflow running running the the"] * 8, 420)
+IN_MERGES = "hello"
+SAID = [
+    "hello running cashflow world",
+    "runningx xrunning RUNNING running",
+    "  a  running  b ",
+    "今天天气很好,天气预报:人工智能 天气",
+    "cash flow cashflow the hello",
+    "<|im_end|>running天气<think>",
+]
+
+
+def with_words(*words, **more):
+    """A tokenizer.json with one control token and these words added to it, as (word, flags)."""
+    spec = json.loads(WORDS.text)
+    vocab, base = spec["model"]["vocab"], WORDS.size - 5
+    tokens = [added(vocab.get(word, base + 1 + i), word, False, **flags) for i, (word, flags) in enumerate(words)]
+    return json.dumps(spec | {"added_tokens": [added(base, "</s>"), *tokens]} | more)
+
+
+FLAGS = [{}, *({name: True} for name in ("lstrip", "rstrip", "single_word", "normalized"))]
+FLAGS += [{"lstrip": True, "rstrip": True, "single_word": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(flags) or "plain")
+@pytest.mark.parametrize("normalizer", [None, {"type": "Lowercase"}], ids=["as-is", "lowercase"])
+def test_words_that_were_added_are_text(flags, normalizer):
+    """In Latin and Chinese, new or built by merges too, whatever their flags: the library's ids, and no control."""
+    words = ("running", "天气", "人工智能", "cashflow", IN_MERGES)
+    text = with_words(*((word, flags) for word in words), normalizer=normalizer)
+    ours, core = Tokenizer.from_json(text), tokenizers.Tokenizer.from_str(text)
+    assert IN_MERGES in json.loads(text)["model"]["vocab"]  # in the middle of the vocabulary
+    used = set()
+    for said in SAID:
+        ids = ours.encode(said)
+        used |= set(ids)
+        assert ids == core.encode(said, add_special_tokens=False).ids == ours.encode_batch([said])[0]
+        assert ours.decode(ids) == core.decode(ids)
+    assert {core.token_to_id(word) for word in words} <= used
+    assert ours.control_strings(SAID) == 0
+    assert [ours.control(word) for word in words] == [None] * 5
+    assert ours.encode("running</s>天气") != core.encode("running</s>天气", add_special_tokens=False).ids
+    assert ours.control("</s>") not in ours.encode("running</s>天气")
+
+
+def test_a_word_with_an_accent_is_written_whole():
+    """The byte alphabet has the letter é too, for another byte."""
+    text = with_words(("café", {}), ("naïve bar", {}))
+    ours = Tokenizer.from_json(text)
+    for said in ("a café b", "naïve bar x"):
+        ids = ours.encode(said)
+        assert ids == tokenizers.Tokenizer.from_str(text).encode(said, add_special_tokens=False).ids
+        push = ours.stream()
+        assert ours.decode(ids) == said == "".join(map(push, ids)) + push(None)
+
+
+@pytest.mark.parametrize("control", ["hello", "Ġrunning", "he"])
+def test_a_control_token_that_merges_build_is_not_built_from_text(control):
+    spec = json.loads(WORDS.text)
+    identity = spec["model"]["vocab"][control]
+    spec["added_tokens"] = [added(identity, control), added(WORDS.size - 5, "</s>")]
+    ours = Tokenizer.from_json(json.dumps(spec))
+    for said in SAID:
+        assert identity not in ours.encode(said)
+        assert ours.decode(ours.encode(said)) == said
+    assert ours.control(control) == identity
 
 
 def test_runs_of_spaces_added_as_tokens_stay_text():
@@ -208,6 +276,49 @@ def test_a_word_is_never_the_pad(tmp_path, pad):
     assert grown.with_pad() is grown
     assert grown.fingerprint == tokenizer.fingerprint  # the same ids for every text
     assert json.loads(grown.files()["special_tokens_map.json"])["pad_token"] == "<|pad|>"
+
+
+@pytest.mark.parametrize("word", ["<think>", "[x]", "hello", "  "])
+def test_what_a_text_may_show_is_never_chosen_as_the_pad(word):
+    """transformers takes a pad out of texts, and `<think>`, which is not special, stands in them."""
+    spec = json.loads(foreign("<|endoftext|>"))
+    spec["added_tokens"].append(added(LEARNED.size - 4, word, special=False))
+    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    assert tokenizer.pad_id is None
+    assert "pad_token" not in json.loads(tokenizer.files()["tokenizer_config.json"])
+
+
+@pytest.mark.parametrize("pad", ["<unk>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>"])
+def test_a_pad_of_other_families(tmp_path, pad):
+    """Llama without a pad of its own: what was reserved, or <unk>, before any other."""
+    text = foreign("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", pad)
+    path = folder(tmp_path / "m", text, tokenizer_config={"eos_token": "<|eot_id|>"})
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.name(tokenizer.pad_id) == pad
+    assert json.loads(tokenizer.files()["special_tokens_map.json"]) == {"eos_token": "<|eot_id|>", "pad_token": pad}
+
+
+@pytest.mark.parametrize(
+    "kind", ["TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizerFast", "LlamaTokenizer", "My", ""]
+)
+def test_an_exported_class_is_one_that_all_versions_know(tmp_path, kind):
+    """And nothing of what only one of them reads, or would run."""
+    theirs = {"tokenizer_class": kind, "eos_token": "</s>", "backend": "tokenizers", "is_local": False, "add_bos": True}
+    theirs |= {"auto_map": {"AutoTokenizer": ["my.My", None]}, "extra_special_tokens": ["<|x|>"]}
+    path = folder(tmp_path / "m", foreign("</s>", "<|x|>"), tokenizer_config=theirs)
+    written = json.loads(Tokenizer.load(path).files()["tokenizer_config.json"])
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<|x|>"]
+    assert not {"auto_map", "extra_special_tokens", "backend"} & written.keys()
+    assert written["add_bos"] is True
+
+
+def test_named_special_tokens_stay_named(tmp_path):
+    named = {"eos_token": "</s>", "extra_special_tokens": {"image_token": "<|x|>"}}
+    path = folder(tmp_path / "m", foreign("</s>", "<|x|>"), tokenizer_config=named)
+    written = json.loads(Tokenizer.load(path).files()["tokenizer_config.json"])
+    assert written["extra_special_tokens"] == {"image_token": "<|x|>"}
+    assert "additional_special_tokens" not in written
 
 
 def test_with_control_adds_one_id(tmp_path):
