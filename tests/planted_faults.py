@@ -118,7 +118,7 @@ FAULTS = (
     Fault(
         "12 training never stops early",
         "engine/best.py",
-        "return self.waited >= self.patience",
+        "return 0 < self.patience <= self.waited",
         "return False",
         "unit/train/test_reward.py::test_training_stops_where_held_out_records_gain_no_more",
     ),

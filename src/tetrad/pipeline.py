@@ -75,11 +75,11 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
             console.say(f"{step.stage:<10} unchanged, skipped")
             continue
         todo += 1
-        if is_first():
-            _prepare(step, found, recipe, console)
         context = StageContext(recipe, step.folder, step.key, step.parents, step.lineage, console)
         began = time.monotonic()
         with explained(step.stage), phase(step.stage):
+            if is_first():
+                _prepare(step, found, recipe, console)
             if is_first() and step.stage in prepare.STAGES and not stages:
                 prepare.STAGES[step.stage](context)
             (stages[step.stage] if stages else importlib.import_module(f"tetrad.train.{step.stage}").run)(context)

@@ -132,7 +132,7 @@ def test_what_follows_the_steps_ends_at_once_and_loses_none(chain: Chain) -> Non
     steps = max(storage.step_folders(chain.home / "reward/checkpoints"))
     assert f"after {steps} of {steps} steps, in what follows them; the last checkpoint is of step {steps}" in line
     with Process(*words) as process:
-        process.wait_for(f"goes on after step {steps} of {steps}", 60)
+        process.wait_for(f"resumes after step {steps} of {steps}", 60)
         assert process.end() == 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from faults.doubles import FAULTS, Counting, Failing, Killing, PowerCut, PowerCutError, using
-from faults.toy import EVERY, STEPS, Stage, newest_whole, result
+from faults.toy import EVERY, Stage, result
 from tetrad import storage
 from tetrad.errors import UserError
 
@@ -30,7 +30,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, str]]
 def goes_on(folder: Path, begun: list[int], expected: dict[str, str]) -> None:
     """The stage is done, or its next run begins no earlier than the last save and ends as if nothing had been."""
     saved = max(begun, default=0) // EVERY * EVERY
-    if newest_whole(folder) == STEPS:
+    if (folder / "model").is_dir():
         assert result(folder) == expected
         return
     stage = Stage(folder)

@@ -27,10 +27,10 @@ sft = { data = ["sft.jsonl"], batch = 16, epochs = 1 }
 reward = { data = ["ranked.jsonl", "scores.jsonl"], held_out = ["held_out.jsonl"], score_scale = [1, 5], batch = 16, \
 normalise = 16, normalise_max_new = 8 }
 ppo = { prompts = ["sft.jsonl"], steps = 2, batch = 8, max_new = 8, epochs = 1 }
-evaluate = { prompts = ["held_out.jsonl"], judges = ["judge.py:length"], samples = 8, best_of = 2, max_new = 8, \
+evaluate = { prompts = ["held_out.jsonl"], judges = ["judge.py:size"], samples = 8, best_of = 2, max_new = 8, \
 side_by_side = 1 }
 """
-JUDGE = "def length(samples):\n    return [len(sample['text']) for sample in samples]\n"
+JUDGE = "def size(samples):\n    return [len(sample['text']) for sample in samples]\n"
 
 
 def write_data(folder: Path) -> None:
@@ -126,7 +126,7 @@ def test_every_figure_is_explained(folder: Path, name: str) -> None:
     report = json.loads((run / "evaluate/report/report.json").read_text(encoding="utf-8"))
     figures = {key for line in [*logs, *report["stages"].values(), *report["systems"].values()] for key in line}
     explained = set(re.findall(r"`([\w]+)`", (ROOT / name).read_text(encoding="utf-8")))
-    by_form = {"step", "length_gain", "pair_accuracy_low", "pair_accuracy_high", "spearman_low", "spearman_high"}
+    by_form = {"step", "size", "size_gain", "pair_accuracy_low", "pair_accuracy_high", "spearman_low", "spearman_high"}
     assert figures - explained - by_form == set()
 
 

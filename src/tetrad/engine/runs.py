@@ -149,7 +149,7 @@ class Run:
 
     def _newest(self) -> tuple[Path | None, Any, checkpoints.Failures]:
         """The first rank chooses, the others load what it has chosen."""
-        if self._logs:
+        if self._main:
             path, state, failures = checkpoints.newest(self.checkpoints, self._load)
             self._first(path.name if path else "")
             return path, state, failures

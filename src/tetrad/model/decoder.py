@@ -182,13 +182,12 @@ class Decoder(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         """Returns the normed hidden states [T, hidden]."""
         x = self.embed_tokens(packed.ids_T)
-        keys_T = self._dropout_keys(packed)
-        if keys_T is not None:
-            x = x * kept_tokens(keys_T, self.token_dropout)[:, None]
         tokens = len(x)
         padding = padded(tokens, x.device) - tokens  # rows of zeros that nothing looks at; so are their gradients
         x = F.pad(x, (0, 0, 0, padding))
-        keys_T = None if keys_T is None else F.pad(keys_T, (0, padding))
+        keys_T = self._dropout_keys(packed, len(x))
+        if keys_T is not None:
+            x = x * kept_tokens(keys_T, self.token_dropout)[:, None]
         angle = F.pad(packed.positions_T, (0, padding))[:, None].float() * self.inv_freq
         cos, sin = (f(angle)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
         plan = plan_for(packed.bounds, x.device, packed.prefixes)
@@ -196,14 +195,13 @@ class Decoder(nn.Module):
             x = layer(x, cos, sin, plan, self._drop(keys_T, number))
         return self.norm(x)[:tokens]  # type: ignore[no-any-return]
 
-    def _dropout_keys(self, packed: Packed) -> Tensor | None:
-        """None where nothing is dropped. Raises ValueError where the pack has no keys."""
+    def _dropout_keys(self, packed: Packed, tokens: int) -> Tensor | None:
+        """With zeros for padding; None where nothing is dropped. Raises ValueError where the pack has no keys."""
         if not (self.training and (self.dropout or self.token_dropout)):
             return None
-        keys: Tensor | None = packed.keys_T
-        if keys is None:
+        if packed.keys_T is None:
             raise ValueError("dropout needs a pack with keys")
-        return keys
+        return F.pad(packed.keys_T, (0, tokens - len(packed.keys_T)))
 
     def _drop(self, keys_T: Tensor | None, layer: int) -> Drop:
         if keys_T is None or not self.dropout:

@@ -7,6 +7,7 @@ training uses (chunked heads, sums over ranks); both are held to the file.
 """
 
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from tetrad.data.pack import pack
 from tetrad.errors import UserError
-from tetrad.model.attention import packed_attention, plan_for
+from tetrad.model.attention import Plan, packed_attention, plan_for
 from tetrad.objectives import calibration, language, policy, preference
 from tetrad.types import IGNORE, Tokens
 
@@ -148,6 +149,14 @@ def _value_loss(x: Inputs) -> dict[str, Tensor]:
     return {"loss": loss, "clipfrac": clipped}
 
 
+def _attended(queries: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    """One head, in the width of the widest, as models have but one: zeros change only the scale of the scores."""
+    own, wide = queries.shape[1], max(queries.shape[1], values.shape[1])
+    queries, keys, padded = (torch.nn.functional.pad(x, (0, wide - x.shape[1])) for x in (queries, keys, values))
+    scaled = queries * math.sqrt(wide / own)
+    return packed_attention(scaled[:, None], keys[:, None], padded[:, None], plan)[:, 0, : values.shape[1]]
+
+
 def _pack(x: Inputs) -> dict[str, Tensor]:
     """A file pads its rows with id 0 and document -1; Tetrad's have no padding, so it is added to compare."""
     pieces = np.split(x["flat"].numpy(), np.cumsum(x["lengths"].numpy())[:-1])
@@ -158,10 +167,7 @@ def _pack(x: Inputs) -> dict[str, Tensor]:
     state = x["par_tok"][ids] + x["par_pos"][positions]
     queries, keys, values = (state @ x[f"par_{name}"] for name in "qkv")
     plan = plan_for(packed.bounds, torch.device("cpu"))
-    weights, mixed = (
-        packed_attention(queries[:, None], keys[:, None], what[:, None], plan)[:, 0]
-        for what in (torch.eye(size, dtype=values.dtype), values)
-    )
+    weights, mixed = (_attended(queries, keys, x, plan) for x in (torch.eye(size, dtype=values.dtype), values))
     logits = (state + mixed) @ x["par_out"]
     real = targets != IGNORE
     documents = torch.arange(len(pieces)).repeat_interleave(x["lengths"])

@@ -72,7 +72,7 @@ def _run(ctx: StageContext, device: Device) -> None:
     limit = sft.config.max_positions
     questions = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new)
     questions = [questions[i] for i in order(seed, 0, len(questions))[: s.samples]]
-    names = named(s.judges, ["reward"])
+    names = named(s.judges, ["reward", "kl", "referee_nll", *reply_figures((), ())])
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}

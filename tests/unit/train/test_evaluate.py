@@ -33,5 +33,5 @@ def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
     for chosen, group in zip(systems["best of 8"].samples, groups, strict=True):
         assert chosen in group
         assert chosen.valid_utf8 == any(sample.valid_utf8 for sample in group)
-    share = {name: figures(found, systems["sft"], {}, None, 0)["invalid_utf8"] for name, found in systems.items()}
+    share = {name: figures(found, {}, {}, None, 0)["invalid_utf8"] for name, found in systems.items()}
     assert share["sft"] > 0.5 > share["best of 8"]
