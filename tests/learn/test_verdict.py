@@ -31,6 +31,7 @@ PAID_FOR_LENGTH = [
     *("--ppo.rewards", '["reward", "length.py:length"]', "--ppo.reward-weights", "[1, 1]", "--ppo.critic", "actor"),
     *("--ppo.steps", "20", "--ppo.batch", "16", "--ppo.epochs", "4", "--ppo.actor-lr", "1e-2"),
     *("--ppo.kl-target", "0", "--ppo.kl-coefficient", "0", "--alarms.nats", "1", "--evaluate.max-kl", "2"),
+    *("--gate.length-margin", "1"),
 ]
 
 
@@ -93,7 +94,7 @@ def concluded(seed: int, steps: int, reward: ppo_toys.Reward) -> Verdict:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_healthy_run_is_better(seed: int) -> None:
-    found = concluded(seed, 20, ppo_toys.by_ids(ppo_toys.liked))
+    found = concluded(seed, 40, ppo_toys.by_ids(ppo_toys.liked))
     assert (found.outcome, found.use) == ("PPO is better", "PPO"), found
 
 
