@@ -134,11 +134,6 @@ def dangling(folder: Path) -> None:
     (folder / "f.jsonl").symlink_to(folder / "nowhere")
 
 
-def other_bytes(folder: Path) -> None:
-    """A name as unzip leaves those of an archive from Windows."""
-    write(folder / os.fsdecode("数据.jsonl".encode("gb18030")), GOOD)
-
-
 def huge(folder: Path) -> None:
     """A line of 1 GiB, most of it a hole in the file."""
     with write(folder / "f.jsonl", '{"prompt": "').open("r+b") as opened:
@@ -192,7 +187,6 @@ NAMES = ("-rf.jsonl", "a b;c$(d).jsonl", "~.jsonl", "new\nline.jsonl", "🦊.jso
 CASES = [
     *(case for name, content, code, place in SYNTAX if code != "E-DATA-" for case in both(name, file(content), code, place)),
     *(case for name, content, code, place in JUDGED for case in both(name, file(content), code, place, REWARD)),
-    *both("name in other bytes", other_bytes, "E-DATA-PATH", "the name of this file is not UTF-8 text", SFT.replace("f.jsonl", "*.jsonl"), "check '*.jsonl'"),
     *both("dialogues as texts", file(line(chosen="\n\nHuman: a\n\nAssistant: b", rejected="\n\nHuman: a\n\nAssistant: c")), "E-DATA-MISSING", "f.jsonl:1: ", REWARD),
     *both("directory", directory, "E-DATA-PATH", "a folder, not a file"),
     *both("pipe", pipe, "E-DATA-PATH", "not a regular file"),

@@ -135,7 +135,7 @@ def files(patterns: Iterable[str | Path]) -> list[Path]:
     """The files named, globs (`data/*.jsonl`, `**`) expanded in the order of their names, `hf://` names downloaded.
 
     A name is taken literally where such a file exists, and so is each folder before a glob: a folder may be called
-    `exp[1]`. Errors: E-DATA-PATH (also a name that is not UTF-8), E-DATA-HUB, E-DATA-OVERLAP (named twice).
+    `exp[1]`. Errors: E-DATA-PATH, E-DATA-HUB, E-DATA-OVERLAP (named twice).
     """
     return list(sources(patterns).paths)
 
@@ -267,8 +267,7 @@ def _probable(raw: bytes) -> str:
 
 
 def check_file(path: Path) -> os.stat_result:
-    """A regular file that may be read, with a name that can be written down. Errors: E-DATA-PATH."""
-    _refuse_other_bytes(path)
+    """A regular file that may be read. Errors: E-DATA-PATH."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -289,19 +288,6 @@ def refuse_none_learned(excluded: int, read: int, where: str) -> None:
         what = f"all {read} records are marked as not to be learned from"
         hint = 'leave the file out, or give answers with a "label" of true or without one'
         raise UserError("E-DATA-EMPTY", what, where=where, hint=hint)
-
-
-def _refuse_other_bytes(path: Path) -> None:
-    """Errors: E-DATA-PATH for a name that is not UTF-8, as unzip leaves those of another system: no recipe and no
-    lineage can hold it."""
-    raw = os.fsencode(path)
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        encoding = _probable(raw)
-        hint = f"rename it; in {encoding} it says {raw.decode(encoding)}" if encoding else "rename it"
-        shown = raw.decode(errors="backslashreplace")
-        raise UserError("E-DATA-PATH", "the name of this file is not UTF-8 text", where=shown, hint=hint) from None
 
 
 def empty(path: Path, blank: int) -> NoReturn:

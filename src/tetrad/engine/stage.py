@@ -138,7 +138,7 @@ def finish(
     if ctx.folder.name == "ppo":
         card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, figures))
     meta: dict[str, Json] = {"key": ctx.key, "figures": dict(figures), "lineage": dict(ctx.lineage)}
-    run.finish(files, meta, {outcome.CARD: card.encode()})
+    run.finish(files, meta, {outcome.CARD: card.encode(errors="backslashreplace")})
     mesh.wait()
 
 

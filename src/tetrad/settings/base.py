@@ -21,6 +21,7 @@ FILES = "files"
 FUNCTIONS = "functions"
 REWARDS = "rewards"
 ESCAPED = "escaped"
+FILE = "file"
 
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
@@ -40,6 +41,8 @@ Files = Annotated[tuple[str, ...], FILES]
 """Paths, globs allowed, from the recipe's folder; the content of the files is part of a stage's key."""
 Functions = Annotated[tuple[str, ...], FUNCTIONS]
 """`file.py:name`; the content of the file is part of a stage's key."""
+File = Annotated[str, FILE]
+"""The path of one file, whatever bytes its name is made of: no recipe and no lineage has to hold it."""
 Escaped = Annotated[str, ESCAPED]
 """Text in which a command line may write \\n, \\t, \\r and \\\\; a recipe has TOML's own escapes."""
 Rewards = Annotated[tuple[str, ...], REWARDS]
@@ -86,7 +89,7 @@ _LISTS = {
 @dataclass(frozen=True)
 class Knob:
     """One setting. kind: truth | whole | number | text | choice | list | numbers | series. mark: files, functions,
-    rewards, escaped or empty."""
+    rewards, file, escaped or empty."""
 
     name: str
     default: Any

@@ -8,13 +8,14 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from tetrad.errors import UserError
-from tetrad.settings.base import Knob, knobs, tables
+from tetrad.settings.base import FILE, Knob, knobs, tables
 from tetrad.settings.names import SECRET_VALUE, secret, shown, unknown
 
 T = TypeVar("T")
@@ -41,15 +42,19 @@ def build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str]) ->
             raise unknown(name, known, where)
         if SECRET_VALUE.search(str(value)):
             raise secret(name, where)
+        if name in known and known[name].mark == FILE:
+            continue
         if not is_text(json.dumps(value, ensure_ascii=False, default=str)):
             what, hint = f"{name} = {value!a:.60} is not UTF-8 text.", "rename the file, or write it in UTF-8"
             raise UserError("E-CONF-TYPE", what, where=where, hint=hint)
     try:
-        text = json.dumps(_by_field(cls, values), default=lambda value: {"not JSON": str(value)})
-        built: T = _adapter(kind).validate_json(text, strict=True)
+        odd = {name: v for name, v in values.items() if isinstance(v, str) and not is_text(v)}  # of files, see above
+        plain = _by_field(cls, {**values, **dict.fromkeys(odd, "file")})
+        text = json.dumps(plain, default=lambda value: {"not JSON": str(value)})
+        built: Any = _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise _explained(error, values, known, places) from None
-    return built
+    return cast(T, replace(built, **odd))
 
 
 @cache

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Annotated, Literal, TypeVar
 
 from tetrad.errors import UserError
-from tetrad.settings.base import ESCAPED, Count, NotNegative, Seed, Share, TemplateName, Whole, settings
+from tetrad.settings.base import ESCAPED, Count, File, NotNegative, Seed, Share, TemplateName, Whole, settings
 from tetrad.settings.common import Sampling
 
 T = TypeVar("T", bound="Sample")
@@ -38,11 +38,11 @@ class Generate(Sample):
     """The prompt's Instruction."""
     input: str = ""
     """The prompt's Input, beside `instruction`."""
-    prompts: str = ""
+    prompts: File = ""
     """A file of prompts, instead of `instruction`."""
     rename: tuple[str, ...] = ()
     """Other names of the file's fields, as question=Instruction."""
-    out: str = ""
+    out: File = ""
     """Write the answers to this jsonl file; without it they are printed."""
     best_of: Count = 1
     """Replies a prompt, of which the one with the highest reward is kept; needs `reward`."""
@@ -70,12 +70,12 @@ class ScoreFile:
 
     model: str = ""
     """The reward model's folder ("runs/NAME/reward")."""
-    data: str = ""
+    data: File = ""
     """A jsonl file with a prompt and an answer a line: `input` and `output`, or Instruction, Input and Output, or
     messages; or what `generate` wrote, whose `reply` is scored."""
     rename: tuple[str, ...] = ()
     """Other names of the file's fields, as question=Instruction answer=Output."""
-    out: str = ""
+    out: File = ""
     """Write the scores to this jsonl file; without it they are printed."""
     template: TemplateName = ""
     """How a prompt becomes text, where the model's folder doesn't say."""

@@ -266,7 +266,7 @@ def test_parquet(tmp_path):
 
 def test_parquet_without_its_wheel(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"E-DATA-FORMAT.*tetrad\[parquet\]"):
+    with pytest.raises(UserError, match=r"E-DATA-FORMAT.*pip install pyarrow"):
         read(write(tmp_path, b"PAR1....", "f.parquet"))
 
 
@@ -463,16 +463,12 @@ def test_a_folder_before_a_glob_is_taken_literally(tmp_path, monkeypatch, folder
 
 
 @pytest.mark.parametrize("name", ["数据".encode("gb18030"), "données".encode("latin-1"), b"\xff\xfe"])
-def test_a_name_in_other_bytes_is_refused_wherever_it_comes_from(tmp_path, name):
+def test_a_name_in_other_bytes_is_a_name(tmp_path, name):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name + b".jsonl")
     with open(path, "w") as file:
         file.write(GOOD)
-    for pattern in (path, tmp_path / "*.jsonl", tmp_path / "**"):
-        with pytest.raises(UserError, match=r"E-DATA-PATH.*\\x.*is not UTF-8 text.*rename it") as caught:
-            files([pattern])
-    if name == "数据".encode("gb18030"):
-        assert "数据.jsonl" in caught.value.hint
-    str(caught.value).encode()
+    for pattern in (path, tmp_path / "*.jsonl", tmp_path / "**/*"):
+        assert files([pattern]) == [Path(path)]
 
 
 def test_globs_are_sorted_and_a_file_counts_once(tmp_path):
