@@ -1,10 +1,11 @@
-"""The verdict of real runs: one that is paid for length, a healthy one, one without a step, and what chance alone calls
-better. Three seeds each, or as many as TETRAD_SEEDS says."""
+"""The verdict of real runs: one whose reward model follows length, a healthy one, one without a step, and what chance
+alone calls better. Three seeds each, or as many as TETRAD_SEEDS says."""
 
 import hashlib
 import io
 import json
 import os
+import random
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -27,33 +28,47 @@ from tiny import Chain
 pytestmark = pytest.mark.learn
 SEEDS = range(int(os.environ.get("TETRAD_SEEDS", "3")))
 
-PAID_FOR_LENGTH = [
-    *("--ppo.rewards", '["reward", "length.py:length"]', "--ppo.reward-weights", "[1, 1]", "--ppo.critic", "actor"),
-    *("--ppo.steps", "20", "--ppo.batch", "16", "--ppo.epochs", "4", "--ppo.actor-lr", "1e-2"),
-    *("--ppo.kl-target", "0", "--ppo.kl-coefficient", "0", "--alarms.nats", "1", "--evaluate.max-kl", "2"),
-    *("--gate.length-margin", "1"),
+GREEDY = [  # a good SFT model, and PPO that nothing holds back; no limit of the gate, an alarm or a guard is touched
+    *("--sft.epochs", "8", "--sft.lr", "1e-2", "--reward.data", '["scores.jsonl"]', "--reward.epochs", "8"),
+    *("--reward.normalise-max-new", "40", "--ppo.max-new", "40", "--evaluate.max-new", "40"),
+    *("--ppo.steps", "20", "--ppo.batch", "16", "--ppo.epochs", "4", "--ppo.actor-lr", "5e-3"),
+    *("--ppo.kl-target", "0", "--ppo.kl-coefficient", "0", "--evaluate.samples", "24"),
 ]
 
 
-def test_a_run_that_is_paid_for_length_is_not_to_be_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The gate fails, KL is at its second limit: said in the last lines, report.json, status and the card. Exit 0, and
-    5 under strict, with everything kept."""
+def plant_length(folder: Path) -> None:
+    """Scores that rise with the number of words and know nothing else."""
+    draw = random.Random(0)
+    words = ("was", "warm", "film", "dull", "and", "too", "story", "slow", "actor", "bright")
+    answers = {" ".join(draw.choices(words, k=draw.randint(3, 9))): None for _ in range(300)}
+    lines = [
+        json.dumps({"Instruction": "Go on.", "Input": "the film", "output": text, "score": (len(text.split()) - 6) / 3})
+        for text in answers
+    ]
+    (folder / "held_out.jsonl").write_text("\n".join(lines[:60]))
+    (folder / "scores.jsonl").write_text("\n".join(lines[60:]))
+
+
+def test_a_reward_that_follows_length_is_not_to_be_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its gate fails and alarms reach their second limit: said in the last lines, report.json, status and the card.
+    Exit 0, and 5 under strict, with everything kept."""
     chain = Chain(tmp_path)
-    (chain.path.parent / "length.py").write_text("def length(samples):\n    return [len(s['text']) for s in samples]\n")
-    chain.run(*PAID_FOR_LENGTH)
+    plant_length(chain.path.parent)
+    chain.run(*GREEDY)
     last = chain.said.splitlines()[-1]
-    assert last.startswith("verdict    not to be trusted: use ")
-    report = json.loads((chain.home / "evaluate/report/report.json").read_text())["verdict"]
+    assert last == "verdict    not to be trusted: use SFT"
+    found = json.loads((chain.home / "evaluate/report/report.json").read_text())
+    report = found["verdict"]
     assert report["outcome"] == "not to be trusted"
+    assert found["systems"]["ppo"]["reward_gain"]["low"] > 0  # what the tables alone would call a success
     (alarm,) = [reason for reason in report["reasons"] if reason.startswith("alarm kl: at its second limit")]
-    first = next(line["step"] for line in chain.lines("ppo") if line["kl"] >= 5)
-    final = max(line["step"] for line in chain.lines("ppo") if line["kl"] >= 5)
-    assert alarm.endswith(f"first at step {first}, last at step {final}")
-    assert any(reason.startswith("gate: ") for reason in report["reasons"])
-    assert any(reason.startswith("PPO: kl is ") for reason in report["reasons"])
+    steps = [line["step"] for line in chain.lines("ppo") if line["kl"] >= 50]
+    assert alarm.endswith(f"first at step {steps[0]}, last at step {steps[-1]}")
+    for reason in ("gate: length alone is right", "gate: the reward follows the length", "PPO: kl is "):
+        assert any(r.startswith(reason) for r in report["reasons"]), reason
     card = (chain.home / "ppo/model/README.md").read_text()
     out = io.StringIO()
-    words = ["--run.out", str(chain.runs), *PAID_FOR_LENGTH]
+    words = ["--run.out", str(chain.runs), *GREEDY]
     pipeline.status(recipe.read(chain.path, words), Console(out=out))
     for text in (chain.said, card, out.getvalue()):
         assert all(reason in text for reason in report["reasons"]) and last.removeprefix("verdict    ") in text
