@@ -1,6 +1,6 @@
 """How much memory PPO takes, against what `tetrad check` says beforehand.
 
-    python benchmarks/memory.py MODEL --shapes 256x4 512x8 --out results.jsonl
+    python benchmarks/memory.py MODEL --shapes 256x4 512x8 >> results.jsonl
 
 MODEL: a folder whose tokenizer is borrowed (runs/reviews-en/sft). For each shape, hidden size and layers, a model of
 random weights goes through the reward stage and two iterations of PPO, each stage in a process of its own: with four
@@ -125,17 +125,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["256x4", "512x8"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--micro-tokens", type=int, default=4096)
-    parser.add_argument("--out", default="")
     asked = parser.parse_args()
     for shape in asked.shapes:
         hidden, layers = map(int, shape.split("x"))
         for way in asked.ways:
             for row in measured(asked.model, hidden, layers, way, asked.micro_tokens):
-                line = json.dumps(row)
-                print(line, flush=True)
-                if asked.out:
-                    with Path(asked.out).open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

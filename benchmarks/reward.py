@@ -1,7 +1,7 @@
 """What a reward model learns from lists, scores and pairs, on the rated sentences of `examples/reviews-en`.
 
     python examples/reviews-en/fetch.py
-    python benchmarks/reward.py POLICY mixed lists trl --seeds 0 1 2 --out results.jsonl
+    python benchmarks/reward.py POLICY mixed lists trl --seeds 0 1 2 >> results.jsonl
 
 POLICY: an SFT model of that example, as runs/reviews-en/sft. All arms start from it and read the same answers; one JSON
 line an arm and seed has the figures on the test sentences.
@@ -261,16 +261,11 @@ def main() -> None:
     parser.add_argument("policy")
     parser.add_argument("cases", nargs="+", choices=CASES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--out", default="")
     asked = parser.parse_args()
     for case in asked.cases:
         for seed in asked.seeds:
             for row in CASES[case](asked.policy, seed):
-                line = json.dumps({**row, "seed": seed, "threads": torch.get_num_threads()})
-                print(line, flush=True)
-                if asked.out:
-                    with Path(asked.out).open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                print(json.dumps({**row, "seed": seed, "threads": torch.get_num_threads()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Resident memory by step: what a stage holds while every batch has other lengths.
 
     python examples/reviews-en/fetch.py
-    python benchmarks/rss.py pretrain sft reward ppo --steps 2000 --out results.jsonl
+    python benchmarks/rss.py pretrain sft reward ppo --steps 2000 >> results.jsonl
 
 Each named stage runs as a process of its own, on rows of 8 to 512 tokens that are joined from the reviews of that
 example; those before it take a few steps. One JSON line each: MiB of resident memory after some steps, and the growth
@@ -173,14 +173,9 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=STAGES[1:])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", default="")
     asked = parser.parse_args()
     for stage in asked.stages:
-        line = json.dumps(measured(stage, asked.steps, asked.batch))
-        print(line, flush=True)
-        if asked.out:
-            with Path(asked.out).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        print(json.dumps(measured(stage, asked.steps, asked.batch)), flush=True)
 
 
 if __name__ == "__main__":
