@@ -1,5 +1,7 @@
 """Keys and values of replies in the making: fixed slots, so that rows may join and leave, in one tensor."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,11 @@ class Cache:
     def fill(self, slots_T: Tensor, positions_T: Tensor, plan: Plan) -> Attend:
         """The `attend` of a prefill: attention inside each prompt; keys and values are kept in each token's slot. What
         lies behind the last prompt is padding."""
-        groups, at = self._groups, self._rows(self._slots[slots_T], positions_T)
+        return partial(self._filled, self._rows(self._slots[slots_T], positions_T), len(slots_T), plan)
 
-        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-            self._keep(layer, at, kv[: len(slots_T)])
-            return packed_attention(q, kv[:, :groups], kv[:, groups:], plan)
-
-        return attend
+    def _filled(self, at: Tensor, tokens: int, plan: Plan, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        self._keep(layer, at, kv[:tokens])
+        return packed_attention(q, kv[:, : self._groups], kv[:, self._groups :], plan)
 
     def step(self, positions_N: Tensor, length: int, *, full: bool = False) -> Attend:
         """The `attend` of one decoding step: a token for each of the first N slots. length: positions read at most;
@@ -48,12 +48,13 @@ class Cache:
             bias = torch.zeros(rows, length, dtype=self.kv.dtype, device=self.kv.device)
             bias.masked_fill_(self._places[:length] > positions_N[:, None], -torch.inf)
             bias = bias.repeat_interleave(self._groups, 0)[:, None]
+        return partial(self._stepped, at, every, bias)
 
-        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-            self._keep(layer, at, kv)
-            return cached_attention(q, every[2 * layer], every[2 * layer + 1], bias)
-
-        return attend
+    def _stepped(
+        self, at: Tensor, every: tuple[Tensor, ...], bias: Tensor | None, layer: int, q: Tensor, kv: Tensor
+    ) -> Tensor:
+        self._keep(layer, at, kv)
+        return cached_attention(q, every[2 * layer], every[2 * layer + 1], bias)
 
     def copy(self, row: int, to: int, length: int) -> None:
         """The first positions of a row, to another one."""
