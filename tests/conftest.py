@@ -5,7 +5,9 @@ inherit it. A warning is an error (pyproject.toml).
 """
 
 import os
+from pathlib import Path
 
+import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_packages
 from hypothesis import settings
@@ -24,3 +26,15 @@ settings.load_profile("tetrad")
 
 # Arguments and results are held against their types while tests run; an int passes as a float.
 beartype_packages(("tetrad.objectives", "tetrad.model"), conf=BeartypeConf(is_pep484_tower=True))
+
+LONG_FIRST = ("learn", "dist", "faults", "parity", "cli", "conformance")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders with the longest files come first, so that no process is left with one at the end."""
+
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONG_FIRST.index(folder) if folder in LONG_FIRST else len(LONG_FIRST)
+
+    items.sort(key=rank)

@@ -103,20 +103,29 @@ def bootstrap_interval(
     """
     if len(values_N) == 0:
         raise ValueError("no values: their interval is undefined")
-    groups = torch.arange(len(values_N)) if groups_N is None else groups_N.cpu()
-    order = groups.argsort(stable=True)
-    lengths = groups.unique(return_counts=True)[1]
-    starts = lengths.cumsum(0) - lengths
-    generator = torch.Generator().manual_seed(seed)
-    found = torch.empty(resamples, dtype=torch.float64)
+    generator, found = torch.Generator().manual_seed(seed), torch.empty(resamples, dtype=torch.float64)
+    groups = len(values_N) if groups_N is None else len(groups_N.unique())
+    rows_of = None if groups_N is None else _rows_of_groups(groups_N.cpu())
     for n in range(resamples):
-        drawn = torch.randint(len(starts), (len(starts),), generator=generator)
-        sizes = lengths[drawn]
-        shift = starts[drawn] - (sizes.cumsum(0) - sizes)
-        rows = order[torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)]
-        found[n] = float(statistic(values_N[rows.to(values_N.device)]))
+        drawn = torch.randint(groups, (groups,), generator=generator)
+        rows = rows_of(drawn) if rows_of else drawn
+        found[n] = statistic(values_N[rows.to(values_N.device)])
     tail = (1 - level) / 2
     return float(found.quantile(tail)), float(found.quantile(1 - tail))
+
+
+def _rows_of_groups(groups_N: Tensor) -> Callable[[Tensor], Tensor]:
+    """What gives the rows of the groups of these numbers, in their order."""
+    order = groups_N.argsort(stable=True)
+    lengths = groups_N.unique(return_counts=True)[1]
+    starts = lengths.cumsum(0) - lengths
+
+    def rows(drawn: Tensor) -> Tensor:
+        sizes = lengths[drawn]
+        shift = starts[drawn] - (sizes.cumsum(0) - sizes)
+        return order[torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)]
+
+    return rows
 
 
 def _mean_ranks(values: Tensor) -> Tensor:
