@@ -556,6 +556,55 @@ FAULTS = (
         "False",
         "unit/test_recipe.py::test_mistakes_of_a_file",
     ),
+    Fault(
+        "a gate that failed does not weigh on the verdict",
+        "engine/verdict.py",
+        "reasons = [*faults, *(",
+        "reasons = [*(",
+        "unit/engine/test_verdict.py::test_each_case",
+    ),
+    Fault(
+        "each of several judges decides at its own level",
+        "engine/verdict.py",
+        "1 - LEVEL / judges / 2",
+        "1 - LEVEL / 2",
+        "unit/engine/test_verdict.py::test_each_case",
+    ),
+    Fault(
+        "best of N takes what is no text",
+        "engine/scoring.py",
+        "(samples[i].valid_utf8, scores[i])",
+        "scores[i]",
+        "conformance/test_scores.py::test_best_of_n_prefers_what_can_be_written",
+    ),
+    Fault(
+        "dropout follows the place in the micro-batch",
+        "model/dropout.py",
+        "_mixed(keys_T + seed_for(",
+        "_mixed(torch.arange(len(keys_T)) + seed_for(",
+        "unit/model/test_dropout.py::test_neighbours_order_padding_and_shared_prefixes_change_no_mask",
+    ),
+    Fault(
+        "an answer labelled false is learned",
+        "data/forms.py",
+        "or (label and str(fields[label]).lower() in _FALSE)",
+        "",
+        "unit/data/test_records.py::test_a_false_label_is_no_good_answer",
+    ),
+    Fault(
+        "a model in training is sampled with the weights it had",
+        "model/fused.py",
+        " and all(map(torch.equal, self._last[1], marks))",
+        "",
+        "unit/serve/test_models.py::test_a_changed_model_answers_as_its_fresh_copy",
+    ),
+    Fault(
+        "every batch has a size of its own",
+        "objectives/product.py",
+        'return rows + -rows % _step(rows - 1) if place.type == "cpu" else rows',
+        "return rows",
+        "unit/train/test_resident.py::test_memory_of_sft_is_flat",
+    ),
 )
 
 

@@ -29,7 +29,7 @@ from tetrad import storage
 from tetrad.engine import checkpoints
 from tetrad.engine.checkpoints import differences, file_of
 from tetrad.engine.console import phase
-from tetrad.engine.device import peak_bytes
+from tetrad.engine.device import give_back, peak_bytes
 from tetrad.engine.folders import others_may_write
 from tetrad.engine.stop import Stop
 from tetrad.errors import Stopped, UserError
@@ -37,6 +37,7 @@ from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.storage import Content, Json, LineLog
 
 _SAVES_A_STAGE = 10
+_GIVE_BACK_EVERY = 20  # steps
 _CUT_BACK = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -236,6 +237,8 @@ class Run:
             yield self.step
             self._stop.message = ""
             self.step += 1
+            if self.step % _GIVE_BACK_EVERY == 0:
+                give_back()
             stop, last = self._stop.agreed(), self._enough or self.step == self.total_steps
             if stop or self.step % self._every == 0 or (last and self._every <= self.total_steps):
                 self._save()
