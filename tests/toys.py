@@ -1,6 +1,7 @@
 """Small random models and documents for the tests that need one; nothing here is trained."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tetrad.types import Packed, Tokens
 
 CPU = Device(torch.device("cpu"), torch.float32)
 EOS, PAD = 1, 2
+SEEDS = range(int(os.environ.get("TETRAD_SEEDS", "3")))  # of tests that train
 
 
 def config(family: str = "qwen2", **changes: Any) -> DecoderConfig:

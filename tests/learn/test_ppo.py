@@ -1,7 +1,6 @@
 """PPO works: it finds an optimum that is known, learns a rule, gains what best-of-16 gains at its KL, and stays put
 where it should. Three seeds each, or as many as TETRAD_SEEDS says."""
 
-import os
 from copy import deepcopy
 from dataclasses import replace
 
@@ -20,7 +19,6 @@ from tetrad.settings.ppo import Ppo
 from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn
-SEEDS = range(int(os.environ.get("TETRAD_SEEDS", "3")))
 
 
 def asked(count: int, prompt: tuple[int, ...] = (3, 4)) -> list[Question]:
@@ -40,7 +38,7 @@ def log_chances(model: CausalLM) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", toys.SEEDS)
 def test_finds_the_enumerated_optimum(seed):
     """pi_ref exp(r / beta) / Z is what reward - beta KL is maximal at."""
     beta = 1.0
@@ -97,7 +95,7 @@ def nats(made: Experience) -> float:
 LEARNS = Ppo(batch=64, max_new=4, steps=60, actor_lr=3e-3, critic_lr=3e-3, kl_coefficient=0.02, missing_eos_penalty=0.0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", toys.SEEDS)
 def test_learns_a_rule(seed):
     """From about one reply in ten to nine in ten, within 60 steps."""
     liked = {20}
@@ -113,7 +111,7 @@ def test_learns_a_rule(seed):
 LIKED = set(range(20, 28))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", toys.SEEDS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_sign_of_the_reward_decides(seed, sign):
     right = rule(LIKED)
@@ -127,7 +125,7 @@ def test_the_sign_of_the_reward_decides(seed, sign):
     assert after > 0.9 if sign > 0 else after < 0.1
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", toys.SEEDS)
 def test_no_learning_rate_no_change(seed):
     s = replace(LEARNS, actor_lr=0.0, critic_lr=0.0)
     four = some_models(s, seed, rule(LIKED))
@@ -140,7 +138,7 @@ def test_no_learning_rate_no_change(seed):
         assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", toys.SEEDS)
 def test_a_huge_price_holds_it_back(seed):
     """Less than 0.05 nats a reply at every step, where a low price lets it go far."""
     found = {}
@@ -153,7 +151,7 @@ def test_a_huge_price_holds_it_back(seed):
     assert found[0.02] > 0.1
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", toys.SEEDS)
 def test_gains_what_best_of_16_gains_at_its_kl(seed):
     """log 16 - 15/16 = 1.84 nats is what best-of-16 costs (Stiennon et al. 2020): below that, at least 80 % of it."""
     s = Ppo(

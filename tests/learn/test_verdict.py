@@ -4,7 +4,6 @@ alone calls better. Three seeds each, or as many as TETRAD_SEEDS says."""
 import hashlib
 import io
 import json
-import os
 import random
 from collections.abc import Sequence
 from copy import deepcopy
@@ -26,7 +25,6 @@ from tetrad.types import Prompt
 from tiny import Chain
 
 pytestmark = pytest.mark.learn
-SEEDS = range(int(os.environ.get("TETRAD_SEEDS", "3")))
 
 GREEDY = [  # a good SFT model, and PPO that nothing holds back; no limit of the gate, an alarm or a guard is touched
     *("--sft.epochs", "8", "--sft.lr", "1e-2", "--reward.data", '["scores.jsonl"]', "--reward.epochs", "8"),
@@ -107,7 +105,7 @@ def concluded(seed: int, steps: int, reward: ppo_toys.Reward) -> Verdict:
     return found
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", toys.SEEDS)
 def test_a_healthy_run_is_better(seed: int) -> None:
     found = concluded(seed, 40, ppo_toys.by_ids(ppo_toys.liked))
     assert (found.outcome, found.use) == ("PPO is better", "PPO"), found
@@ -124,6 +122,6 @@ def chance(ids: tuple[int, ...]) -> float:
 
 
 def test_a_reward_of_chance_is_hardly_ever_better() -> None:
-    outcomes = [concluded(seed, 10, ppo_toys.by_ids(chance)).outcome for seed in SEEDS]
+    outcomes = [concluded(seed, 10, ppo_toys.by_ids(chance)).outcome for seed in toys.SEEDS]
     print(outcomes)
-    assert outcomes.count("PPO is better") <= max(1, len(SEEDS) // 10)
+    assert outcomes.count("PPO is better") <= max(1, len(toys.SEEDS) // 10)
