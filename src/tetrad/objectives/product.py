@@ -5,6 +5,7 @@ Elsewhere, in other types than float32, and where torch lacks these operators, t
 """
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 _FEW_ROWS = 64  # below, the weight's layout would have to be made for hardly any work
 _LEAST_STEP = 16  # between two numbers of rows
 _NARROW = 256  # a weight's gradient, a product over all tokens, is no faster where one side is smaller
+# Compiled products that oneDNN keeps: half a MiB and half a millisecond each, some 16 for a size of a micro-batch. It
+# would keep 1,024; it reads this at the first one.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 _SMALL = 160_000  # weights that stay in a core's own cache: plain up to twice as many multiplications
 
