@@ -1,7 +1,7 @@
 """What PPO earns for the KL that it spends, against the PPO of TRL at equal settings, on `examples/reviews-en`.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 -e . trl==1.12.0   # the last with PPO
-    peer/bin/python benchmarks/ppo_trl.py run RUN trl tetrad --seeds 0 1 2 --out results.jsonl
+    peer/bin/python benchmarks/ppo_trl.py run RUN trl tetrad --seeds 0 1 2 >> results.jsonl
     python benchmarks/ppo_trl.py show results.jsonl
 
 RUN: a run of the example, runs/reviews-en. Both start from its SFT and reward model, with the same prompts, batches,
@@ -176,7 +176,6 @@ def main() -> None:
     run.add_argument("systems", nargs="+", choices=SYSTEMS)
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--steps", type=int, default=STEPS)
-    run.add_argument("--out", type=Path)
     verbs.add_parser("show").add_argument("results", type=Path)
     asked = parser.parse_args()
     if asked.verb == "show":
@@ -189,9 +188,6 @@ def main() -> None:
             seconds = round(time.perf_counter() - began, 1)
             row = {"system": system, "seed": seed, "seconds": seconds, "threads": torch.get_num_threads(), **curve}
             print(json.dumps(row), flush=True)
-            if asked.out:
-                with asked.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,11 @@ from tetrad import storage
 from tetrad.engine import checkpoints
 from tetrad.engine.checkpoints import differences, file_of
 from tetrad.engine.console import phase
-from tetrad.engine.device import peak_bytes
+from tetrad.engine.device import give_back, peak_bytes
 from tetrad.engine.folders import others_may_write
 from tetrad.engine.stop import Stop
 from tetrad.errors import Stopped, UserError
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
-from tetrad.objectives.product import give_back
 from tetrad.storage import Content, Json, LineLog
 
 _SAVES_A_STAGE = 10

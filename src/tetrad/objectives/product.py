@@ -4,7 +4,6 @@ has wide vectors that its library does not use, several times for the few rows o
 Elsewhere, in other types than float32, and where torch lacks these operators, they are torch's own.
 """
 
-import ctypes
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,18 +16,10 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 _FEW_ROWS = 64  # below, the weight's layout would have to be made for hardly any work
 _LEAST_STEP = 16  # between two numbers of rows
 _NARROW = 256  # a weight's gradient, a product over all tokens, is no faster where one side is smaller
+_SMALL = 160_000  # weights that stay in a core's own cache: plain up to twice as many multiplications
 # Compiled products that oneDNN keeps: half a MiB and half a millisecond each, some 16 for a size of a micro-batch. It
 # would keep 1,024; it reads this at the first one.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-_SMALL = 160_000  # weights that stay in a core's own cache: plain up to twice as many multiplications
-
-
-def give_back() -> None:
-    """Returns to the system the memory that freed tensors have left, where the C library does not by itself: of batches
-    of many lengths it would hold what the rarest ones took. Milliseconds."""
-    if _malloc_trim:
-        _malloc_trim(0)
 
 
 def padded(rows: int, place: torch.device) -> int:
