@@ -41,7 +41,9 @@ def model_of(size: str) -> ScalarModel:
     hidden, layers, heads, kv_heads, ff, vocabulary = SIZES[size]
     shape = (vocabulary, hidden, layers, heads, kv_heads, hidden // heads, ff, 4096)
     torch.manual_seed(0)
-    return ScalarModel(DecoderConfig("qwen2", *shape, eos_ids=(2,), pad_id=0))
+    model = ScalarModel(DecoderConfig("qwen2", *shape, eos_ids=(2,), pad_id=0))
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    return model
 
 
 def records_of(size: str, answers: int, prompt: int, tokens: int) -> list[list[Tokens]]:

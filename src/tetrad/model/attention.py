@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from tetrad.types import Prefix
 
@@ -247,6 +246,8 @@ def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, plan: Plan) ->
     if plan.parts:
         return _in_parts(q_THD, k_TGD, v_TGD, plan)
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads all of torch.compile: two seconds
+
         spread = q_THD.shape[1] // k_TGD.shape[1]
         k_THD, v_THD = (x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD))
         offsets, longest = plan.offsets, plan.longest

@@ -173,7 +173,8 @@ class Decoder(nn.Module):
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        # Not drawn here: on "meta" torch would load all of torch.compile for it, two seconds whenever a model is read.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(c.vocab_size, c.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
@@ -210,8 +211,9 @@ class Decoder(nn.Module):
 
 
 def rope_frequencies(c: DecoderConfig) -> Tensor:
-    """Inverse wavelengths [head_dim / 2], with Llama 3's smoothing between long and short waves where configured."""
-    inverse = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    """Inverse wavelengths [head_dim / 2], with Llama 3's smoothing between long and short waves where configured. On
+    the CPU even where a model is made on "meta", since no file holds them."""
+    inverse = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
     s = c.rope_scaling
     if s is None:
         return inverse

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tetrad.errors import UserError
 from tetrad.model.config import config_json
-from tetrad.model.decoder import CausalLM, ScalarModel, initial_head, rope_frequencies
+from tetrad.model.decoder import CausalLM, ScalarModel, initial_head
 from tetrad.model.inspect import Facts, has_manifest, inspect
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.storage import Content, verify_folder
@@ -93,8 +93,6 @@ def _fill(model: CausalLM | ScalarModel, tensors: dict[str, Tensor]) -> None:
     for name in dict(model.named_parameters()):
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(tensors[name].float()))
-    # Buffers were made on the meta device as well; their values follow from the configuration.
-    model.model.inv_freq = rope_frequencies(model.config)
     if isinstance(model, ScalarModel):
         model.bias = torch.tensor(model.config.reward_bias)
 
