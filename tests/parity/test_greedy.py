@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+import fetched
 import toys
-from parity.smollm2 import smollm2_folder
 from tetrad.engine.generate import generate
 from tetrad.model.config import RopeScaling
 from tetrad.model.decoder import CausalLM
@@ -61,7 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def prompts(count: int = len(TEXTS)) -> list[tuple[int, ...]]:
-    tokenizer = Tokenizer.load(smollm2_folder())
+    tokenizer = Tokenizer.load(fetched.smollm2())
     step = len(TEXTS) // count
     ids = [tokenizer.encode(text) for text in TEXTS[::step]]
     return [tuple(found[: LENGTHS[i % len(LENGTHS)]]) for i, found in enumerate(ids)]
@@ -122,6 +122,6 @@ def test_two_hundred_prompts(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(3600)
 def test_smollm2_itself() -> None:
-    folder = smollm2_folder()
+    folder = fetched.smollm2()
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     compare(read_causal(folder), peer, prompts(int(os.environ.get("TETRAD_SMOLLM2_PROMPTS", "8"))))

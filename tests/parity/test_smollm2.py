@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+import fetched
 import toys
-from parity.smollm2 import smollm2_folder
 from tetrad.engine.generate import generate
 from tetrad.model.decoder import CausalLM
 from tetrad.model.weights import model_files, read_causal
@@ -27,7 +27,7 @@ QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write one
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return smollm2_folder()
+    return fetched.smollm2()
 
 
 @pytest.fixture(scope="module")

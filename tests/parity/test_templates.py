@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from parity.smollm2 import smollm2_folder
+import fetched
 from tetrad.text import bpe
 from tetrad.text.template import TEMPLATES, Template, recognised
 from tetrad.text.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def jinja() -> dict[str, str]:
     """The real templates."""
     folder = Path(trl.__file__).parent / "chat_templates"
     found = {name: (folder / file).read_text() for name, file in IN_TRL.items()}
-    found["smollm2"] = (smollm2_folder() / "chat_template.jinja").read_text()
+    found["smollm2"] = (fetched.smollm2() / "chat_template.jinja").read_text()
     named = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     found["qwen2"] = found["smollm2"].replace(named, "You are a helpful assistant.")
     for name, text in found.items():
@@ -64,7 +64,7 @@ def with_tokens(text: str) -> str:
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     """SmolLM2's cuts line ends as no Qwen or Llama does; the learned one cuts as those families do."""
     if request.param == "smollm2":
-        return Tokenizer.from_json(with_tokens((smollm2_folder() / "tokenizer.json").read_text()))
+        return Tokenizer.from_json(with_tokens((fetched.smollm2() / "tokenizer.json").read_text()))
     return Tokenizer.from_json(with_tokens(bpe.learn([*SAID] * 3, 700).text))
 
 
@@ -135,4 +135,4 @@ def test_exported_folders_carry_the_template(tokenizer: Tokenizer, name: str, tm
 
 
 def test_a_real_folder_is_recognised() -> None:
-    assert recognised(smollm2_folder()) == TEMPLATES["smollm2"]
+    assert recognised(fetched.smollm2()) == TEMPLATES["smollm2"]
