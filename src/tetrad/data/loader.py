@@ -55,9 +55,16 @@ def _mixed(seed: int, epoch: int, mixture: Mixture) -> Indices:
     return read
 
 
+@lru_cache
+def _ratio(weight: float) -> tuple[int, int]:
+    """The weight as the decimal that it was written as: numerator and denominator."""
+    return Fraction(str(weight)).as_integer_ratio()
+
+
 def _reads(n: int, weight: float, epochs: int) -> int:
-    """How many records of a run so many epochs read, the weight taken as the decimal that it was written as."""
-    return int(epochs * n * Fraction(str(weight)) + Fraction(1, 2))
+    """How many records of a run so many epochs read, to the nearest."""
+    above, below = _ratio(weight)
+    return (2 * epochs * n * above + below) // (2 * below)
 
 
 def _before(mixture: Mixture, epoch: int) -> int:
@@ -72,7 +79,7 @@ def whole(n: int) -> Mixture:
 
 def epoch_size(mixture: Mixture) -> float:
     """Records that an epoch reads, on the average of many; it may be less than one."""
-    return float(sum(n * Fraction(str(weight)) for n, weight in mixture))
+    return float(sum(n * Fraction(*_ratio(weight)) for n, weight in mixture))
 
 
 def batch_indices(seed: int, mixture: Mixture, batch: int, step: int) -> Indices:
@@ -83,13 +90,14 @@ def batch_indices(seed: int, mixture: Mixture, batch: int, step: int) -> Indices
 
 def _cycle(seed: int, mixture: Mixture, start: int, stop: int) -> Indices:
     """Places start to stop of the epochs laid end to end; epochs that read nothing are passed over."""
-    parts = [np.zeros(0, np.int64)]
-    while start < stop:
+    parts, wanted = [np.zeros(0, np.int64)], stop - start
+    if wanted:
         later = range(int((start + len(mixture)) / epoch_size(mixture)) + 2)
         epoch = bisect_right(later, start, key=lambda e: _before(mixture, e)) - 1
-        first = _before(mixture, epoch)
-        parts.append(mixed(seed, epoch, mixture)[start - first : stop - first])
-        start += len(parts[-1])
+        skipped = start - _before(mixture, epoch)
+    while wanted:
+        parts.append(mixed(seed, epoch, mixture)[skipped : skipped + wanted])
+        epoch, skipped, wanted = epoch + 1, 0, wanted - len(parts[-1])
     return np.concatenate(parts)
 
 
