@@ -74,6 +74,7 @@ class Tokenizer:
         self._names = {self._moved.get(i, i): name for name, i in ids_of.items()}
         self._names |= {i: name for name, i in self._controls.items()}
         self.size = max(self._names) + 1
+        self._spelled: dict[int, bytes] = {}
         named = [self._controls[name] for name in _ENDS if name in self._controls][:1]
         self.eos_ids: tuple[int, ...] = tuple(eos_ids) or tuple(named)
         if not self.eos_ids:
@@ -126,7 +127,7 @@ class Tokenizer:
 
         partial: more ids will follow, so an unfinished character at the end is left out.
         """
-        ids = [int(i) for i in ids if int(i) in self._names and (keep_control or int(i) not in self._special)]
+        ids = [i for i in map(int, ids) if i in self._names and (keep_control or i not in self._special)]
         if not self._byte_level:
             text = self._whole.decode(ids, skip_special_tokens=False)
             return text.rstrip("\ufffd") if partial else text
@@ -263,10 +264,11 @@ class Tokenizer:
         return [self._moved.get(i, i) for i in ids] if self._moved else ids
 
     def _bytes(self, token: int) -> bytes:
-        name = self._names[token]
-        if token in self._added or any(c not in _BYTE_OF for c in name):
-            return name.encode()
-        return bytes(_BYTE_OF[c] for c in name)
+        if token not in self._spelled:
+            name = self._names[token]
+            own = token not in self._added and all(c in _BYTE_OF for c in name)
+            self._spelled[token] = bytes(_BYTE_OF[c] for c in name) if own else name.encode()
+        return self._spelled[token]
 
 
 def _spare_pad(spare: Mapping[str, int]) -> int | None:
