@@ -4,6 +4,7 @@ On small learned tokenizers with trl's files (always there), and on the families
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,13 @@ def loaded(folder: Path, row: str, vocabulary: str) -> tuple[Tokenizer, Any]:
         for name, content in ours.files(TEMPLATES[row]).items():
             (folder / name).write_bytes(content)
         return ours, transformers.AutoTokenizer.from_pretrained(folder, bos_token=BEGIN)
-    source = fetched.smollm2() if row == "smollm2" else fetched.words(VOCABULARY[row])
+    return real(VOCABULARY.get(row, row))
+
+
+@cache
+def real(name: str) -> tuple[Tokenizer, Any]:
+    """Once each: these are files of ten megabytes."""
+    source = fetched.smollm2() if name == "smollm2" else fetched.words(name)
     return Tokenizer.load(source), transformers.AutoTokenizer.from_pretrained(source)
 
 

@@ -55,10 +55,16 @@ class Tokenizer:
     """
 
     def __init__(
-        self, text: str, eos_ids: Sequence[int] = (), pad_id: int | None = None, config: Mapping[str, Any] | None = None
+        self,
+        text: str,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        spec: Mapping[str, Any] | None = None,
     ) -> None:
-        """text: tokenizer.json. eos_ids, pad_id: looked for by name where missing. Errors: E-MODEL-TOKENIZER."""
-        spec = _load_spec(text)
+        """text: tokenizer.json; spec: the same, where it was read before. eos_ids, pad_id: looked for by name where
+        missing. Errors: E-MODEL-TOKENIZER."""
+        spec = spec or _load_spec(text)
         self.text = text
         self.config = dict(config or {})
         self._special = {int(t["id"]) for t in spec.get("added_tokens") or () if t.get("special")}
@@ -104,9 +110,10 @@ class Tokenizer:
             _no_tokenizer(folder)
         try:
             text = _read_text(path, MAX_JSON_BYTES)
-            controls = {t["content"]: int(t["id"]) for t in _load_spec(text).get("added_tokens") or ()}
+            spec = _load_spec(text)
+            controls = {t["content"]: int(t["id"]) for t in spec.get("added_tokens") or ()}
             config = _read_object(folder / "tokenizer_config.json")
-            return cls(text, _end_ids(folder, config, controls), _pad_id(folder, config, controls), config)
+            return cls(text, _end_ids(folder, config, controls), _pad_id(folder, config, controls), config, spec)
         except UserError as error:
             raise UserError(error.code, error.what, where=error.where or str(path), hint=error.hint) from None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
