@@ -3,6 +3,7 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONDONTWRITEBYTECODE # else each of the many commands that the tests start would compile the program anew
 
 find_python() {
     local candidate
@@ -43,6 +44,8 @@ setup() {
     done
     usable || "$python" -m venv --clear .venv || exit 1
     echo "setting up .venv${extras:+ with $extras}: once, torch is large" >&2
-    .venv/bin/python -m pip install -q -c constraints.txt -e ".${extras:+[$extras]}" || exit 1
+    # Of the packages only what the program loads is compiled, not all of torch: half of the time.
+    .venv/bin/python -m pip install -q --no-compile -c constraints.txt -e ".${extras:+[$extras]}" || exit 1
+    .venv/bin/python -c "import tetrad.serve.batch, tetrad.train.ppo, tetrad.report.check" || exit 1
     echo "$want" >".venv/tetrad-${extras:-base}.stamp"
 }
