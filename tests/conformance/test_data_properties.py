@@ -116,14 +116,23 @@ def test_what_is_learned(tmp_path: Path, name: str) -> None:
     check_batches(store, 3)
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TokenStore]:
+    """Records as they were written, in a file and as tokens."""
+    folder = tmp_path_factory.mktemp("whole")
+    expected, _, _ = written(folder / "s.jsonl", 2)
+    store, _ = stored(folder / "w", folder / "s.jsonl", TEMPLATES["chatml"])
+    assert len(expected) == len(store) == RECORDS
+    return folder / "s.jsonl", store
+
+
 @pytest.mark.parametrize("on_long", ["cut", "drop"])
-def test_over_long_records(tmp_path: Path, on_long: str) -> None:
+def test_over_long_records(tmp_path: Path, on_long: str, untouched: tuple[Path, TokenStore]) -> None:
     """A record that fits keeps its end token; a cut one has no end that is not its own; the counters add up."""
     limit = 40
-    expected, _, _ = written(tmp_path / "s.jsonl", 2)
     form = TEMPLATES["chatml"]
-    whole_store, _ = stored(tmp_path / "w", tmp_path / "s.jsonl", form)
-    store, counts = stored(tmp_path / "t", tmp_path / "s.jsonl", form, max_tokens=limit, on_long=on_long)
+    path, whole_store = untouched
+    store, counts = stored(tmp_path / "t", path, form, max_tokens=limit, on_long=on_long)
     long = [i for i in range(RECORDS) if whole_store.lengths[i] > limit]
     assert counts.kept == RECORDS == len(store) + counts.dropped
     assert counts.long == len(long) == counts.cut + counts.dropped and counts.longest == whole_store.lengths.max()
@@ -135,7 +144,6 @@ def test_over_long_records(tmp_path: Path, on_long: str) -> None:
         assert len(now.ids) == min(len(before.ids), limit)
         if len(before.ids) <= limit:
             assert now.train[-1] and now.ids[-1] == form.end_id(TOKENIZER)
-    assert len(expected) == RECORDS
     check_batches(store, 4)
 
 
