@@ -17,7 +17,7 @@ _FEW_ROWS = 64  # below, the weight's layout would have to be made for hardly an
 _LEAST_STEP = 16  # between two numbers of rows
 _NARROW = 256  # a weight's gradient, a product over all tokens, is no faster where one side is smaller
 _SMALL = 160_000  # weights that stay in a core's own cache: plain up to twice as many multiplications
-# Compiled products that are kept, some 16 for a size of a micro-batch: by oneDNN, half a MiB and half a millisecond each,
+# Compiled products to keep, some 16 for a size of a micro-batch: by oneDNN, half a MiB and half a millisecond each,
 # and by the layer between it and torch, 0.14 MiB. Both would keep 1,024; they read this at the first one.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
