@@ -191,11 +191,12 @@ def _recipe(verb: str, words: list[str]) -> int:
         raise UserError("E-CONF-MISSING", "no recipe is given", where=verb, hint=hint)
     words = [word.replace("--nproc", "--run.nproc") if word.partition("=")[0] == "--nproc" else word for word in words]
     path = words.pop(-1 if words[0].startswith("--") else 0)
-    from tetrad import pipeline
-    from tetrad.engine.console import Console
     from tetrad.recipe import read
 
-    recipe = read(path, words)
+    recipe = read(path, words)  # before the rest is imported: a mistake in it is told in half the time
+    from tetrad import pipeline
+    from tetrad.engine.console import Console
+
     if _several() and verb != "status":
         from tetrad.engine import watchdog
 
