@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import krippendorff
-import networkx
 import numpy as np
 
 from tetrad.data.likeness import Texts
@@ -159,8 +158,15 @@ def _cycles(seen: dict[Key, Counter[int]]) -> Iterator[str]:
         if signs[1] != signs[-1]:
             edges[prompt].append((a, b) if signs[1] > signs[-1] else (b, a))
     for prompt, found in edges.items():
-        if len(found) > 2 and any(len(c) > 2 for c in networkx.strongly_connected_components(networkx.DiGraph(found))):
+        if len(found) > 2 and _has_cycle(found):
             yield prompt
+
+
+def _has_cycle(edges: list[tuple[str, str]]) -> bool:
+    """Of three nodes or more."""
+    import networkx  # noqa: PLC0415 - a quarter of the time of a check of few records
+
+    return any(len(part) > 2 for part in networkx.strongly_connected_components(networkx.DiGraph(edges)))
 
 
 # --- people ---
