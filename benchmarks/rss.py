@@ -4,8 +4,8 @@
     python benchmarks/rss.py pretrain sft reward ppo --steps 2000 >> results.jsonl
 
 Each named stage runs as a process of its own, on rows of 8 to 512 tokens that are joined from the reviews of that
-example; those before it take a few steps. One JSON line each: MiB of resident memory after some steps, and the growth
-from step 50 on (Linux only).
+example; those before it take a few steps. One JSON line each: MiB of resident memory at some steps, the mean of ten
+steps each (one alone is as large as its batch), and the growth from step 50 on (Linux only).
 """
 
 import argparse
@@ -19,11 +19,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 TEXT = Path(__file__).parent.parent / "examples/reviews-en/data/reviews.txt"
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
 RECORDS = 2000
+WINDOW = 10  # steps
 ROW_TOKENS = 512
 RECIPE = """\
 name = "rss"
@@ -137,7 +139,7 @@ def resident_mib(pid: int) -> int:
 
 
 def curve(path: Path, stage: str, metrics: Path) -> tuple[dict[int, int], float]:
-    """Runs a stage. The most MiB seen since the last point, by finished steps; and the seconds it took."""
+    """Runs a stage. The most MiB seen during each step, by its number; and the seconds it took."""
     began, seen, most = time.monotonic(), {0: 0}, 0
     child = subprocess.Popen([sys.executable, "-m", "tetrad", stage, str(path)], stdout=subprocess.DEVNULL)
     while child.poll() is None:
@@ -162,7 +164,7 @@ def measured(stage: str, steps: int, batch: int) -> dict[str, Any]:
         seen, seconds = curve(path, stage, folder / f"runs/rss/{stage}/metrics.jsonl")
         last = max(seen)
         points = sorted({min(step, last) for step in (10, 50, 100, 200, 300, 500, 1000, 1500, last)})
-        mib = {step: next(seen[s] for s in sorted(seen) if s >= step) for step in points}
+        mib = {step: round(mean(most for s, most in seen.items() if step - WINDOW < s <= step)) for step in points}
         row = {"stage": stage, **SIZE, "batch": batch, "steps": last, "threads": os.environ.get("OMP_NUM_THREADS", "")}
         growth = round(mib[last] / mib[50], 3) if 50 in mib else None
         return {**row, "mib": mib, "growth": growth, "seconds": round(seconds, 1)}
