@@ -165,7 +165,14 @@ def measured(stage: str, steps: int, batch: int) -> dict[str, Any]:
         last = max(seen)
         points = sorted({min(step, last) for step in (10, 50, 100, 200, 300, 500, 1000, 1500, last)})
         mib = {step: round(mean(most for s, most in seen.items() if step - WINDOW < s <= step)) for step in points}
-        row = {"stage": stage, **SIZE, "batch": batch, "steps": last, "threads": os.environ.get("OMP_NUM_THREADS", "")}
+        row = {
+            "stage": stage,
+            **SIZE,
+            "batch": batch,
+            "steps": last,
+            "window": WINDOW,
+            "threads": os.environ.get("OMP_NUM_THREADS", ""),
+        }
         growth = round(mib[last] / mib[50], 3) if 50 in mib else None
         return {**row, "mib": mib, "growth": growth, "seconds": round(seconds, 1)}
 

@@ -57,7 +57,7 @@ class AdamW:
             moved = [p for p in group.parameters if p.grad is not None]
             if not moved:
                 continue
-            states = [self.state.setdefault(p, {}) or self._begin(p) for p in moved]
+            states = [self.state.get(p) or self._begin(p) for p in moved]
             adamw(
                 list[Tensor](moved),
                 [p.grad for p in moved if p.grad is not None],
