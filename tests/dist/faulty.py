@@ -1,6 +1,8 @@
-"""A rank that fails in one way or another, as a program: `faulty.py CASE`, with the environment that torchrun sets."""
+"""A rank that fails in one way or another, as a program: `faulty.py CASE RANK`, with the environment that torchrun
+sets."""
 
 import sys
+import time
 
 import torch
 
@@ -13,6 +15,7 @@ from tetrad.engine.update import language_terms, update
 from tetrad.settings.common import Optim
 
 PATIENCE = 6.0
+FAULTY = int(sys.argv[2]) if len(sys.argv) == 3 else 1
 
 
 def step(model, optimizer, documents):
@@ -20,8 +23,8 @@ def step(model, optimizer, documents):
 
 
 def not_finite(model, optimizer, documents):
-    """A loss that is NaN on rank 1 alone, in its second micro-batch: ids of the last document meet a bad row."""
-    if mesh.rank() == 1:
+    """A loss that is NaN on one rank alone, in its second micro-batch: ids of the last document meet a bad row."""
+    if mesh.rank() == FAULTY:
         documents = [*documents[:1], toys.document([39, 39, 39], where="bad.jsonl:7"), *documents[2:]]
         with torch.no_grad():
             model.model.embed_tokens.weight[39] = torch.nan
@@ -29,16 +32,17 @@ def not_finite(model, optimizer, documents):
 
 
 def one_step_more(model, optimizer, documents):
-    """Rank 1 takes a step in which rank 0 has no part."""
+    """The faulty rank takes a step in which the other has no part; that one has waited longest, and says so."""
     step(model, optimizer, documents)
-    if mesh.rank() == 1:
+    if mesh.rank() == FAULTY:
+        time.sleep(2)
         step(model, optimizer, documents)
     mesh.wait()
 
 
 def raises(model, optimizer, documents):
     """Neither a mistake of the user nor of a collective."""
-    if mesh.rank() == 1:
+    if mesh.rank() == FAULTY:
         raise KeyError("only here")
     step(model, optimizer, documents)
 

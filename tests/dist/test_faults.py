@@ -25,19 +25,22 @@ def errors(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("case", "code", "parts"),
+    ("case", "rank", "code", "parts"),
     [
-        ("nan", 5, ["error[E-NUM-NONFINITE]", "bad.jsonl:7", f"[rank 1 of 2, {HERE}]"]),
-        ("more", 8, ["error[E-RANK-LOST] sft:", "rank 0", "rank 1", "exchange of values", "barrier"]),
-        ("raises", 1, ["error[internal]", "only here", f"[rank 1 of 2, {HERE}]"]),
+        ("nan", 1, 5, ["error[E-NUM-NONFINITE]", "bad.jsonl:7", "rank1.jsonl"]),
+        ("more", 0, 8, ["error[E-RANK-LOST] sft: rank 0 ", "waits in exchange of values"]),
+        ("more", 1, 8, ["error[E-RANK-LOST] sft: rank 1 ", "waits in exchange of values"]),
+        ("raises", 0, 1, ["error[internal]", "only here"]),
     ],
 )
-def test_one_message_and_one_code(case: str, code: int, parts: list[str]) -> None:
-    workers = pair(str(ROOT / "tests/dist/faulty.py"), case)
+def test_one_message_and_one_code(case: str, rank: int, code: int, parts: list[str]) -> None:
+    """Also where the rank that ends first is rank 0, which holds the store by which the other learns of it."""
+    workers = pair(str(ROOT / "tests/dist/faulty.py"), case, str(rank))
     outputs = [worker.communicate(timeout=170) for worker in workers]
     said = [line for _, err in outputs for line in errors(err)]
     assert len(said) == 1, said
     assert [part for part in parts if part not in said[0]] == [], said[0]
+    assert code == 8 or said[0].endswith(f"[rank {rank} of 2, {HERE}]")
     assert "rank0.jsonl" not in said[0]
     assert [worker.returncode for worker in workers] == [code, code]
 
@@ -74,6 +77,23 @@ def test_a_rank_that_no_longer_answers(tuned: Chain, tmp_path: Path, number: int
     assert said.startswith(f"error[E-RANK-LOST] sft: rank 1 ({HERE}, process {ranks[1]}) {part}; rank 0 ")
     assert launcher.returncode == code
     assert not any(map(alive, ranks.values()))
+
+
+def test_rank_0_killed_without_a_launcher(tuned: Chain, tmp_path: Path) -> None:
+    """With it the store is gone: the other says so at once, in one line."""
+    words = again(tuned, tmp_path)
+    words.remove("--nproc")
+    words.remove("2")
+    workers = pair(*words)
+    when_it_runs(workers[0].pid, tmp_path)
+    workers[0].kill()
+    began = time.monotonic()
+    _, err = workers[1].communicate(timeout=170)
+    (said,) = errors(err)
+    assert said.startswith("error[E-RANK-LOST] sft: rank 1 ")
+    assert workers[1].returncode == 8
+    assert time.monotonic() - began < 30
+    workers[0].communicate(timeout=170)
 
 
 def test_asked_to_stop_inside_a_collective(tuned: Chain, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def prepare() -> None:
     """Mends the three standard streams of this process: characters that an output's encoding lacks are written as
     \\uXXXX, which is JSON too, and a stream that was closed (`>&-`) is one that refuses to be written to, or has
     nothing to read."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of a lost connection torch would print its own stack
     codecs.register_error(_ESCAPES, _escaped)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)

@@ -54,6 +54,9 @@ class Watchdog:
         self._inside: tuple[float, str] | None = None  # the collective that the main thread is in, and since when
         self._asked = math.inf  # when a signal asked this process to stop
         self._heard: dict[int, tuple[int, float]] = {}  # of each rank the last beat, and when it was new
+        self._lost = False  # the store, and with it whoever could be told anything
+        self._said = False  # why all end, by this rank
+        self._hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # the store itself
         self._ends = threading.Event()
         also_told.append(self._ask)
         self._own: Store = self.store.clone()  # a connection of its own: a wait on the other would block it
@@ -80,14 +83,15 @@ class Watchdog:
         """This rank has done its part."""
         self._ends.set()
         self._thread.join()
-        with suppress(RuntimeError):
-            self._beat()
+        self._see_off()
 
     def claim(self, code: int) -> tuple[bool, int]:
-        """Whether this rank is the first to end, and the exit code of the one that was."""
-        value = json.dumps({"rank": self.rank, "code": code})
-        first = json.loads(self.store.clone().compare_set(_CLAIM, "", value))
-        return first["rank"] == self.rank, first["code"]
+        """Whether this rank is the first to end and has not said so yet, and the exit code of the one that was."""
+        before, first = self._said, {"rank": self.rank, "code": code}
+        if not self._lost:  # where it is, a connection of its own would be sought for a minute
+            first = json.loads(self.store.clone().compare_set(_CLAIM, "", json.dumps(first)))
+        self._said = first["rank"] == self.rank
+        return self._said and not before, first["code"]
 
     def _ask(self) -> None:
         self._asked = min(self._asked, time.monotonic())
@@ -108,6 +112,7 @@ class Watchdog:
             except RuntimeError:  # the store is gone, and with it who started us
                 failing = min(failing, now)
                 if now - failing > 5 * _BEAT:
+                    self._lost = True
                     self._leave(self.report(self._error(self._text([], "lost the process that started it"))))
 
     def _beat(self) -> None:
@@ -160,7 +165,19 @@ class Watchdog:
         hint = "see what became of it (killed for memory?); the same command goes on from the last checkpoint"
         return UserError("E-RANK-LOST", text, where=self.phase, hint=hint)
 
+    def _see_off(self) -> None:
+        """Says that this rank ends; where it holds the store, after the others, so that they can still read why."""
+        self._ends.set()
+        began, self._heard = time.monotonic(), {}
+        with suppress(RuntimeError):
+            self._beat()
+            while self._hosts and time.monotonic() - began < _AFTER_STOP:
+                if sum(one.gone for one in self._late(3 * _BEAT).values()) == self.size - 1:
+                    break
+                time.sleep(_BEAT / 10)
+
     def _leave(self, code: int) -> None:
+        self._see_off()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
