@@ -1,8 +1,37 @@
-"""`python -m tetrad` is `tetrad`."""
+"""`tetrad` and `python -m tetrad`: the command line, for what trains in a process whose freed memory stays together."""
 
+import os
 import sys
 
-from tetrad.cli import main
+from tetrad import cli
+
+_TRAIN = {"run", "pretrain", "sft", "reward", "ppo", "evaluate"}
+_TUNABLES = "GLIBC_TUNABLES"
+
+
+def main() -> int:
+    """Runs the command that this process was started with and returns its exit code."""
+    if _TRAIN.intersection(sys.argv[1:3]) and _glibc() and _TUNABLES not in os.environ:
+        _again("glibc.malloc.tcache_count=0")
+    return cli.main()
+
+
+def _glibc() -> bool:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") is not None
+    except (AttributeError, ValueError):  # another system, another C library
+        return False
+
+
+def _again(tunables: str) -> None:
+    """Starts this process anew with settings that glibc reads only as a process starts.
+
+    torch asks for aligned memory. glibc cuts it out of a larger piece, and keeps what it cuts off in a cache for small
+    requests: the piece that comes back is then too small for the same request. With tensors of ever-new sizes a process
+    would take twice the memory that it uses, and each new page costs microseconds (benchmarks/rss.py).
+    """
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, _TUNABLES: tunables})
+
 
 if __name__ == "__main__":
     sys.exit(main())
