@@ -64,8 +64,23 @@ class _Norm(torch.autograd.Function):
         return grad.addcmul_(normed, share, value=-1).mul_(scale), to_weight, None
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps no silu(gate) for its backward: a fourth less memory a layer, the same bits."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 _rotate: Callable[..., Tensor] = _Rotate.apply
 _normed: Callable[..., Tensor] = _Norm.apply
+_gated: Callable[..., Tensor] = _SwiGLU.apply
 
 
 class RMSNorm(nn.Module):
@@ -143,7 +158,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.ff, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
 Drop = Callable[[Tensor, int], Tensor]

@@ -63,7 +63,7 @@ def parameters(config: DecoderConfig) -> int:
 
 def kept_bytes(config: DecoderConfig, micro_tokens: int) -> int:
     """What one micro-batch keeps for its backward, float32: inputs of norms, projections, attention, feed-forward."""
-    width = 8 * config.hidden_size + 3 * config.heads * config.head_dim + 4 * config.ff
+    width = 8 * config.hidden_size + 3 * config.heads * config.head_dim + 3 * config.ff
     return 4 * micro_tokens * (config.layers * width + 4 * config.hidden_size)
 
 
