@@ -12,7 +12,7 @@ _TUNABLES = "GLIBC_TUNABLES"
 def main() -> int:
     """Runs the command that this process was started with and returns its exit code."""
     if _TRAIN.intersection(sys.argv[1:3]) and _glibc() and _TUNABLES not in os.environ:
-        _again("glibc.malloc.tcache_count=0")
+        _again("glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0")
     return cli.main()
 
 
@@ -26,7 +26,7 @@ def _glibc() -> bool:
 def _again(tunables: str) -> None:
     """Starts this process anew with settings that glibc reads only as a process starts.
 
-    torch asks for aligned memory. glibc cuts it out of a larger piece, and keeps what it cuts off in a cache for small
+    torch asks for aligned memory. glibc cuts it out of a larger piece, and keeps what it cuts off in caches for small
     requests: the piece that comes back is then too small for the same request. With tensors of ever-new sizes a process
     would take twice the memory that it uses, and each new page costs microseconds (benchmarks/rss.py).
     """

@@ -56,7 +56,7 @@ def test_what_trains_starts_anew_once(
     if own:
         monkeypatch.setenv("GLIBC_TUNABLES", own)
     assert __main__.main() == 3
-    given = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    given = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
     assert ran == ([(sys.executable, sys.orig_argv, {**os.environ, **given})] if anew else [])
 
 
@@ -69,4 +69,4 @@ def test_it_runs_with_them(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tetrad", "run", str(path), "--ppo.rewards", f"{tmp_path}/rule.py:pays"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
     assert "error[E-CONF-FUNCTION]" in done.stderr, done.stderr
-    assert seen.read_text() == "glibc.malloc.tcache_count=0"
+    assert seen.read_text() == "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"

@@ -37,7 +37,7 @@ from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.storage import Content, Json, LineLog
 
 _SAVES_A_STAGE = 10
-_GIVE_BACK_EVERY = 100  # steps
+_GIVE_BACK_EVERY = 20  # steps
 _CUT_BACK = ("metrics.jsonl", "samples.jsonl")
 
 
