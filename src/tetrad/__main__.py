@@ -28,7 +28,7 @@ def _again(tunables: str) -> None:
 
     torch asks for aligned memory. glibc cuts it out of a larger piece, and keeps what it cuts off in caches for small
     requests: the piece that comes back is then too small for the same request. With tensors of ever-new sizes a process
-    would take twice the memory that it uses, and each new page costs microseconds (benchmarks/rss.py).
+    would come to hold half as much again, and each new page costs microseconds (benchmarks/rss.py).
     """
     os.execve(sys.executable, sys.orig_argv, {**os.environ, _TUNABLES: tunables})
 

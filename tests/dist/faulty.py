@@ -15,7 +15,10 @@ from tetrad.engine.update import language_terms, update
 from tetrad.settings.common import Optim
 
 PATIENCE = 6.0
-FAULTY = int(sys.argv[2]) if len(sys.argv) == 3 else 1
+
+
+def faulty() -> bool:
+    return mesh.rank() == int(sys.argv[2])
 
 
 def step(model, optimizer, documents):
@@ -24,7 +27,7 @@ def step(model, optimizer, documents):
 
 def not_finite(model, optimizer, documents):
     """A loss that is NaN on one rank alone, in its second micro-batch: ids of the last document meet a bad row."""
-    if mesh.rank() == FAULTY:
+    if faulty():
         documents = [*documents[:1], toys.document([39, 39, 39], where="bad.jsonl:7"), *documents[2:]]
         with torch.no_grad():
             model.model.embed_tokens.weight[39] = torch.nan
@@ -34,7 +37,7 @@ def not_finite(model, optimizer, documents):
 def one_step_more(model, optimizer, documents):
     """The faulty rank takes a step in which the other has no part; that one has waited longest, and says so."""
     step(model, optimizer, documents)
-    if mesh.rank() == FAULTY:
+    if faulty():
         time.sleep(2)
         step(model, optimizer, documents)
     mesh.wait()
@@ -42,7 +45,7 @@ def one_step_more(model, optimizer, documents):
 
 def raises(model, optimizer, documents):
     """Neither a mistake of the user nor of a collective."""
-    if mesh.rank() == FAULTY:
+    if faulty():
         raise KeyError("only here")
     step(model, optimizer, documents)
 

@@ -30,10 +30,14 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
         assert len(one) == len(both)
         for left, right in zip(one, both, strict=True):
             assert left == pytest.approx(right, rel=2e-3, abs=2e-5), stage
-        figures = [json.loads((home / stage / "model/manifest.json").read_text())["figures"] for home in (chain.home, other)]
+        figures = [
+            json.loads((home / stage / "model/manifest.json").read_text())["figures"] for home in (chain.home, other)
+        ]
         alarms = [figure.pop("alarms", None) for figure in figures], [figure.pop("gate", None) for figure in figures]
         assert all(one == both for one, both in alarms), stage
         assert figures[0] == pytest.approx(figures[1], rel=1e-3, abs=1e-4), stage
-    texts = [[row.get("text", row.get("greedy")) for row in rows(h, "ppo", "samples.jsonl")] for h in (chain.home, other)]
+    texts = [
+        [row.get("text", row.get("greedy")) for row in rows(h, "ppo", "samples.jsonl")] for h in (chain.home, other)
+    ]
     assert texts[0] == texts[1]
     assert len(texts[0]) == 18

@@ -28,9 +28,10 @@ def errors(text: str) -> list[str]:
     ("case", "rank", "code", "parts"),
     [
         ("nan", 1, 5, ["error[E-NUM-NONFINITE]", "bad.jsonl:7", "rank1.jsonl"]),
-        ("more", 0, 8, ["error[E-RANK-LOST] sft: rank 0 ", "waits in exchange of values"]),
-        ("more", 1, 8, ["error[E-RANK-LOST] sft: rank 1 ", "waits in exchange of values"]),
+        ("more", 0, 8, ["error[E-RANK-LOST] sft: rank 0 ", "waits in exchange of values", "rank 1", "barrier"]),
+        ("more", 1, 8, ["error[E-RANK-LOST] sft: rank 1 ", "waits in exchange of values", "rank 0", "barrier"]),
         ("raises", 0, 1, ["error[internal]", "only here"]),
+        ("raises", 1, 1, ["error[internal]", "only here"]),
     ],
 )
 def test_one_message_and_one_code(case: str, rank: int, code: int, parts: list[str]) -> None:

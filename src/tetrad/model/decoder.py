@@ -65,7 +65,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps no silu(gate) for its backward: a fourth less memory a layer, the same bits."""
+    """silu(gate) * up; silu(gate), a fourth of what an MLP would keep, is made again in the backward: the same bits."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

@@ -61,5 +61,4 @@ def test_memory_of_sft_is_flat(tmp_path: Path) -> None:
     assert len(resident) > STEPS / 2
     early = next(kib for step, kib in sorted(resident.items()) if step >= 50)
     late = [kib for step, kib in sorted(resident.items()) if step >= STEPS - 20]
-    print(early >> 10, max(late) >> 10, {s: k >> 10 for s, k in resident.items() if s % 25 == 0})
     assert max(late) <= 1.1 * early, (early >> 10, max(late) >> 10)
