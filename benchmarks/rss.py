@@ -4,7 +4,7 @@
     python benchmarks/rss.py pretrain sft reward ppo --steps 2000 >> results.jsonl
 
 Each named stage runs as a process of its own, on rows of 8 to 512 tokens that are joined from the reviews of that
-example; those before it take a few steps. One JSON line each: MiB of resident memory at some steps, the mean of ten
+example; those before it take a few steps. One JSON line each: MiB of resident memory at some steps, the mean of twenty
 steps each (one alone is as large as its batch), and the growth from step 50 on (Linux only).
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 TEXT = Path(__file__).parent.parent / "examples/reviews-en/data/reviews.txt"
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
 RECORDS = 2000
-WINDOW = 10  # steps
+WINDOW = 20  # steps: what is freed goes back to the system every 20, so each window holds one such time
 ROW_TOKENS = 512
 RECIPE = """\
 name = "rss"

@@ -18,7 +18,7 @@ from tetrad.model.attention import Plan, packed_attention, plan_for
 from tetrad.model.config import DecoderConfig
 from tetrad.model.dropout import dropped, kept_tokens
 from tetrad.objectives.language import nll_sum, token_logprobs
-from tetrad.objectives.product import linear, padded
+from tetrad.objectives.product import linear, padded_training
 from tetrad.types import IGNORE, Packed
 
 
@@ -199,7 +199,9 @@ class Decoder(nn.Module):
         """Returns the normed hidden states [T, hidden]."""
         x = self.embed_tokens(packed.ids_T)
         tokens = len(x)
-        padding = padded(tokens, x.device) - tokens  # rows of zeros that nothing looks at; so are their gradients
+        padding = (
+            padded_training(tokens, x.device) - tokens
+        )  # rows of zeros that nothing looks at; so are their gradients
         x = F.pad(x, (0, 0, 0, padding))
         keys_T = self._dropout_keys(packed, len(x))
         if keys_T is not None:

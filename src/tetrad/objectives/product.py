@@ -1,7 +1,9 @@
-"""Products with a weight matrix on a CPU, by oneDNN: about twice as fast as torch's own in training where the processor
-has wide vectors that its library does not use, several times for the few rows of decoding. The only file that knows it.
+"""Products with a weight matrix on a CPU, by oneDNN where it is faster than torch's own. The only file that knows it.
 
-Elsewhere, in other types than float32, and where torch lacks these operators, they are torch's own.
+In training that is where the processor has AVX-512, which the library of torch's own products may leave idle: up to 1.6
+times as fast. With AVX2 it is no faster (benchmarks/product.py), and each new number of rows costs time and memory. In
+decoding, whose rows are few, it is faster everywhere. On a GPU, in other types than float32, and where torch lacks these
+operators, the products are torch's own.
 """
 
 import os
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_IN_TRAINING = _HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
 _FEW_ROWS = 64  # below, the weight's layout would have to be made for hardly any work
 _LEAST_STEP = 16  # between two numbers of rows
 _NARROW = 256  # a weight's gradient, a product over all tokens, is no faster where one side is smaller
@@ -24,18 +27,24 @@ for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 
 def padded(rows: int, place: torch.device) -> int:
-    """The rows to compute in place of so many: on a CPU the next of eight sizes in each doubling. For each size that it
-    meets oneDNN keeps a compiled product, which lies between tensors whose memory then serves no larger ones."""
+    """The rows for `Product` to compute in place of so many: on a CPU the next of eight sizes in each doubling. For each
+    size that it meets oneDNN keeps a compiled product, which lies between tensors whose memory then serves no larger
+    ones."""
     return rows + -rows % _step(rows - 1) if place.type == "cpu" else rows
 
 
+def padded_training(rows: int, place: torch.device) -> int:
+    """The same for `linear`: more rows than so many only where that is by oneDNN."""
+    return padded(rows, place) if _IN_TRAINING else rows
+
+
 def pieces(rows: int, most: int, place: torch.device) -> list[slice]:
-    """The same rows in slices of at most `most`, without padding: on a CPU all of such a size, but for a last one of
-    few rows."""
+    """The same rows in slices of at most `most`, without padding: where `linear` is by oneDNN all of such a size, but for a
+    last one of few rows."""
     found, start = [], 0
     while start < rows:
         size = min(most, rows - start)
-        if place.type == "cpu" and size >= _FEW_ROWS:
+        if _IN_TRAINING and place.type == "cpu" and size >= _FEW_ROWS:
             size -= size % _step(size)
         found.append(slice(start, start + size))
         start += size
@@ -50,7 +59,7 @@ def _step(rows: int) -> int:
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W' + b, differentiable once. x: [T, I]."""
     plain = not _fits(weight_OI) or x.dtype != torch.float32 or x.shape[0] < _FEW_ROWS
-    if plain or torch.is_autocast_enabled("cpu"):
+    if plain or not _IN_TRAINING or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight_OI, bias_O)
     if not torch.is_grad_enabled():
         return _linear(x, weight_OI, bias_O)

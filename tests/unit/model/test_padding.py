@@ -1,4 +1,5 @@
-"""Padded tokens behind a pack, on a CPU: zeros to the end, and nothing that is read or learned knows of them."""
+"""Padded tokens behind a pack, where oneDNN trains: zeros to the end, and nothing that is read or learned knows of
+them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from tetrad.engine.generate import Engine
 from tetrad.model import decoder
 from tetrad.model.attention import packed_attention, plan_for
 from tetrad.model.fused import Fused
+from tetrad.objectives import product
 from tetrad.objectives.product import padded
 from tetrad.types import Packed
 
@@ -22,6 +24,12 @@ FAMILIES = {
     "plain": {"family": "llama"},
     "normed heads": {"family": "qwen3", "head_dim": 6},
 }
+
+
+@pytest.fixture(autouse=True)
+def trains_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AVX-512."""
+    monkeypatch.setattr(product, "_IN_TRAINING", True)
 
 
 def plain() -> Packed:
@@ -36,7 +44,7 @@ def shared() -> Packed:
 @contextmanager
 def unpadded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "padded", lambda rows, place: rows)
+        patch.setattr(decoder, "padded_training", lambda rows, place: rows)
         yield
 
 

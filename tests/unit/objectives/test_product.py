@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from tetrad.objectives import product
-from tetrad.objectives.product import Product, linear, padded, pieces
+from tetrad.objectives.product import Product, linear, padded, padded_training, pieces
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "plain"])
+def in_training(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By oneDNN, as on a processor with AVX-512, or torch's own."""
+    monkeypatch.setattr(product, "_IN_TRAINING", product._HAS_ONEDNN and request.param)
 
 
 def made(tokens: int, inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float32):
@@ -21,7 +27,9 @@ def made(tokens: int, inputs: int, outputs: int, bias: bool = True, dtype: torch
 @pytest.mark.parametrize("tokens", [1, 63, 64, 300])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (256, 320), (300, 256)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_those_of_torch(tokens: int, inputs: int, outputs: int, bias: bool) -> None:
+def test_values_and_gradients_are_those_of_torch(
+    in_training: None, tokens: int, inputs: int, outputs: int, bias: bool
+) -> None:
     leaves = made(tokens, inputs, outputs, bias)
     ours, expected = linear(*leaves), F.linear(*leaves)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
@@ -34,7 +42,7 @@ def test_values_and_gradients_are_those_of_torch(tokens: int, inputs: int, outpu
         torch.testing.assert_close(linear(*leaves), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_only_what_needs_a_gradient_gets_one(in_training: None) -> None:
     x, weight, bias = made(100, 24, 40)
     frozen = weight.detach()
     (to_x,) = torch.autograd.grad(linear(x, frozen, bias).sum(), [x])
@@ -42,7 +50,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert not linear(x.detach(), frozen).requires_grad
 
 
-def test_views_are_read_as_they_lie() -> None:
+def test_views_are_read_as_they_lie(in_training: None) -> None:
     """A slice of wider rows, and gradients that are transposed or spread."""
     wide, weight, _ = made(200, 64, 40)
     x = wide[:, 8:32]
@@ -54,7 +62,7 @@ def test_views_are_read_as_they_lie() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_other_types_are_torchs_own() -> None:
+def test_other_types_are_torchs_own(in_training: None) -> None:
     leaves = made(100, 24, 40, dtype=torch.float64)
     assert torch.equal(linear(*leaves), F.linear(*leaves))
     assert torch.autograd.gradcheck(linear, made(70, 3, 4, dtype=torch.float64))
@@ -66,6 +74,7 @@ def test_other_types_are_torchs_own() -> None:
 def test_without_the_operators_it_is_the_same(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packs:
         monkeypatch.setattr(product, "_HAS_ONEDNN", False)
+        monkeypatch.setattr(product, "_IN_TRAINING", False)
     for rows in (1, 2, 9, 100):
         for outputs in (40, 4096):
             x, weight, bias = (leaf.detach() for leaf in made(rows, 128, outputs))
@@ -76,16 +85,20 @@ def test_without_the_operators_it_is_the_same(packs: bool, monkeypatch: pytest.M
             torch.testing.assert_close(added, 2 * expected - bias, rtol=1e-5, atol=1e-5)
 
 
-def test_few_sizes_and_little_padding() -> None:
+def test_few_sizes_and_little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, sizes = torch.device("cpu"), [padded(rows, torch.device("cpu")) for rows in range(1, 4097)]
     assert len(set(sizes)) < 50
     assert all(0 <= size - rows < max(16, size / 8) for rows, size in enumerate(sizes, 1))
     assert all(padded(size, cpu) == size for size in sizes)
     assert padded(1001, torch.device("cuda")) == 1001
+    for by_onednn, rows in ((True, 1024), (False, 1001)):
+        monkeypatch.setattr(product, "_IN_TRAINING", by_onednn)
+        assert padded_training(1001, cpu) == rows
 
 
 @pytest.mark.parametrize("most", [256, 1000, 4096])
-def test_pieces_are_all_rows_in_few_sizes(most: int) -> None:
+def test_pieces_are_all_rows_in_few_sizes(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_IN_TRAINING", True)
     seen: set[int] = set()
     for rows in range(3000):
         found = pieces(rows, most, torch.device("cpu"))
@@ -95,11 +108,15 @@ def test_pieces_are_all_rows_in_few_sizes(most: int) -> None:
         seen |= {size for size in sizes if size >= 64}
     assert len(seen) <= 40  # eight in each doubling, four from 64 to 128
     assert pieces(3000, 4096, torch.device("cuda")) == [slice(0, 3000)]
+    monkeypatch.setattr(product, "_IN_TRAINING", False)
+    assert pieces(1001, 1000, torch.device("cpu")) == [slice(0, 1000), slice(1000, 1001)]
 
 
 SIZES = """\
 import ctypes, torch
-from tetrad.objectives.product import linear
+from tetrad.objectives import product
+
+product._IN_TRAINING = True
 
 def held():
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -109,7 +126,7 @@ def held():
 weight, rows, seen = torch.randn(64, 32), torch.randn(8192, 32), []
 with torch.no_grad():
     for size in range(64, 8192, 16):
-        linear(rows[:size], weight)
+        product.linear(rows[:size], weight)
         seen.append(held())
 print(seen[200], seen[-1])
 """
