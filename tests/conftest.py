@@ -17,7 +17,7 @@ os.environ |= {
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # the tests' models are small: a second thread costs more than it brings
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # or each of many commands would start itself anew
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=7",  # its own, or each of many commands would start itself anew
     "NO_COLOR": "1",
     "COLUMNS": "120",
 }

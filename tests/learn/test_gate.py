@@ -1,4 +1,5 @@
-"""Reward models trained end to end on planted faults fail the gate for the right reason; ten healthy seeds pass.
+"""Reward models trained end to end on planted faults fail the gate for the right reason; healthy ones pass, of
+three seeds or as many as TETRAD_SEEDS says.
 
 Answers are a few sentences of good and bad words, of any length, some with a polite phrase. A healthy people prefers
 the answer with more good words and fewer bad ones.
@@ -144,7 +145,7 @@ def judged(
     return line
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", toys.SEEDS)
 def test_a_healthy_model_passes(home: Path, seed: int) -> None:
     assert judged(home, seed=seed).endswith("gate: pass")
 

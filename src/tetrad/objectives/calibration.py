@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tetrad.objectives.preference import pairs_of
 
+MOST_DRAWN = 1_000_000  # rows at a time
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
 
 
@@ -89,43 +90,25 @@ def kendall(x_N: Tensor, y_N: Tensor) -> float:
 
 def bootstrap_interval(
     values_N: Tensor,
-    statistic: Callable[[Tensor], Tensor | float] = torch.mean,
+    statistic: Callable[[Tensor], Tensor | float] | None = None,
     *,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
-    groups_N: Tensor | None = None,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic of the rows of `values` (Efron 1979).
+    """Percentile interval of a statistic of the rows of `values`, the mean where none is named (Efron 1979).
 
-    groups: rows of one group (pairs of one prompt) are drawn together, because they are not independent. Raises
-    ValueError without values.
+    Raises ValueError without values.
     """
     if len(values_N) == 0:
         raise ValueError("no values: their interval is undefined")
-    generator, found = torch.Generator().manual_seed(seed), torch.empty(resamples, dtype=torch.float64)
-    groups = len(values_N) if groups_N is None else len(groups_N.unique())
-    rows_of = None if groups_N is None else _rows_of_groups(groups_N.cpu())
-    for n in range(resamples):
-        drawn = torch.randint(groups, (groups,), generator=generator)
-        rows = rows_of(drawn) if rows_of else drawn
-        found[n] = statistic(values_N[rows.to(values_N.device)])
-    tail = (1 - level) / 2
-    return float(found.quantile(tail)), float(found.quantile(1 - tail))
-
-
-def _rows_of_groups(groups_N: Tensor) -> Callable[[Tensor], Tensor]:
-    """What gives the rows of the groups of these numbers, in their order."""
-    order = groups_N.argsort(stable=True)
-    lengths = groups_N.unique(return_counts=True)[1]
-    starts = lengths.cumsum(0) - lengths
-
-    def rows(drawn: Tensor) -> Tensor:
-        sizes = lengths[drawn]
-        shift = starts[drawn] - (sizes.cumsum(0) - sizes)
-        return order[torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)]
-
-    return rows
+    generator, values, size = torch.Generator().manual_seed(seed), values_N.detach().cpu().double(), len(values_N)
+    found: list[float] = []
+    while count := min(resamples - len(found), 1 + MOST_DRAWN // size):
+        drawn = torch.randint(size, (count, size), generator=generator)
+        found += values[drawn].mean(1).tolist() if statistic is None else [float(statistic(values[n])) for n in drawn]
+    low, high = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([1 - level, 1 + level]).double() / 2)
+    return float(low), float(high)
 
 
 def _mean_ranks(values: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 In training that is where the processor has AVX-512, which the library of torch's own products may leave idle: up to 1.6
 times as fast. With AVX2 it is no faster (benchmarks/product.py), and each new number of rows costs time and memory. In
-decoding, whose rows are few, it is faster everywhere. On a GPU, in other types than float32, and where torch lacks these
-operators, the products are torch's own.
+decoding, whose rows are few and seldom new, it is used everywhere. On a GPU, in other types than float32, and where
+torch lacks these operators, the products are torch's own.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_IN_TRAINING = _HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_IN_TRAINING = _HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
 _FEW_ROWS = 64  # below, the weight's layout would have to be made for hardly any work
 _LEAST_STEP = 16  # between two numbers of rows
 _NARROW = 256  # a weight's gradient, a product over all tokens, is no faster where one side is smaller
@@ -27,9 +27,9 @@ for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 
 def padded(rows: int, place: torch.device) -> int:
-    """The rows for `Product` to compute in place of so many: on a CPU the next of eight sizes in each doubling. For each
-    size that it meets oneDNN keeps a compiled product, which lies between tensors whose memory then serves no larger
-    ones."""
+    """The rows for `Product` to compute in place of so many: on a CPU the next of eight sizes in each doubling. For
+    each size that it meets oneDNN keeps a compiled product, which lies between tensors whose memory then serves no
+    larger ones."""
     return rows + -rows % _step(rows - 1) if place.type == "cpu" else rows
 
 
@@ -39,8 +39,8 @@ def padded_training(rows: int, place: torch.device) -> int:
 
 
 def pieces(rows: int, most: int, place: torch.device) -> list[slice]:
-    """The same rows in slices of at most `most`, without padding: where `linear` is by oneDNN all of such a size, but for a
-    last one of few rows."""
+    """The same rows in slices of at most `most`, without padding: where `linear` is by oneDNN all of such a size, but
+    for a last one of few rows."""
     found, start = [], 0
     while start < rows:
         size = min(most, rows - start)

@@ -94,15 +94,12 @@ def test_the_interval_repeats_by_seed_and_takes_any_statistic():
         calibration.bootstrap_interval(values[:0])
 
 
-def test_rows_of_one_group_are_drawn_together():
-    groups = torch.arange(200) % 20
-    values = torch.randn(20, generator=torch.Generator().manual_seed(0))[groups]
-    alone, together = (calibration.bootstrap_interval(values, groups_N=g) for g in (None, groups))
-    assert together[1] - together[0] > 2 * (alone[1] - alone[0])
-    counted = calibration.bootstrap_interval(
-        values, lambda rows: float(len(rows)), groups_N=torch.tensor([5] * 150 + [2] * 50)
-    )
-    assert counted == (100, 300)
+def test_the_interval_of_the_mean_is_that_of_means_taken_one_by_one(monkeypatch):
+    values = torch.randn(70, generator=torch.Generator().manual_seed(0))
+    expected = calibration.bootstrap_interval(values, lambda rows: rows.mean())
+    assert calibration.bootstrap_interval(values) == pytest.approx(expected, abs=1e-12)
+    monkeypatch.setattr(calibration, "MOST_DRAWN", 200)  # draws do not depend on how many are made at a time
+    assert calibration.bootstrap_interval(values) == pytest.approx(expected, abs=1e-12)
 
 
 def test_kendall_counts_pairs():
