@@ -1,9 +1,10 @@
 """What a recipe will need: memory and time of each stage, worked out from the model's shape and the number of tokens.
 
-Trained weights cost 16 bytes a parameter (float32 weights, gradients and Adam's two moments), frozen ones 4; adapters
-cost as much for their own few parameters, on one frozen base. While replies are sampled the weights are laid out once
-more, with a cache of keys and values; what a forward keeps for its backward is counted layer by layer for
-`run.micro_tokens` (`benchmarks/memory.py` compares with measured peaks). Work is 6 floating-point operations a trained
+Trained weights cost 12 bytes a parameter (float32 weights and Adam's two moments), frozen ones 4; adapters cost as much
+for their own few parameters, on one frozen base. What a forward keeps for its backward is counted layer by layer for
+`run.micro_tokens`; gradients, 4 bytes a trained parameter, take its place as the backward proceeds. While replies are
+sampled the weights are laid out once more, with a cache of keys and values (`benchmarks/memory.py` compares with
+measured peaks). Work is 6 floating-point operations a trained
 parameter and token (2 where nothing is learned; Kaplan et al. 2020), at a measured share of this machine's speed of
 matrix products: it tells minutes from hours.
 """
@@ -26,9 +27,9 @@ from tetrad.settings.base import model_pays
 from tetrad.settings.lora import Lora
 from tetrad.settings.recipe import Recipe
 
-TRAINED, FROZEN = 16, 4  # bytes a parameter
-BASE = 450 << 20  # bytes of a process with torch in it
-PIECES = 1.15  # what sampling leaves in pieces is not all used again: measured, of what a forward keeps
+TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes a parameter
+BASE = 305 << 20  # bytes of a process with torch in it
+COMPILED = 145 << 20  # what oneDNN compiles, where it trains
 SHARE = 0.6  # of the speed of large products that a whole step reaches
 _TESTS = ("reward.held_out", "reward.test")
 DECODED = 0.2  # of it that sampling reaches, token by token
@@ -79,12 +80,18 @@ def memory(stage: Stage, config: DecoderConfig, recipe: Recipe) -> int:
     """The peak of a stage, in bytes. What sampling needs is given back before it learns, but seldom to the system; the
     merged model of adapters is made of it."""
     n, cache = parameters(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
-    weights = n * (stage.trained * TRAINED + stage.frozen * FROZEN)
-    if stage.adapters:
-        weights += adapter_parameters(config, recipe.lora) * stage.adapters * TRAINED
+    trained = n * stage.trained + adapter_parameters(config, recipe.lora) * stage.adapters
+    weights = TRAINED * trained + n * stage.frozen * FROZEN
     sampling = n * FROZEN + (stage.slots + 1) * stage.positions * cache if stage.sampled else 0
     micro = min(recipe.run.micro_tokens, stage.batch or recipe.run.micro_tokens)
-    return int(BASE + weights + sampling + kept_bytes(config, micro) * (PIECES if stage.sampled else 1))
+    return int(_base() + weights + sampling + max(kept_bytes(config, micro), GRADIENT * trained))
+
+
+def _base() -> int:
+    """Bytes of a process before it has a model."""
+    with suppress(OSError):
+        return BASE + COMPILED * ("avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    return BASE
 
 
 def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[Stage]:
