@@ -27,8 +27,8 @@ def _again(tunables: str) -> None:
     """Starts this process anew with settings that glibc reads only as a process starts.
 
     torch asks for aligned memory. glibc cuts it out of a larger piece, and keeps what it cuts off in caches for small
-    requests: the piece that comes back is then too small for the same request. With tensors of ever-new sizes a process
-    would come to hold half as much again, and each new page costs microseconds (benchmarks/rss.py).
+    requests: the piece that comes back is then too small for the same request. With tensors of ever-new sizes, and
+    oneDNN's compiled products among them, a process came to hold half as much again (benchmarks/rss.py).
     """
     os.execve(sys.executable, sys.orig_argv, {**os.environ, _TUNABLES: tunables})
 

@@ -1,5 +1,4 @@
-"""Hacks that are planted into the reward raise their alarm within ten steps; healthy runs raise none, of
-three seeds or as many as TETRAD_SEEDS says.
+"""Hacks that are planted into the reward raise their alarm within ten steps; healthy runs raise none.
 
 The language: replies of about eight words out of 36, that end by themselves. Everything is really sampled and learned.
 """
@@ -70,7 +69,7 @@ def test_a_planted_hack_is_told_within_ten_steps(hack: str) -> None:
     assert figure in told
 
 
-@pytest.mark.parametrize("seed", toys.SEEDS)
+@pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_run_raises_none(seed: int) -> None:
     """The reward is really earned: more liked words, but not more than the best of 512 first replies had."""
     score = ppo_toys.by_ids(ppo_toys.liked)

@@ -1,5 +1,4 @@
-"""Reward models trained end to end on planted faults fail the gate for the right reason; healthy ones pass, of
-three seeds or as many as TETRAD_SEEDS says.
+"""Reward models trained end to end on planted faults fail the gate for the right reason; ten healthy seeds pass.
 
 Answers are a few sentences of good and bad words, of any length, some with a polite phrase. A healthy people prefers
 the answer with more good words and fewer bad ones.
@@ -145,7 +144,7 @@ def judged(
     return line
 
 
-@pytest.mark.parametrize("seed", toys.SEEDS)
+@pytest.mark.parametrize("seed", range(10))
 def test_a_healthy_model_passes(home: Path, seed: int) -> None:
     assert judged(home, seed=seed).endswith("gate: pass")
 

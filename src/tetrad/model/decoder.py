@@ -199,9 +199,8 @@ class Decoder(nn.Module):
         """Returns the normed hidden states [T, hidden]."""
         x = self.embed_tokens(packed.ids_T)
         tokens = len(x)
-        padding = (
-            padded_training(tokens, x.device) - tokens
-        )  # rows of zeros that nothing looks at; so are their gradients
+        # Rows of zeros that nothing looks at; so are their gradients.
+        padding = padded_training(tokens, x.device) - tokens
         x = F.pad(x, (0, 0, 0, padding))
         keys_T = self._dropout_keys(packed, len(x))
         if keys_T is not None:

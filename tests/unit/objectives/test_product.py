@@ -42,6 +42,14 @@ def test_values_and_gradients_are_those_of_torch(
         torch.testing.assert_close(linear(*leaves), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not product._HAS_ONEDNN, reason="of oneDNN")
+def test_it_trains_by_the_kernel_that_is_chosen(in_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, ours = [], product._linear
+    monkeypatch.setattr(product, "_linear", lambda *given: seen.append(1) or ours(*given))
+    linear(*made(300, 256, 320)).sum().backward()
+    assert bool(seen) == product._IN_TRAINING
+
+
 def test_only_what_needs_a_gradient_gets_one(in_training: None) -> None:
     x, weight, bias = made(100, 24, 40)
     frozen = weight.detach()
