@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from clock import measured
 
-from tetrad.engine.device import Device
-from tetrad.engine.generate import Engine, Request, generate
-from tetrad.model.cache import cache_bytes
+from tetrad.distributed.device import Device
+from tetrad.inference.engine import Engine, Request, generate
+from tetrad.inference.fused_model import Fused
+from tetrad.inference.kv_cache import cache_bytes
 from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import CausalLM, initialise
-from tetrad.model.fused import Fused
+from tetrad.model.transformer import CausalLM, initialise
 from tetrad.settings.common import Sampling
 
 CPU = Device(torch.device("cpu"), torch.float32)

@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tetrad.engine.folders import model_folder
+from tetrad.inference.model_folder import model_folder
 from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import CausalLM, initialise
-from tetrad.model.weights import model_files
+from tetrad.model.huggingface import model_files
+from tetrad.model.transformer import CausalLM, initialise
 from tetrad.text.tokenizer import Tokenizer
 
 WORDS = "the film was warm and funny but the story is slow and the end never comes although it is moving".split()

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from tetrad import pipeline, recipe
+from tetrad.console import Console
 from tetrad.data.source import Counts
-from tetrad.engine.console import Console
-from tetrad.engine.folders import model_folder
-from tetrad.engine.rollout import read_questions
-from tetrad.model.weights import read_scalar
-from tetrad.text.template import choose
+from tetrad.inference.completions import read_questions
+from tetrad.inference.model_folder import model_folder
+from tetrad.model.huggingface import read_scalar
+from tetrad.pipeline import recipe
+from tetrad.text.chat_template import choose
 from tetrad.text.tokenizer import Tokenizer
 
 PROMPTS = Path(__file__).parent.parent / "examples/reviews-en/data/prompts.train.jsonl"
@@ -72,7 +72,7 @@ def tetrad(run: Path, seed: int, steps: int) -> Curve:
         given |= {"epochs": EPOCHS, "parts": PARTS, "longest": LONGEST, "penalty": PENALTY, "beta2": BETA2, "eps": EPS}
         path = Path(out, "recipe.toml")
         path.write_text(RECIPE.format(**given))
-        pipeline.run(recipe.read(path), Console())
+        run.run(recipe.read(path), Console())
         lines = [json.loads(line) for line in Path(out, "ppo/ppo/metrics.jsonl").read_text().splitlines()]
     return {name: [round(line[name], 4) for line in lines] for name in ("kl", "score", "ended", "length")}
 

@@ -4,7 +4,7 @@
 
 One model is trained with both, step by step in turn on the same batch, of documents of 8 to 512 tokens or of one
 length. A line has microseconds of processor time a token with either, and the median of the pairs' ratios (above 1:
-oneDNN is faster). Which one trains is decided in `objectives/product.py`, by the processor's vector units.
+oneDNN is faster). Which one trains is decided in `kernels/onednn.py`, by the processor's vector units.
 """
 
 import json
@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from tetrad.engine.batches import language_micros
-from tetrad.engine.device import Device
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.update import language_terms, update
+from tetrad.distributed.device import Device
 from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import CausalLM, initialise
-from tetrad.objectives import product
+from tetrad.model.transformer import CausalLM, initialise
 from tetrad.settings.common import Optim
+from tetrad.training.batches import language_micros
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import language_terms, update
 from tetrad.types import Tokens
 
 CPU = Device(torch.device("cpu"), torch.float32)
@@ -42,7 +41,7 @@ def model_of(hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab
 
 
 def seconds_of(model: nn.Module, optimizer: Optimizer, documents: list[Tokens], onednn: bool) -> float:
-    product._IN_TRAINING = onednn
+    onednn._IN_TRAINING = onednn
     began = time.process_time()
     update(model, optimizer, language_micros(documents, 4096, CPU), language_terms, CPU)
     return time.process_time() - began

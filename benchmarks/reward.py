@@ -25,11 +25,11 @@ from unittest import mock
 
 import torch
 
-from tetrad import pipeline, recipe
-from tetrad.engine.assessment import Pairs
-from tetrad.engine.console import Console
-from tetrad.engine.folders import model_folder
-from tetrad.engine.preferences import Examples
+from tetrad.console import Console
+from tetrad.inference.model_folder import model_folder
+from tetrad.pipeline import recipe, runner
+from tetrad.reward.batches import Examples
+from tetrad.reward.evaluation import Pairs
 from tetrad.train.reward import Lessons
 from tetrad.types import Prompt, Score, Tokens, Turn
 
@@ -126,7 +126,7 @@ def train(policy: str, records: Mapping[str, Sequence[Row]], seed: int, **settin
 
         learn = Lessons.learn
         with mock.patch.object(Lessons, "learn", timed):
-            pipeline.run(recipe.read(path, []), Console())
+            runner.run(recipe.read(path, []), Console())
         home = Path(folder, "runs/reward/reward")
         metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
         told = json.loads((home / "model/evaluation.json").read_text())

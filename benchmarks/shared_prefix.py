@@ -23,9 +23,9 @@ import torch
 from clock import measured
 
 from tetrad.data.pack import common_prefix, pack, pack_groups, prefix_pays
-from tetrad.engine.device import Device
+from tetrad.distributed.device import Device
 from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import ScalarModel
+from tetrad.model.transformer import ScalarModel
 from tetrad.types import Packed, Tokens
 
 CPU = Device(torch.device("cpu"), torch.float32)

@@ -144,25 +144,29 @@ class Law:
 
 
 STORAGE = ("storage.py", "disk.py")  # disk: storage's system calls, which tests swap
-MESH = ("engine/mesh.py", "engine/watchdog.py", "engine/launch.py")  # beside it: who lives, and who starts them
+DISTRIBUTED = (
+    "distributed/collectives.py",
+    "distributed/watchdog.py",
+    "distributed/launch.py",
+)  # beside it: who lives, and who starts them
 OBJECTS = ("all_gather", "gather", "scatter", "broadcast", "send", "recv")
-CONSOLE = ("engine/console.py", "cli.py")
+CONSOLE = ("console.py", "cli/main.py")
 LAWS = (
-    Law("only update calls .backward()", lambda n: called(n, ".backward"), ("engine/update.py",)),
-    Law("only update steps an optimizer", steps, ("engine/update.py", "engine/optim.py")),
+    Law("only update calls .backward()", lambda n: called(n, ".backward"), ("training/step.py",)),
+    Law("only update steps an optimizer", steps, ("training/step.py", "training/optimizer.py")),
     Law(
         "only generate draws tokens",
-        lambda n: uses(n, "multinomial", "Categorical", "gumbel") or below(n, "tetrad.engine.sampling"),
-        ("engine/generate.py", "engine/sampling.py"),
+        lambda n: uses(n, "multinomial", "Categorical", "gumbel") or below(n, "tetrad.inference.sampler"),
+        ("inference/engine.py", "inference/sampler.py"),
     ),
-    Law("only mesh communicates", lambda n: below(n, "torch.distributed"), MESH),
+    Law("only collectives communicate", lambda n: below(n, "torch.distributed"), DISTRIBUTED),
     Law("collectives of objects are pickles", lambda n: uses(n, *(f"{c}_object" for c in OBJECTS))),
     Law(
         "only attention knows kernels",
         lambda n: uses(n, "scaled_dot_product", "flash_attn", "flex_attention", "varlen_attn", "sdpa_kernel"),
         ("model/attention.py",),
     ),
-    Law("only product knows oneDNN", lambda n: uses(n, "mkldnn"), ("objectives/product.py",)),
+    Law("only product knows oneDNN", lambda n: uses(n, "mkldnn"), ("kernels/onednn.py",)),
     Law("only storage writes files", writes, STORAGE),
     Law(
         "only the console and the command line print",

@@ -8,7 +8,7 @@ import numpy as np
 
 from tetrad.data.tokens import tokenize
 from tetrad.text import bpe
-from tetrad.text.template import Template
+from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Prompt, Turn
 

@@ -9,20 +9,21 @@ import numpy as np
 import torch
 
 import toys
-from tetrad.engine.batches import language_micros
-from tetrad.engine.experience import Experience, RunningStd
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.rewards import Source, Sources
-from tetrad.engine.roles import FourModels
-from tetrad.engine.rollout import Question, Rollout, roll_out
-from tetrad.engine.scoring import Reward, Sample
-from tetrad.engine.update import language_terms, update
-from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.inference.completions import Question, Sample
+from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.reward.model import Reward
+from tetrad.reward.sources import Source, Sources
+from tetrad.rl.experience import Experience, RunningStd
+from tetrad.rl.models import FourModels
+from tetrad.rl.monitor import Watch
+from tetrad.rl.rollout import Rollout, roll_out
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.common import Optim, Sampling
 from tetrad.settings.ppo import Ppo
-from tetrad.train.alarms import Watch
 from tetrad.train.ppo import KLController, Steered, experience_of, learn
+from tetrad.training.batches import language_micros
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import language_terms, update
 from tetrad.types import Prompt, Turn
 
 TOKENIZER = toys.tokenizer()

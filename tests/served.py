@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import toys
-from tetrad.engine import scoring
-from tetrad.engine.scoring import Sample
-from tetrad.model.decoder import CausalLM, ScalarModel
-from tetrad.model.weights import model_files
-from tetrad.serve import models
-from tetrad.serve.models import RewardModel
+from tetrad.inference.completions import Sample
+from tetrad.model.huggingface import model_files
+from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.reward import model as reward_model
+from tetrad.reward.model import RewardModel
 from tetrad.storage import write_folder
 from tetrad.text.bpe import learn
-from tetrad.text.template import TEMPLATES
+from tetrad.text.chat_template import TEMPLATES
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Prompt, Tokens
 
@@ -45,11 +44,11 @@ def write_model(
 def written(judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]) -> list[Tokens]:
     """Prompts and answers as the judge's documents."""
     samples = [Sample((), (), p.turns, text, p.where, e) for p, text, e in zip(prompts, texts, ended, strict=True)]
-    return scoring.written(judge.form, judge.tokenizer, samples)
+    return reward_model.written(judge.form, judge.tokenizer, samples)
 
 
 def rate(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:
     """Rewards of a judge that is one model."""
-    (rewards,) = models.rate(judge, documents).tolist()
+    (rewards,) = reward_model.rate(judge, documents).tolist()
     found: list[float] = rewards
     return found

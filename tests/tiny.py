@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tetrad import pipeline, recipe
-from tetrad.engine.console import Console
+from tetrad.console import Console
+from tetrad.pipeline import recipe, runner
 
 STAGES = ["tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
 
@@ -122,7 +122,7 @@ class Chain:
         """The stages that were done, not skipped."""
         said = io.StringIO()
         read = recipe.read(self.path, ["--run.out", str(self.runs), *overrides])
-        pipeline.run(read, Console(out=said, err=io.StringIO()))
+        runner.run(read, Console(out=said, err=io.StringIO()))
         self.said = said.getvalue()
         return [stage for stage in STAGES if f"{stage:<10} done in" in self.said]
 

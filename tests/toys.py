@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from tetrad.data.pack import pack
-from tetrad.engine.device import Device
-from tetrad.engine.generate import Request
+from tetrad.distributed.device import Device
+from tetrad.inference.engine import Request
 from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import CausalLM, ScalarModel
-from tetrad.model.weights import members_content, model_files
+from tetrad.model.huggingface import members_content, model_files
+from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.settings.common import Sampling
 from tetrad.storage import Content
 from tetrad.text.tokenizer import Tokenizer

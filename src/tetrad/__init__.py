@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_PUBLIC = {"load": "tetrad.serve.models", "generate": "tetrad.serve.models", "forward": "tetrad.model.padded"}
+_PUBLIC = {"load": "tetrad.inference.policy", "generate": "tetrad.inference.policy", "forward": "tetrad.model.padded"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from tetrad import cli
+from tetrad.cli.main import main as command_line
 
 _TRAIN = {"run", "pretrain", "sft", "reward", "ppo", "evaluate"}
 _TUNABLES = "GLIBC_TUNABLES"
@@ -13,7 +13,7 @@ def main() -> int:
     """Runs the command that this process was started with and returns its exit code."""
     if _TRAIN.intersection(sys.argv[1:3]) and _glibc() and _TUNABLES not in os.environ:
         _again("glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0")
-    return cli.main()
+    return command_line()
 
 
 def _glibc() -> bool:

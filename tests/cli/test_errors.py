@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tetrad import pipeline
-from tetrad.cli import main
-from tetrad.engine import folders
+from tetrad.cli.main import main
 from tetrad.errors import Stopped, UserError
+from tetrad.inference import model_folder
+from tetrad.pipeline import runner
 from tetrad.settings.use import Chat, Generate, ScoreFile
 
 Capture = pytest.CaptureFixture[str]
@@ -100,7 +100,7 @@ def stopping(error: BaseException) -> Callable[..., None]:
 def test_exit_codes(
     here: Path, error: BaseException, code: int, said: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "run", stopping(error))
+    monkeypatch.setattr(runner, "run", stopping(error))
     assert main(["run", "good.toml"]) == code
     out, err = capsys.readouterr()
     assert said in err
@@ -141,7 +141,7 @@ def test_a_run_from_the_command_line(here: Path, capsys: Capture, monkeypatch: p
 def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the commands that use a model are called with."""
     seen: list[Any] = []
-    monkeypatch.setattr(folders, "usable", lambda *_, **__: SimpleNamespace(note=""))
+    monkeypatch.setattr(model_folder, "usable", lambda *_, **__: SimpleNamespace(note=""))
     for module, names in (("batch", ["generate_file", "score_file"]), ("chat", ["chat"])):
         fake = ModuleType(f"tetrad.serve.{module}")
         for name in names:
@@ -184,10 +184,10 @@ def test_options_that_do_not_go_together(words: list[str], code: str, received: 
 
 
 def test_memory_of_other_commands_is_explained(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "usable", lambda *_, **__: SimpleNamespace(note=""))
-    fake = ModuleType("tetrad.serve.chat")
+    monkeypatch.setattr(model_folder, "usable", lambda *_, **__: SimpleNamespace(note=""))
+    fake = ModuleType("tetrad.cli.chat")
     fake.chat = stopping(MemoryError())  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tetrad.serve.chat", fake)
+    monkeypatch.setitem(sys.modules, "tetrad.cli.chat", fake)
     assert main(["chat", "m"]) == 6
     error = capsys.readouterr().err
     assert "error[E-MEM-FULL] chat:" in error
@@ -200,7 +200,7 @@ def test_doctor(ok: bool, code: int, capsys: Capture, monkeypatch: pytest.Monkey
     row = SimpleNamespace(function="gae", cases=3, error64=1e-12, error32=1e-6, grad64=0.0, grad32=0.0, ok=ok)
     fake = SimpleNamespace(check_vectors=lambda path: [row], environment=lambda: [("device", "cpu")])
     monkeypatch.setitem(sys.modules, "tetrad.report", SimpleNamespace(doctor=fake))
-    monkeypatch.setitem(sys.modules, "tetrad.report.doctor", fake)
+    monkeypatch.setitem(sys.modules, "tetrad.cli.doctor", fake)
     assert main(["doctor"]) == 0
     assert "device" in capsys.readouterr().out
     assert main(["doctor", "--vectors", "v"]) == code

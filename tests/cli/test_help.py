@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tetrad import __version__
-from tetrad.cli import _VERBS, main
+from tetrad.cli.main import _VERBS, main
 from tetrad.settings import use
 from tetrad.settings.base import knobs
 from tetrad.settings.recipe import Recipe
@@ -41,7 +41,7 @@ def test_help_is_quick(words: list[str]) -> None:
 
 
 def test_what_is_imported() -> None:
-    script = "import sys; sys.argv = ['tetrad', 'ppo', '--help']; from tetrad.cli import main; main()\n"
+    script = "import sys; sys.argv = ['tetrad', 'ppo', '--help']; from tetrad.cli.main import main; main()\n"
     script += "print('\\nloaded', sorted({'torch', 'rich', 'pydantic', 'numpy', 'tokenizers'} & set(sys.modules)))"
     assert python("-c", script).stdout.endswith("loaded []\n")
 

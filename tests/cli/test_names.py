@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from served import write_model
-from tetrad.cli import main
+from tetrad.cli.main import main
 
 TEXT = "海边的小镇在清晨醒来。\n\nThe harbour wakes before the sun.\n\n" * 20
 

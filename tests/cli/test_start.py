@@ -13,7 +13,7 @@ from tiny import write_tiny
 
 PROGRAM = """\
 import sys
-from tetrad.cli import main
+from tetrad.cli.main import main
 for line in sys.argv[1:]:
     assert main(line.split()) == 0
     loaded = [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]

@@ -15,7 +15,7 @@ import pytest
 
 import tetrad
 from served import write_model
-from tetrad.cli import main
+from tetrad.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]

@@ -19,7 +19,7 @@ from tetrad.data.records import read_conversations, read_preferences
 from tetrad.data.source import Counts, sources
 from tetrad.data.store import Encoding, TokenStore, build
 from tetrad.text import bpe
-from tetrad.text.template import TEMPLATES, Template
+from tetrad.text.chat_template import TEMPLATES, Template
 from tetrad.types import IGNORE
 
 RECORDS = 20_000  # of each of five tests

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import toys
-from tetrad.engine.generate import Engine, Request, generate
-from tetrad.model.fused import Fused
+from tetrad.inference.engine import Engine, Request, generate
+from tetrad.inference.fused_model import Fused
 from tetrad.types import Reply
 
 MODEL = toys.causal(seed=5, std=0.2, vocab_size=60)

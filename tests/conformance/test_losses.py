@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import toys
-from tetrad.engine.batches import language_micros, mean_nll
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.preferences import preference_micros
-from tetrad.engine.update import language_terms, update
+from tetrad.reward.batches import preference_micros
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
-from tetrad.text.template import TEMPLATES
+from tetrad.text.chat_template import TEMPLATES
 from tetrad.train.reward import Latent, preference_terms
+from tetrad.training.batches import language_micros, mean_nll
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import language_terms, update
 from tetrad.types import IGNORE, Comparison, Prompt, Score, Tokens, Turn
 
 TOKENIZER = toys.tokenizer()

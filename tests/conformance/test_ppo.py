@@ -7,11 +7,12 @@ import torch
 
 import ppo_toys
 import toys
-from tetrad.engine.experience import mini_batches, whitened
-from tetrad.engine.roles import FourModels
-from tetrad.engine.rollout import read_logprobs, read_values
-from tetrad.engine.scoring import Sample, score_tokens, trained
-from tetrad.objectives import policy
+from tetrad.inference.completions import Sample
+from tetrad.objectives import ppo
+from tetrad.reward.model import score_tokens, trained
+from tetrad.rl.experience import mini_batches, whitened
+from tetrad.rl.models import FourModels
+from tetrad.rl.rollout import read_logprobs, read_values
 from tetrad.settings.ppo import Ppo
 from tetrad.train.ppo import learn, policy_terms, shaped_rewards
 
@@ -314,5 +315,5 @@ def test_kl_is_summed_over_tokens():
     four = some_models(other=True)
     made, rewards = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S, beta=1.0)
     scores = torch.tensor(four.reward(made.rollout.samples)).float().clamp(-5, 5) - (~made.rollout.ended_B).float()
-    kl = policy.kl_tokens(made.old, made.ref, made.rollout.mask_BT).sum(1)
+    kl = ppo.kl_tokens(made.old, made.ref, made.rollout.mask_BT).sum(1)
     torch.testing.assert_close(rewards.sum(1), scores - kl, rtol=1e-5, atol=1e-5)

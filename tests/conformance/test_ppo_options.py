@@ -9,16 +9,16 @@ from torch import nn
 
 import ppo_toys
 import toys
-from tetrad.engine.experience import RunningStd, mini_batches
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.rewards import Source, Sources, named
-from tetrad.engine.roles import ActorCritic, Average, FourModels, _shared
-from tetrad.engine.scoring import trained
-from tetrad.engine.update import Micro
-from tetrad.objectives import policy
+from tetrad.objectives import ppo
+from tetrad.reward.model import trained
+from tetrad.reward.sources import Source, Sources, named
+from tetrad.rl.experience import RunningStd, mini_batches
+from tetrad.rl.models import ActorCritic, Average, FourModels, _shared
 from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
 from tetrad.train.ppo import Beside, learn, policy_terms, shaped_rewards
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import Micro
 
 S = Ppo(batch=12, max_new=10, epochs=2, mini_batches=3, actor_lr=1e-3, critic_lr=1e-3, steps=10)
 VOCAB = 12
@@ -147,8 +147,8 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token():
     old = torch.zeros(2)
     new, advantages = torch.tensor([3.0, 3.0]), torch.tensor([-1.0, 1.0])
     every = torch.ones(2, dtype=torch.bool)
-    plain = policy.policy_loss_sum(new, old, advantages, every)
-    dual = policy.policy_loss_sum(new, old, advantages, every, dual_clip=3.0)
+    plain = ppo.policy_loss_sum(new, old, advantages, every)
+    dual = ppo.policy_loss_sum(new, old, advantages, every, dual_clip=3.0)
     assert float(plain.loss) == pytest.approx(float(new.exp()[0]) - 1.2, rel=1e-6)
     assert float(dual.loss) == pytest.approx(3 - 1.2, rel=1e-6)
     s = replace(S, dual_clip=3.0)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from served import write_model
-from tetrad.engine.console import Console
-from tetrad.serve.batch import generate_file, score_file
+from tetrad.cli.batch import generate_file, score_file
+from tetrad.console import Console
 from tetrad.settings.use import Generate, ScoreFile
 
 REPLIES = 1_000

@@ -7,18 +7,19 @@ import time
 import torch
 
 import toys
-from tetrad import cli
-from tetrad.engine import mesh, watchdog
-from tetrad.engine.batches import language_micros
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.update import language_terms, update
+from tetrad.cli.main import main
+from tetrad.distributed import collectives
+from tetrad.distributed import watchdog
+from tetrad.training.batches import language_micros
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import language_terms, update
 from tetrad.settings.common import Optim
 
 PATIENCE = 6.0
 
 
 def faulty() -> bool:
-    return mesh.rank() == int(sys.argv[2])
+    return collectives.rank() == int(sys.argv[2])
 
 
 def step(model, optimizer, documents):
@@ -40,7 +41,7 @@ def one_step_more(model, optimizer, documents):
     if faulty():
         time.sleep(2)
         step(model, optimizer, documents)
-    mesh.wait()
+    collectives.wait()
 
 
 def raises(model, optimizer, documents):
@@ -52,17 +53,17 @@ def raises(model, optimizer, documents):
 
 def main(case: str) -> int:
     torch.set_num_threads(1)
-    watchdog.join(PATIENCE, cli._report)
-    mesh.start("cpu")
-    mesh.phase("sft")
+    watchdog.join(PATIENCE, main._report)
+    collectives.start("cpu")
+    collectives.phase("sft")
     model = toys.causal(seed=1, tied=False)
-    documents = [toys.document([5, 6, 7, 8], where=f"rank{mesh.rank()}.jsonl:{i}") for i in range(40)]
+    documents = [toys.document([5, 6, 7, 8], where=f"rank{collectives.rank()}.jsonl:{i}") for i in range(40)]
     try:
         {"nan": not_finite, "more": one_step_more, "raises": raises}[case](
             model, Optimizer(model, 1e-3, Optim()), documents
         )
     except BaseException as error:
-        return cli._report(error)
+        return main._report(error)
     return 0
 
 

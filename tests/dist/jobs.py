@@ -18,12 +18,12 @@ from torch import nn
 import ppo_toys
 import toys
 from tetrad.data.loader import batch_indices, whole
-from tetrad.engine import mesh
-from tetrad.engine.batches import language_micros
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.preferences import preference_micros
-from tetrad.engine.rollout import Rollout
-from tetrad.engine.update import language_terms, update
+from tetrad.distributed import collectives
+from tetrad.training.batches import language_micros
+from tetrad.training.optimizer import Optimizer
+from tetrad.reward.batches import preference_micros
+from tetrad.rl.rollout import Rollout
+from tetrad.training.step import language_terms, update
 from tetrad.seeds import seed_for
 from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
@@ -52,7 +52,7 @@ def sft(muon_lr: float = 0.0) -> Found:
     documents = toys.documents(31)
     stats = []
     for step in range(STEPS):
-        wanted = mesh.share(batch_indices(SEED, whole(len(documents)), BATCH, step).tolist())
+        wanted = collectives.share(batch_indices(SEED, whole(len(documents)), BATCH, step).tolist())
         micros = language_micros([documents[i] for i in wanted], 64, toys.CPU)
         stats.append(update(model, optimizer, micros, language_terms, toys.CPU, max_norm=0.5))
     return found(stats, model)
@@ -75,9 +75,9 @@ def reward() -> Found:
     optimizer = Optimizer(latent, 1e-3, Optim())
     stats = []
     for step in range(STEPS):
-        wanted = mesh.share(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
+        wanted = collectives.share(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
         chosen = [records[i] for i in wanted], [answers[i] for i in wanted]
-        keys = [seed_for(SEED, "dropout", step, place) for place in mesh.share(range(BATCH))]
+        keys = [seed_for(SEED, "dropout", step, place) for place in collectives.share(range(BATCH))]
         micros = preference_micros(*chosen, 48, 2.0, 1.5, toys.CPU, keys=keys)
         terms = preference_terms(Reward(center=0.01))
         stats.append(update(latent, optimizer, micros, terms, toys.CPU, max_norm=0.5))
@@ -86,7 +86,7 @@ def reward() -> Found:
 
 def own_rows(rollout: Rollout) -> Rollout:
     """This process's rows of a rollout that all have."""
-    rows = mesh.share(range(len(rollout.samples)))
+    rows = collectives.share(range(len(rollout.samples)))
     index = torch.tensor(list(rows))
     return Rollout(
         tuple(rollout.samples[i] for i in rows),
@@ -119,7 +119,7 @@ def ppo(s: Ppo = PPO) -> Found:
         figures.append([learned[name] for name in sorted(learned)])
         whitened.append(made.advantages)
     found = {"figures": torch.tensor(figures, dtype=torch.float64), "weights": weights(models.actor, models.critic)}
-    return found | {"advantages": torch.tensor([mesh.gather(part.tolist()) for part in whitened])}
+    return found | {"advantages": torch.tensor([collectives.gather(part.tolist()) for part in whitened])}
 
 
 def ppo_sampled(s: Ppo = PPO) -> Found:
@@ -128,11 +128,11 @@ def ppo_sampled(s: Ppo = PPO) -> Found:
     models = four(s)
     replies = []
     for step in range(STEPS):
-        mine, numbers = mesh.share(asked), mesh.share(range(BATCH))
+        mine, numbers = collectives.share(asked), collectives.share(range(BATCH))
         rollout = ppo_toys.sampled(models, mine, s, (SEED, step), numbers)
         made, _ = ppo_toys.experience(models, rollout, s, 64)
         learn(models, made, s, (SEED, step), 64, toys.CPU)
-        for ids in mesh.gather([sample.reply_ids for sample in rollout.samples]):
+        for ids in collectives.gather([sample.reply_ids for sample in rollout.samples]):
             replies.append(torch.tensor([*ids, *[-1] * (s.max_new - len(ids))]))
     return {"replies": torch.stack(replies), "weights": weights(models.actor, models.critic)}
 
@@ -149,52 +149,52 @@ JOBS: dict[str, Callable[[], Found]] = {
 @contextmanager
 def without(name: str) -> Iterator[None]:
     """`mesh` with one collective that does nothing."""
-    kept = getattr(mesh, name)
-    setattr(mesh, name, lambda given, *_: dict(given) if name == "sum_counts" else given)
+    kept = getattr(collectives, name)
+    setattr(collectives, name, lambda given, *_: dict(given) if name == "sum_counts" else given)
     try:
         yield
     finally:
-        setattr(mesh, name, kept)
+        setattr(collectives, name, kept)
 
 
 def collectives() -> Found:
     """What each function of `mesh` gives on this process."""
-    rank, model = mesh.rank(), toys.causal(seed=mesh.rank())
-    counts = mesh.sum_counts({"b": 10.0 + rank, "a": 1.0})
-    mesh.same_weights(model)
-    mesh.wait()
+    rank, model = collectives.rank(), toys.causal(seed=collectives.rank())
+    counts = collectives.sum_counts({"b": 10.0 + rank, "a": 1.0})
+    collectives.same_weights(model)
+    collectives.wait()
     missing = nn.Linear(2, 1, bias=False)
     if rank == 0:
         missing.weight.grad = torch.tensor([[3.0, 4.0]])
-    mesh.sum_gradients(missing.parameters())
+    collectives.sum_gradients(missing.parameters())
     assert missing.weight.grad is not None
     unused = nn.Linear(2, 1, bias=False)
-    mesh.sum_gradients(unused.parameters())
+    collectives.sum_gradients(unused.parameters())
     return {
-        "share": torch.tensor(list(mesh.share(range(5)))),
-        "gather": torch.tensor(mesh.gather(mesh.share(range(5)))),
+        "share": torch.tensor(list(collectives.share(range(5)))),
+        "gather": torch.tensor(collectives.gather(collectives.share(range(5)))),
         "counts": torch.tensor([counts["a"], counts["b"]]),
-        "sum": mesh.sum_tensor(torch.tensor([1.0, float(rank)])),
-        "any": torch.tensor([mesh.on_any(False), mesh.on_any(rank == 1), mesh.on_any(True)]),
+        "sum": collectives.sum_tensor(torch.tensor([1.0, float(rank)])),
+        "any": torch.tensor([collectives.on_any(False), collectives.on_any(rank == 1), collectives.on_any(True)]),
         "unused": torch.tensor([unused.weight.grad is None]),
-        "floats": torch.tensor(mesh.gather([0.1 + rank, 1 / 3, math.inf]), dtype=torch.float64),
-        "first": torch.tensor(mesh.first(rank)),
+        "floats": torch.tensor(collectives.gather([0.1 + rank, 1 / 3, math.inf]), dtype=torch.float64),
+        "first": torch.tensor(collectives.first(rank)),
         "gradient": missing.weight.grad,
         "weights": weights(model),
-        "rank": torch.tensor([rank, mesh.size(), int(mesh.is_main())]),
+        "rank": torch.tensor([rank, collectives.size(), int(collectives.is_main())]),
     }
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    mesh.start("cpu")
+    collectives.start("cpu")
     results = {name: job() for name, job in JOBS.items()} | {"mesh": collectives()}
     for name in ("sum_gradients", "sum_counts", "sum_tensor"):
         with without(name):
             broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "ppo")
             results |= {f"{job} without {name}": JOBS[job]() for job in broken}
-    torch.save(results, folder / f"{mesh.rank()}.pt")
-    mesh.stop()
+    torch.save(results, folder / f"{collectives.rank()}.pt")
+    collectives.stop()
 
 
 if __name__ == "__main__":

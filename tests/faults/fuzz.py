@@ -24,10 +24,10 @@ from safetensors import safe_open
 from tetrad import storage
 from tetrad.data.records import conversations_of, documents_of, preferences_of, prompts_of
 from tetrad.data.source import Counts, sources
+from tetrad.datacheck.reading import sniff
 from tetrad.errors import UserError
 from tetrad.model.headers import read_header
-from tetrad.recipe import read
-from tetrad.report.reading import sniff
+from tetrad.pipeline.recipe import read
 
 SLOW_SECONDS = 1.0
 WORDS = {

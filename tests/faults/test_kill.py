@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-import tetrad.train.evaluate
+import tetrad.eval.compare
 import tetrad.train.ppo
 import tetrad.train.pretrain
 import tetrad.train.reward
 import tetrad.train.sft
 import tetrad.train.tokenizer  # noqa: F401  (loaded before the forks)
-from tetrad import pipeline, recipe
-from tetrad.engine.console import Console
+from tetrad.console import Console
+from tetrad.pipeline import recipe, runner
 from tiny import write_tiny
 
 KILLS = int(os.environ.get("TETRAD_KILLS", "10"))
@@ -34,7 +34,7 @@ STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
 def run(path: Path, out: Path, only: str, words: Sequence[str] = ()) -> None:
     """In this process: one stage of the recipe."""
     silent = Console(out=io.StringIO(), err=io.StringIO())
-    pipeline.run(recipe.read(path, ["--run.out", str(out), *words]), silent, only=only)
+    runner.run(recipe.read(path, ["--run.out", str(out), *words]), silent, only=only)
 
 
 def forked(path: Path, out: Path, only: str, kill_after: float | None = None, words: Sequence[str] = ()) -> float:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from tetrad.engine.runs import Run, open_run
 from tetrad.errors import UserError
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.seeds import generator_for
 from tetrad.storage import remove_leftovers, step_folders, verify_folder
+from tetrad.training.run_folder import Run, open_run
 
 STEPS, EVERY = 7, 2
 

@@ -12,11 +12,11 @@ import pytest
 
 import ppo_toys
 import toys
-from tetrad.engine.roles import FourModels
-from tetrad.engine.rollout import Question
+from tetrad.inference.completions import Question
+from tetrad.rl.models import FourModels
+from tetrad.rl.monitor import Watch
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.ppo import Ppo
-from tetrad.train.alarms import Watch
 from tetrad.train.ppo import figures_of_step
 from tetrad.types import Prompt
 

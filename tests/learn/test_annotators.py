@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import toys
-from tetrad.engine.annotators import LR, Annotators, Reliability, Suspect, judged, numbers_of
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.preferences import judgements, preference_micros
-from tetrad.engine.scoring import score_tokens
-from tetrad.engine.update import update
+from tetrad.reward.annotators import LR, Annotators, Reliability, Suspect, judged, numbers_of
+from tetrad.reward.batches import judgements, preference_micros
+from tetrad.reward.model import score_tokens
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
 from tetrad.train.reward import Latent, preference_terms
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import update
 from tetrad.types import Comparison, Prompt, Score, Tokens, Turn
 
 pytestmark = pytest.mark.learn

@@ -17,10 +17,10 @@ import torch
 
 import planted
 import toys
-from tetrad import pipeline, recipe
-from tetrad.engine.console import Console
-from tetrad.model.weights import model_files, read_scalar
-from tetrad.text.template import template
+from tetrad.console import Console
+from tetrad.model.huggingface import model_files, read_scalar
+from tetrad.pipeline import recipe, runner
+from tetrad.text.chat_template import template
 from tetrad.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.learn
@@ -121,7 +121,7 @@ def trained(folder: Path, name: str, *words: str) -> str:
     """What the run said."""
     said = io.StringIO()
     words = ("--run.out", str(folder / "runs"), *words)
-    pipeline.run(recipe.read(folder / f"{name}.toml", words), Console(out=said, err=io.StringIO()))
+    runner.run(recipe.read(folder / f"{name}.toml", words), Console(out=said, err=io.StringIO()))
     return said.getvalue()
 
 

@@ -9,13 +9,13 @@ import torch
 
 import ppo_toys
 import toys
-from tetrad.engine.batches import reply_logprobs
-from tetrad.engine.experience import Experience
-from tetrad.engine.roles import FourModels
-from tetrad.engine.rollout import Question
-from tetrad.model.decoder import CausalLM
-from tetrad.objectives import policy
+from tetrad.inference.completions import Question
+from tetrad.model.transformer import CausalLM
+from tetrad.objectives import ppo
+from tetrad.rl.experience import Experience
+from tetrad.rl.models import FourModels
 from tetrad.settings.ppo import Ppo
+from tetrad.training.batches import reply_logprobs
 from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn
@@ -89,7 +89,7 @@ def share_right(four: FourModels, s: Ppo, seed: int, liked: set[int]) -> float:
 
 def nats(made: Experience) -> float:
     """KL to the reference of a reply (k3: never negative)."""
-    return float(policy.kl_tokens(made.old, made.ref, made.rollout.mask_BT, "k3").sum(1).mean())
+    return float(ppo.kl_tokens(made.old, made.ref, made.rollout.mask_BT, "k3").sum(1).mean())
 
 
 LEARNS = Ppo(batch=64, max_new=4, steps=60, actor_lr=3e-3, critic_lr=3e-3, kl_coefficient=0.02, missing_eos_penalty=0.0)

@@ -14,11 +14,12 @@ import pytest
 
 import ppo_toys
 import toys
-from tetrad import cli, pipeline, recipe
-from tetrad.engine.console import Console
-from tetrad.engine.metrics import reply_figures
-from tetrad.engine.rollout import Question
-from tetrad.engine.verdict import Difference, Verdict, failed_guards, verdict
+from tetrad.cli.main import main
+from tetrad.console import Console
+from tetrad.eval.text_metrics import reply_figures
+from tetrad.inference.completions import Question
+from tetrad.pipeline import recipe, runner
+from tetrad.report.verdict import Difference, Verdict, failed_guards, verdict
 from tetrad.settings.evaluate import Evaluate
 from tetrad.settings.ppo import Ppo
 from tetrad.types import Prompt
@@ -67,14 +68,14 @@ def test_a_reward_that_follows_length_is_not_to_be_trusted(tmp_path: Path, capsy
     card = (chain.home / "ppo/model/README.md").read_text()
     out = io.StringIO()
     words = ["--run.out", str(chain.runs), *GREEDY]
-    pipeline.status(recipe.read(chain.path, words), Console(out=out))
+    runner.status(recipe.read(chain.path, words), Console(out=out))
     for text in (chain.said, card, out.getvalue()):
         assert all(reason in text for reason in report["reasons"]) and last.removeprefix("verdict    ") in text
     capsys.readouterr()
-    assert cli.main(["run", str(chain.path), *words]) == 0
-    assert cli.main(["run", str(chain.path), *words, "--evaluate.strict", "true"]) == 5
+    assert main(["run", str(chain.path), *words]) == 0
+    assert main(["run", str(chain.path), *words, "--evaluate.strict", "true"]) == 5
     assert "error[E-NUM-VERDICT]" in capsys.readouterr().err
-    assert cli.main(["status", str(chain.path), *words, "--evaluate.strict", "true"]) == 0
+    assert main(["status", str(chain.path), *words, "--evaluate.strict", "true"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == last
     assert (chain.home / "evaluate/report/report.json").is_file()
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import toys
-from tetrad.model.decoder import CausalLM
-from tetrad.model.weights import model_files, read_causal
+from tetrad.model.huggingface import model_files, read_causal
+from tetrad.model.transformer import CausalLM
 from tetrad.types import IGNORE, Tokens
 
 transformers = pytest.importorskip("transformers")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import toys
-from tetrad.engine.batches import reply_logprobs
-from tetrad.engine.generate import generate
+from tetrad.inference.engine import generate
 from tetrad.model.config import RopeScaling
-from tetrad.model.decoder import CausalLM
+from tetrad.model.transformer import CausalLM
+from tetrad.training.batches import reply_logprobs
 from tetrad.types import Reply
 
 transformers = pytest.importorskip("transformers")

@@ -19,11 +19,11 @@ import torch
 
 import fetched
 import toys
-from tetrad.engine.generate import generate
+from tetrad.inference.engine import generate
+from tetrad.inference.fused_model import Fused
 from tetrad.model.config import RopeScaling
-from tetrad.model.decoder import CausalLM
-from tetrad.model.fused import Fused
-from tetrad.model.weights import read_causal
+from tetrad.model.huggingface import read_causal
+from tetrad.model.transformer import CausalLM
 from tetrad.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -9,17 +9,17 @@ import torch
 import toys
 from tetrad.data.records import answers
 from tetrad.data.tokens import tokenize
-from tetrad.engine.batches import language_micros
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.preferences import preference_micros
-from tetrad.engine.update import language_terms, update
-from tetrad.model.decoder import CausalLM, ScalarModel
-from tetrad.model.weights import model_files
+from tetrad.model.huggingface import model_files
+from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.reward.batches import preference_micros
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
 from tetrad.text import bpe
-from tetrad.text.template import TEMPLATES
+from tetrad.text.chat_template import TEMPLATES
 from tetrad.train.reward import Latent, preference_terms
+from tetrad.training.batches import language_micros
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import language_terms, update
 from tetrad.types import Comparison, Conversation, Prompt, Turn
 
 datasets = pytest.importorskip("datasets")

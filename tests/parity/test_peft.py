@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import toys
-from tetrad.model.decoder import CausalLM, ScalarModel, initial_head
 from tetrad.model.lora import ALL, adapter_config, adapter_tensors, add_adapters, on_base
 from tetrad.model.safetensors_io import tensor_chunks
+from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -10,8 +10,8 @@ import torch
 import tetrad
 import toys
 from served import write_model
-from tetrad.cli import main
-from tetrad.serve.models import asked
+from tetrad.cli.main import main
+from tetrad.inference.policy import asked
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 
-from tetrad import cli
+from tetrad.cli.main import main
 
 pytestmark = pytest.mark.parity
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (path / DEMO).write_text(RECIPE, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        assert cli.main(["run", DEMO]) == 0
+        assert main(["run", DEMO]) == 0
         yield path
 
 
@@ -78,7 +78,7 @@ def test_commands_run_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPat
     commands = re.findall(r"^\.venv/bin/tetrad (.+)$", text, re.MULTILINE)
     assert len(commands) >= 4
     for command in commands:
-        assert cli.main(shlex.split(command, comments=True)) == 0, command
+        assert main(shlex.split(command, comments=True)) == 0, command
 
 
 def run_python_block(word: str) -> tuple[dict[str, object], str]:
@@ -95,7 +95,7 @@ def test_python_lines_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(folder)
     _, printed = run_python_block("tetrad")
     words = ["generate", "runs/reviews-en-quick/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--max-new", "40"]
-    assert cli.main([*words, "--out", "one.jsonl"]) == 0
+    assert main([*words, "--out", "one.jsonl"]) == 0
     assert printed == f"{[json.loads(Path('one.jsonl').read_text(encoding='utf-8'))['reply']]}\n"
 
 
@@ -109,7 +109,7 @@ def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch
     assert len(prompt) < len(ids) <= 30
     words = ["generate", "runs/reviews-en-quick/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--greedy"]
     words += ["--max-new", str(30 - len(prompt)), "--out", "answers.jsonl"]
-    assert cli.main(words) == 0
+    assert main(words) == 0
     (answer,) = map(json.loads, Path("answers.jsonl").read_text(encoding="utf-8").splitlines())
     reply = names["tokenizer"].decode(ids[len(prompt) :], skip_special_tokens=True)  # type: ignore[attr-defined]
     assert (answer["reply"], answer["tokens"]) == (reply, len(ids) - len(prompt))
@@ -134,7 +134,7 @@ def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")}
     start = time.monotonic()
-    assert cli.main(["run", DEMO]) == 0
+    assert main(["run", DEMO]) == 0
     assert time.monotonic() - start < 5
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")} == before
     assert len({path.parents[1].name for path in before}) == 5
@@ -143,7 +143,7 @@ def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert (
-        cli.main(
+        main(
             [
                 "score",
                 "runs/reviews-en-quick/reward",

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import toys
-from tetrad.engine.scoring import score_tokens
-from tetrad.model.weights import read_scalar
+from tetrad.model.huggingface import read_scalar
+from tetrad.reward.model import score_tokens
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.train.reward import exported
 

@@ -9,10 +9,10 @@ import torch
 
 import fetched
 import toys
-from tetrad.engine.generate import generate
-from tetrad.model.decoder import CausalLM
-from tetrad.model.weights import model_files, read_causal
-from tetrad.text.template import TEMPLATES
+from tetrad.inference.engine import generate
+from tetrad.model.huggingface import model_files, read_causal
+from tetrad.model.transformer import CausalLM
+from tetrad.text.chat_template import TEMPLATES
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import IGNORE, Turn
 

@@ -15,7 +15,7 @@ import pytest
 
 import fetched
 from tetrad.text import bpe
-from tetrad.text.template import TEMPLATES, Template, recognised
+from tetrad.text.chat_template import TEMPLATES, Template, recognised
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Turn
 

@@ -14,7 +14,7 @@ import families
 import fetched
 from families import Chat
 from tetrad.errors import UserError
-from tetrad.text.template import TEMPLATES, Template, recognised, recorded
+from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Turn
 

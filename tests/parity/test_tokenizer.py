@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tetrad.text import bpe
-from tetrad.text.template import TEMPLATES, Template
+from tetrad.text.chat_template import TEMPLATES, Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Turn
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tetrad import recipe
 from tetrad.data.records import read_conversations, read_documents, read_preferences, read_prompts
 from tetrad.data.source import SUFFIXES, Counts
+from tetrad.pipeline import recipe
 from tetrad.settings.names import shown
 
 ROOT = Path(__file__).parents[2] / "docs"

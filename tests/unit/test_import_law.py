@@ -12,17 +12,17 @@ ROOT = Path(__file__).parents[2]
 BREACHES = [
     ("text/tokenizer.py", "import torch", "files, text and settings know no torch"),
     ("settings/base.py", "import torch", "files, text and settings know no torch"),
-    ("pipeline.py", "import tetrad.engine.device", "files, text and settings know no torch"),
-    ("data/records.py", "import tetrad.model.decoder", "data knows neither model nor objectives"),
-    ("model/decoder.py", "import tetrad.text.tokenizer", "floors: imports point down"),
-    ("model/decoder.py", "import tetrad.data.records", "floors: imports point down"),
-    ("engine/update.py", "import tetrad.train.sft", "floors: imports point down"),
-    ("serve/generate.py", "import tetrad.train.sft", "floors: imports point down"),
-    ("storage.py", "import tetrad.engine.device", "floors: imports point down"),
+    ("pipeline/runner.py", "import tetrad.distributed.device", "files, text and settings know no torch"),
+    ("data/records.py", "import tetrad.model.transformer", "data knows neither model nor objectives"),
+    ("model/transformer.py", "import tetrad.text.tokenizer", "floors: imports point down"),
+    ("model/transformer.py", "import tetrad.data.records", "floors: imports point down"),
+    ("training/step.py", "import tetrad.train.sft", "floors: imports point down"),
+    ("inference/engine.py", "import tetrad.train.sft", "floors: imports point down"),
+    ("storage.py", "import tetrad.distributed.device", "floors: imports point down"),
     ("newcomer.py", "", "floors: imports point down"),
-    ("objectives/policy.py", "import tetrad.storage", "objectives are pure functions"),
+    ("objectives/ppo.py", "import tetrad.storage", "objectives are pure functions"),
     ("train/reward.py", "import tetrad.train.ppo", "one algorithm, one file"),
-    ("engine/scoring.py", "import transformers", "transformers and its kin stay out"),
+    ("reward/functions.py", "import transformers", "transformers and its kin stay out"),
 ]
 
 

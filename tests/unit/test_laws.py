@@ -26,11 +26,11 @@ BREACHES = {
     "step": ("optimizer.step()", "only update steps an optimizer"),
     "multinomial": ("import torch\nids = torch.multinomial(shares, 1)", "only generate draws tokens"),
     "categorical": ("from torch.distributions import Categorical", "only generate draws tokens"),
-    "draw": ("from tetrad.engine.sampling import draw", "only generate draws tokens"),
+    "draw": ("from tetrad.inference.sampler import draw", "only generate draws tokens"),
     "onednn": ("import torch\ny = torch.ops.mkldnn._linear_pointwise(x, w)", "only product knows oneDNN"),
-    "distributed": ("import torch.distributed as dist", "only mesh communicates"),
-    "distributed-from": ("from torch import distributed", "only mesh communicates"),
-    "distributed-use": ("import torch\ntorch.distributed.barrier()", "only mesh communicates"),
+    "distributed": ("import torch.distributed as dist", "only collectives communicate"),
+    "distributed-from": ("from torch import distributed", "only collectives communicate"),
+    "distributed-use": ("import torch\ntorch.distributed.barrier()", "only collectives communicate"),
     "objects": ("dist.all_gather_object(values, value)", "collectives of objects are pickles"),
     "objects-from": ("from thing import broadcast_object_list", "collectives of objects are pickles"),
     "sdpa": (
@@ -107,17 +107,17 @@ def test_each_breach_is_found(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("home", "case"),
     [
-        ("engine/update.py", "backward"),
-        ("engine/update.py", "step"),
-        ("engine/generate.py", "multinomial"),
-        ("engine/sampling.py", "multinomial"),
-        ("engine/mesh.py", "distributed"),
-        ("engine/watchdog.py", "distributed"),
-        ("engine/launch.py", "distributed"),
+        ("training/step.py", "backward"),
+        ("training/step.py", "step"),
+        ("inference/engine.py", "multinomial"),
+        ("inference/sampler.py", "multinomial"),
+        ("distributed/collectives.py", "distributed"),
+        ("distributed/watchdog.py", "distributed"),
+        ("distributed/launch.py", "distributed"),
         ("model/attention.py", "sdpa"),
         ("storage.py", "open-w"),
-        ("engine/console.py", "print"),
-        ("cli.py", "print"),
+        ("console.py", "print"),
+        ("cli/main.py", "print"),
     ],
 )
 def test_home_of_a_law_may(tmp_path: Path, home: str, case: str) -> None:
@@ -125,9 +125,9 @@ def test_home_of_a_law_may(tmp_path: Path, home: str, case: str) -> None:
     assert laws.check(tmp_path)[1] == []
 
 
-def test_not_even_mesh_sends_objects(tmp_path: Path) -> None:
-    plant(tmp_path, "engine/mesh.py", BREACHES["objects"][0])
-    assert laws.check(tmp_path)[1] == [f"src/tetrad/engine/mesh.py:1: {BREACHES['objects'][1]}"]
+def test_not_even_collectives_send_objects(tmp_path: Path) -> None:
+    plant(tmp_path, "distributed/collectives.py", BREACHES["objects"][0])
+    assert laws.check(tmp_path)[1] == [f"src/tetrad/distributed/collectives.py:1: {BREACHES['objects'][1]}"]
 
 
 def test_what_only_looks_like_a_breach(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from tetrad import cli, errors, pipeline, recipe
+from tetrad import errors
+from tetrad.cli.main import main
 from tetrad.data import records
+from tetrad.pipeline import recipe, runner
 from tetrad.types import Comparison, Score
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +101,7 @@ def test_exit_codes(name: str) -> None:
 
 @pytest.mark.parametrize("name", READMES)
 def test_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
+    assert main(["--help"]) == 0
     helped = set(re.findall(r"^  ([a-z]+) ", capsys.readouterr().out, re.MULTILINE))
     rows = re.findall(r"^\| `tetrad ([a-z|\\]+).*?` \|", text_of(name), re.MULTILINE)
     assert {verb for row in rows for verb in row.replace("\\", "").split("|")} == helped
@@ -108,4 +110,4 @@ def test_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_stages(name: str) -> None:
     stages = re.search(r"`tetrad (tokenizer[a-z|\\]+) RECIPE.toml` \|", text_of(name))
-    assert stages and stages[1].replace("\\", "").split("|") == list(pipeline.STAGES)
+    assert stages and stages[1].replace("\\", "").split("|") == list(runner.STAGES)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tetrad.data import forms
+from tetrad.data import record_formats
 from tetrad.data.fields import Fields, fold
 from tetrad.data.rows import paragraphs, rows
 from tetrad.data.source import Counts, Sources, Span, kind, refuse_none_learned, sources
@@ -37,7 +37,7 @@ def documents_of(part: Path | Span, given: Sources, counts: Counts, refuse: Refu
     """The documents of one file, or of a part of one."""
     path = part.path if isinstance(part, Span) else part
     if kind(path) != ".txt":
-        yield from _records(part, forms.document, given, counts, refuse)
+        yield from _records(part, record_formats.document, given, counts, refuse)
         return
     for where, found in paragraphs(part, counts):
         counts.kept += 1
@@ -59,7 +59,7 @@ def conversations_of(
     part: Path | Span, given: Sources, counts: Counts, refuse: Refuse | None = None
 ) -> Iterator[Conversation]:
     """The conversations of one file, or of a part of one."""
-    return _records(part, forms.conversation, given, counts, refuse)
+    return _records(part, record_formats.conversation, given, counts, refuse)
 
 
 def read_prompts(paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None) -> list[Prompt]:
@@ -71,7 +71,7 @@ def read_prompts(paths: Paths, counts: Counts | None = None, refuse: Refuse | No
 
 def prompts_of(part: Path | Span, given: Sources, counts: Counts, refuse: Refuse | None = None) -> Iterator[Prompt]:
     """The prompts of one file, or of a part of one."""
-    return _records(part, forms.asked, given, counts, refuse)
+    return _records(part, record_formats.asked, given, counts, refuse)
 
 
 def read_preferences(
@@ -95,7 +95,7 @@ def preferences_of(
     """The comparisons and scores of one file, or of a part of one."""
 
     def make(fields: Fields, where: str, counts: Counts) -> Comparison | Score:
-        record = forms.preference(fields, where, counts, score_scale)
+        record = record_formats.preference(fields, where, counts, score_scale)
         counts.tied += isinstance(record, Comparison) and len(set(record.ranks)) < 2
         return record
 

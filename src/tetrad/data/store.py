@@ -31,7 +31,7 @@ from tetrad.data.source import Counts, Sources, Span, refuse_none_learned, spans
 from tetrad.data.tokens import OnLong, fit, learned, refuse_long, tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.storage import Json
-from tetrad.text.template import Template
+from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tetrad.data.source import Counts
 from tetrad.errors import UserError
-from tetrad.text.template import Piece, Template
+from tetrad.text.chat_template import Piece, Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Conversation, Document, Prompt, Tokens
 

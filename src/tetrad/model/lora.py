@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import Adapter, CausalLM, Linear, ScalarModel
+from tetrad.model.transformer import Adapter, CausalLM, Linear, ScalarModel
 
 M = TypeVar("M", CausalLM, ScalarModel)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tetrad.model.decoder import CausalLM
+from tetrad.model.transformer import CausalLM
 from tetrad.types import IGNORE, Packed
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tetrad.kernels.onednn import linear, pieces
 from tetrad.objectives.masks import How, select, token_weights
-from tetrad.objectives.product import linear, pieces
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}  # of float32 logits at a time; on a CPU as fast as any more
 CHUNK_ROWS = 256  # at least, or the matrix products starve

@@ -1,1 +1,1 @@
-"""What Tetrad tells about itself and its inputs."""
+"""What is shown: sections, tables on the terminal, a page, and the verdict of a run. No torch."""

@@ -34,7 +34,7 @@ Whole = Annotated[int, Ge(0)]
 Weights = tuple[NotNegative, ...]
 """One number for each file or pattern beside it; empty means that all count the same."""
 TemplateName = Literal["", "instruction", "chatml", "qwen2", "qwen2.5", "qwen3", "smollm2", "llama3"]
-"""A row of text.template's table, or empty for the model's own."""
+"""A row of text.chat_template's table, or empty for the model's own."""
 Limits = tuple[NotNegative, NotNegative]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Files = Annotated[tuple[str, ...], FILES]

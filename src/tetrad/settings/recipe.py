@@ -1,4 +1,4 @@
-"""A recipe: the settings of all stages, joined. Reading and writing the file is `tetrad.recipe`'s."""
+"""A recipe: the settings of all stages, joined. Reading and writing the file is `tetrad.pipeline.recipe`'s."""
 
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.base import Seed, settings

@@ -4,7 +4,7 @@ One iteration: sample replies, score them, read them with actor, reference and c
 and those into advantages, then a few epochs of clipped updates (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et
 al. 2022). Old log-probabilities come from the training forward, not from the sampler. Reply arrays are [B, T] and
 already shifted: a value stands before its token, the score lands on the last token of the reply, its end is terminal.
-The models are made in engine.roles, what pays in engine.rewards; train.alarms tells when it goes wrong.
+The models are made in rl.models, what pays in reward.sources; rl.monitor tells when it goes wrong.
 """
 
 import math
@@ -18,35 +18,39 @@ from torch import Tensor, nn
 
 from tetrad.data.loader import Mixture, Rows, batch_indices
 from tetrad.data.source import Counts
-from tetrad.engine import adapters, mesh, outcome
-from tetrad.engine.batches import language_micros
-from tetrad.engine.context import StageContext
-from tetrad.engine.device import Device, choose
-from tetrad.engine.experience import Experience, Replies, RunningStd, mean_variance, mini_batches, numbers_of, whitened
-from tetrad.engine.metrics import reply_figures
-from tetrad.engine.optim import lr_factor
-from tetrad.engine.prepare import first_parent, ptx
-from tetrad.engine.rewards import named
-from tetrad.engine.roles import ActorCritic, FourModels, four_models
-from tetrad.engine.rollout import Question, Rollout, read_logprobs, read_questions, read_values, roll_out
-from tetrad.engine.runs import Run
-from tetrad.engine.samples import Samples
-from tetrad.engine.scoring import Reward, Sample, python_function
-from tetrad.engine.stage import POLICY, finish, prepared, report_counts, start, template_for
-from tetrad.engine.update import Micro, Terms, update
+from tetrad.distributed import collectives
+from tetrad.distributed.device import Device, choose
 from tetrad.errors import UserError
-from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.eval.text_metrics import reply_figures
+from tetrad.inference.completions import Question, Sample, read_questions
 from tetrad.model.lora import merged
 from tetrad.model.safetensors_io import tensor_chunks
-from tetrad.objectives import policy
+from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.objectives import ppo
 from tetrad.objectives.calibration import spearman
+from tetrad.report import outcome
+from tetrad.reward import gate
+from tetrad.reward.functions import python_function
+from tetrad.reward.model import Reward
+from tetrad.reward.sources import named
+from tetrad.rl.experience import Experience, Replies, RunningStd, mean_variance, mini_batches, numbers_of, whitened
+from tetrad.rl.models import ActorCritic, FourModels, four_models
+from tetrad.rl.monitor import Watch, idle
+from tetrad.rl.rollout import Rollout, read_logprobs, read_values, roll_out
+from tetrad.rl.samples import Samples
 from tetrad.settings.base import REWARD_MODEL, model_pays
 from tetrad.settings.common import Sampling
 from tetrad.settings.ppo import Ppo
 from tetrad.storage import Json
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.train import gate
-from tetrad.train.alarms import Watch, idle
+from tetrad.training import adapters
+from tetrad.training.batches import language_micros
+from tetrad.training.context import StageContext
+from tetrad.training.optimizer import lr_factor
+from tetrad.training.prepare import first_parent, ptx
+from tetrad.training.run_folder import Run
+from tetrad.training.stage import POLICY, finish, prepared, report_counts, start, template_for
+from tetrad.training.step import Micro, Terms, update
 from tetrad.types import MOST, StepStats, Term
 
 SHOWN = ("score", "kl", "length", "ended")  # in the bar
@@ -72,7 +76,7 @@ def run(ctx: StageContext) -> None:
         ctx.console.progress("ppo", s.steps, stage.step) as bar,
     ):
         for step in stage.steps():
-            asked = mesh.share(batch_indices(seed, mixture, s.batch, step).tolist())
+            asked = collectives.share(batch_indices(seed, mixture, s.batch, step).tolist())
             repeated = [questions[i] for i in asked for _ in range(s.replies)]
             numbers = numbers_of(s.batch, s.replies)
             rollout = roll_out(four.actor, repeated, numbers, (seed, "rollout", step), sampling, tokenizer, device)
@@ -116,7 +120,7 @@ class KLController:
 
     def follow(self, kl: float, replies: int) -> None:
         if self.target:
-            self.beta = policy.adaptive_kl(self.beta, kl, replies, self.target, self.horizon)
+            self.beta = ppo.adaptive_kl(self.beta, kl, replies, self.target, self.horizon)
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def experience_of(
         rewards = whitened(rewards, rollout.mask_BT, device, shift_mean=False)
     after_B = torch.where(rollout.ended_B, 0, after_B) if s.cut_value else torch.zeros_like(scores)
     lam = 1.0 if step < s.critic_warmup else s.lam
-    advantages, returns = policy.gae(rewards, values, rollout.mask_BT, s.gamma, lam, after_B)
+    advantages, returns = ppo.gae(rewards, values, rollout.mask_BT, s.gamma, lam, after_B)
     advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)
     return Experience(rollout, parts, scores, old, ref, values, after_B, rewards, advantages, returns)
 
@@ -163,9 +167,9 @@ def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Ro
     """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a cut reply."""
     clips = s.reward_scaling == "running" or not s.rewards  # a reward model among `rewards` is cut before it is weighed
     clip = s.score_clip if clips and s.score_clip else None
-    scores = policy.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.ended_B, s.missing_eos_penalty)
-    kl = policy.kl_tokens(old, ref, rollout.mask_BT)
-    return policy.shape_rewards(scores, kl, rollout.mask_BT, beta)
+    scores = ppo.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.ended_B, s.missing_eos_penalty)
+    kl = ppo.kl_tokens(old, ref, rollout.mask_BT)
+    return ppo.shape_rewards(scores, kl, rollout.mask_BT, beta)
 
 
 # Learning
@@ -223,7 +227,7 @@ def policy_terms(s: Ppo) -> Terms:
             entropy = entropy.detach()  # a weight of 0 would still pay for its backward
         every, data = torch.ones_like(logprobs, dtype=torch.bool), micro.data
         how = (s.clip, s.clip, s.dual_clip or None, data.weights)
-        sums = policy.policy_loss_sum(logprobs, data.old, data.advantages, every, *how)
+        sums = ppo.policy_loss_sum(logprobs, data.old, data.advantages, every, *how)
         found = [
             Term("policy_loss", sums.loss, "losses"),
             Term("entropy", entropy.sum(), "tokens", -s.entropy_bonus),
@@ -254,7 +258,7 @@ def value_terms(s: Ppo, warming: bool = False) -> Terms:
 
 def _value_parts(values: Tensor, data: Replies, clip: float, coefficient: float) -> list[Term]:
     every = torch.ones_like(values, dtype=torch.bool)
-    sums = policy.value_loss_sum(values, data.values, data.returns, every, clip or None, data.weights)
+    sums = ppo.value_loss_sum(values, data.values, data.returns, every, clip or None, data.weights)
     return [
         Term("value_loss", sums.loss, "losses", coefficient),
         Term("value_clip_fraction", sums.clipped, "tokens", 0.0),
@@ -266,9 +270,9 @@ def _value_parts(values: Tensor, data: Replies, clip: float, coefficient: float)
 
 def refuse_uneven(s: Ppo) -> None:
     """Errors: E-CONF-DIVIDE where processes can't have equal shares of a batch."""
-    if s.batch % mesh.size():
-        what = f"batch = {s.batch} can't be shared by {mesh.size()} processes"
-        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {mesh.size()}")
+    if s.batch % collectives.size():
+        what = f"batch = {s.batch} can't be shared by {collectives.size()} processes"
+        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {collectives.size()}")
 
 
 def questions_of(
@@ -305,7 +309,7 @@ def text_of(ctx: StageContext, device: Device) -> Text | None:
     batch = s.batch_tokens // s.row_tokens
 
     def micros(update: int) -> list[Micro]:
-        wanted = mesh.share(range(update * batch, (update + 1) * batch))
+        wanted = collectives.share(range(update * batch, (update + 1) * batch))
         made = language_micros(
             [piece for row in wanted for piece in rows.row(row)], ctx.recipe.run.micro_tokens, device
         )
@@ -340,7 +344,7 @@ def figures_of_step(
 ) -> dict[str, float]:
     """What the iteration sampled, a reply on average over all ranks. kl: nats against the reference (k1, k3)."""
     rollout, mask, scores = made.rollout, made.rollout.mask_BT, made.scores
-    k1, k3 = (policy.kl_tokens(made.old, made.ref, mask, kind) for kind in ("k1", "k3"))
+    k1, k3 = (ppo.kl_tokens(made.old, made.ref, mask, kind) for kind in ("k1", "k3"))
     parts = {f"score_{name}": part for name, part in made.parts.items()} if len(made.parts) > 1 else {}
     model = made.parts.get(REWARD_MODEL, [])
     n = len(scores)
@@ -352,10 +356,10 @@ def figures_of_step(
         "reward": float(made.rewards.sum()),
         **{name: math.fsum(values) for name, values in {**parts, **(judged or {})}.items()},
     }
-    total = mesh.sum_counts({**sums, "replies": float(n)})
+    total = collectives.sum_counts({**sums, "replies": float(n)})
     replies = total.pop("replies")
     found = {name: value / replies for name, value in total.items()} | texts_of_step(rollout)
-    found["sampler_gap"] = max(mesh.everyone(float((made.old - rollout.sampled_BT).abs()[mask].max())))
+    found["sampler_gap"] = max(collectives.everyone(float((made.old - rollout.sampled_BT).abs()[mask].max())))
     _, variance = mean_variance(scores, torch.ones_like(scores, dtype=torch.bool), device)
     return found | critic_figures(made, device) | {"score_std": float(variance) ** 0.5, "beta": beta}
 
@@ -363,8 +367,8 @@ def figures_of_step(
 def texts_of_step(rollout: Rollout) -> dict[str, float]:
     """What is said about the replies of all ranks together: a share of different pairs is no mean of shares."""
     own = [(sample.reply_ids, sample.text) for sample in rollout.samples]
-    samples = [Sample((), tuple(ids), (), text) for ids, text in mesh.gather(own)]
-    return reply_figures(samples, mesh.gather(rollout.ended_B.tolist()))
+    samples = [Sample((), tuple(ids), (), text) for ids, text in collectives.gather(own)]
+    return reply_figures(samples, collectives.gather(rollout.ended_B.tolist()))
 
 
 def critic_figures(made: Experience, device: Device) -> dict[str, float]:
@@ -373,6 +377,8 @@ def critic_figures(made: Experience, device: Device) -> dict[str, float]:
     mask = made.rollout.mask_BT
     whole, left = (float(mean_variance(x, mask, device)[1]) for x in (made.returns, made.returns - made.values))
     last = made.values.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
-    rank = spearman(torch.tensor(mesh.gather(last.tolist())), torch.tensor(mesh.gather(made.scores.tolist())))
+    rank = spearman(
+        torch.tensor(collectives.gather(last.tolist())), torch.tensor(collectives.gather(made.scores.tolist()))
+    )
     found = {"explained_variance": 1 - left / whole if whole else math.nan, "value_rank": rank}
     return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -9,19 +9,19 @@ import math
 from tetrad.data.loader import Rows
 from tetrad.data.records import read_documents
 from tetrad.data.tokens import tokenize_documents
-from tetrad.engine import mesh
-from tetrad.engine.batches import language_micros
-from tetrad.engine.context import StageContext
-from tetrad.engine.device import choose
-from tetrad.engine.optim import Optimizer, lr_factor
-from tetrad.engine.prepare import documents
-from tetrad.engine.stage import Weights, finish, held_out_figures, prepared, start
-from tetrad.engine.update import language_terms, update
+from tetrad.distributed import collectives
+from tetrad.distributed.device import choose
 from tetrad.model.config import DecoderConfig
-from tetrad.model.decoder import CausalLM, initialise
-from tetrad.model.weights import read_causal
+from tetrad.model.huggingface import read_causal
+from tetrad.model.transformer import CausalLM, initialise
 from tetrad.seeds import seed_for
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.batches import language_micros
+from tetrad.training.context import StageContext
+from tetrad.training.optimizer import Optimizer, lr_factor
+from tetrad.training.prepare import documents
+from tetrad.training.stage import Weights, finish, held_out_figures, prepared, start
+from tetrad.training.step import language_terms, update
 from tetrad.types import Tokens
 
 
@@ -40,7 +40,7 @@ def run(ctx: StageContext) -> None:
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("pretrain", steps, stage.step) as bar:
             for step in stage.steps():
-                wanted = mesh.share(range(step * batch, (step + 1) * batch))
+                wanted = collectives.share(range(step * batch, (step + 1) * batch))
                 pieces = [piece for row in wanted for piece in rows.row(row)]
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
                 micros = language_micros(pieces, micro_tokens, device)

@@ -3,9 +3,9 @@
 A comparison says P(i over j) = sigmoid(rho (r_i - r_j)), all pairs of a list averaged (Ouyang et al. 2022, eq. 1) or
 the order as a whole (Plackett-Luce); a score says y = r in units of the scores' standard deviation, or of their scale.
 The likelihoods are added, each divided by its own count. rho is learned where both kinds meet, so that neither forces
-its scale on the other; who is named as annotator may err and has a scale of scores of its own (engine.annotators).
+its scale on the other; who is named as annotator may err and has a scale of scores of its own (reward.annotators).
 Training stops where held-out records gain no more; several seeds make an ensemble. What is measured afterwards is in
-engine.judging, and the gate judges it.
+reward.assessment, and the gate judges it.
 """
 
 import math
@@ -23,29 +23,31 @@ from tetrad.data.loader import batch_indices, epoch_size, order, steps_for
 from tetrad.data.records import answers, read_preferences, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize
-from tetrad.engine import adapters, mesh
-from tetrad.engine.annotators import LR as ANNOTATORS_LR
-from tetrad.engine.annotators import Annotators, judged, numbers_of, written
-from tetrad.engine.best import Best
-from tetrad.engine.context import StageContext
-from tetrad.engine.device import Device, choose
-from tetrad.engine.judging import Json, Judge, as_files, assess, highest_seen, normalise
-from tetrad.engine.optim import Optimizer, Together, lr_factor
-from tetrad.engine.preferences import Examples, Judgements, Record, judgements, preference_micros
-from tetrad.engine.prepare import first_parent
-from tetrad.engine.runs import Run, Stateful
-from tetrad.engine.scoring import python_function, score_tokens
-from tetrad.engine.stage import POLICY, Weights, finish, frozen, report_counts, start, template_for
-from tetrad.engine.update import Micro, Terms, measured, update
-from tetrad.model.decoder import ScalarModel, grow_vocabulary
+from tetrad.distributed import collectives
+from tetrad.distributed.device import Device, choose
+from tetrad.model.huggingface import members_content, read_causal, read_scalar
 from tetrad.model.lora import merged
-from tetrad.model.weights import members_content, read_causal, read_scalar
+from tetrad.model.transformer import ScalarModel, frozen, grow_vocabulary
 from tetrad.objectives import preference
+from tetrad.reward import gate
+from tetrad.reward.annotators import LR as ANNOTATORS_LR
+from tetrad.reward.annotators import Annotators, judged, numbers_of, written
+from tetrad.reward.assessment import Json, as_files, assess, highest_seen, normalise
+from tetrad.reward.batches import Examples, Judgements, Record, judgements, preference_micros
+from tetrad.reward.functions import python_function
+from tetrad.reward.model import RewardModel, score_tokens
 from tetrad.seeds import seed_for
 from tetrad.settings.reward import Reward
-from tetrad.text.template import Template
+from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.train import gate
+from tetrad.training import adapters
+from tetrad.training.context import StageContext
+from tetrad.training.early_stopping import Best
+from tetrad.training.optimizer import Optimizer, Together, lr_factor
+from tetrad.training.prepare import first_parent
+from tetrad.training.run_folder import Run, Stateful
+from tetrad.training.stage import POLICY, Weights, finish, report_counts, start, template_for
+from tetrad.training.step import Micro, Terms, measured, update
 from tetrad.types import IGNORE, Score, StepStats, Term
 
 LOOKS = 10  # at held-out records, where training may stop early
@@ -91,7 +93,7 @@ def run(ctx: StageContext) -> None:
     with start(ctx, device, lessons.steps, parts) as stage:
         train(ctx, stage, lessons, members, best)
         best.put_back()
-        judge = Judge(models, tokenizer, form, folder, device, ctx.recipe.run.micro_tokens)
+        judge = RewardModel(models, tokenizer, form, device, folder, ctx.recipe.run.micro_tokens)
         told = report_annotators(ctx, members[0].latent, lessons) if lessons.numbers else {}
         figures, evaluation = normalise(ctx, judge), Json()
         figures["train_high"] = highest_seen(judge, examples)
@@ -174,8 +176,8 @@ class Lessons:
 
     def learn(self, member: Member, step: int) -> StepStats:
         """One optimizer step of one member."""
-        wanted = mesh.share(batch_indices(member.seed, self.mixture, self.s.batch, step).tolist())
-        keys = [seed_for(member.seed, "dropout", step, place) for place in mesh.share(range(self.s.batch))]
+        wanted = collectives.share(batch_indices(member.seed, self.mixture, self.s.batch, step).tolist())
+        keys = [seed_for(member.seed, "dropout", step, place) for place in collectives.share(range(self.s.batch))]
         factor = lr_factor(step, self.steps, self.s.warmup, self.s.schedule)
         member.latent.train()
         micros = self._micros(self.examples, wanted, keys)
@@ -197,7 +199,7 @@ class Lessons:
     def held_out_loss(self, members: Sequence[Member]) -> float:
         """The mean over members, without dropout. Rank 0's for all: a bit apart, some would stop and others not."""
         losses = [measured(m.latent.eval(), self._held_out or [], self.terms, self.device) for m in members]
-        return mesh.first(sum(losses) / len(losses))
+        return collectives.first(sum(losses) / len(losses))
 
     def _micros(self, examples: Examples, wanted: Sequence[int], keys: Sequence[int] = ()) -> list[Micro]:
         records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]

@@ -7,19 +7,20 @@ from tetrad.data.loader import batch_indices, epoch_size, steps_for
 from tetrad.data.records import read_conversations
 from tetrad.data.source import Counts
 from tetrad.data.tokens import fit, refuse_long, tokenize
-from tetrad.engine import adapters, mesh
-from tetrad.engine.batches import language_micros
-from tetrad.engine.context import StageContext
-from tetrad.engine.device import choose
-from tetrad.engine.optim import Optimizer, lr_factor
-from tetrad.engine.prepare import conversations, first_parent
-from tetrad.engine.stage import Weights, finish, held_out_figures, prepared, report_counts, start
-from tetrad.engine.update import language_terms, update
-from tetrad.model.decoder import CausalLM, grow_vocabulary
+from tetrad.distributed import collectives
+from tetrad.distributed.device import choose
+from tetrad.model.huggingface import read_causal
 from tetrad.model.lora import merged
-from tetrad.model.weights import read_causal
-from tetrad.text.template import Template
+from tetrad.model.transformer import CausalLM, grow_vocabulary
+from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.training import adapters
+from tetrad.training.batches import language_micros
+from tetrad.training.context import StageContext
+from tetrad.training.optimizer import Optimizer, lr_factor
+from tetrad.training.prepare import conversations, first_parent
+from tetrad.training.stage import Weights, finish, held_out_figures, prepared, report_counts, start
+from tetrad.training.step import language_terms, update
 from tetrad.types import Tokens
 
 
@@ -43,7 +44,7 @@ def run(ctx: StageContext) -> None:
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("sft", steps, stage.step) as bar:
             for step in stage.steps():
-                wanted = mesh.share(batch_indices(ctx.recipe.seed, found.mixture, s.batch, step).tolist())
+                wanted = collectives.share(batch_indices(ctx.recipe.seed, found.mixture, s.batch, step).tolist())
                 micros = language_micros([store[i] for i in wanted], micro_tokens, device)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
                 model.train()

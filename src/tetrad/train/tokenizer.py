@@ -4,11 +4,11 @@ from itertools import islice
 
 from tetrad.data.records import read_documents
 from tetrad.data.source import Counts
-from tetrad.engine import mesh
-from tetrad.engine.context import StageContext
-from tetrad.engine.device import choose
-from tetrad.engine.stage import report_counts, start
+from tetrad.distributed import collectives
+from tetrad.distributed.device import choose
 from tetrad.text.bpe import learn, report
+from tetrad.training.context import StageContext
+from tetrad.training.stage import report_counts, start
 
 REPORTED = 20_000  # documents on which the tokenizer's fit is measured
 
@@ -28,4 +28,4 @@ def run(ctx: StageContext) -> None:
             many = f"the text gave {tokenizer.size} of the {s.vocab_size} tokens that tokenizer.vocab_size asks for"
             ctx.console.say(f"note: {many}; more text, or a lower tokenizer.min_frequency, gives more")
         stage.finish(tokenizer.files(), {"key": ctx.key, "figures": figures, "lineage": dict(ctx.lineage)})
-        mesh.wait()
+        collectives.wait()

@@ -18,7 +18,7 @@ from tetrad.data.source import Counts, sources, spans
 from tetrad.data.store import Encoding, TokenStore, build, write_part
 from tetrad.errors import UserError
 from tetrad.text import bpe
-from tetrad.text.template import TEMPLATES
+from tetrad.text.chat_template import TEMPLATES
 from tetrad.types import Tokens
 
 TOKENIZER = bpe.learn(["hello world 你好 instruction answer"] * 5, 320)

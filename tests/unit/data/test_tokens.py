@@ -8,7 +8,7 @@ from tetrad.data.source import Counts
 from tetrad.data.tokens import fit, refuse_long, tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.text import bpe
-from tetrad.text.template import TEMPLATES
+from tetrad.text.chat_template import TEMPLATES
 from tetrad.types import Conversation, Document, Prompt, Tokens, Turn
 
 TOKENIZER = bpe.learn(["hello world 你好 instruction answer"] * 5, 320)

@@ -9,10 +9,10 @@ import torch
 
 import toys
 from tetrad.errors import UserError
-from tetrad.model.decoder import CausalLM, ScalarModel
+from tetrad.model.huggingface import read_causal
 from tetrad.model.inspect import INDEX, inspect, parameters
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
-from tetrad.model.weights import read_causal
+from tetrad.model.transformer import CausalLM, ScalarModel
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

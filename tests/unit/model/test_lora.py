@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import toys
-from tetrad.engine.generate import generate
 from tetrad.errors import UserError
-from tetrad.model.decoder import CausalLM, ScalarModel, initial_head
-from tetrad.model.fused import Fused
+from tetrad.inference.engine import generate
+from tetrad.inference.fused_model import Fused
 from tetrad.model.lora import (
     ALL,
     ATTENTION,
@@ -21,6 +20,7 @@ from tetrad.model.lora import (
     merged,
     on_base,
 )
+from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
 
 FAMILIES = ["qwen2", "qwen3", "llama"]
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import toys
 from tetrad.data.pack import common_prefix, pack_groups
-from tetrad.engine.generate import Engine
-from tetrad.model import decoder
+from tetrad.inference.engine import Engine
+from tetrad.inference.fused_model import Fused
+from tetrad.kernels import onednn
+from tetrad.kernels.onednn import padded
+from tetrad.model import transformer
 from tetrad.model.attention import packed_attention, plan_for
-from tetrad.model.fused import Fused
-from tetrad.objectives import product
-from tetrad.objectives.product import padded
 from tetrad.types import Packed
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def trains_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor with AVX-512."""
-    monkeypatch.setattr(product, "_IN_TRAINING", True)
+    monkeypatch.setattr(onednn, "_IN_TRAINING", True)
 
 
 def plain() -> Packed:
@@ -44,7 +44,7 @@ def shared() -> Packed:
 @contextmanager
 def unpadded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "padded_training", lambda rows, place: rows)
+        patch.setattr(transformer, "padded_training", lambda rows, place: rows)
         yield
 
 

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tetrad.errors import UserError
 from tetrad.text import bpe
-from tetrad.text.template import TEMPLATES
+from tetrad.text.chat_template import TEMPLATES
 from tetrad.text.tokenizer import Tokenizer
 
 LEARNED = bpe.learn(["hello world, 你好世界 <think> ends </s> [CLS] <|im_end|>"] * 5, 400)

@@ -8,14 +8,15 @@ import torch
 
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
-from tetrad.engine.device import Device
-from tetrad.engine.rollout import read_questions, roll_out
-from tetrad.engine.scoring import trained
+from tetrad.distributed.device import Device
 from tetrad.errors import UserError
+from tetrad.inference.completions import read_questions
+from tetrad.model.huggingface import read_causal, read_members
 from tetrad.model.safetensors_io import read_tensors
-from tetrad.model.weights import read_causal, read_members
+from tetrad.reward.model import trained
+from tetrad.rl.rollout import roll_out
 from tetrad.settings.common import Sampling
-from tetrad.text.template import template
+from tetrad.text.chat_template import template
 from tetrad.text.tokenizer import Tokenizer
 from tiny import STAGES, Chain
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import families
-from tetrad import recipe
+from tetrad.console import Console
 from tetrad.data.source import Counts
-from tetrad.engine.console import Console
-from tetrad.engine.context import StageContext
-from tetrad.text.template import TEMPLATES
+from tetrad.pipeline import recipe
+from tetrad.text.chat_template import TEMPLATES
 from tetrad.train.reward import read_examples
+from tetrad.training.context import StageContext
 
 CHATS = [row for row in TEMPLATES if row != "instruction"]
 TALK = [("user", "q"), ("assistant", "好 one"), ("user", "r"), ("assistant", "two")]

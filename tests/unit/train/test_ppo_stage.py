@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tetrad.engine.samples import COLUMNS
 from tetrad.errors import UserError
 from tetrad.model.safetensors_io import read_tensors
-from tetrad.objectives import policy
+from tetrad.objectives import ppo
+from tetrad.rl.samples import COLUMNS
 from tiny import Chain
 
 ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
@@ -57,7 +57,7 @@ def test_goes_on_exactly(chain: Chain, option: str, monkeypatch: pytest.MonkeyPa
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tetrad.train.alarms import Watch
+    from tetrad.rl.monitor import Watch
 
     heed = Watch.heed
 
@@ -171,7 +171,7 @@ def test_every_number_of_a_sampled_token_is_kept(chain: Chain) -> None:
         rewards[-1] += min(max(line["score"], -5.0), 5.0) - (not line["ended"])
         torch.testing.assert_close(tokens["reward"], rewards, rtol=1e-3, atol=1e-3)
         mask = torch.ones(1, len(rewards), dtype=torch.bool)
-        _, returns = policy.gae(tokens["reward"][None], tokens["value"][None], mask, 1.0, 0.95)
+        _, returns = ppo.gae(tokens["reward"][None], tokens["value"][None], mask, 1.0, 0.95)
         torch.testing.assert_close(tokens["return"], returns[0], rtol=1e-3, atol=1e-3)
         assert "".join(line["tokens"]["pieces"]).startswith(line["text"][:3])
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from tetrad import pipeline, recipe
-from tetrad.engine.console import Console
+from tetrad.console import Console
+from tetrad.pipeline import recipe, runner
 
 STEPS, BATCH = 300, 4
 MODEL = ("--model.hidden_size", "64", "--model.layers", "2", "--model.ff", "512", "--model.max_positions", "512")
@@ -56,7 +56,7 @@ def test_memory_of_sft_is_flat(tmp_path: Path) -> None:
     given |= {"sft.batch": BATCH, "sft.epochs": 1}
     words = [str(path), *MODEL, *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
     for stage in ("tokenizer", "pretrain"):
-        pipeline.run(recipe.read(path, words[1:]), Console(out=StringIO(), err=StringIO()), only=stage)
+        runner.run(recipe.read(path, words[1:]), Console(out=StringIO(), err=StringIO()), only=stage)
     resident = resident_by_step(["sft", *words], runs / "tiny/sft/metrics.jsonl")
     assert len(resident) > STEPS / 2
     early = next(kib for step, kib in sorted(resident.items()) if step >= 50)

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import toys
-from tetrad.engine.best import Best
-from tetrad.engine.optim import Optimizer
-from tetrad.engine.preferences import preference_micros
-from tetrad.engine.scoring import Sample, member_scores, trained
-from tetrad.engine.update import update
 from tetrad.errors import UserError
+from tetrad.inference.completions import Sample
+from tetrad.model.huggingface import read_members
 from tetrad.model.safetensors_io import read_tensors
-from tetrad.model.weights import read_members
 from tetrad.objectives import preference
-from tetrad.serve.models import load_reward
+from tetrad.reward.batches import preference_micros
+from tetrad.reward.model import load_reward, member_scores, trained
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
 from tetrad.train.reward import Latent, preference_terms, score_unit
+from tetrad.training.early_stopping import Best
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import update
 from tetrad.types import Comparison, Prompt, Score, Turn
 from tiny import Chain
 

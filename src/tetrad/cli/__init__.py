@@ -1,0 +1,1 @@
+"""The command line: the words of a command to what does it, and its exit code."""

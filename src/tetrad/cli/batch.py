@@ -1,0 +1,220 @@
+"""`tetrad generate` and `tetrad score`: records in, the same records with replies or scores out.
+
+A record keeps all its fields; where it has one that is written here (reply, tokens, ended, logprobs, score), its own is
+kept as given_<name>. With `out` the file appears when it is whole, without it every line is printed when it is known.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tetrad.console import Console
+from tetrad.data.fields import fold, null
+from tetrad.data.parquet import plain
+from tetrad.data.records import read_prompts
+from tetrad.data.rows import Row, rows
+from tetrad.data.source import Counts, sources
+from tetrad.errors import UserError
+from tetrad.inference.completions import Question, Sample, best, read_questions
+from tetrad.inference.policy import Answer, Model, answered, asked, cache_need, cache_shape, load, question
+from tetrad.reward.model import RewardModel, load_reward, rate, rate_samples, written
+from tetrad.settings.use import Generate, ScoreFile
+from tetrad.storage import write_file
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.context import renamed
+from tetrad.types import Reply
+
+Fields = dict[str, Any]
+SCORES_AT_ONCE = 128
+MOST_LINES = 50  # of progress
+_ANSWERS = ("reply", "output", "completion")  # `reply` is what generate writes, beside the answer that a record had
+
+
+def generate_file(settings: Generate, console: Console) -> None:
+    """Answers one prompt or a file of prompts, with the best of N replies where a reward model is named.
+
+    Errors: E-CONF-CONFLICT, E-DATA-*, E-MODEL-*, E-CKPT-*, E-IO-*.
+    """
+    _check_out(settings.out, settings.prompts)
+    given = sources([settings.prompts] if settings.prompts else [], rename=renamed(settings.rename))
+    records = _records(given.paths)
+    model = load(settings.model, settings.template)
+    judge = load_reward(settings.reward, settings.template) if settings.reward else None
+    if settings.prompts:
+        counts, limit = Counts(), model.model.config.max_positions
+        questions = read_questions(given, model.form, model.tokenizer, counts, limit, settings.max_new)
+    else:
+        questions = [question(model, asked(settings.instruction, settings.input, where="--instruction"))]
+        records = [{"Instruction": settings.instruction, **({"Input": settings.input} if settings.input else {})}]
+        if not settings.out:
+            ((answer, _),) = _best(model, judge, questions, settings)
+            console.say(answer.sample.text)
+            return
+    if settings.out:
+        shape = cache_shape(questions, settings, settings.best_of)
+        console.say(f"cache of keys and values: {cache_need(model, *shape)}")
+    invalid: list[str] = []
+    _deliver(_with_replies(model, judge, questions, records, settings, console, invalid), settings.out, console)
+    if settings.out:
+        console.say(f"{_counted(len(questions))}: {settings.out}")
+        if invalid:
+            is_not = f"{_counted(len(invalid))} {'are' if len(invalid) > 1 else 'is'} not valid UTF-8"
+            console.say(f"note: {is_not}, wrong bytes are written as U+FFFD; the first answers {invalid[0]}")
+
+
+def score_file(settings: ScoreFile, console: Console) -> None:
+    """Scores the answer of each record of a file. Errors: E-CONF-CONFLICT, E-DATA-*, E-MODEL-*, E-CKPT-*, E-IO-*."""
+    _check_out(settings.out, settings.data)
+    given = sources([settings.data], rename=renamed(settings.rename))
+    prompts, records = read_prompts(given, Counts()), _records(given.paths)
+    judge = load_reward(settings.model, settings.template)
+    texts, ended = zip(*(_answer(r, p.where, given.rename) for r, p in zip(records, prompts, strict=True)), strict=True)
+    samples = [Sample((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, ended, strict=True)]
+    documents = written(judge.form, judge.tokenizer, samples)
+    scores: list[float] = []
+
+    def scored() -> Iterator[Fields]:
+        with console.progress("score", len(documents)) as bar:
+            for start in range(0, len(documents), SCORES_AT_ONCE):
+                part = documents[start : start + SCORES_AT_ONCE]
+                rated = rate(judge, part)
+                means, spreads = rated.mean(0).tolist(), rated.std(0).tolist()
+                scores.extend(means)
+                for record, score, spread in zip(records[start : start + len(part)], means, spreads, strict=True):
+                    yield _extended(record, {"score": score} | ({"score_std": spread} if len(rated) > 1 else {}))
+                bar.advance(len(part), mean=float(np.mean(scores)))
+
+    _deliver(scored(), settings.out, console)
+    if settings.out:
+        low, mean, high = min(scores), float(np.mean(scores)), max(scores)
+        console.say(f"{len(scores)} scores, mean {mean:+.3f}, from {low:+.3f} to {high:+.3f}: {settings.out}")
+
+
+def _best(
+    model: Model, judge: RewardModel | None, questions: list[Question], settings: Generate
+) -> Iterator[tuple[Answer, float | None]]:
+    """One answer a question and its score; of several, the best."""
+    groups = answered(model, questions, settings, settings.best_of)
+    if judge is None:
+        yield from ((group[0], None) for group in groups)
+        return
+    answers = _chosen(judge, groups, settings.best_of)
+    # Scored again beside those that `tetrad score` reads them with: a batch decides the last bits of a score.
+    while part := list(islice(answers, SCORES_AT_ONCE)):
+        yield from zip(part, rate_samples(judge, [answer.sample for answer in part]), strict=True)
+
+
+def _chosen(judge: RewardModel, groups: Iterator[list[Answer]], size: int) -> Iterator[Answer]:
+    """The best of each group of this size."""
+    while held := list(islice(groups, max(1, SCORES_AT_ONCE // size))):
+        samples = [answer.sample for group in held for answer in group]
+        scores = rate_samples(judge, samples)
+        for start, group in zip(range(0, len(samples), size), held, strict=True):
+            yield group[best(samples[start : start + size], scores[start : start + size])]
+
+
+def _with_replies(
+    model: Model,
+    judge: RewardModel | None,
+    questions: list[Question],
+    records: list[Fields],
+    settings: Generate,
+    console: Console,
+    invalid: list[str],
+) -> Iterator[Fields]:
+    """invalid: gets the places of prompts whose reply is not valid UTF-8."""
+    told, tokens, began = 0, 0, time.monotonic()
+    with console.progress("generate", len(questions)) as bar:
+        found = _best(model, judge, questions, settings)
+        for number, ((answer, score), record) in enumerate(zip(found, records, strict=True), start=1):
+            tokens += len(answer.reply.ids)
+            new: Fields = {"reply": answer.sample.text, "tokens": len(answer.reply.ids), "ended": answer.ended}
+            if settings.top_logprobs:
+                new["logprobs"] = _logprobs(model.tokenizer, answer.reply)
+            invalid += [answer.sample.where] * (not answer.sample.valid_utf8)
+            yield _extended(record, new if score is None else {**new, "score": score})
+            if number - told >= len(questions) / MOST_LINES or number == len(questions):
+                pace = {"tokens/s": tokens / (time.monotonic() - began)}
+                bar.advance(number - told, **pace, **({"not UTF-8": len(invalid)} if invalid else {}))
+                told = number
+
+
+def _counted(answers: int) -> str:
+    return f"{answers} answer{'s' * (answers > 1)}"
+
+
+def _logprobs(tokenizer: Tokenizer, reply: Reply) -> list[Fields]:
+    """Each token with its log-probability and the likeliest ones in its place."""
+
+    def told(token: int, logprob: float) -> Fields:
+        return {"id": token, "token": tokenizer.decode([token], keep_control=True), "logprob": round(logprob, 6)}
+
+    tokens = zip(reply.ids, reply.logprobs, reply.top, strict=True)
+    return [told(token, logprob) | {"top": [told(*one) for one in top]} for token, logprob, top in tokens]
+
+
+def _records(paths: Iterable[Path]) -> list[Fields]:
+    """The records of files, field by field as they stand there and as JSON can hold them. Errors: E-DATA-*."""
+    return [_writable(row) for path in paths for row in rows(path, Counts())]
+
+
+def _writable(row: Row) -> Fields:
+    value = row.read()
+    fold(value, row.where)  # refuses what is no object
+    try:
+        return dict(plain(value))
+    except RecursionError:
+        raise UserError("E-DATA-SYNTAX", "brackets nest too deeply", where=row.where) from None
+
+
+def _extended(record: Fields, new: Fields) -> Fields:
+    """The record with new fields; its own of the same name, in any letter case, are called given_<name>."""
+    kept: Fields = {}
+    for name, value in record.items():
+        free = name
+        while free.lower() in new or (free != name and free in record):
+            free = f"given_{free}"
+        kept[free] = value
+    return {**kept, **new}
+
+
+def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str, bool]:
+    """The text to score, and whether it ends: only a reply that `generate` marked as cut does not."""
+    fields = {rename.get(name.lower(), name.lower()): value for name, value in record.items()}
+    for name in _ANSWERS:
+        if fields.get(name) is not None:
+            if not isinstance(fields[name], str):
+                raise UserError("E-DATA-TYPE", f'"{name}" must be text', where=where, hint="write the answer as text")
+            return fields[name], name != "reply" or fields.get("ended") is not False
+    last = {name.lower(): value for name, value in (fields.get("messages") or [{}])[-1].items()}
+    if last.get("role") == "assistant":
+        return last["content"], True
+    if name := next((name for name in _ANSWERS if name in fields), ""):
+        null(name, where)
+    what = f"there is no answer to score; fields seen: {', '.join(record)}"
+    raise UserError("E-DATA-MISSING", what, where=where, hint=f"name it one of {', '.join(_ANSWERS)}")
+
+
+def _deliver(records: Iterable[Fields], out: str, console: Console) -> None:
+    """Each record as a line: into the file, which appears when all are known, or printed."""
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
+    if out:
+        write_file(Path(out), ((line + "\n").encode() for line in lines))
+        return
+    for line in lines:
+        console.say(line)
+
+
+def _check_out(out: str, source: str) -> None:
+    """Before any work is done: the results must have a place of their own."""
+    if out and os.path.isdir(out):
+        raise UserError("E-IO-WRITE", "this is a folder", where=out, hint="name a file for the results")
+    if out and source and os.path.exists(out) and os.path.exists(source) and os.path.samefile(out, source):
+        hint = "name another file for the results"
+        raise UserError("E-CONF-CONFLICT", "--out is the file that is read", where=out, hint=hint)

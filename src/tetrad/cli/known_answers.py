@@ -1,0 +1,217 @@
+"""Known-answer files: how they are read, and which of Tetrad's functions answers for each name in them.
+
+A file is an npz without pickles. `manifest` is JSON: a list of {name, fn, inputs, outputs, none}; the arrays are called
+`<name>|in|<input>` and `<name>|out|<output>`, and an input named in `none` is None. An output `grad_x` is the gradient
+of `loss` with respect to the input x. Some functions have two answers: the one that people read and the one that
+training uses (chunked heads, sums over ranks); both are held to the file.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tetrad.data.pack import pack
+from tetrad.errors import UserError
+from tetrad.model.attention import Plan, packed_attention, plan_for
+from tetrad.objectives import calibration, language, ppo, preference
+from tetrad.types import IGNORE, Tokens
+
+Inputs = Mapping[str, Any]
+Answer = Callable[[Inputs], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """inputs: arrays, numbers, strings or None; outputs: arrays."""
+
+    name: str
+    function: str
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+
+
+def read_cases(path: Path) -> list[Case]:
+    """Every case of a file. Errors: E-DATA-PATH, E-DATA-FORMAT."""
+    if not path.is_file():
+        raise UserError("E-DATA-PATH", "there is no such file", where=str(path), hint="name an npz of test vectors")
+    if not zipfile.is_zipfile(path):
+        raise _unreadable("not an npz file", str(path))
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            cases = list(_cases(arrays))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as fault:
+        raise _unreadable(f"not a file of test vectors ({fault})", str(path)) from fault
+    for case in cases:
+        if case.function not in ANSWERS:
+            raise _unreadable(f"unknown function {case.function!r}", f"{path}:{case.name}")
+    if not cases:
+        raise _unreadable("the manifest lists no case", str(path))
+    return cases
+
+
+def _cases(arrays: Any) -> Iterator[Case]:
+    for entry in json.loads(str(arrays["manifest"])):
+        name, nothing = entry["name"], entry["none"]
+        inputs = {key: None if key in nothing else arrays[f"{name}|in|{key}"] for key in entry["inputs"]}
+        outputs = {key: arrays[f"{name}|out|{key}"] for key in entry["outputs"] if f"{name}|out|{key}" in arrays}
+        if not outputs:
+            raise ValueError(f"{name} has no output")
+        yield Case(name, str(entry["fn"]), inputs, outputs)
+
+
+def _unreadable(what: str, where: str) -> UserError:
+    return UserError("E-DATA-FORMAT", what, where=where, hint="use an npz with a manifest of known functions")
+
+
+def _next_logprobs(x: Inputs) -> dict[str, Tensor]:
+    logprobs, mask = language.next_logprobs(x["logits"], x["ids"], x["mask"], x["temperature"])
+    return {"logp": logprobs, "mask": mask}
+
+
+def _next_logprobs_of_head(x: Inputs) -> dict[str, Tensor]:
+    mask = x["mask"][:, 1:]
+    logprobs = torch.zeros(mask.shape, dtype=x["logits"].dtype)
+    rows, targets = x["logits"][:, :-1][mask], x["ids"][:, 1:][mask]
+    logprobs[mask] = language.token_logprobs(rows, _identity(rows), targets, x["temperature"], chunk=3, entropy=False)[
+        0
+    ]
+    return {"logp": logprobs, "mask": mask}
+
+
+def _entropy(x: Inputs) -> dict[str, Tensor]:
+    return {"entropy": language.entropy(x["logits"], x["mask"], x["temperature"])}
+
+
+def _entropy_of_head(x: Inputs) -> dict[str, Tensor]:
+    entropies, rows = torch.zeros(x["mask"].shape, dtype=x["logits"].dtype), x["logits"][x["mask"]]
+    targets = torch.zeros(len(rows), dtype=torch.int64)
+    entropies[x["mask"]] = language.token_logprobs(rows, _identity(rows), targets, x["temperature"], chunk=3)[1]
+    return {"entropy": entropies}
+
+
+def _sft_loss(x: Inputs) -> dict[str, Tensor]:
+    return {"loss": language.sft_loss(x["logits"], x["ids"], x["loss_mask"], x["how"])}
+
+
+def _sft_loss_of_head(x: Inputs) -> dict[str, Tensor]:
+    """Each row's sum, divided as the training step does: one count for all, or each row's own."""
+    mask = x["loss_mask"][:, 1:]
+    identity = _identity(x["logits"])
+    sums = [
+        language.nll_sum(logits[here], identity, ids[here], chunk=3)
+        for logits, ids, here in zip(x["logits"][:, :-1], x["ids"][:, 1:], mask, strict=True)
+    ]
+    counts = mask.sum(1)
+    if x["how"] == "token":
+        return {"loss": torch.stack(sums).sum() / counts.sum()}
+    return {"loss": (torch.stack(sums) / counts.clamp(min=1)).sum() / (counts > 0).sum()}
+
+
+def _adaptive_kl(x: Inputs) -> dict[str, Tensor]:
+    kl = float(torch.where(x["mask"], x["kl_tok"], 0).sum(1).mean())
+    beta, betas = x["beta"], []
+    for factor in x["multiply_kl_by"].tolist():
+        beta = ppo.adaptive_kl(beta, kl * factor, len(x["kl_tok"]), x["target"], x["horizon"])
+        betas.append(beta)
+    return {"betas": torch.tensor(betas, dtype=torch.float64)}
+
+
+def _gae(x: Inputs) -> dict[str, Tensor]:
+    advantages, returns = ppo.gae(x["rewards"], x["values"], x["mask"], x["gamma"], x["lam"], x.get("bootstrap"))
+    return {"advantages": advantages, "returns": returns}
+
+
+def _whiten_of_ranks(x: Inputs) -> dict[str, Tensor]:
+    """As two ranks do it: their moments are added, twice, the second time about the mean."""
+    sides = [(x["x"][part::2], x["mask"][part::2]) for part in (0, 1)]
+    mean, _ = ppo.mean_variance(sum((ppo.moments(*side) for side in sides), torch.zeros(3)))
+    total = sum((ppo.moments(*side, mean) for side in sides), torch.zeros(3))
+    known = ppo.mean_variance(total, mean, x["unbiased"])
+    return {"whitened": ppo.whiten(x["x"], x["mask"], x["shift_mean"], mean_and_variance=known)}
+
+
+def _policy_loss(x: Inputs) -> dict[str, Tensor]:
+    arrays = (x["logp"], x["old_logp"], x["adv"], x["mask"])
+    loss, stats = ppo.policy_loss(*arrays, x["eps_low"], x["eps_high"], x["how"], x.get("dual_clip"))
+    return {"loss": loss} | {f"stats.{name}": value for name, value in stats._asdict().items()}
+
+
+def _value_loss(x: Inputs) -> dict[str, Tensor]:
+    loss, clipped = ppo.value_loss(x["values"], x["old_values"], x["returns"], x["mask"], x["how"], x["clip"])
+    return {"loss": loss, "clipfrac": clipped}
+
+
+def _attended(queries: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    """One head, in the width of the widest, as models have but one: zeros change only the scale of the scores."""
+    own, wide = queries.shape[1], max(queries.shape[1], values.shape[1])
+    queries, keys, padded = (torch.nn.functional.pad(x, (0, wide - x.shape[1])) for x in (queries, keys, values))
+    scaled = queries * math.sqrt(wide / own)
+    return packed_attention(scaled[:, None], keys[:, None], padded[:, None], plan)[:, 0, : values.shape[1]]
+
+
+def _pack(x: Inputs) -> dict[str, Tensor]:
+    """A file pads its rows with id 0 and document -1; Tetrad's have no padding, so it is added to compare."""
+    pieces = np.split(x["flat"].numpy(), np.cumsum(x["lengths"].numpy())[:-1])
+    packed = pack([Tokens(ids, np.ones(len(ids), dtype=bool)) for ids in pieces])
+    ids, positions = torch.from_numpy(packed.ids_T), torch.from_numpy(packed.positions_T)
+    targets = torch.from_numpy(packed.targets_T)
+    size, room = len(ids), x["row_length"] - len(ids)
+    state = x["par_tok"][ids] + x["par_pos"][positions]
+    queries, keys, values = (state @ x[f"par_{name}"] for name in "qkv")
+    plan = plan_for(packed.bounds, torch.device("cpu"))
+    weights, mixed = (_attended(queries, keys, x, plan) for x in (torch.eye(size, dtype=values.dtype), values))
+    logits = (state + mixed) @ x["par_out"]
+    real = targets != IGNORE
+    documents = torch.arange(len(pieces)).repeat_interleave(x["lengths"])
+    pad = torch.nn.functional.pad
+    return {
+        "ids": pad(ids, (0, room)),
+        "position_ids": pad(positions, (0, room)),
+        "doc_ids": pad(documents, (0, room), value=-1),
+        "allowed": pad(weights > 0, (0, room, 0, room)),
+        "loss_mask": pad(real, (1, room))[: x["row_length"]],
+        "logits": pad(logits, (0, 0, 0, room)),
+        "sft_loss": language.nll_sum(logits[real], _identity(logits), targets[real]) / real.sum(),
+    }
+
+
+def _identity(logits: Tensor) -> Tensor:
+    """The head under which hidden states are their own logits."""
+    return torch.eye(logits.shape[-1], dtype=logits.dtype)
+
+
+def _direct(output: str, function: Callable[..., Tensor], names: str) -> Answer:
+    """For a function that takes the file's inputs in this order and has one output."""
+    return lambda x: {output: function(*(x[name] for name in names.split()))}
+
+
+ANSWERS: dict[str, list[Answer]] = {
+    "next_logprobs": [_next_logprobs, _next_logprobs_of_head],
+    "entropy": [_entropy, _entropy_of_head],
+    "sft_loss": [_sft_loss, _sft_loss_of_head],
+    "kl_tokens": [_direct("kl", ppo.kl_tokens, "logp ref_logp mask kind")],
+    "adaptive_kl": [_adaptive_kl],
+    "normalize_scores": [_direct("scores", ppo.normalize_scores, "scores mean std clip missing_eos eos_penalty")],
+    "shape_rewards": [_direct("rewards", ppo.shape_rewards, "scores kl_tok mask beta")],
+    "gae": [_gae],
+    "whiten": [_direct("whitened", ppo.whiten, "x mask shift_mean unbiased"), _whiten_of_ranks],
+    "explained_variance": [_direct("ev", ppo.explained_variance, "values returns mask")],
+    "policy_loss": [_policy_loss],
+    "value_loss": [_value_loss],
+    "bt_loss": [lambda x: {"loss": preference.bt_loss(**x)}],
+    "plackett_luce_loss": [_direct("loss", preference.plackett_luce_loss, "scores ranks ties")],
+    "kwise_loss": [_direct("loss", preference.kwise_loss, "scores ranks ties")],
+    "score_regression": [_direct("loss", preference.score_regression, "pred target lo hi kind")],
+    "center_penalty": [_direct("loss", preference.center_penalty, "chosen rejected coef kind")],
+    "crowd_bt_loss": [_direct("loss", preference.crowd_bt_loss, "s eta i j k lam")],
+    "ece": [_direct("ece", calibration.ece, "confidence correct bins")],
+    "pack": [_pack],
+}

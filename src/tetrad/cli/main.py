@@ -1,0 +1,370 @@
+"""The command line: one verb a word, exit codes, and the one place where an error is printed.
+
+Imports are made where they are used, so that `--help` costs little and only what trains or samples imports torch.
+"""
+
+import difflib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from tetrad import streams
+from tetrad.errors import EXIT_LOST, EXIT_STOPPED, Stopped, UserError
+
+T = TypeVar("T")
+_STAGE_TABLES = {
+    "tokenizer": ("tokenizer",),
+    "pretrain": ("pretrain", "model", "optim", "run"),
+    "sft": ("sft", "lora", "optim", "run"),
+    "reward": ("reward", "lora", "gate", "optim", "run"),
+    "ppo": ("ppo", "ptx", "lora", "gate", "alarms", "optim", "run"),
+    "evaluate": ("evaluate", "sampling", "run"),
+}
+_VERBS = {
+    "run": ("RECIPE.toml", "run all stages in order; finished ones are skipped, an interrupted one resumes"),
+    "tokenizer": ("RECIPE.toml", "only this stage: learn a tokenizer"),
+    "pretrain": ("RECIPE.toml", "only this stage: pre-train on documents"),
+    "sft": ("RECIPE.toml", "only this stage: fine-tune on instructions and answers"),
+    "reward": ("RECIPE.toml", "only this stage: train the reward model on comparisons and scores"),
+    "ppo": ("RECIPE.toml", "only this stage: PPO against the reward model"),
+    "evaluate": ("RECIPE.toml", "only this stage: compare SFT, best-of-N and PPO on held-out prompts"),
+    "check": ("RECIPE.toml | FILE ...", "read every record, train nothing, and report what would spoil the training"),
+    "status": (
+        "RECIPE.toml",
+        "which stages are done, stale or running, what each model was made from, and the verdict",
+    ),
+    "generate": ("MODEL", "answer one prompt or a file of prompts"),
+    "chat": ("MODEL", "talk to a model"),
+    "score": ("MODEL", "score answers with a reward model"),
+    "explain": ("RUN", "one step of PPO with its real numbers, token by token"),
+    "doctor": ("", "versions, device, memory; with --vectors FILE the numeric self-test"),
+}
+_LENGTH = "the number and length of the records"
+_LOWER = {"generate": "--slots, then --max-new", "chat": "--max-new"}
+"""What takes less memory, for those that have no recipe."""
+_EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
+            7 the run folder is in use, 8 a process of several was lost, 75 stopped on request (run the same command to
+            resume), 130 interrupted"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    given = list(sys.argv[1:] if words is None else words)
+    debug = "--debug" in given
+    streams.prepare()
+    given = [word for word in given if word != "--debug"]
+    try:
+        return _dispatch(given)
+    except BrokenPipeError:  # the reader of our output has gone (`tetrad status | head`)
+        sys.stdout = io.StringIO()  # so that nothing is flushed into the closed pipe at exit
+        return 141
+    except BaseException as error:
+        if debug and not isinstance(error, SystemExit):
+            traceback.print_exc()
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Prints an error, unless another process of this run ended first and has said why; the exit code of the first."""
+    message, code = _told(error)
+    if _several():
+        from tetrad.distributed import watchdog
+
+        first, code = watchdog.claim(code)
+        if not first:
+            return code
+        if isinstance(error, Exception) and code not in (EXIT_STOPPED, EXIT_LOST):
+            message += watchdog.label()
+    _note(message)
+    return code
+
+
+def _note(text: str) -> None:
+    """A line on stderr, where that can be written to."""
+    streams.guarded(sys.stderr, outlives=True).write(text + "\n")
+
+
+def _several() -> bool:
+    """Whether this is one of several processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """What is printed for an error, and the exit code."""
+    match error:
+        case UserError():
+            place, fix = error.where and f" {error.where}:", error.hint and f" Fix: {error.hint}"
+            end = "" if error.what.endswith((".", "?", "!")) else "."
+            return _printable(f"error[{error.code}]{place} {error.what}{end}{fix}"), error.exit_code
+        case Stopped():
+            return f"stopped: {error}", EXIT_STOPPED
+        case KeyboardInterrupt():
+            return f"interrupted: {error}" if str(error) else "interrupted", 130
+        case Exception():
+            frames = traceback.extract_tb(error.__traceback__)
+            place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+            fault = f"{type(error).__name__}: {error}"
+            told = f"error[internal] {place}: {fault} Fix: this is a fault of Tetrad; --debug shows where"
+            return _printable(told), 1
+    raise error
+
+
+def _printable(text: str) -> str:
+    """On one line, and without characters that command a terminal: names and data are foreign text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        _write(_overview())
+        return 0 if words else 2
+    verb, *rest = words
+    if verb == "--version":
+        from tetrad import __version__
+
+        _write(f"tetrad {__version__}")
+        return 0
+    if verb not in _VERBS:
+        near = difflib.get_close_matches(verb, _VERBS, n=1)
+        hint = f"did you mean `tetrad {near[0]}`?" if near else "`tetrad --help` lists the commands"
+        raise UserError("E-CONF-UNKNOWN", f"unknown command {verb}", where="tetrad", hint=hint)
+    if "-h" in rest or "--help" in rest:
+        _write(_help(verb))
+        return 0
+    uses: dict[str, Callable[[list[str]], int]] = {
+        "check": _check,
+        "generate": _generate,
+        "chat": _chat,
+        "score": _score,
+        "explain": _explain,
+        "doctor": _doctor,
+    }
+    if verb not in uses:
+        return _recipe(verb, rest)
+    if _several():
+        what = f"{verb} is for one process: several would do the same and write the same file"
+        raise UserError("E-CONF-CONFLICT", what, where=verb, hint=f"start `tetrad {verb}` without torchrun")
+    return uses[verb](rest)
+
+
+def _write(text: str) -> None:
+    streams.guarded(sys.stdout, outlives=False).write(text + "\n")
+
+
+def _overview() -> str:
+    lines = ["usage: tetrad COMMAND ...   (tetrad COMMAND --help shows all its settings)", ""]
+    lines += [f"  {verb + ' ' + argument:<27} {text}" for verb, (argument, text) in _VERBS.items()]
+    lines += ["", "Every setting of a recipe can be given as a flag: tetrad run recipe.toml --ppo.steps 50"]
+    return "\n".join([*lines, "--debug shows the traceback of an error. --version shows the version.", _EXITS])
+
+
+def _help(verb: str) -> str:
+    from tetrad.settings import use
+    from tetrad.settings.recipe import Recipe
+    from tetrad.settings.words import help_text
+
+    argument, text = _VERBS[verb]
+    classes: dict[str, type[Any]] = {
+        "check": use.Check,
+        "generate": use.Generate,
+        "chat": use.Chat,
+        "score": use.ScoreFile,
+        "explain": use.Explain,
+        "doctor": use.Doctor,
+    }
+    usage = f"usage: tetrad {verb} {argument} [--SETTING VALUE ...]".replace("  ", " ") + f"\n\n{text}\n\n"
+    if verb in classes:
+        return usage + help_text(classes[verb], skip=("model",))
+    return (
+        usage + "Each setting is TABLE.KEY in the recipe too.\n" + help_text(Recipe, only=_STAGE_TABLES.get(verb, ()))
+    )
+
+
+def _recipe(verb: str, words: list[str]) -> int:
+    """run, status and the single stages. The recipe is the first word, or the last."""
+    if not words or (words[0].startswith("--") and words[-1].startswith("--")):
+        hint = f"tetrad {verb} RECIPE.toml"
+        raise UserError("E-CONF-MISSING", "no recipe is given", where=verb, hint=hint)
+    words = [word.replace("--nproc", "--run.nproc") if word.partition("=")[0] == "--nproc" else word for word in words]
+    path = words.pop(-1 if words[0].startswith("--") else 0)
+    from tetrad.pipeline.recipe import read
+
+    recipe = read(path, words)  # before the rest is imported: a mistake in it is told in half the time
+    from tetrad.console import Console
+    from tetrad.pipeline import runner
+
+    if _several() and verb != "status":
+        from tetrad.distributed import watchdog
+
+        watchdog.join(recipe.run.patience, _report)
+    elif recipe.run.nproc > 1 and verb != "status":
+        from tetrad.distributed.launch import launch
+
+        debug = ["--debug"] if "--debug" in sys.argv else []
+        return launch([verb, path, *words, *debug], recipe.run.nproc, recipe.run.grace)
+    console = Console(recipe.run.log_every, quiet=not runner.is_first(), outlives=verb != "status")
+    if verb == "status":
+        runner.status(recipe, console)
+        return 0
+    with _stoppable(console, lambda doing: Stopped(f"in {doing}; the same command goes on from there")):
+        runner.run(recipe, console, only="" if verb == "run" else verb)
+    return 0
+
+
+@contextmanager
+def _stoppable(console: Any, error: Callable[[str], BaseException]) -> Iterator[None]:
+    """Shows how far phases are, and ends by this error at a signal that no stage takes. error: from what was done."""
+    from tetrad.signals import Stop
+
+    stop = Stop(console.warn, lambda: console.doing, lambda: error(console.doing or "the plan"))
+    with console.in_use(), stop.listening():
+        yield
+
+
+def _flags(words: list[str]) -> list[str]:
+    """For commands that have no recipe: the name of its setting `data.rename` is as good as their own."""
+    return ["--" + word.removeprefix("--data.") if word.startswith("--data.rename") else word for word in words]
+
+
+def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
+    """The settings of a command that uses a model, whose folder is the one word without a flag."""
+    from tetrad.inference.model_folder import own_sampling
+    from tetrad.settings.base import knobs
+    from tetrad.settings.check import build
+    from tetrad.settings.use import Sample
+    from tetrad.settings.words import nest, parse
+
+    known = knobs(cls)
+    plain, values, places = parse(_flags(words), known)
+    if "model" in known and plain and "model" not in values:
+        values["model"] = plain.pop(0)
+    if plain:
+        hint = f"`tetrad {verb} --help` shows the settings"
+        raise UserError("E-CONF-SYNTAX", f"unexpected argument {plain[0]!r}", where=verb, hint=hint)
+    for name in ("model", "data"):
+        if name in known and not values.get(name):
+            flag = "MODEL" if name == "model" else "--data FILE.jsonl"
+            hint = f"tetrad {verb} MODEL" + (" --data FILE.jsonl" if "data" in known else "")
+            raise UserError("E-CONF-MISSING", f"{flag} is missing", where=verb, hint=hint)
+    own = own_sampling(values["model"]) if issubclass(cls, Sample) else {}
+    return build(cls, own | nest(values), places), set(values)
+
+
+def _with_console(function: Callable[[Any, Any], None], settings: object, verb: str) -> int:
+    from tetrad.console import Console, phase
+    from tetrad.pipeline.runner import explained
+
+    console = Console()
+    stoppable = _stoppable(console, lambda doing: KeyboardInterrupt(f"in {doing}; no file was written"))
+    with explained(verb, _LOWER.get(verb, _LENGTH)), stoppable, phase(verb):
+        function(settings, console)
+    return 0
+
+
+def _look_at(model: str, template: str, *, reward: bool = False) -> None:
+    """Refuses a folder that can't be used, before anything is loaded."""
+    from tetrad.inference import model_folder
+
+    if note := model_folder.usable(model, template=template, reward=reward).note:
+        _note(f"note: {note}")
+
+
+def _generate(words: list[str]) -> int:
+    from tetrad.settings.use import Generate, agreed
+
+    settings = agreed(*_settings(Generate, "generate", words))
+    _look_at(settings.model, settings.template)
+    if settings.reward:
+        _look_at(settings.reward, settings.template, reward=True)
+    from tetrad.cli.batch import generate_file
+
+    return _with_console(generate_file, settings, "generate")
+
+
+def _chat(words: list[str]) -> int:
+    from tetrad.settings.use import Chat, agreed
+
+    settings = agreed(*_settings(Chat, "chat", words))
+    _look_at(settings.model, settings.template)
+    from tetrad.cli.chat import chat
+    from tetrad.console import Console
+    from tetrad.pipeline.runner import explained
+
+    with explained("chat", _LOWER["chat"]):
+        chat(settings, Console())  # Ctrl-C ends a reply
+    return 0
+
+
+def _score(words: list[str]) -> int:
+    from tetrad.settings.use import ScoreFile
+
+    settings, _ = _settings(ScoreFile, "score", words)
+    _look_at(settings.model, settings.template, reward=True)
+    from tetrad.cli.batch import score_file
+
+    return _with_console(score_file, settings, "score")
+
+
+def _check(words: list[str]) -> int:
+    """A recipe with its overrides, or data files; the flags of `check` itself are told apart from the recipe's."""
+    from tetrad.settings.base import knobs
+    from tetrad.settings.check import build
+    from tetrad.settings.use import Check
+    from tetrad.settings.words import nest, parse, split
+
+    words = words if any(word.endswith(".toml") for word in words) else _flags(words)
+    mine, rest = split(words, knobs(Check))
+    _, values, places = parse(mine, knobs(Check))
+    settings = build(Check, nest(values), places)
+    targets = [word for word in rest if not word.startswith("--")]
+    from tetrad.datacheck.check import check_files, check_recipe
+    from tetrad.pipeline.recipe import read
+
+    if targets and targets[0].endswith(".toml"):
+        rest.remove(targets[0])
+        recipe = read(targets[0], rest)
+        return _with_console(lambda _, console: check_recipe(recipe, settings, console), settings, "check")
+    if not targets or len(targets) < len(rest):
+        what = (
+            f"unexpected argument {next(w for w in rest if w not in targets)}"
+            if targets
+            else "nothing to check is given"
+        )
+        hint = "tetrad check RECIPE.toml, or tetrad check FILE ..."
+        raise UserError("E-CONF-SYNTAX" if targets else "E-CONF-MISSING", what, where="check", hint=hint)
+    return _with_console(lambda _, console: check_files(targets, settings, console), settings, "check")
+
+
+def _explain(words: list[str]) -> int:
+    from tetrad.settings.use import Explain
+
+    settings, _ = _settings(Explain, "explain", words)
+    from tetrad.pipeline.recipe import read
+    from tetrad.rl.explain import explain
+
+    return _with_console(lambda s, console: explain(s, console, read), settings, "explain")
+
+
+def _doctor(words: list[str]) -> int:
+    from tetrad.settings.use import Doctor
+
+    settings, _ = _settings(Doctor, "doctor", words)
+    from tetrad.cli import doctor
+    from tetrad.console import Console
+
+    console = Console()
+    console.table("environment", ("what", "value"), doctor.environment())
+    if not settings.vectors:
+        return 0
+    rows = doctor.check_vectors(settings.vectors)
+    columns = ("function", "cases", "error64", "error32", "grad64", "grad32", "ok")
+    console.table(
+        f"numeric self-test, {settings.vectors}",
+        columns,
+        [[getattr(row, column) for column in columns] for row in rows],
+    )
+    return 0 if all(row.ok for row in rows) else 5

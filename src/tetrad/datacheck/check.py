@@ -1,0 +1,304 @@
+"""`tetrad check`: reads all that a recipe or files hold, trains nothing, and says what training would stumble over.
+
+The same report is shown on the terminal, written as JSON and as one page of HTML. Bad rows are told one by one and can
+be set aside in a file. The first error is raised at the end, so that a script sees it by the exit status.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tetrad import storage
+from tetrad.console import Console
+from tetrad.data.records import refuse_no_scale
+from tetrad.data.source import Counts, sources
+from tetrad.datacheck import cost, duplicates, findings, judgements, texts, vocabulary
+from tetrad.datacheck.reading import Encoder, Reading, read, settings_of, shortened, sniff
+from tetrad.errors import UserError
+from tetrad.model.config import DecoderConfig, read_config
+from tetrad.report.page import page
+from tetrad.report.sections import Finding, Plot, Report, Run, Sample, Section, Table, histogram, share
+from tetrad.report.terminal import show
+from tetrad.settings.recipe import Recipe
+from tetrad.settings.use import Check
+from tetrad.text.bpe import SMALLEST, learn
+from tetrad.text.chat_template import choose, template
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.context import renamed
+
+SHOWN = 3  # rendered samples
+
+
+def check_recipe(recipe: Recipe, settings: Check, console: Console) -> None:
+    """Checks everything that a recipe reads. Errors: the first that training would stop at."""
+    folder = _tokenizer_folder(recipe)
+    config = _config(recipe, folder)
+    limit = config.max_positions
+    rooms = {
+        "sft": recipe.sft.max_tokens or limit,
+        "reward": recipe.reward.max_tokens or limit,
+        "ppo": min(recipe.ppo.max_prompt or limit, limit - recipe.ppo.max_new),
+        "evaluate": limit - recipe.evaluate.max_new,
+    }
+    base = _encoder(recipe, folder)
+    readings = []
+    for setting, what, given in settings_of(recipe):
+        stage = setting.partition(".")[0]
+        encoder = replace(base, limit=rooms.get(stage, 0))
+        how = {"score_scale": recipe.reward.score_scale, "train_on_prompt": recipe.sft.train_on_prompt}
+        readings.append(read(setting, what, given, encoder, **how))
+    if not readings:
+        hint = 'name files, as [sft] data = ["FILE"]'
+        raise UserError("E-CONF-MISSING", "no stage of the recipe has files to check", where=recipe.name, hint=hint)
+    if not base.stand_in:
+        config = replace(config, vocab_size=max(config.vocab_size, base.tokenizer.size))
+    report, error = examine(recipe.name, readings, base, recipe, config)
+    _deliver(report, error, readings, settings, console)
+
+
+def check_files(paths: Sequence[str], settings: Check, console: Console) -> None:
+    """Checks data files by themselves. Errors: the first that training would stop at."""
+    given = sources(paths, rename=renamed(settings.rename))
+    encoder = _encoder(Recipe(), Path(settings.tokenizer) if settings.tokenizer else None, settings)
+    readings: dict[str, Reading] = {}
+    for number, path in enumerate(given.paths):
+        try:
+            what = settings.kind or sniff(path, given)
+        except UserError:
+            what = "conversations"
+        found = read(_role(what), what, given.only(number), encoder)
+        if what in readings:
+            _join(readings[what], found)
+        else:
+            readings[what] = found
+    report, error = examine(", ".join(paths), list(readings.values()), encoder, None, None)
+    _deliver(report, error, list(readings.values()), settings, console)
+
+
+def _role(what: str) -> str:
+    return {"documents": "pretrain.text", "conversations": "sft.data", "preferences": "reward.data"}.get(
+        what, "ppo.prompts"
+    )
+
+
+def _join(reading: Reading, other: Reading) -> None:
+    reading.files += other.files
+    reading.records += other.records
+    for name in ("keys", "prompt_keys", "lengths", "prompt_lengths", "answer_lengths"):
+        getattr(reading, name).extend(getattr(other, name))
+    reading.tokens, reading.trained = reading.tokens + other.tokens, reading.trained + other.trained
+    reading.long, reading.first_long = reading.long + other.long, reading.first_long or other.first_long
+
+
+def _tokenizer_folder(recipe: Recipe) -> Path | None:
+    """Where the recipe's tokenizer is: in the folder it starts from, or learned already; else nowhere yet."""
+    if recipe.model.from_:
+        folder = Path(recipe.model.from_)
+        return folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
+    learned = Path(recipe.run.out) / recipe.name / "tokenizer" / "model"
+    return learned if (learned / "tokenizer.json").is_file() else None
+
+
+def _config(recipe: Recipe, folder: Path | None) -> DecoderConfig:
+    if recipe.model.from_ and folder:
+        return read_config(folder)
+    m = recipe.model
+    shape: dict[str, Any] = {"vocab_size": recipe.tokenizer.vocab_size, "hidden_size": m.hidden_size}
+    shape |= {"layers": m.layers, "heads": m.heads, "kv_heads": m.kv_heads, "head_dim": m.hidden_size // m.heads}
+    return DecoderConfig("qwen2", **shape, ff=m.ff or 3 * m.hidden_size, max_positions=m.max_positions, tied=m.tied)
+
+
+def _encoder(recipe: Recipe, folder: Path | None, settings: Check | None = None) -> Encoder:
+    name, limit = (settings.template, settings.max_tokens) if settings else ("", 0)
+    name, separator = name or recipe.sft.template, recipe.sft.separator
+    form = choose(folder, name, separator, own=False) if folder else template(name or "instruction", separator)
+    if folder is None:
+        return Encoder(learn(["a"], SMALLEST), form, limit, stand_in=True)
+    tokenizer = Tokenizer.load(folder)
+    if recipe.sft.add_separator:
+        tokenizer = tokenizer.with_control(form.separator)
+    return Encoder(tokenizer, form, limit)
+
+
+# --- the report ---
+
+
+def examine(
+    target: str,
+    readings: Sequence[Reading],
+    encoder: Encoder,
+    recipe: Recipe | None,
+    config: DecoderConfig | None,
+) -> tuple[Report, UserError | None]:
+    """All sections, and the error that training would stop at first."""
+    by_name = {reading.setting: reading for reading in readings}
+    on_long = {name: _on_long(recipe, name) for name in by_name}
+    error = first_error(readings, encoder, on_long, None if recipe is None else recipe.reward.score_scale)
+    sections = [files(readings, on_long), lengths(readings, encoder, on_long)]
+    sections += [texts.scripts(readings), *duplicates.sections(readings)]
+    sections.append(texts.prompts(readings))
+    sections += [judgements.section(r) for r in readings if r.kind == "preferences" and r.records]
+    if "ppo.prompts" in by_name and "reward.data" in by_name:
+        sections.append(texts.coverage(by_name["ppo.prompts"], by_name["reward.data"]))
+    if recipe and config:
+        sections.append(cost.section(recipe, config, by_name, guessed=encoder.stand_in))
+        sections.append(findings.section(recipe, by_name, guessed=encoder.stand_in))
+        sections.append(vocabulary.section(recipe))
+    if encoder.stand_in:
+        text = "there is no tokenizer yet: lengths are in characters, and over-long records can't be found"
+        sections.append(Section("tokenizer", "Tokenizer", findings=(Finding("note", "tokenizer", text),)))
+    if error is None and (leaked := next((f for s in sections for f in s.findings if f.level == "error"), None)):
+        error = UserError("E-DATA-OVERLAP", leaked.text, where=leaked.where, hint=leaked.fix)
+    return Report(target, tuple(s for s in sections if s.title), rendered(readings, encoder)), error
+
+
+def _on_long(recipe: Recipe | None, setting: str) -> str:
+    table = getattr(recipe, setting.partition(".")[0], None) if recipe else None
+    return str(getattr(table, "on_long", "refuse"))
+
+
+def first_error(
+    readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str, str], scale: Sequence[float] | None
+) -> UserError | None:
+    """Bad rows and files in their order, then what concerns all records of a setting."""
+    found = [e for r in readings for f in r.files for e in [*(e for e, _ in f.refused[:1]), f.failed] if e]
+    total = sum(sum(f.codes.values()) for r in readings for f in r.files)
+    if found:
+        first = found[0]
+        more = f" ({total - 1} more in the report)" if total > 1 else ""
+        return UserError(first.code, first.what.rstrip(".") + more, where=first.where, hint=first.hint)
+    for reading in readings:
+        if reading.long and on_long[reading.setting] == "refuse":
+            what = (
+                f"{reading.long} of {len(reading.lengths)} records are too long: the longest has {max(reading.lengths)}"
+            )
+            what += f" tokens, the limit is {encoder.limit or 'the model'}" if encoder.limit else " tokens"
+            hint = 'raise max_tokens, or set on_long = "cut" or "drop"'
+            return UserError("E-DATA-LONG", what, where=reading.first_long, hint=hint)
+        if reading.kind == "preferences" and scale is not None:
+            try:
+                refuse_no_scale(reading.records, scale)
+            except UserError as error:
+                return error
+    return None
+
+
+def files(readings: Sequence[Reading], on_long: Mapping[str, str]) -> Section:
+    """What became of each file's rows, how they were read, and each bad row with its reason and the way out."""
+    rows, forms, bad, noticed, figures = [], [], [], list[Finding](), {}
+    for reading in readings:
+        for file in reading.files:
+            c, refused = file.counts, sum(file.codes.values())
+            rows.append((reading.setting, str(file.path), c.read, c.kept, refused, c.blank, c.tied, c.control_strings))
+            forms += [(str(file.path), note) for note in c.notes]
+            errors = [e for e, _ in file.refused] + ([file.failed] if file.failed else [])
+            bad += [(e.where, e.code, e.what, e.hint) for e in errors]
+            figures[f"{reading.setting}: {file.path}"] = {**c.told(), "refused": refused, "codes": dict(file.codes)}
+            if refused:
+                first = errors[0]
+                text = f"{refused} rows of {file.path} are refused, the first: [{first.code}] {first.what}"
+                noticed.append(Finding("error", "refused", text, first.where, first.hint))
+            if c.control_strings:
+                text = f"{file.path}: control tokens are spelt out {c.control_strings} times; they stay plain text"
+                noticed.append(Finding("note", "control strings", text))
+    columns = ("setting", "file", "read", "kept", "refused", "blank lines", "ties", "control strings")
+    tables = [Table("", columns, tuple(rows))]
+    if forms:
+        tables.append(Table("How the rows were read", ("file", ""), tuple(dict.fromkeys(forms))))
+    if bad:
+        tables.append(Table("Refused rows", ("where", "code", "what", "fix"), tuple(bad)))
+    return Section("files", "Files", figures, tuple(tables), (), tuple(noticed))
+
+
+def lengths(readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str, str]) -> Section:
+    """Lengths of the records, what is over-long, and the share of tokens that the loss reads."""
+    unit = "characters" if encoder.stand_in else "tokens"
+    rows, plots, noticed, figures = [], list[Plot](), list[Finding](), {}
+    for reading in readings:
+        if not reading.lengths:
+            continue
+        n, ordered = len(reading.lengths), sorted(reading.lengths)
+        at = [ordered[min(n - 1, int(n * q))] for q in (0.5, 0.95, 0.99)]
+        told = reading.kind in ("documents", "conversations") and not encoder.stand_in
+        trained = share(reading.trained, reading.tokens) if told else ""
+        count = "" if encoder.stand_in else reading.tokens
+        rows.append((reading.setting, n, *at, ordered[-1], reading.long, count, trained))
+        found = {"records": n, "unit": unit, "median": at[0], "p95": at[1], "p99": at[2], "longest": ordered[-1]}
+        figures[reading.setting] = found | {
+            "over_long": reading.long,
+            "tokens": reading.tokens,
+            "trained": reading.trained,
+        }
+        plots.append(histogram(f"{reading.setting}: length of a record", unit, reading.lengths))
+        if reading.long:
+            does = {"cut": "will be cut", "drop": "will be dropped"}.get(on_long[reading.setting], "stop the training")
+            text = f"{reading.setting}: {reading.long} of {n} records are too long and {does}"
+            level = "error" if on_long[reading.setting] == "refuse" else "warning"
+            table = reading.setting.partition(".")[0]
+            fix = f'split them, or set {table}.on_long = "drop" or "cut"' if table in ("sft", "reward", "ppo") else ""
+            noticed.append(Finding(level, "length", text, reading.first_long, fix))
+    columns = ("setting", "records", "median", "95 %", "99 %", "longest", "over-long", "tokens", "trained")
+    return Section(
+        "lengths", f"Lengths in {unit}", figures, (Table("", columns, tuple(rows)),), tuple(plots), tuple(noticed)
+    )
+
+
+def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[Sample, ...]:
+    """Three records, control tokens and all, as the ids that the model would get, with what the loss reads."""
+    order = ("sft.data", "reward.data", "ppo.prompts", "pretrain.text")
+    chosen = min((r for r in readings if r.records), key=lambda r: (*order, r.setting).index(r.setting), default=None)
+    if chosen is None:
+        return ()
+    n = len(chosen.records)
+    found = []
+    for record in [chosen.records[i] for i in sorted({0, n // 2, n - 1})][:SHOWN]:
+        try:
+            (made,) = encoder.tokens([shortened(record)], Counts(), train_on_prompt=False)
+        except UserError as error:
+            return (Sample(error.where, (Run(str(error), trained=False),)),)
+        tokens, runs = made[0], list[Run]()
+        start = 0
+        for end in range(1, len(tokens.ids) + 1):
+            if end == len(tokens.ids) or tokens.train[end] != tokens.train[start]:
+                text = encoder.tokenizer.decode(tokens.ids[start:end].tolist(), keep_control=True)
+                runs.append(Run(text, bool(tokens.train[start])))
+                start = end
+        found.append(Sample(record.where, tuple(runs)))
+    return tuple(found)
+
+
+# --- what comes of it ---
+
+
+def _deliver(
+    report: Report, error: UserError | None, readings: Sequence[Reading], settings: Check, console: Console
+) -> None:
+    show(report, console)
+    for name, text in (("json", as_json(report)), ("html", page(report) if settings.html else "")):
+        if target := getattr(settings, name):
+            storage.write_file(Path(target), text.encode(errors="replace"))
+            console.say(f"{name}: {target}")
+    if settings.quarantine:
+        aside = [(e, text) for r in readings for f in r.files for e, text in f.refused]
+        told = [{"where": e.where, "code": e.code, "why": e.what, "fix": e.hint, "row": text} for e, text in aside]
+        lines = (json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n" for line in told)
+        storage.write_file(Path(settings.quarantine), lines)
+        console.say(f"quarantine: {len(told)} rows in {settings.quarantine}")
+    if error:
+        raise error
+
+
+def as_json(report: Report) -> str:
+    """The whole report for programs."""
+    told = {
+        "target": report.target,
+        "findings": [asdict(finding) for finding in report.findings],
+        "sections": {
+            s.name: {"title": s.title, "figures": s.figures, "tables": [asdict(t) for t in s.tables]}
+            for s in report.sections
+        },
+        "samples": [asdict(sample) for sample in report.samples],
+    }
+    return json.dumps(told, ensure_ascii=False, indent=1, default=str) + "\n"

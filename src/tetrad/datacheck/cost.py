@@ -1,0 +1,204 @@
+"""What a recipe will need: memory and time of each stage, worked out from the model's shape and the number of tokens.
+
+Trained weights cost 12 bytes a parameter (float32 weights and Adam's two moments), frozen ones 4; adapters cost as much
+for their own few parameters, on one frozen base. What a forward keeps for its backward is counted layer by layer for
+`run.micro_tokens`; gradients, 4 bytes a trained parameter, take its place as the backward proceeds. While replies are
+sampled the weights are laid out once more, with a cache of keys and values (`benchmarks/memory.py` compares with
+measured peaks). Work is 6 floating-point operations a trained
+parameter and token (2 where nothing is learned; Kaplan et al. 2020), at a measured share of this machine's speed of
+matrix products: it tells minutes from hours.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tetrad.datacheck.reading import Reading
+from tetrad.model.config import DecoderConfig
+from tetrad.report.sections import Finding, Section, Table
+from tetrad.settings.base import model_pays
+from tetrad.settings.lora import Lora
+from tetrad.settings.recipe import Recipe
+
+TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes a parameter
+BASE = 305 << 20  # bytes of a process with torch in it
+COMPILED = 145 << 20  # what oneDNN compiles, where it trains
+SHARE = 0.6  # of the speed of large products that a whole step reaches
+_TESTS = ("reward.held_out", "reward.test")
+DECODED = 0.2  # of it that sampling reaches, token by token
+
+
+@dataclass(frozen=True)
+class Stage:
+    """trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens: learned from, each as
+    often as it is read; read: read only; sampled: written, by `slots` replies at once of `positions` tokens; batch:
+    tokens of an optimizer step."""
+
+    name: str
+    trained: float
+    frozen: float
+    tokens: float = 0.0
+    read: float = 0.0
+    sampled: float = 0.0
+    adapters: float = 0.0
+    slots: int = 0
+    positions: int = 0
+    batch: int = 0
+
+
+def parameters(config: DecoderConfig) -> int:
+    """Of a decoder with its head."""
+    c, inner = config, config.heads * config.head_dim
+    kv = config.kv_heads * config.head_dim
+    bias = (inner + 2 * kv) if c.qkv_bias else 2 * c.head_dim if c.qk_norm else 0
+    layer = c.hidden_size * (2 * inner + 2 * kv) + bias + 3 * c.hidden_size * c.ff + 2 * c.hidden_size
+    return c.layers * layer + c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tied else 2)
+
+
+def kept_bytes(config: DecoderConfig, micro_tokens: int) -> int:
+    """What one micro-batch keeps for its backward, float32: inputs of norms, projections, attention, feed-forward."""
+    width = 8 * config.hidden_size + 3 * config.heads * config.head_dim + 3 * config.ff
+    return 4 * micro_tokens * (config.layers * width + 4 * config.hidden_size)
+
+
+def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
+    """Of one adapter."""
+    c, inner, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    sides = 2 * (c.hidden_size + inner) + 2 * (c.hidden_size + kv)
+    sides += 3 * (c.hidden_size + c.ff) if lora.targets == "all" else 0
+    return c.layers * lora.rank * sides
+
+
+def memory(stage: Stage, config: DecoderConfig, recipe: Recipe) -> int:
+    """The peak of a stage, in bytes. What sampling needs is given back before it learns, but seldom to the system; the
+    merged model of adapters is made of it."""
+    n, cache = parameters(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
+    trained = n * stage.trained + adapter_parameters(config, recipe.lora) * stage.adapters
+    weights = TRAINED * trained + n * stage.frozen * FROZEN
+    sampling = n * FROZEN + (stage.slots + 1) * stage.positions * cache if stage.sampled else 0
+    micro = min(recipe.run.micro_tokens, stage.batch or recipe.run.micro_tokens)
+    return int(_base() + weights + sampling + max(kept_bytes(config, micro), GRADIENT * trained))
+
+
+def _base() -> int:
+    """Bytes of a process before it has a model."""
+    with suppress(OSError):
+        return BASE + COMPILED * ("avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    return BASE
+
+
+def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[Stage]:
+    """What each stage of a recipe has to do; only those whose text could be counted."""
+    found = []
+    if (r := readings.get("pretrain.text")) and r.tokens:
+        s = recipe.pretrain
+        found.append(Stage("pretrain", 1, 0, s.tokens or r.tokens, batch=s.batch_tokens))
+    if (r := readings.get("sft.data")) and r.tokens:
+        on, batch = recipe.sft.adapters, recipe.sft.batch * r.tokens // len(r.lengths)
+        found.append(Stage("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
+    if (r := readings.get("reward.data")) and r.tokens:
+        found.append(_reward(recipe, r, sum(readings[n].tokens for n in _TESTS if n in readings)))
+    if (r := readings.get("ppo.prompts")) and r.tokens:
+        found.append(_ppo(recipe, r))
+    return found
+
+
+def _reward(recipe: Recipe, r: Reading, held: int) -> Stage:
+    s, members = recipe.reward, recipe.reward.seeds
+    best = members if s.patience and not s.adapters else 0  # the weights that did best on held-out records
+    trained, frozen = (0, 2) if s.adapters else (members, 1 + best)  # one more writes replies to set the scale
+    return Stage(
+        "reward",
+        trained,
+        frozen,
+        tokens=members * r.tokens * s.epochs,
+        read=members * held,
+        sampled=s.normalise * s.normalise_max_new / 2,
+        adapters=members if s.adapters else 0,
+        slots=min(s.normalise, recipe.sampling.slots),
+        positions=s.normalise_max_new + max(r.lengths),
+        batch=s.batch * r.tokens // len(r.lengths),
+    )
+
+
+def _ppo(recipe: Recipe, r: Reading) -> Stage:
+    s = recipe.ppo
+    batch, long = s.batch * s.replies, r.tokens / len(r.lengths) + s.max_new * 0.6
+    judges = recipe.reward.seeds if model_pays(s.rewards) else 0
+    learners = 1 if s.critic == "shared" else 2
+    trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema))
+    return Stage(
+        "ppo",
+        trained,
+        frozen,
+        tokens=learners * s.steps * batch * long * s.epochs,
+        read=4 * s.steps * batch * long,
+        sampled=s.steps * batch * s.max_new * 0.6,
+        adapters=learners + bool(judges) / 4 if s.adapters else 0,  # the reward model's is not trained
+        slots=min(batch, recipe.sampling.slots),
+        positions=s.max_new + max(r.lengths),
+        batch=int(batch / s.mini_batches * (max(r.lengths) + s.max_new)),
+    )
+
+
+def speed() -> float:
+    """Floating-point operations a second of a large float32 product on this machine's processors."""
+    a = np.ones((1024, 1024), np.float32)
+    a @ a
+    best = 1e9
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024**3 / best
+
+
+def section(
+    recipe: Recipe, config: DecoderConfig, readings: Mapping[str, Reading], *, guessed: bool = False
+) -> Section:
+    """A row a stage: models, memory, work and time on this machine's processors. guessed: tokens are not counted."""
+    found = stages(recipe, readings)
+    if not found:
+        return Section("cost", "What it will need")
+    n, rate = parameters(config), speed()
+    rows, figures = [], dict[str, Any]()
+    findings, there = list[Finding](), machine_memory()
+    for stage in found:
+        needed = memory(stage, config, recipe)
+        if needed > there and recipe.run.device != "cuda":
+            text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU, and this machine has"
+            findings.append(Finding("warning", "memory", f"{text} {there / 2**30:.1f} GiB"))
+        work = 6 * n * stage.tokens + 2 * n * stage.read
+        seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
+        figures[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}
+        models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{needed / 2**30:.1f} GiB"
+        models += f", {math.ceil(stage.adapters)} adapters" if stage.adapters else ""
+        rows.append((stage.name, models, f"{stage.tokens / 1e6:.2f} M", room, duration(seconds)))
+    figures["parameters"] = n
+    columns = ("stage", "models trained + frozen", "tokens learned from", "memory", "time on this CPU")
+    title = f"{n / 1e6:.1f} million parameters, {rate / 1e9:.0f} GFLOP/s here, within a factor of two"
+    title += "; tokens guessed from characters" if guessed else ""
+    return Section("cost", "What it will need", figures, (Table(title, columns, tuple(rows)),), (), tuple(findings))
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine, or the container that we are in, has."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):  # "max" is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(limits)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h`, `5 days`."""
+    for size, name in ((86_400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{seconds:.0f} s"

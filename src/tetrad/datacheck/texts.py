@@ -1,0 +1,171 @@
+"""What texts are about, as far as counting goes: scripts, languages, clusters of prompts, and how near two sets are.
+
+A text's features are its words and its short runs of letters, hashed into a few hundred signed places and weighted by
+how rare they are; no model is asked. Languages are py3langid's, of texts long enough to tell.
+"""
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import py3langid
+
+from tetrad.data.similarity import LONGEST, MOST, covered, embed, spread
+from tetrad.datacheck.reading import Reading, asked
+from tetrad.report.sections import Finding, Section, Table, histogram, share
+
+MOST_CLASSIFIED = 1_000
+CLUSTERS = 12
+GROUPED = ("sft.data", "reward.data", "ppo.prompts")
+TOLD = 20  # letters below which a language is a guess
+_SCRIPTS = {
+    "Han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
+    "Latin": "A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff\uff21-\uff3a\uff41-\uff5a",
+    "Kana": "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f",
+    "Hangul": "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af",
+    "Cyrillic": "\u0400-\u052f",
+    "Greek": "\u0370-\u03ff",
+    "Arabic": "\u0600-\u06ff\u0750-\u077f",
+    "Hebrew": "\u0590-\u05ff",
+    "Devanagari": "\u0900-\u097f",
+    "Thai": "\u0e00-\u0e7f",
+}
+_PATTERNS = {name: re.compile(f"[{letters}]") for name, letters in _SCRIPTS.items()}
+_LETTER = re.compile(r"[^\W\d_]")
+
+
+def folds(names: Sequence[str], parts: int = 5) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A part for each name, the same for the same name."""
+    return np.array([zlib.crc32(name.encode(errors="surrogatepass")) % parts for name in names])
+
+
+# --- scripts and languages ---
+
+
+def scripts(readings: Sequence[Reading]) -> Section:
+    """Shares of letters by script and of texts by language."""
+    rows, figures, findings = [], {}, []
+    for reading in readings:
+        texts = [text[:LONGEST] for text in spread(reading.texts, MOST_CLASSIFIED)]
+        if not texts:
+            continue
+        letters = Counter({name: sum(len(p.findall(text)) for text in texts) for name, p in _PATTERNS.items()})
+        total = sum(len(_LETTER.findall(text)) for text in texts)
+        letters["other"] = max(total - sum(letters.values()), 0)
+        told = [text for text in texts if len(_LETTER.findall(text[:400])) >= (TOLD if _latin(text) else TOLD // 4)]
+        languages = Counter(py3langid.classify(text[:2000])[0] for text in told)
+        by_script = {name: n / max(total, 1) for name, n in letters.most_common() if n}
+        by_language = {name: n / len(told) for name, n in languages.most_common(8)}
+        figures[reading.setting] = {"scripts": by_script, "languages": by_language, "texts": len(texts)}
+        rows.append((reading.setting, len(texts), _listed(by_script), _listed(by_language)))
+        strange = sum("\ufffd" in text for text in texts)
+        if strange:
+            text = (
+                f"{reading.setting}: {share(strange, len(texts))} of the texts contain U+FFFD (decoded wrongly before)"
+            )
+            findings.append(Finding("warning", "encoding", text))
+    columns = ("setting", "texts", "scripts, share of letters", "languages, share of texts")
+    return Section(
+        "languages", "Scripts and languages", figures, (Table("", columns, tuple(rows)),), (), tuple(findings)
+    )
+
+
+def _latin(text: str) -> bool:
+    return bool(_PATTERNS["Latin"].search(text[:400]))
+
+
+def _listed(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items() if value >= 0.005) or "-"
+
+
+# --- prompts ---
+
+
+def prompts(readings: Sequence[Reading]) -> Section:
+    """How many different prompts there are, and the groups that they fall into."""
+    rows, tables, figures, findings = [], [], {}, []
+    for reading in readings:
+        texts = [asked(record) for record in reading.records]
+        if reading.kind == "documents" or not texts:
+            continue
+        different = len(np.unique(np.frombuffer(reading.prompt_keys, np.uint64)))
+        found: dict[str, Any] = {"prompts": len(reading.prompt_keys), "different": different}
+        if different >= 5 * CLUSTERS and reading.setting in GROUPED:
+            groups = clusters(list(dict.fromkeys(spread(texts, MOST))))
+            found |= {"clusters": [s for s, _ in groups], "effective_clusters": _effective([s for s, _ in groups])}
+            lines = tuple((f"{100 * size:.1f} %", example) for size, example in groups)
+            title = f"groups in {reading.setting}"
+            tables.append(Table(title, ("share", "a prompt in the middle"), lines, brief=4))
+            if groups[0][0] > 0.5:
+                text = f"{reading.setting}: {groups[0][0]:.0%} of the prompts are alike ({groups[0][1]})"
+                findings.append(Finding("warning", "diversity", text))
+        figures[reading.setting] = found
+        rows.append((reading.setting, len(texts), different, share(different, len(reading.prompt_keys))))
+    first = Table("", ("setting", "prompts", "different", ""), tuple(rows))
+    return Section("prompts", "Prompts", figures, (first, *tables), (), tuple(findings))
+
+
+def clusters(texts: Sequence[str]) -> list[tuple[float, str]]:
+    """(share, the text nearest to the middle) of each group, largest first: k-means on the sphere (Dhillon 2001)."""
+    rows = embed(texts)
+    chosen = [0]
+    nearest = rows @ rows[0]
+    while len(chosen) < CLUSTERS:  # each start as far as can be from the others
+        chosen.append(int(nearest.argmin()))
+        nearest = np.maximum(nearest, rows @ rows[chosen[-1]])
+    centres = rows[chosen]
+    of = np.zeros(len(rows), np.int64)
+    for _ in range(25):
+        new = (rows @ centres.T).argmax(1)
+        if (new == of).all():
+            break
+        of = new
+        sums = np.stack([rows[of == k].sum(0) if (of == k).any() else centres[k] for k in range(CLUSTERS)])
+        centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
+    found = []
+    for k in range(CLUSTERS):
+        mine = np.flatnonzero(of == k)
+        if len(mine):
+            middle = texts[mine[int((rows[mine] @ centres[k]).argmax())]]
+            found.append((len(mine) / len(rows), _line(middle)))
+    return sorted(found, reverse=True)
+
+
+def _effective(shares: Sequence[float]) -> float:
+    """exp of the entropy: how many groups of one size would be as mixed."""
+    given = np.array(shares)
+    return float(np.exp(-(given * np.log(given)).sum()))
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 70 else line[:69] + "…"
+
+
+def coverage(asks: Reading, judged: Reading) -> Section:
+    """Whether the prompts of PPO lie where the reward model was trained.
+
+    Each prompt's likeness to its nearest among the reward model's; what is usual is how near those are to each other.
+    """
+    told = covered([asked(record) for record in asks.records], [asked(record) for record in judged.records])
+    if told is None:
+        return Section("coverage", "PPO's prompts and the reward model's")
+    figures = {"nearest": told.nearest, "usual": told.usual, "limit": told.limit, "far": told.far}
+    rows = (
+        ("likeness of a PPO prompt to its nearest, median", f"{told.nearest:.2f}"),
+        ("the same among the reward model's own", f"{told.usual:.2f}"),
+        ("PPO prompts further away than 95 % of those", f"{told.far:.1%}"),
+    )
+    findings: tuple[Finding, ...] = ()
+    if told.far > 0.2:
+        where = asks.records[0].where.rpartition(":")[0]
+        text = f"{told.far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
+        example = _line(told.farthest)
+        findings = (Finding("warning", "coverage", f"{text}, as {example!r}", where),)
+    plot = histogram("PPO prompts: likeness to the nearest of the reward model's", "cosine", told.each)
+    return Section(
+        "coverage", "PPO's prompts and the reward model's", figures, (Table("", ("", ""), rows),), (plot,), findings
+    )

@@ -1,0 +1,1 @@
+"""Several processes: the collectives, the device of each, who starts them and who still lives."""

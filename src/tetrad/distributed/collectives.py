@@ -1,0 +1,153 @@
+"""The only collectives: what one process and many do alike. On one process every function is an identity.
+
+Data parallel: each rank holds the whole model and its share of every batch; counts are summed first, gradients are
+summed once an update, so that accumulation and ranks add up to the same step. No collective happens inside generation.
+What is no tensor travels as JSON, in which floats keep every bit. A rank waits in `distributed.watchdog`'s sight.
+"""
+
+import atexit
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from tetrad.distributed import watchdog
+
+T = TypeVar("T")
+_NEVER = timedelta(days=30)  # the watchdog knows how long to wait, and for whom
+
+
+def start(device: str) -> None:
+    """Joins the group that torchrun announced; does nothing on one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dog = watchdog.join()
+        store = PrefixStore("mesh", dog.store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        with dog.waiting("start"):
+            dist.init_process_group(backend, store=store, rank=dog.rank, world_size=dog.size, timeout=_NEVER)
+        atexit.register(stop)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        watchdog.join().stop()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _together(name: str) -> Iterator[bool]:
+    """Around a collective; false on one process, which needs none."""
+    if not dist.is_initialized():
+        yield False
+        return
+    with watchdog.join().waiting(name):
+        yield True
+
+
+def phase(name: str) -> None:
+    """Names the stage that is running, for the messages of a rank that waits in vain."""
+    if dist.is_initialized():
+        watchdog.join().phase = name
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of a batch."""
+    return items[rank() :: size()]
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    """The sum over ranks, on every rank."""
+    with _together("sum of tensors") as many:
+        if many:
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def everyone(value: T) -> list[T]:
+    """Each rank's value, in the order of ranks. A value is what JSON can say, tuples come back as lists."""
+    with _together("exchange of values") as many:
+        if not many:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
+        dist.all_gather(lengths, torch.tensor([len(data)]))
+        longest = int(max(lengths))
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
+    texts = (bytes(part[: int(n)].tolist()) for part, n in zip(parts, lengths, strict=True))
+    return [json.loads(text) for text in texts]
+
+
+def first(value: T) -> T:
+    """Rank 0's value, on every rank: what is decided once."""
+    return everyone(value)[0]
+
+
+def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
+    """Sums by name over ranks, in their order; a rank without work may lack names."""
+    total: dict[str, float] = {}
+    for part in everyone(dict(counts)):
+        for name, count in part.items():
+            total[name] = total.get(name, 0.0) + count
+    return total
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums every gradient over ranks; a rank without work counts as zeros. What has none on any rank keeps none, so
+    that the optimizer leaves it alone as it does on one process."""
+    with _together("sum of gradients") as many:
+        if not many:
+            return
+        everywhere = list(parameters)
+        there = torch.tensor([parameter.grad is not None for parameter in everywhere], dtype=torch.int32)
+        dist.all_reduce(there)
+        for parameter, ranks in zip(everywhere, there.tolist(), strict=True):
+            if ranks and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if ranks:
+                dist.all_reduce(parameter.grad)
+
+
+def same_weights(model: nn.Module) -> None:
+    """Gives every rank the weights of rank 0."""
+    with _together("broadcast of weights") as many:
+        for parameter in model.parameters() if many else ():
+            dist.broadcast(parameter.data, 0)
+
+
+def gather(items: Sequence[T]) -> list[T]:
+    """Every rank's items, undoing `share`: item i of the batch at place i."""
+    parts = everyone(list(items))
+    longest = max(map(len, parts))
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def on_any(flag: bool) -> bool:
+    """Whether any rank says so."""
+    return any(everyone(flag))
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    with _together("barrier") as many:
+        if many:
+            dist.barrier()

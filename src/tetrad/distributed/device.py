@@ -1,0 +1,114 @@
+"""Where and in which precision to compute, and what is put there.
+
+Trained weights are float32; compute is bfloat16 by autocast on a GPU and float32 elsewhere (a CPU without bfloat16
+units is several times slower with it).
+"""
+
+import ctypes
+import os
+import re
+import resource
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tetrad.distributed import collectives
+from tetrad.errors import UserError
+from tetrad.settings.common import Run
+from tetrad.types import Packed
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+
+
+@dataclass(frozen=True)
+class Device:
+    """place: the device; dtype: what matrix products are computed in."""
+
+    place: torch.device
+    dtype: torch.dtype
+
+    def compute(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.place.type, self.dtype)
+
+    def put(self, packed: Packed) -> Packed:
+        """numpy to tensors: ids, positions, targets and keys as int64."""
+        arrays = (packed.ids_T, packed.positions_T, packed.targets_T)
+        ids, positions, targets = (torch.as_tensor(a).to(self.place, torch.int64, non_blocking=True) for a in arrays)
+        keys = None if packed.keys_T is None else torch.as_tensor(packed.keys_T).to(self.place, non_blocking=True)
+        return replace(packed, ids_T=ids, positions_T=positions, targets_T=targets, keys_T=keys)
+
+
+def choose(run: Run) -> Device:
+    """The device of a run; starts the process group under torchrun. Errors: E-CONF-DEVICE, E-CONF-DTYPE."""
+    has_gpu = torch.cuda.is_available()
+    if run.device == "cuda" and not has_gpu:
+        raise UserError("E-CONF-DEVICE", "no CUDA device is visible", where="run.device", hint='set device = "cpu"')
+    kind = "cuda" if has_gpu and run.device != "cpu" else "cpu"
+    collectives.start(kind)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        if place.index >= torch.cuda.device_count():
+            what = f"process {place.index} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
+            raise UserError("E-CONF-DEVICE", what, where="run.nproc", hint="start no more processes than GPUs")
+        torch.cuda.set_device(place)
+        torch.backends.cuda.matmul.allow_tf32 = run.dtype != "float32"
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if run.dtype == "bfloat16" and kind == "cpu":
+        what = "bfloat16 on a CPU is several times slower than float32 and not offered"
+        raise UserError("E-CONF-DTYPE", what, where="run.dtype", hint='set dtype = "float32"')
+    brain = run.dtype != "float32" and kind == "cuda" and torch.cuda.is_bf16_supported()
+    return Device(place, torch.bfloat16 if brain else torch.float32)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has taken so far: of the GPU where it uses one, else of the machine."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def give_back() -> None:
+    """Returns to the system the memory that freed tensors have left, where the C library does not by itself: of batches
+    of many lengths it would hold what the rarest ones took. Milliseconds."""
+    if _malloc_trim:
+        _malloc_trim(0)
+
+
+def free_bytes(place: torch.device) -> int:
+    """Memory that can still be taken: of the GPU, or of the machine and the container that this process is in."""
+    if place.type == "cuda":
+        held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return int(torch.cuda.mem_get_info(place)[0]) + held
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    if found is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return min(int(found[1]) << 10, *map(_left_of_group, _GROUPS))
+
+
+# Folder of a memory cgroup as a container sees its own, names of its limit, its use and its files' share of the use.
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _left_of_group(names: tuple[str, str, str, str]) -> int:
+    """What a cgroup's limit leaves; files that can be dropped at once do not count. Very much where there is none."""
+    folder, limit, used, files = Path(names[0]), *names[1:]
+    try:
+        most, taken = ((folder / name).read_text().strip() for name in (limit, used))
+        dropped = re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        return int(most) - int(taken) + int(dropped[1] if dropped else 0)
+    except (OSError, ValueError):  # no such group, or "max"
+        return 1 << 62

@@ -1,0 +1,215 @@
+"""One process among several: its heartbeat, its last word, and its end where it waits in vain.
+
+Every second a thread of each rank says in the common store that it lives and in which collective it waits. The same
+thread is told of signals (signals) and sees what became of the others while the main thread sits in a collective,
+where no Python runs.
+Whoever ends first, by an error or because it was asked to, leaves its exit code in the store and is the only one that
+prints; the others end in silence with the same code. A rank waits `patience` seconds for the others; for rank 0, which
+alone prepares, writes and evaluates, as long as it lives.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from tetrad.errors import Stopped, UserError
+from tetrad.signals import also_told
+
+_BEAT = 1.0  # seconds between heartbeats
+_AFTER_STOP = 10.0  # seconds that a rank which is asked to stop waits for one that no longer answers
+_CLAIM = "tetrad/end"
+_UNKNOWN = (0, None, False, "", 0)  # of a rank that never wrote a heartbeat
+
+
+@dataclass(frozen=True)
+class _Late:
+    """A rank that is waited for. silent: it has a heart that no longer beats; gone: so, or it has ended."""
+
+    host: str
+    process: int
+    silent: bool = False
+    gone: bool = False
+
+
+class Watchdog:
+    """This rank's. phase: the stage that is running. report: prints an error, unless another rank has, and returns the
+    exit code."""
+
+    def __init__(self, patience: float, report: Callable[[BaseException], int]) -> None:
+        self.store, self.rank, self.size = next(rendezvous("env://", timeout=timedelta(seconds=max(patience, 60.0))))
+        self.patience, self.report, self.phase = patience, report, ""
+        self._beats = self._number = 0
+        self._inside: tuple[float, str] | None = None  # the collective that the main thread is in, and since when
+        self._asked = math.inf  # when a signal asked this process to stop
+        self._heard: dict[int, tuple[int, float]] = {}  # of each rank the last beat, and when it was new
+        self._lost = False  # the store, and with it whoever could be told anything
+        self._said = False  # why all end, by this rank
+        self._hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # the store itself
+        self._ends = threading.Event()
+        also_told.append(self._ask)
+        self._own: Store = self.store.clone()  # a connection of its own: a wait on the other would block it
+        self._beat()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """Around a collective. Raises UserError E-RANK-LOST where another rank is gone."""
+        self._number += 1
+        self._inside = time.monotonic(), name
+        try:
+            yield
+        except RuntimeError as error:
+            self._late(math.inf)
+            time.sleep(4 * _BEAT)  # by then it shows whose heart has stopped, or the rank that failed has said why
+            gone = [text for text, one in self._late(3 * _BEAT).items() if one.gone]
+            raise self._error(self._text(gone, f"lost its connection in {name}")) from error
+        finally:
+            self._inside, self._heard = None, {}
+
+    def stop(self) -> None:
+        """This rank has done its part."""
+        self._ends.set()
+        self._thread.join()
+        self._see_off()
+
+    def claim(self, code: int) -> tuple[bool, int]:
+        """Whether this rank is the first to end and has not said so yet, and the exit code of the one that was."""
+        before, first = self._said, {"rank": self.rank, "code": code}
+        if not self._lost:  # where it is, a connection of its own would be sought for a minute
+            first = json.loads(self.store.clone().compare_set(_CLAIM, "", json.dumps(first)))
+        self._said = first["rank"] == self.rank
+        return self._said and not before, first["code"]
+
+    def _ask(self) -> None:
+        self._asked = min(self._asked, time.monotonic())
+
+    def _live(self) -> None:
+        failing = claimed = math.inf
+        while not self._ends.wait(_BEAT):
+            now = time.monotonic()
+            try:
+                self._beat()
+                if (code := claimed_code(self._own)) is not None:
+                    claimed = min(claimed, now)
+                    if self._inside and now - claimed >= _BEAT:
+                        self._leave(code)
+                elif self._inside:
+                    self._look(now)
+                failing = math.inf
+            except RuntimeError:  # the store is gone, and with it who started us
+                failing = min(failing, now)
+                if now - failing > 5 * _BEAT:
+                    self._lost = True
+                    self._leave(self.report(self._error(self._text([], "lost the process that started it"))))
+
+    def _beat(self) -> None:
+        self._beats += 1
+        inside = self._inside and f"{self._inside[1]}, collective {self._number}"
+        told = [self._beats, inside, self._ends.is_set(), socket.gethostname(), os.getpid()]
+        self._own.set(f"tetrad/beat/{self.rank}", json.dumps(told))
+
+    def _look(self, now: float) -> None:
+        """Ends this process where it has waited long enough for another one."""
+        since, name = self._inside or (now, "")
+        limit = min(self.patience, _AFTER_STOP + self._asked - since)
+        late = self._late(min(self.patience, _AFTER_STOP) if self._asked < math.inf else self.patience - 2 * _BEAT)
+        if now - since < limit or not late:
+            return
+        text = self._text(list(late), f"has waited {now - since:.0f} s in {name}")
+        stopped = Stopped(f"{text}; the same command goes on from the last checkpoint")
+        code = self.report(stopped if self._asked < math.inf else self._error(text))
+        for one in late.values():
+            if one.silent and one.host == socket.gethostname():
+                with suppress(OSError):
+                    os.kill(one.process, signal.SIGKILL)  # stopped, it would not hear the launcher's SIGTERM
+        self._leave(code)
+
+    def _late(self, limit: float) -> dict[str, _Late]:
+        """Ranks for which nobody should wait any longer, by a text that says why. limit: of seconds without a beat."""
+        now, late = time.monotonic(), dict[str, _Late]()
+        mine = self._inside and f"{self._inside[1]}, collective {self._number}"
+        for rank in set(range(self.size)) - {self.rank}:
+            key = f"tetrad/beat/{rank}"
+            known = self._own.check([key])
+            beat, inside, ended, host, process = json.loads(self._own.get(key)) if known else _UNKNOWN
+            if self._heard.setdefault(rank, (beat, now))[0] != beat:
+                self._heard[rank] = beat, now
+            who = f"rank {rank} ({host}, process {process})" if known else f"rank {rank}"
+            silent = now - self._heard[rank][1] >= limit
+            if ended or silent:
+                state = "has ended" if ended else "no longer answers"
+                late[f"{who} {state}"] = _Late(host, process, silent=silent and known, gone=True)
+            elif inside and inside != mine:
+                late[f"{who} waits in {inside}"] = _Late(host, process)
+            elif not inside and rank and self._asked == math.inf:
+                late[f"{who} is still at work"] = _Late(host, process)
+        return late
+
+    def _text(self, others: Sequence[str], why: str) -> str:
+        return "; ".join([*others, f"rank {self.rank} ({socket.gethostname()}) {why}"])
+
+    def _error(self, text: str) -> UserError:
+        hint = "see what became of it (killed for memory?); the same command goes on from the last checkpoint"
+        return UserError("E-RANK-LOST", text, where=self.phase, hint=hint)
+
+    def _see_off(self) -> None:
+        """Says that this rank ends; where it holds the store, after the others, so that they can still read why."""
+        self._ends.set()
+        began, self._heard = time.monotonic(), {}
+        with suppress(RuntimeError):
+            self._beat()
+            while self._hosts and time.monotonic() - began < _AFTER_STOP:
+                if sum(one.gone for one in self._late(3 * _BEAT).values()) == self.size - 1:
+                    break
+                time.sleep(_BEAT / 10)
+
+    def _leave(self, code: int) -> None:
+        self._see_off()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+_watchdog: Watchdog | None = None
+
+
+def label() -> str:
+    """Where an error happened, once the processes train together."""
+    if not (_watchdog and _watchdog.phase):
+        return ""
+    return f" [rank {_watchdog.rank} of {_watchdog.size}, {socket.gethostname()}]"
+
+
+def join(patience: float = 300.0, report: Callable[[BaseException], int] = lambda _: 1) -> Watchdog:
+    """This process's watchdog, started where there is none."""
+    global _watchdog
+    _watchdog = _watchdog or Watchdog(patience, report)
+    return _watchdog
+
+
+def claim(code: int) -> tuple[bool, int]:
+    """Whether this process is the first of all to end, so that it has to say why, and the exit code of the first."""
+    if not (_watchdog or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        return os.environ["RANK"] == "0", code  # too early: there is no store
+    try:
+        return join().claim(code)
+    except RuntimeError:  # nobody is left to agree with
+        return True, code
+
+
+def claimed_code(store: Store) -> int | None:
+    """The exit code of the rank that ended first, if one has."""
+    return json.loads(store.get(_CLAIM))["code"] if store.check([_CLAIM]) else None

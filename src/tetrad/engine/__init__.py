@@ -1,1 +1,0 @@
-"""One training step, one sampler, one run folder: what the stages share."""

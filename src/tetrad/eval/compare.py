@@ -1,0 +1,224 @@
+"""Was it worth it? The SFT model, best-of-N and PPO answer the same held-out prompts, and others judge.
+
+The reward model's own opinion is shown, but it is what PPO was paid by; judges are Python functions that no training
+saw, and they alone decide the verdict. Every mean has a 95 % bootstrap interval over prompts, gains over SFT are paired
+by prompt, and what a cheater gives away stands beside: KL, length, share of ended replies and of those that are no
+UTF-8, distinct-2, the commonest word, likelihood under another model.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tetrad.console import phase
+from tetrad.data.loader import order
+from tetrad.data.source import Counts
+from tetrad.distributed import collectives
+from tetrad.distributed.device import Device, choose
+from tetrad.eval.text_metrics import reply_figures
+from tetrad.inference.completions import Question, Sample, best, read_questions
+from tetrad.model.huggingface import read_causal
+from tetrad.model.transformer import CausalLM, frozen
+from tetrad.objectives.calibration import bootstrap_interval
+from tetrad.report import outcome
+from tetrad.report.verdict import PPO, SFT, Difference, Verdict, failed_guards, verdict
+from tetrad.reward import gate
+from tetrad.reward.functions import python_function
+from tetrad.reward.model import Reward, reward_model
+from tetrad.reward.sources import named
+from tetrad.rl.rollout import Rollout, roll_out
+from tetrad.storage import RunLock, remove_leftovers, write_folder
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.batches import reply_logprobs
+from tetrad.training.context import StageContext
+from tetrad.training.prepare import first_parent
+from tetrad.training.stage import POLICY, figures_of, read_policy, template_for
+from tetrad.types import Tokens
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One system's answers to the prompts. kl: nats a reply against the SFT model."""
+
+    samples: tuple[Sample, ...]
+    ended: tuple[bool, ...]
+    kl: float
+
+
+Scores = Mapping[str, Sequence[float]]
+"""Of one system's answers, by judge."""
+Referee = Callable[[Answers], float | None]
+
+
+def run(ctx: StageContext) -> None:
+    device = choose(ctx.recipe.run)
+    collectives.phase(ctx.folder.name)
+    if collectives.is_main():  # one process answers and writes
+        with RunLock(ctx.folder / "lock"):
+            remove_leftovers(ctx.folder)
+            _run(ctx, device)
+    collectives.wait()
+
+
+def _run(ctx: StageContext, device: Device) -> None:
+    s, seed = ctx.recipe.evaluate, ctx.recipe.seed
+    folder = first_parent(ctx, *POLICY)
+    tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
+    sft = frozen(read_policy(folder, tokenizer, form)).to(device.place)
+    limit = sft.config.max_positions
+    questions = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new)
+    questions = [questions[i] for i in order(seed, 0, len(questions))[: s.samples]]
+    names = named(s.judges, ["reward", "kl", "referee_nll", *reply_figures((), ())])
+    judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
+    if "reward" in ctx.parents:
+        judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
+    systems = answers_of_all(ctx, sft, questions, tokenizer, judges.get("reward"), device)
+    referee = _referee(ctx, device)
+    scores = {name: _judged(name, answers, judges) for name, answers in systems.items()}
+    table = {name: figures(answers, scores[name], scores["sft"], referee, seed) for name, answers in systems.items()}
+    stages = {name: figures_of(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")}
+    samples = side_by_side(systems, s.side_by_side)
+    report = {"prompts": len(questions), "systems": table, "stages": stages, "samples": samples}
+    show(ctx, report)
+    independent = [name for name, spec in zip(names, s.judges, strict=True) if spec not in ctx.recipe.ppo.rewards]
+    result = verdict_of(ctx, table, scores, independent)
+    report["verdict"] = asdict(result) if result else None
+    files = {"report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode()}
+    write_folder(ctx.folder / "report", files, {"key": ctx.key, "lineage": dict(ctx.lineage)})
+
+
+def answers_of_all(
+    ctx: StageContext,
+    sft: CausalLM,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    reward: Reward | None,
+    device: Device,
+) -> dict[str, Answers]:
+    """One answer a question from the SFT model, from best-of-N where there is a reward, from PPO where there is one."""
+    s, key = ctx.recipe.evaluate, (ctx.recipe.seed, "evaluate", 0)
+    micro_tokens = ctx.recipe.run.micro_tokens
+    sampling = replace(ctx.recipe.sampling, max_new=s.max_new)
+    copies = max(1, s.best_of if reward else 1)
+    repeated = [question for question in questions for _ in range(copies)]
+    with phase("answers of sft"):
+        many = roll_out(sft, repeated, range(len(repeated)), key, sampling, tokenizer, device)
+    systems = {"sft": _chosen(many, list(range(0, len(repeated), copies)), 0.0)}
+    if reward and copies > 1:
+        with phase(f"best of {copies}"):
+            scores = reward(many.samples)
+        rows = [slice(at, at + copies) for at in range(0, len(repeated), copies)]
+        chosen = [row.start + best(many.samples[row], scores[row]) for row in rows]
+        # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
+        systems[f"best of {copies}"] = _chosen(many, chosen, math.log(copies) - (copies - 1) / copies)
+    if "ppo" in ctx.parents:
+        actor = frozen(read_policy(ctx.parents["ppo"], tokenizer, template_for(ctx, ctx.parents["ppo"]))).to(
+            device.place
+        )
+        with phase("answers of ppo"):
+            rollout = roll_out(actor, questions, range(len(questions)), key, sampling, tokenizer, device)
+        heat = sampling.temperature or 1.0
+        new, old = (reply_logprobs(m, rollout.documents, micro_tokens, device, heat) for m in (actor, sft))
+        kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
+        systems["ppo"] = _chosen(rollout, list(range(len(questions))), kl)
+    return systems
+
+
+def _chosen(rollout: Rollout, rows: list[int], kl: float) -> Answers:
+    ended = rollout.ended_B.tolist()
+    return Answers(tuple(rollout.samples[i] for i in rows), tuple(ended[i] for i in rows), kl)
+
+
+def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scores:
+    scores: dict[str, list[float]] = {}
+    for name, judge in judges.items():
+        with phase(f"judge {name}, {system}"):
+            scores[name] = judge(answers.samples)
+    return scores
+
+
+def figures(answers: Answers, scores: Scores, sft: Scores, referee: Referee | None, seed: int) -> dict[str, Any]:
+    """Means with intervals; "gain" is the paired difference to the SFT model's answers. scores: of the answers."""
+    found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.ended)}
+    for name in scores:
+        own, before = (torch.tensor(s[name], dtype=torch.float64) for s in (scores, sft))
+        found[name] = _interval(own, seed)
+        found[f"{name}_gain"] = _interval(own - before, seed)
+    if referee:
+        found["referee_nll"] = referee(answers)
+    return found
+
+
+def verdict_of(
+    ctx: StageContext, table: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Scores], judges: Sequence[str]
+) -> Verdict | None:
+    """table: the figures of each system; scores: those of each by judge; judges: names of those that may decide."""
+    guards = {name: failed_guards(system, table[SFT], ctx.recipe.evaluate) for name, system in table.items()}
+    pairs = permutations(table, 2)
+    gains = {(a, b): {j: Difference.of(scores[a][j], scores[b][j]) for j in judges} for a, b in pairs}
+    if PPO in table:
+        notes = figures_of(ctx.parents[PPO])
+    else:
+        figures = figures_of(ctx.parents["reward"]) if "reward" in ctx.parents else {}
+        notes = outcome.notes(gate.apply(figures, ctx.recipe.gate).failures, [])
+    return verdict(outcome.faults(notes), guards, gains)
+
+
+def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:
+    low, high = bootstrap_interval(values, seed=seed)
+    return {"mean": float(values.mean()), "low": low, "high": high}
+
+
+def _referee(ctx: StageContext, device: Device) -> Referee | None:
+    """Nats a token of all replies, after what was asked, under a language model trained apart, with its own tokenizer.
+
+    A reply that ended by itself is charged its end; a cut one is not.
+    """
+    if "referee" not in ctx.parents:
+        return None
+    folder: Path = ctx.parents["referee"]
+    model, tokenizer = frozen(read_causal(folder)).to(device.place), Tokenizer.load(folder)
+
+    def nll(answers: Answers) -> float | None:
+        documents, end = [], tokenizer.document_end
+        for sample, ended in zip(answers.samples, answers.ended, strict=True):
+            asked = [end, *tokenizer.encode(sample.asked)]
+            ids = np.asarray(asked + tokenizer.encode(sample.text) + [end] * ended, np.int32)
+            documents.append(Tokens(ids, np.arange(len(ids)) >= len(asked)))
+        logprobs = np.concatenate(reply_logprobs(model, documents, ctx.recipe.run.micro_tokens, device))
+        return float(-logprobs.mean()) if len(logprobs) else None
+
+    return nll
+
+
+def side_by_side(systems: Mapping[str, Answers], count: int) -> list[dict[str, str]]:
+    first = next(iter(systems.values())).samples[:count]
+    return [
+        {"prompt": sample.prompt, **{name: answers.samples[i].text for name, answers in systems.items()}}
+        for i, sample in enumerate(first)
+    ]
+
+
+def show(ctx: StageContext, report: Mapping[str, Any]) -> None:
+    """The tables of the report, and the answers side by side."""
+    stages = [(stage, name, value) for stage, found in report["stages"].items() for name, value in found.items()]
+    ctx.console.table("Stages, on held-out data", ("stage", "figure", "value"), stages)
+    systems: Mapping[str, Mapping[str, Any]] = report["systems"]
+    names = list(next(iter(systems.values())))
+    rows = [[name, *(_shown(found.get(name)) for found in systems.values())] for name in names]
+    ctx.console.table(f"Answers to {report['prompts']} held-out prompts", ("", *systems), rows)
+    for texts in report["samples"]:
+        ctx.console.say("\n".join(f"  {name}: {text}" for name, text in texts.items()))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{value['mean']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
+    return "" if value is None else f"{value:.3g}"

@@ -1,0 +1,115 @@
+"""Prompts in, completions out: what is asked, as ids, and what a model made of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+
+from tetrad.data.records import Paths, read_prompts
+from tetrad.data.source import Counts
+from tetrad.data.tokens import OnLong, tokenize
+from tetrad.distributed.device import Device
+from tetrad.errors import UserError
+from tetrad.inference.engine import Request, generate
+from tetrad.model.transformer import CausalLM
+from tetrad.settings.common import Sampling
+from tetrad.text.chat_template import Template
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Prompt, Reply, Turn, lines
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as ids, and what it says."""
+
+    ids: tuple[int, ...]
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A reply as it was sampled: its ids, the text they stand for, what was asked, and whether it ended by itself.
+
+    valid_utf8: false where sampled bytes make no characters, and U+FFFD stands in the text for them.
+    """
+
+    prompt_ids: tuple[int, ...]
+    reply_ids: tuple[int, ...]
+    turns: tuple[Turn, ...]
+    text: str
+    where: str = ""
+    ended: bool = True
+    valid_utf8: bool = True
+
+    @property
+    def asked(self) -> str:
+        """The Input or the last user turn; empty where an Instruction stands alone."""
+        return next((turn.text for turn in reversed(self.turns) if turn.role in ("input", "user")), "")
+
+    @property
+    def prompt(self) -> str:
+        """All that was asked, a line a turn."""
+        return lines(self.turns)
+
+
+def complete(
+    model: CausalLM,
+    questions: Sequence[Question],
+    numbers: Sequence[int],
+    key: tuple[int, str, int],
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    device: Device,
+) -> list[tuple[Sample, Reply]]:
+    """One reply a question. numbers: each question's place in the whole batch, which with key = (seed, purpose, step)
+    decides its random numbers; a question that stands several times in a row is computed once."""
+    model.eval()
+    requests = []
+    for question, group in groupby(zip(questions, numbers, strict=True), itemgetter(0)):
+        keys = tuple((*key, number) for _, number in group)
+        requests.append(Request(question.ids, sampling, keys, model.config.eos_ids))
+    replies = generate(model, requests, device, sampling.slots)
+    return [(sampled(q, reply, tokenizer), reply) for q, reply in zip(questions, replies, strict=True)]
+
+
+def sampled(question: Question, reply: Reply, tokenizer: Tokenizer) -> Sample:
+    """The reply beside its prompt, and what it says."""
+    text, prompt = tokenizer.decode(reply.ids), question.prompt
+    valid = tokenizer.is_utf8(reply.ids, text)
+    return Sample(question.ids, reply.ids, prompt.turns, text, prompt.where, reply.ended, valid)
+
+
+def best(samples: Sequence[Sample], scores: Sequence[float]) -> int:
+    """The index of the first sample with the highest score; one that is not valid UTF-8 only where none is."""
+    return max(range(len(samples)), key=lambda i: (samples[i].valid_utf8, scores[i]))
+
+
+def read_questions(
+    paths: Paths,
+    form: Template,
+    tokenizer: Tokenizer,
+    counts: Counts,
+    limit: int,
+    room: int,
+    on_long: OnLong = "refuse",
+) -> list[Question]:
+    """The prompts of record files. limit: the model's positions; room: tokens that the reply needs; on_long: what to
+    do with a prompt that leaves too little, where cut takes tokens of its beginning.
+
+    Errors: E-DATA-*; E-DATA-LONG names the first prompt that leaves too little room; E-DATA-EMPTY.
+    """
+    prompts, most = read_prompts(paths, counts), limit - room
+    found = []
+    for prompt, tokens in zip(prompts, tokenize(form, tokenizer, prompts, counts=counts), strict=True):
+        long = len(tokens.ids) > most
+        if long and (on_long == "refuse" or most < 1):
+            what = f"the prompt has {len(tokens.ids)} tokens; {most} fit beside a reply of {room}"
+            raise UserError("E-DATA-LONG", what, where=prompt.where, hint="shorten it, or lower max_new")
+        counts.cut += long and on_long == "cut"
+        counts.dropped += long and on_long == "drop"
+        if not (long and on_long == "drop"):
+            found.append(Question(tuple(tokens.ids[-most:].tolist()), prompt))
+    if not found:
+        what = f"no prompt leaves room for a reply of {room} tokens"
+        raise UserError("E-DATA-EMPTY", what, hint="shorten the prompts, or lower max_new")
+    return found

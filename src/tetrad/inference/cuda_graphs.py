@@ -1,0 +1,78 @@
+"""A decoding step by replay: on a GPU a step is hundreds of small kernels, whose launches cost more than their work.
+
+One CUDA graph for each (rows, length) that is met, both rounded up to powers of two, so that a few dozen at most serve
+all steps; they share one pool of memory, as a step's logits are read before the next. What rows beyond the real ones
+compute is never read; they write into slots that nobody uses, at position 0.
+On a CPU the step is called as it is, with its exact sizes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetrad.distributed.device import Device
+
+_LEAST_LENGTH = 256
+Compute = Callable[[Tensor, Tensor, int, bool], Tensor]
+"""(ids_N, positions_N, length, whether all rows read the whole length) -> logits_NV."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """given: [2, rows] ids and positions; made: [rows, V] logits."""
+
+    graph: Any
+    given: Tensor
+    made: Tensor
+
+
+class Replayed:
+    """Calls `compute` with one id and its position a row."""
+
+    def __init__(self, compute: Compute, slots: int, positions: int, device: Device) -> None:
+        self._compute, self._slots, self._positions, self._place = compute, slots, positions, device.place
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._pool: Any = None
+
+    def __call__(self, ids: list[int], positions: list[int]) -> Tensor:
+        """Logits [N, V]; overwritten by the next call."""
+        given, length = torch.tensor([ids, positions]), max(positions) + 1
+        if self._place.type != "cuda":
+            return self._compute(given[0], given[1], length, len(ids) == 1)
+        rows = rounded(len(ids), 1, self._slots)
+        length = rounded(length, _LEAST_LENGTH, self._positions)
+        found = self._graphs.get((rows, length))
+        if found is None:
+            found = self._graphs[rows, length] = self._captured(rows, length)
+        found.given.zero_()
+        found.given[:, : len(ids)].copy_(given)
+        found.graph.replay()
+        return found.made[: len(ids)]
+
+    def _captured(self, rows: int, length: int) -> _Graph:
+        """Warmed up first, so that no kernel is loaded while the graph is taken. What this writes goes to the last
+        position, which no reply reads: its last id is never an input."""
+        given = torch.zeros(2, rows, dtype=torch.int64, device=self._place)
+        given[1] = self._positions - 1
+        side = torch.cuda.Stream(self._place)
+        side.wait_stream(torch.cuda.current_stream(self._place))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._compute(given[0], given[1], length, False)
+        torch.cuda.current_stream(self._place).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            made = self._compute(given[0], given[1], length, False)
+        self._pool = self._pool or graph.pool()
+        return _Graph(graph, given, made)
+
+
+def rounded(count: int, least: int, most: int) -> int:
+    """The next power of two from `least` on, at most `most`."""
+    size = least
+    while size < count:
+        size *= 2
+    return min(size, most)

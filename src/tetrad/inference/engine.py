@@ -1,0 +1,366 @@
+"""The one generation engine: rollouts, evaluation, chat and serving all sample here.
+
+Replies grow together in the slots of one cache; rows join and leave at every step. Each is sampled by its own rules
+and its own random numbers, so a reply does not depend on its neighbours (but for the last bits of a matrix product,
+which change with the number of rows). A prompt is computed once for all its replies. There is no collective inside:
+ranks stop at different lengths.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tetrad.console import phase
+from tetrad.distributed.device import Device, free_bytes
+from tetrad.errors import UserError
+from tetrad.inference.cuda_graphs import Replayed
+from tetrad.inference.fused_model import Fused
+from tetrad.inference.kv_cache import Cache, cache_bytes
+from tetrad.inference.sampler import Rules, draw
+from tetrad.kernels.onednn import padded
+from tetrad.model.attention import plan_for
+from tetrad.model.transformer import CausalLM
+from tetrad.seeds import generator_for
+from tetrad.settings.common import Sampling
+from tetrad.text.stream import TextStream
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Reply
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one step: the replies that are being written wait for no more."""
+MOST_LATE = 8
+"""Steps for which a request waits for others to share the computing of prompts with."""
+Key = tuple[int, str, int, int]
+"""(seed, purpose, number, number): what a reply's random numbers follow from."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to answer it: one reply for each of `keys`. ends: ids that end a reply; stop: texts that do.
+
+    bias: what is added to the logits of some ids. top: how many of the likeliest ids are told at each token.
+    """
+
+    ids: tuple[int, ...]
+    sampling: Sampling
+    keys: tuple[Key, ...]
+    ends: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+    bias: Mapping[int, float] = field(default_factory=dict)
+    top: int = 0
+
+
+class Event(NamedTuple):
+    """A token of a reply. ticket: of the request; copy: which of its replies; text: what can be shown now; reply: the
+    whole, with its last token."""
+
+    ticket: int
+    copy: int
+    token: int
+    logprob: float
+    text: str
+    reply: Reply | None
+
+
+@dataclass(eq=False)
+class _Row:
+    """A reply that waits or grows."""
+
+    request: Request
+    ticket: int
+    copy: int
+    uniforms: list[float] = field(default_factory=list)
+    stream: TextStream | None = None
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Of its last id."""
+        return len(self.request.ids) + len(self.ids) - 1
+
+    def begin(self, tokenizer: Tokenizer | None) -> None:
+        """What is needed from now on; rows that wait hold nothing."""
+        s, key = self.request.sampling, self.request.keys[self.copy]
+        self.uniforms = noise(key, s.max_new).tolist() if s.temperature else [0.0] * s.max_new
+        self.stream = TextStream(tokenizer, self.request.stop) if tokenizer else None
+
+    def reply(self, reason: str) -> Reply:
+        return Reply(tuple(self.ids), tuple(self.logprobs), reason, "".join(self.texts), tuple(self.top))
+
+
+class _Shelf(NamedTuple):
+    """A prompt that was computed and has replies that wait for a slot: it lies in the cache's spare row."""
+
+    ticket: int
+    logits: Tensor
+
+
+class Engine:
+    """Requests in, events out. tokenizer: where events carry text, or requests have stop texts.
+
+    Slots and positions (the longest prompt with its reply) are fixed, and their memory is taken at once. Errors:
+    E-MEM-FULL before it is taken, where there isn't that much.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: Fused, device: Device, slots: int, positions: int, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model, self.device, self.slots, self.tokenizer = model, device, slots, tokenizer
+        self.positions = min(positions, len(model.turns))
+        self.cache = _cache(model, slots, self.positions, device)
+        self.prefilled = 0  # prompt tokens computed
+        self._rows: list[_Row] = []  # row i has slot i
+        self._waiting: deque[_Row] = deque()
+        self._late = 0  # steps for which rows have waited beside a free slot
+        self._tickets = 0
+        self._cancelled: set[int] = set()  # in this step
+        self._shelf: _Shelf | None = None
+        self._rules: Rules | None = None
+        self._forward = Replayed(_forward_of(model, self.cache), slots, self.positions, device)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any reply waits or grows."""
+        return bool(self._rows or self._waiting)
+
+    def add(self, request: Request) -> int:
+        """Queues a request and returns its ticket.
+
+        Errors: E-DATA-BLANK without a prompt, E-DATA-LONG where prompt and reply have no room. Raises ValueError for
+        stop texts without a tokenizer.
+        """
+        if request.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer")
+        if not request.ids:
+            raise UserError("E-DATA-BLANK", "the prompt has no tokens", hint="ask something")
+        s, needed = request.sampling, len(request.ids) + request.sampling.max_new
+        if needed > self.positions:
+            what = f"the longest prompt and {s.max_new} new tokens need {needed} positions, there are {self.positions}"
+            raise UserError("E-DATA-LONG", what, hint="shorten the prompt or max_new")
+        self._tickets += 1
+        self._waiting += [_Row(request, self._tickets, copy) for copy in range(len(request.keys))]
+        return self._tickets
+
+    @torch.inference_mode()
+    def cancel(self, ticket: int) -> list[Reply]:
+        """Ends a request's replies where they are; returns those that waited or grew, as far as they were shown. No
+        event of it follows from `events`."""
+        gone = [row for row in (*self._rows, *self._waiting) if row.ticket == ticket]
+        self._leave([number for number, row in enumerate(self._rows) if row.ticket == ticket])
+        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        if self._shelf and self._shelf.ticket == ticket:
+            self._shelf = None
+        self._cancelled.add(ticket)
+        return [row.reply("cancelled") for row in sorted(gone, key=lambda row: row.copy)]
+
+    def events(self) -> Iterator[Event]:
+        """Everything that happens until all replies are there; requests may be added and cancelled in between."""
+        while self.busy:
+            for event in self.advance():
+                if event.ticket not in self._cancelled:
+                    yield event
+
+    @torch.inference_mode()
+    def advance(self) -> list[Event]:
+        """One token for each row that grows, after those that wait have taken free slots.
+
+        Errors: E-NUM-NONFINITE where the logits are no numbers. After any error the same step can be tried again.
+        """
+        self._cancelled.clear()
+        try:
+            grown = [(row.ids[-1], row.position) for row in self._rows]
+            logits = [self._forward(*map(list, zip(*grown, strict=True)))] if grown else []
+            logits += self._admit()
+            if not self._rows:
+                return []
+            events = self._sample(torch.cat(logits) if len(logits) > 1 else logits[0])
+        except BaseException:  # an error, a full memory, Ctrl-C: who has no token yet waits again
+            fresh = [row for row in self._rows if not row.ids]
+            del self._rows[len(self._rows) - len(fresh) :]
+            self._waiting.extendleft(reversed(fresh))
+            self._rules = None
+            raise
+        self._leave([number for number, event in enumerate(events) if event.reply])
+        return events
+
+    # Who joins, who leaves
+
+    def _admit(self) -> list[Tensor]:
+        """Waiting rows take free slots; returns the logits after their prompts. Where few are free they wait some steps
+        for an eighth: one prompt costs nearly as much as several together."""
+        free = self.slots - len(self._rows)
+        if not self._waiting or not free:
+            return []
+        self._late += 1
+        if self._rows and free < self.slots // 8 and self._late < MOST_LATE:
+            return []
+        first, tokens, self._late, self._rules = len(self._rows), 0, 0, None
+        prompts: dict[int, int] = {}  # ticket: slot where its prompt is computed
+        while self._waiting and len(self._rows) < self.slots:
+            row = self._waiting[0]
+            if row.ticket not in prompts and not self._on_shelf(row):
+                tokens += len(row.request.ids)
+                if prompts and tokens > PREFILL_TOKENS:
+                    break
+                prompts[row.ticket] = len(self._rows)
+            row.begin(self.tokenizer)
+            self._rows.append(self._waiting.popleft())
+        return [self._prompts(first, prompts)]
+
+    def _prompts(self, first: int, prompts: dict[int, int]) -> Tensor:
+        """The prompts' keys and values in the slots of all rows from `first` on, and the logits after them, [rows, V].
+
+        Replies of one request wait one after another, so that only the last prompt can have some that still wait: it is
+        kept in the spare row for them.
+        """
+        found = self._prefill(list(prompts.values())) if prompts else ()
+        after, source = dict(zip(prompts, found, strict=True)), dict(prompts)
+        if self._shelf:
+            after[self._shelf.ticket], source[self._shelf.ticket] = self._shelf.logits, self.slots
+        for slot, row in enumerate(self._rows[first:], first):
+            if source[row.ticket] != slot:
+                self.cache.copy(source[row.ticket], slot, len(row.request.ids))
+        last = self._rows[-1]
+        if not self._waiting or self._waiting[0].ticket != last.ticket:
+            self._shelf = None
+        elif not self._on_shelf(last):
+            self._shelf = None
+            self.cache.copy(len(self._rows) - 1, self.slots, len(last.request.ids))
+            self._shelf = _Shelf(last.ticket, after[last.ticket].clone())
+        return torch.stack([after[row.ticket] for row in self._rows[first:]])
+
+    def _on_shelf(self, row: _Row) -> bool:
+        return self._shelf is not None and self._shelf.ticket == row.ticket
+
+    def _prefill(self, slots: list[int]) -> Tensor:
+        """Computes the prompts of these slots' rows, packed; returns the logits after each, [prompts, V]."""
+        place, prompts = self.device.place, [self._rows[slot].request.ids for slot in slots]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ends = lengths.cumsum(0)
+        total = int(ends[-1])
+        positions_T = (torch.arange(total) - (ends - lengths).repeat_interleave(lengths)).to(place)
+        slots_T = torch.tensor(slots).repeat_interleave(lengths).to(place)
+        ids_T = torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])).to(place)
+        plan = plan_for((0, *ends.tolist()), place)
+        attend = self.cache.fill(slots_T, positions_T, plan)
+        self.prefilled += total
+        ids_T, positions_T = (F.pad(x, (0, padded(total, place) - total)) for x in (ids_T, positions_T))
+        return self.model.logits(self.model.hidden(ids_T, positions_T, attend, (ends - 1).to(place)))
+
+    def _leave(self, slots: Sequence[int]) -> None:
+        """Frees slots, the last rows moving into them, so that the rows in use stay the first ones."""
+        for slot in sorted(slots, reverse=True):
+            last = self._rows.pop()
+            if slot < len(self._rows):
+                self._rows[slot] = last
+                self.cache.copy(len(self._rows), slot, last.position)
+        if slots:
+            self._rules = None
+
+    # What is said
+
+    def _sample(self, logits: Tensor) -> list[Event]:
+        rows, place = self._rows, self.device.place
+        if self._rules is None:
+            requests = [row.request for row in rows]
+            size, biases = logits.shape[-1], [request.bias for request in requests]
+            self._rules = Rules.of([request.sampling for request in requests], biases, size, place)
+        uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows]).to(place)
+        said = [(r.request.sampling, r.request.ids, r.ids) for r in rows] if self._rules.penalised else ()
+        top = max(row.request.top for row in rows)
+        drawn = draw(logits, uniforms, self._rules, said, top)
+        ids, logprobs = drawn.ids.tolist(), drawn.logprobs.tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise UserError(
+                "E-NUM-NONFINITE", "the model's logits are no numbers", hint="it is damaged: train it again"
+            )
+        likeliest: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+        if drawn.top:
+            pairs = zip(*(part.tolist() for part in drawn.top), strict=True)
+            likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
+        tokens = zip(rows, ids, logprobs, likeliest, strict=True)
+        return [_event(*token) for token in tokens]
+
+
+def _forward_of(model: Fused, cache: Cache) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
+    """A decoding step. It knows no engine, so that an engine that is let go takes its cache with it at once."""
+
+    def forward(ids_N: Tensor, positions_N: Tensor, length: int, full: bool) -> Tensor:
+        return model.logits(model.hidden(ids_N, positions_N, cache.step(positions_N, length, full=full)))
+
+    return forward
+
+
+def _cache(model: Fused, slots: int, positions: int, device: Device) -> Cache:
+    """With a spare row."""
+    needed, free = cache_bytes(model.config, slots + 1, positions, model.dtype), free_bytes(device.place)
+    if needed > free:
+        what = (
+            f"a cache of {slots} slots with {positions} positions needs {needed >> 20} MiB, {free >> 20} MiB are free"
+        )
+        raise UserError("E-MEM-FULL", what, hint="lower slots or max_new")
+    return Cache(model.config, slots + 1, positions, model.dtype, device.place)
+
+
+def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Event:
+    """The row with one more token."""
+    request = row.request
+    row.ids.append(token)
+    row.logprobs.append(logprob)
+    if request.top:
+        row.top.append(top[: request.top])
+    text, reason = "", ""
+    if token in request.ends:
+        reason = "end"
+    elif len(row.ids) == request.sampling.max_new:
+        reason = "length"
+    if row.stream:
+        text = row.stream.push(token)
+        if row.stream.stopped and reason != "end":
+            reason = "stop"
+        if reason:
+            text += row.stream.close()
+        row.texts.append(text)
+    return Event(row.ticket, row.copy, token, logprob, text, row.reply(reason) if reason else None)
+
+
+def noise(key: Key, max_new: int) -> np.ndarray:
+    """A reply's uniform numbers [max_new], float32: its own, whatever is sampled beside it."""
+    return generator_for(*key).random(max_new, dtype=np.float32)
+
+
+def generate(
+    model: CausalLM | Fused,
+    requests: Sequence[Request],
+    device: Device,
+    slots: int,
+    tokenizer: Tokenizer | None = None,
+) -> list[Reply]:
+    """The replies, request by request and copy by copy. tokenizer: where replies carry text, or have stop texts.
+
+    Errors: E-DATA-LONG where a prompt and its longest reply exceed the model's positions; E-MEM-FULL.
+    """
+    if not requests:
+        return []
+    positions = padded(max(len(r.ids) + r.sampling.max_new for r in requests), device.place)
+    fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
+    engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
+    tickets = [engine.add(request) for request in requests]
+    found: dict[tuple[int, int], Reply] = {}
+    with phase("sampling", sum(len(r.keys) for r in requests)) as bar:
+        for tokens, event in enumerate(engine.events(), 1):
+            if event.reply:
+                found[event.ticket, event.copy] = event.reply
+            bar.advance(int(event.reply is not None), tokens=tokens)
+    return [found[t, c] for t, r in zip(tickets, requests, strict=True) for c in range(len(r.keys))]

@@ -1,0 +1,175 @@
+"""Which folder a name means, and whether a model can be used, told without torch and before anything starts.
+
+`check` is what the pipeline asks of every folder that a stage starts from, and the commands that use a model of theirs:
+the manifest where there is one, then what `model.inspect` and the tokenizer say.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetrad.errors import UserError
+from tetrad.model.config import is_file, is_reward, read_json
+from tetrad.model.inspect import Facts, has_manifest, inspect
+from tetrad.settings.check import build
+from tetrad.settings.common import Sampling
+from tetrad.storage import verify_folder
+from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded
+from tetrad.text.chat_template import template as template_of
+from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
+
+_PROBES = [start * 60 + "!" for start in ("a", "1", " ", "\n", "é", "字", "ab ", "a1")]
+"""Texts on which a regular expression that needs exponential time runs out of its retries at once."""
+_FILES = (".json", ".safetensors", ".jinja")
+_GENERATION = "generation_config.json"
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A folder that can be used. note: what the user should hear; empty, mostly."""
+
+    facts: Facts
+    tokenizer: Tokenizer
+    note: str
+
+
+def check(folder: Path, *, role: str = "language", verify: bool = True) -> Checked:
+    """What is known of a model folder before it is loaded. role: language | reward | any (of the two).
+
+    verify: False where its files' sha256 have been compared already. Errors: E-MODEL-*, E-CKPT-*.
+    """
+    if verify and has_manifest(folder):
+        verify_folder(folder)
+    facts = inspect(folder, scalar=role != "language")
+    if role == "reward" and not facts.reward:
+        raise no_reward(folder)
+    tokenizer = Tokenizer.load(folder)
+    refuse_small_vocabulary(facts.config.vocab_size, tokenizer, folder)
+    try:
+        for text in _PROBES:
+            tokenizer.encode(text)
+    except UserError as error:
+        raise UserError(error.code, error.what, where=str(folder / "tokenizer.json"), hint=error.hint) from None
+    return Checked(facts, tokenizer, others_may_write(folder))
+
+
+def usable(name: str, *, template: str = "", reward: bool = False) -> Checked:
+    """`check` for a command that uses a model; the template is needed too. Errors: E-MODEL-*, E-CKPT-*."""
+    folder = model_folder(name)
+    if reward and not is_reward(folder):
+        raise no_reward(folder)
+    checked = check(folder, role="reward" if reward else "language")
+    needed_template(folder_template(folder, template), folder)
+    return checked
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of the files: that of a stage of a run, or itself. Errors: E-MODEL-MISSING."""
+    path = Path(name)
+    try:
+        found = [place for place in (path / "model", path) if (place / "config.json").is_file()]
+        there = path.is_dir()
+    except (OSError, ValueError):  # a name that no folder can have
+        found, there = [], False
+    if found:
+        return found[0]
+    stages = sorted(p.parent.parent.name for p in path.glob("*/model/config.json")) if there else []
+    if not there:
+        what, hint = "there is no such folder", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
+    elif stages:
+        best = "ppo" if "ppo" in stages else stages[-1]
+        what, hint = f"this is a run; its models are {', '.join(stages)}", f"name one: {path / best}"
+    elif (path / "lineage.json").is_file():
+        what, hint = "this stage has no finished language or reward model", "run its recipe to the end"
+    else:
+        what, hint = "there is no config.json", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
+    raise UserError("E-MODEL-MISSING", what, where=str(path), hint=hint)
+
+
+def own_sampling(name: str | Path) -> dict[str, Any]:
+    """How the model of a folder, or of a stage of a run, wants to be sampled: the settings that the table of
+    generation_config.json has where it says do_sample. Errors: E-MODEL-FORMAT, E-CONF-*."""
+    path = next((p for p in (Path(name, "model", _GENERATION), Path(name, _GENERATION)) if is_file(p)), None)
+    if not path or (stated := read_json(path)).get("do_sample") is not True:
+        return {}
+    values = {key: stated[key] for key in _SAMPLING if stated.get(key) is not None}
+    build(Sampling, values, dict.fromkeys(values, str(path)))
+    return values
+
+
+def folder_template(folder: Path, choice: str) -> Template | None:
+    """The template that the user chose, else the folder's own; None where there is neither.
+
+    Errors: E-MODEL-TEMPLATE.
+    """
+    noted = recorded(folder)
+    if choice:
+        return noted if noted and noted.name == choice else template_of(choice)
+    return noted or recognised(folder)
+
+
+def needed_template(form: Template | None, folder: Path) -> Template:
+    """The template, or E-MODEL-TEMPLATE."""
+    if form is None:
+        hint = "choose --template " + " or --template ".join(TEMPLATES)
+        raise UserError("E-MODEL-TEMPLATE", "the folder names no template", where=str(folder), hint=hint)
+    return form
+
+
+def refuse_small_vocabulary(rows: int, tokenizer: Tokenizer, folder: Path) -> None:
+    """A model reads the ids of its tokenizer. Errors: E-MODEL-TOKENIZER."""
+    if tokenizer.size > rows:
+        what = f"the tokenizer has {tokenizer.size} tokens, the model {rows}"
+        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="put the model's own tokenizer.json there")
+
+
+def refuse_other_tokenizer(folder: Path, own: Tokenizer, policy: Tokenizer) -> None:
+    """A critic reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
+    if own.fingerprint != policy.fingerprint:
+        what = "the critic can't start from a reward model whose tokenizer isn't the answering model's"
+        hint = 'set ppo.critic = "actor", or train the reward model from this recipe\'s SFT model'
+        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint=hint)
+
+
+def foreign_files(folder: Path, setting: str) -> list[Path]:
+    """The files of a folder without a manifest that say what its model is, none of them hashed or read.
+
+    setting: what named the folder. Errors: E-MODEL-MISSING, and E-MODEL-* for text that is larger than any in use.
+    """
+    files = sorted(p for p in folder.iterdir() if p.suffix in _FILES) if folder.is_dir() else []
+    names = [path.name for path in files]
+    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
+    missing += [] if any(name.endswith(".safetensors") for name in names) else ["model.safetensors"]
+    if missing:
+        what = f"{setting}: there is no {', no '.join(missing)}" if folder.is_dir() else f"{setting} names no folder"
+        hint = 'name a Hugging Face folder, or a stage that is done ("runs/NAME/sft")'
+        if folder.is_dir() and any(folder.glob("*.bin")):
+            hint = "convert the .bin files to safetensors first: pickles are never read"
+        if "tokenizer.json" in missing and any(folder.glob("*.model")):
+            hint = CONVERT
+        raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
+    for path in files:
+        if path.suffix != ".safetensors" and path.stat().st_size > MAX_JSON_BYTES:
+            code = "E-MODEL-TOKENIZER" if path.name.startswith("tokenizer") else "E-MODEL-FORMAT"
+            what = f"{path.name} is larger than {MAX_JSON_BYTES >> 20} MiB"
+            raise UserError(code, what, where=str(path), hint="copy the whole model folder again")
+    return files
+
+
+def no_reward(folder: Path) -> UserError:
+    """The error for a language model where a reward model is needed."""
+    hint = 'name a reward model, such as "runs/NAME/reward"'
+    return UserError("E-CKPT-ROLE", "this is a language model: it has no reward", where=str(folder), hint=hint)
+
+
+def others_may_write(folder: Path) -> str:
+    """A note where another user owns the folder or a file in it, or may write there; else nothing."""
+    for path in (folder, *sorted(folder.iterdir())):
+        status = path.lstat()
+        foreign = status.st_uid not in (os.getuid(), 0)
+        if foreign or (status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode)):
+            return f"{path} belongs to, or can be changed by, another user"
+    return ""

@@ -1,0 +1,1 @@
+"""Products by the fastest kernel of the machine."""

@@ -1,0 +1,133 @@
+"""Model folders in and out: ordinary Hugging Face folders with safetensors, in one file or shards.
+
+Nothing is guessed: a missing or unexpected tensor, a wrong shape, a pickle-only folder is an error. Folders that Tetrad
+wrote carry a manifest and are verified before they are read.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tetrad.errors import UserError
+from tetrad.model.config import config_json
+from tetrad.model.inspect import Facts, has_manifest, inspect
+from tetrad.model.safetensors_io import read_tensors, tensor_chunks
+from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
+from tetrad.storage import Content, verify_folder
+
+SHARD_BYTES = 5 * 2**30
+
+
+def read_causal(folder: Path) -> CausalLM:
+    """A language model in float32. Errors: E-MODEL-*, E-CKPT-*."""
+    facts = _inspected(folder)
+    with torch.device("meta"):
+        model = CausalLM(facts.config)
+    _fill(model, _tensors(facts))
+    return model
+
+
+def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
+    """A reward model or critic in float32; from a language model's folder, its body and a fresh head."""
+    facts = _inspected(folder, scalar=True)
+    tensors = _tensors(facts)
+    with torch.device("meta"):
+        model = ScalarModel(facts.config)
+    if "score.weight" not in tensors:
+        tensors["score.weight"] = initial_head(facts.config.hidden_size, seed)
+    _fill(model, tensors)
+    return model
+
+
+def read_members(folder: Path) -> tuple[ScalarModel, ...]:
+    """A reward model and the further members of its ensemble, where it has any. Errors: E-MODEL-*, E-CKPT-*."""
+    members = [read_scalar(folder)]
+    for path in member_files(folder):
+        tensors = read_tensors(path)
+        with torch.device("meta"):
+            model = ScalarModel(members[0].config)
+        if tensors.keys() != {*dict(model.named_parameters()), "bias"}:
+            raise UserError("E-CKPT-KEYS", "its tensors are not those of the model beside it", where=str(path))
+        _fill(model, tensors)
+        model.bias = tensors["bias"]
+        members.append(model)
+    return tuple(members)
+
+
+def member_files(folder: Path) -> list[Path]:
+    """The weights of the second, third ... member of an ensemble."""
+    return sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+
+
+def members_content(members: Sequence[ScalarModel]) -> dict[str, Content]:
+    """The files of all but the first, which is the folder's own model."""
+    return {
+        f"member-{number}.safetensors": tensor_chunks({**_trained(member), "bias": member.bias})
+        for number, member in enumerate(members[1:], start=2)
+    }
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _inspected(folder: Path, *, scalar: bool = False) -> Facts:
+    if has_manifest(folder):
+        verify_folder(folder)
+    return inspect(folder, scalar=scalar)
+
+
+def _tensors(facts: Facts) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in facts.files:
+        tensors |= read_tensors(path)
+    return {name: tensor for name, tensor in tensors.items() if name in facts.tensors}
+
+
+def _fill(model: CausalLM | ScalarModel, tensors: dict[str, Tensor]) -> None:
+    """Puts the tensors in their places; `inspect` has compared names and shapes."""
+    for name in dict(model.named_parameters()):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensors[name].float()))
+    if isinstance(model, ScalarModel):
+        model.bias = torch.tensor(model.config.reward_bias)
+
+
+def model_files(model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES) -> dict[str, Content]:
+    """config.json, weights in one file or shards, generation_config.json: what transformers loads."""
+    scalar = isinstance(model, ScalarModel)
+    config = model.config
+    if isinstance(model, ScalarModel):
+        config = dataclasses.replace(config, reward_bias=float(model.bias))
+    files: dict[str, Content] = {
+        "config.json": _json(config_json(config, "SequenceClassification" if scalar else "CausalLM"))
+    }
+    if not scalar:
+        eos = list(config.eos_ids)
+        files["generation_config.json"] = _json(
+            {"eos_token_id": eos[0] if len(eos) == 1 else eos or None, "pad_token_id": config.pad_id}
+        )
+    tensors = _trained(model)
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        return files | {"model.safetensors": tensor_chunks(tensors)}
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(t.nbytes for t in tensors.values())
+    files["model.safetensors.index.json"] = _json({"metadata": {"total_size": total}, "weight_map": where})
+    return files | {name: tensor_chunks(shard) for name, shard in zip(names, shards, strict=True)}
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

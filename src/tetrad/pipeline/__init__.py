@@ -1,0 +1,1 @@
+"""A recipe from its file to its results: checked, planned, looked over before it starts, run, and shown. No torch."""

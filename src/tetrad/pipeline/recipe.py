@@ -1,0 +1,180 @@
+"""A recipe's file: TOML in and out, the command line's words on top; `agreement` checks what it says as a whole.
+
+Paths in a recipe start at the recipe file's folder (`run.out` at the current one); `read` resolves them, so that later
+code opens them as they are. Nothing is read from the data files here, and nothing that is written in a recipe is run.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tetrad import disk
+from tetrad.errors import UserError
+from tetrad.pipeline.validation import PATHS, check, check_values
+from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Knob, is_function, knobs, toml_name
+from tetrad.settings.check import build
+from tetrad.settings.recipe import Recipe
+from tetrad.settings.words import nest, parse
+
+__all__ = ["Recipe", "read", "write"]
+
+MAX_BYTES = 1 << 20
+_TABLE_LINE = re.compile(r"\s*\[\[?\s*([\w.\"'-]+)\s*\]")
+_KEY_LINE = re.compile(r"\s*([\w.\"'-]+)\s*=")
+_DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){16}""")
+_TWICE = ("Cannot overwrite a value", "Cannot declare", "Cannot redefine", "Duplicate inline table key")
+_DEPTH = 16
+_KNOBS = cache(knobs)
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file, with words such as `--ppo.actor-lr 1e-6` on top, checked as one.
+
+    Raises UserError E-CONF-{MISSING,SIZE,SYNTAX,DUPKEY,UNKNOWN,TYPE,RANGE,SECRET,DIVIDE,CONFLICT} with `file:line`.
+    """
+    path = Path(path)
+    text = _text(path)
+    values = _toml(path, text)
+    places = {name: f"{path}:{line}" for name, line in _lines(text)}
+    stray, given, flags = parse(overrides, _KNOBS(Recipe))
+    if stray:
+        hint = "a setting is written --TABLE.KEY VALUE, as --ppo.steps 50"
+        raise UserError("E-CONF-SYNTAX", f"unexpected argument {stray[0]!r}", hint=hint)
+    for table, inner in nest(given).items():
+        below = values.get(table)
+        values[table] = {**below, **inner} if isinstance(below, dict) and isinstance(inner, dict) else inner
+    places |= flags
+    recipe = build(Recipe, values, places)
+    recipe = replace(recipe, name=recipe.name or _name_of(path))
+    check_values(recipe, places)
+    recipe = _resolved(recipe, path.parent)
+    check(recipe, places)
+    return recipe
+
+
+def write(recipe: Recipe) -> str:
+    """The recipe as TOML, with every setting and with absolute paths: `read` gives the same from any folder."""
+    recipe = _resolved(recipe, Path.cwd())
+    recipe = replace(recipe, run=replace(recipe.run, out=os.path.abspath(recipe.run.out)))
+    lines: list[str] = []
+    items = [(toml_name(f.name), getattr(recipe, f.name)) for f in fields(recipe)]
+    lines += [f"{name} = {_literal(value)}" for name, value in items if not is_dataclass(value)]
+    for name, table in items:
+        if is_dataclass(table):
+            lines += ["", f"[{name}]"]
+            lines += [f"{toml_name(f.name)} = {_literal(getattr(table, f.name))}" for f in fields(table)]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+
+
+# Reading the file
+
+
+def _text(path: Path) -> str:
+    where, hint = str(path), "give the path of a recipe (a .toml file)"
+    try:
+        size, raw = disk.start_of(path, MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError("E-CONF-MISSING", "no such file", where=where, hint=hint) from None
+    except OSError as error:
+        what = error.strerror or str(error)
+        if what.startswith("is "):
+            raise UserError("E-CONF-SIZE", f"{what}, so it is not a recipe", where=where, hint=hint) from None
+        raise UserError("E-CONF-MISSING", f"can't be read: {what}", where=where, hint=hint) from None
+    if max(size, len(raw)) > MAX_BYTES:
+        raise UserError("E-CONF-SIZE", "is larger than 1 MiB, so it is not a recipe", where=where, hint=hint)
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is not UTF-8 text"
+        raise UserError("E-CONF-SYNTAX", what, where=where, hint=hint + " saved as UTF-8") from None
+
+
+def _toml(path: Path, text: str) -> dict[str, Any]:
+    try:
+        if found := _DOTTED.search(text):  # tomllib needs quadratic time and memory for them
+            raise RecursionError(f"{found[0]:.20}... is nested more than {_DEPTH} deep")
+        return _shallow(tomllib.loads(text))
+    except (ValueError, RecursionError) as error:  # Python itself refuses a whole number of 5,000 digits
+        found = re.search(r"\(at line (\d+), column (\d+)\)|(\(at end of document\))", str(error))
+        last = max(1, text.count("\n") + (not text.endswith("\n")))
+        line = int(found[1]) if found and found[1] else last
+        message = str(error).partition(" (at ")[0].partition(";")[0]
+        where = f"{path}:{line}"
+    if message.startswith(_TWICE):
+        key = text.split("\n")[line - 1].partition("=")[0].strip()
+        raise UserError("E-CONF-DUPKEY", f"{key} is given twice", where=where, hint="keep one of them")
+    hint = 'a recipe is TOML: [table] on a line of its own, then key = value; text in "quotes", lists in [brackets]'
+    raise UserError("E-CONF-SYNTAX", f"can't be read as TOML: {message}", where=where, hint=hint)
+
+
+def _shallow(values: dict[str, Any]) -> dict[str, Any]:
+    """The values. Raises RecursionError where they are nested deeper than any recipe; dotted keys can do that."""
+    level: list[Any] = [values]
+    for _ in range(_DEPTH):
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        level = [item for item in level if isinstance(item, dict | list)]
+    if level:
+        raise RecursionError(f"it is nested more than {_DEPTH} deep")
+    return values
+
+
+def _lines(text: str) -> Iterator[tuple[str, int]]:
+    """The line on which each table and key stands, as far as a look at single lines can tell."""
+    table = ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if match := _TABLE_LINE.match(line):
+            table = re.sub(r"[\"']", "", match[1]) + "."
+            yield table[:-1], number
+        elif match := _KEY_LINE.match(line):
+            yield table + re.sub(r"[\"']", "", match[1]), number
+
+
+def _name_of(path: Path) -> str:
+    path = path.absolute()
+    return path.parent.name if path.stem == "recipe" else path.stem
+
+
+# Paths
+
+
+def _resolved(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its paths from `folder` on."""
+    changes: dict[str, Any] = {}
+    for item in fields(recipe):
+        table = getattr(recipe, item.name)
+        if is_dataclass(table):
+            inside = {f.name: (f"{item.name}.{toml_name(f.name)}", getattr(table, f.name)) for f in fields(table)}
+            new = {key: _path(_KNOBS(Recipe)[name], value, folder) for key, (name, value) in inside.items()}
+            changes[item.name] = replace(table, **new)  # type: ignore[type-var]
+    return replace(recipe, **changes)
+
+
+def _path(knob: Knob, value: Any, folder: Path) -> Any:
+    if knob.mark in (FUNCTIONS, REWARDS):
+        return tuple(os.path.abspath(_from(folder, text)) if is_function(text) else text for text in value)
+    if knob.mark == FILES:
+        return tuple(str(_from(folder, text)) for text in value)
+    if knob.name in PATHS and value:
+        beside = folder / os.path.expanduser(value)
+        return str(beside if beside.exists() else Path(value))  # a run's stage is given as from the current folder
+    return value
+
+
+def _from(folder: Path, text: str) -> str | Path:
+    if text.startswith("hf://"):  # a dataset of the hub is no path
+        return text
+    return folder / os.path.expanduser(text)

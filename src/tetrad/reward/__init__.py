@@ -1,0 +1,1 @@
+"""The reward model and other sources of reward: data, members, evaluation, and the gate before PPO."""

@@ -1,0 +1,165 @@
+"""A reward model after its training: its scale is set on the policy's replies, and it is measured on what it never saw.
+
+Figures go into the model's manifest, where the gate reads them; evaluation.json beside the model has the rest: slices,
+probes, baselines, and the members of an ensemble one by one.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple
+from typing import Any
+
+import numpy as np
+import torch
+
+from tetrad.data.loader import order
+from tetrad.data.source import Counts
+from tetrad.inference.completions import Sample, complete, read_questions
+from tetrad.model.transformer import ScalarModel, frozen
+from tetrad.objectives.calibration import spearman
+from tetrad.reward.batches import Examples
+from tetrad.reward.evaluation import BETTER_IS_LONGER, BETTER_IS_SHORTER, Pairs, Slice, slices
+from tetrad.reward.model import Reward, RewardModel, reader
+from tetrad.reward.probes import Probe, probes, worst
+from tetrad.settings.common import Sampling
+from tetrad.storage import Content
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.context import StageContext
+from tetrad.training.prepare import first_parent
+from tetrad.training.stage import POLICY, read_policy, template_for
+
+Json = dict[str, Any]
+MOST_SEEN = 4096
+
+
+def normalise(ctx: StageContext, judge: RewardModel) -> dict[str, float]:
+    """Sets each member's gain and bias: mean 0 and standard deviation 1 on the policy's replies to held-out prompts.
+
+    Returns what they were, and how fresh replies to the same prompts come out afterwards.
+    """
+    s, seed, device = ctx.recipe.reward, ctx.recipe.seed, judge.device
+    folder = first_parent(ctx, *POLICY)
+    tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
+    actor = frozen(read_policy(folder, tokenizer, form)).to(device.place)
+    files = ctx.files(s.held_out or s.data)
+    questions = read_questions(files, form, tokenizer, Counts(), actor.config.max_positions, s.normalise_max_new)
+    chosen = [questions[i] for i in order(seed, 0, len(questions))[: s.normalise]]
+    sampling = Sampling(max_new=s.normalise_max_new, slots=ctx.recipe.sampling.slots)
+    used, fresh = (
+        [s for s, _ in complete(actor, chosen, range(len(chosen)), (seed, name, 0), sampling, tokenizer, device)]
+        for name in ("normalise", "fresh")
+    )
+    read = reader(ctx, judge.folder, tokenizer, form)
+
+    def scores(samples: Sequence[Sample]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return judge.scores(read(samples))
+
+    before = scores(used)
+    for member, row in zip(judge.members, before, strict=True):
+        _rescale(member, float(row.mean()), float(row.std()))
+    again = scores(fresh)
+    figures = {
+        "policy_mean": float(before[0].mean()),
+        "policy_std": float(before[0].std()),
+        "fresh_mean": float(again.mean()),
+        "fresh_std": float(again.mean(0).std()),
+    }
+    if len(judge.members) > 1:
+        figures["disagreement"] = float(again.std(0).mean())
+    lengths = torch.tensor([float(len(sample.reply_ids)) for sample in fresh])
+    correlation = spearman(torch.from_numpy(again.mean(0)), lengths)
+    return figures | ({"length_correlation": correlation} if np.isfinite(correlation) else {})
+
+
+def highest_seen(judge: RewardModel, examples: Examples) -> float:
+    """What all but a thousandth of (at most 4,096) training answers get at most: higher scores are news."""
+    documents = examples.tokens[:: max(1, math.ceil(len(examples.tokens) / MOST_SEEN))]
+    scores = judge.scores(documents).mean(0)
+    return float(np.quantile(scores, 0.999))
+
+
+@torch.no_grad()
+def _rescale(member: ScalarModel, mean: float, std: float) -> None:
+    """What tells no replies apart keeps its scale: enlarging rounding errors would look like an opinion."""
+    gain = 1 / std if std > 1e-6 else 1.0
+    member.score.weight *= gain
+    member.bias.copy_((member.bias - mean) * gain)
+
+
+def assess(
+    ctx: StageContext, judge: RewardModel, tests: Sequence[Examples], baselines: Mapping[str, Reward]
+) -> tuple[dict[str, float], Json]:
+    """Figures, and all of evaluation.json, on test records at the temperature that fits held-out ones.
+
+    tests: held-out and test examples.
+    """
+    gap, test = ctx.recipe.reward.pair_gap, tests[1]
+    scored = [judge.scores(e.tokens) for e in tests]
+    held_out, pairs = (Pairs.of(e, torch.from_numpy(r.mean(0)), gap) for e, r in zip(tests, scored, strict=True))
+    temperature = held_out.temperature()
+    figures = {"temperature": temperature, **pairs.figures(temperature)}
+    lengths = torch.tensor([float(len(sample.text)) for sample in test.samples()])
+    of_length = _accuracy(Pairs.of(test, lengths, gap))
+    figures |= {"length_accuracy": max(of_length, 1 - of_length)} if of_length is not None else {}
+    beside = {name: Pairs.of(test, torch.tensor(f(test.samples())), gap) for name, f in baselines.items()}
+    for name, other in beside.items():
+        told = {"pair_accuracy": _accuracy(other), "spearman": other.ranks().get("spearman")}
+        figures |= {f"{name}_{key}": value for key, value in told.items() if value is not None}
+    probed = probes(test.samples(), judge.of_texts, ctx.recipe.reward.probes)
+    for name in ("padded", "duplicated", "phrase"):
+        figures |= {f"probe_{name}": found.shift} if (found := worst(probed, name)) else {}
+    alone = [Pairs.of(test, torch.from_numpy(row), gap) for row in scored[1]]
+    members = [{"pair_accuracy": _accuracy(p), "spearman": p.ranks().get("spearman")} for p in alone]
+    if len(members) > 1:
+        for name in ("pair_accuracy", "spearman"):
+            known = [value for member in members if (value := member[name]) is not None]
+            figures |= {f"{name}_sd": float(np.std(known, ddof=1))} if len(known) > 1 else {}
+    parts = slices(test, pairs, temperature)
+    figures |= by_length(parts)
+    show(ctx, figures, parts, probed)
+    return figures, {
+        "figures": figures,
+        "slices": [asdict(part) for part in parts],
+        "probes": [asdict(probe) for probe in probed],
+        "members": members,
+    }
+
+
+def by_length(parts: Sequence[Slice]) -> dict[str, float]:
+    """The accuracy where the better answer is longer and where it is shorter, each with the upper end of its interval;
+    nothing of a slice that is too small."""
+    sides = {BETTER_IS_LONGER: "longer", BETTER_IS_SHORTER: "shorter"}
+    figures: dict[str, float] = {}
+    for part in parts:
+        if part.by == "length" and part.value in sides and part.accuracy is not None and part.accuracy_high is not None:
+            side = sides[part.value]
+            figures |= {f"accuracy_{side}": part.accuracy, f"accuracy_{side}_high": part.accuracy_high}
+    return figures
+
+
+def _accuracy(pairs: Pairs) -> float | None:
+    return float(pairs.correct().mean()) if len(pairs) else None
+
+
+def show(ctx: StageContext, figures: Mapping[str, float], parts: Sequence[Slice], probed: Sequence[Probe]) -> None:
+    """The figures in a line, and where the model is better and worse."""
+    names = ("pair_accuracy", "spearman", "kendall", "raw_ece", "ece")
+    said = ", ".join(f"{name} {figures[name]:.3f}" for name in names if name in figures)
+    ctx.console.say(f"reward     on {int(figures['pairs'])} test pairs: {said}")
+    columns = ("by", "part", "pairs", "accuracy", "of the model's own", "scored", "spearman", "from", "to")
+    rows = [
+        (p.by, p.value, p.pairs, p.accuracy, p.confidence, p.scored, p.spearman, p.spearman_low, p.spearman_high)
+        for p in parts
+    ]
+    if rows:
+        ctx.console.table("Accuracy by part", columns, [["" if x is None else x for x in row] for row in rows])
+    if probed:
+        changes = ("changed", "by", "shift", "share raised")
+        ctx.console.table("Answers changed, in standard deviations", changes, [astuple(p) for p in probed])
+
+
+def as_files(found: Mapping[str, Json]) -> dict[str, Content]:
+    """JSON files as they stand beside the model; none of what is empty."""
+    texts = {name: json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) for name, value in found.items()}
+    return {f"{name}.json": (text + "\n").encode() for name, text in texts.items() if found[name]}

@@ -1,0 +1,197 @@
+"""A reward model in use: its members, how they read a completion, and the numbers that they give.
+
+It reads the sampled ids themselves where it trains a policy (`joined`: PPO, and the scale that it is given for PPO), as
+each token of them is paid for. Where completions are judged in use (generate, chat, score, evaluate) it reads what is
+written (`written`): bytes that are no UTF-8 as the U+FFFD that stands there, the text tokenised anew, so that whoever
+scores the text gets the same number.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tetrad.console import counted
+from tetrad.data.loader import micro_batches
+from tetrad.data.pack import pack
+from tetrad.data.tokens import tokenize
+from tetrad.distributed.device import Device, choose
+from tetrad.errors import UserError
+from tetrad.inference.completions import Sample
+from tetrad.inference.model_folder import (
+    folder_template,
+    model_folder,
+    needed_template,
+    no_reward,
+    refuse_small_vocabulary,
+)
+from tetrad.model.config import is_reward
+from tetrad.model.huggingface import read_members
+from tetrad.model.transformer import ScalarModel
+from tetrad.settings.common import Run
+from tetrad.text.chat_template import Template
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.context import StageContext
+from tetrad.training.prepare import first_parent
+from tetrad.training.stage import POLICY, template_for
+from tetrad.types import Prompt, Tokens
+
+
+class Reward(Protocol):
+    """Samples in, one number each out."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model, one or several as an ensemble, and what it reads with."""
+
+    members: Sequence[ScalarModel]
+    tokenizer: Tokenizer
+    form: Template
+    device: Device
+    folder: Path
+    micro_tokens: int = Run().micro_tokens
+
+    def scores(self, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Every member's number for every document, [members, documents]. Errors: E-DATA-LONG."""
+        return member_scores(self.members, documents, self.device, self.micro_tokens)
+
+    def of_texts(self, samples: Sequence[Sample]) -> list[float]:
+        """Mean rewards of the members, from the texts; what is over-long is cut on the left."""
+        limit = self.members[0].config.max_positions
+        whole = written(self.form, self.tokenizer, samples)
+        return self.scores([Tokens(t.ids[-limit:], t.train[-limit:]) for t in whole]).mean(0).tolist()  # type: ignore[no-any-return]
+
+
+def joined(samples: Sequence[Sample]) -> list[Tokens]:
+    """Prompt and reply as one document each, without labels."""
+    return [
+        Tokens(np.asarray(s.prompt_ids + s.reply_ids, np.int32), np.zeros(len(s.prompt_ids + s.reply_ids), np.bool_))
+        for s in samples
+    ]
+
+
+def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Sample]) -> list[Tokens]:
+    """The same from their texts, as any tokenizer reads them; those that ended have their end token.
+
+    Errors: E-DATA-*, E-MODEL-*.
+    """
+    heads = tokenize(form, tokenizer, [Prompt(sample.turns, sample.where) for sample in samples])
+    bodies = tokenizer.encode_batch([form.said(sample.text) for sample in samples])
+    end = form.end_id(tokenizer)
+    documents = []
+    for head, body, sample in zip(heads, bodies, samples, strict=True):
+        ids = np.array([*head.ids.tolist(), *body, *([end] if sample.ended else [])], np.int32)
+        documents.append(Tokens(ids, np.zeros(len(ids), np.bool_), head.where))
+    return documents
+
+
+@torch.no_grad()
+def score_tokens(model: ScalarModel, documents: Sequence[Tokens], device: Device, micro_tokens: int) -> list[float]:
+    """The model's number at the last token of each document."""
+    by_length = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
+    ordered = [documents[i] for i in by_length]
+    found = np.zeros(len(documents))
+    model.eval()
+    for group in counted("scoring", micro_batches(ordered, micro_tokens), len(ordered), len):
+        with device.compute():
+            scores = model(device.put(pack([ordered[i] for i in group])), "scores")
+        found[[by_length[i] for i in group]] = scores.double().cpu().numpy()
+    return found.tolist()
+
+
+def member_scores(
+    members: Sequence[ScalarModel], documents: Sequence[Tokens], device: Device, micro_tokens: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Every member's number for every document, [members, documents]. Errors: E-DATA-LONG."""
+    limit = members[0].config.max_positions
+    for document in documents:
+        if len(document.ids) > limit:
+            what = f"prompt and answer have {len(document.ids)} tokens, the reward model reads {limit}"
+            raise UserError("E-DATA-LONG", what, where=document.where, hint="shorten the answer")
+    return np.array([score_tokens(member, documents, device, micro_tokens) for member in members])
+
+
+def trained(
+    members: Sequence[ScalarModel],
+    device: Device,
+    micro_tokens: int,
+    read: Callable[[Sequence[Sample]], list[Tokens]] = joined,
+    doubt: float = 0.0,
+) -> Reward:
+    """A reward model: the mean of its members, less `doubt` times their standard deviation (Coste et al. 2024).
+
+    read: how samples become documents; by the sampled ids themselves, or by `written`.
+    """
+
+    def reward(samples: Sequence[Sample]) -> list[float]:
+        scores = member_scores(members, read(samples), device, micro_tokens)
+        found: list[float] = (scores.mean(0) - doubt * scores.std(0)).tolist()
+        return found
+
+    return reward
+
+
+def load_reward(folder: str | Path, template: str = "") -> RewardModel:
+    """The reward model of a run's stage ("runs/NAME/reward") or of a folder. Errors: E-MODEL-*, E-CKPT-*."""
+    path = model_folder(folder)
+    if not is_reward(path):
+        raise no_reward(path)
+    device = choose(Run())
+    members, tokenizer = read_members(path), Tokenizer.load(path)
+    for member in members:
+        member.requires_grad_(False).eval().to(device.place)
+    refuse_small_vocabulary(members[0].config.vocab_size, tokenizer, path)
+    return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), device, path)
+
+
+def rate_samples(judge: RewardModel, samples: Sequence[Sample]) -> list[float]:
+    """The reward of each, as it is written. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
+    means: list[float] = rate(judge, written(judge.form, judge.tokenizer, samples)).mean(0).tolist()
+    return means
+
+
+def rate(judge: RewardModel, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Each member's reward at each document's last token, [members, documents]. Errors: E-DATA-LONG,
+    E-NUM-NONFINITE."""
+    found = judge.scores(documents)
+    for score, document in zip(found.sum(0).tolist(), documents, strict=True):
+        if not math.isfinite(score):
+            what = f"the reward model gives {score}"
+            raise UserError("E-NUM-NONFINITE", what, where=document.where, hint="it is damaged: train it again")
+    return found
+
+
+def reward_model(
+    ctx: StageContext, folder: Path, device: Device, tokenizer: Tokenizer | None = None, doubt: float = 0.0
+) -> Reward:
+    """A finished reward model; see `scoring.trained`. tokenizer: of the policy that it trains, whose sampled ids it
+    reads; without one it reads what is written."""
+    members = [member.requires_grad_(False).to(device.place) for member in read_members(folder)]
+    if tokenizer:
+        read = reader(ctx, folder, tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
+    else:
+        read = text_reader(ctx, folder)
+    return trained(members, device, ctx.recipe.run.micro_tokens, read, doubt)
+
+
+def reader(
+    ctx: StageContext, folder: Path, tokenizer: Tokenizer, form: Template
+) -> Callable[[Sequence[Sample]], list[Tokens]]:
+    """How the reward model of this folder reads replies of a policy in training: by the sampled ids where it shares
+    tokenizer and template with it, else by the text."""
+    if (Tokenizer.load(folder).fingerprint, template_for(ctx, folder)) == (tokenizer.fingerprint, form):
+        return joined
+    return text_reader(ctx, folder)
+
+
+def text_reader(ctx: StageContext, folder: Path) -> Callable[[Sequence[Sample]], list[Tokens]]:
+    """How the reward model of this folder reads what is written."""
+    return partial(written, template_for(ctx, folder), Tokenizer.load(folder))

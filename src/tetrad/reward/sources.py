@@ -1,0 +1,79 @@
+"""What pays in PPO: the reward model, Python functions, HTTP endpoints, or a weighted sum of them."""
+
+import itertools
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from tetrad.distributed.device import Device
+from tetrad.inference.completions import Sample
+from tetrad.reward.functions import endpoint, python_function
+from tetrad.reward.model import Reward, reward_model
+from tetrad.settings.base import REWARD_MODEL, entries, is_function
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.context import StageContext
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of the score. clip: the part is cut to this many standard deviations before it is weighed; 0 is off."""
+
+    reward: Reward
+    weight: float = 1.0
+    clip: float = 0.0
+
+
+class Sources:
+    """The parts by name, and their weighted sum; a Reward itself."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self.sources = dict(sources)
+
+    def parts(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
+        """What each source says, as it says it."""
+        return {name: list(source.reward(samples)) for name, source in self.sources.items()}
+
+    def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
+        """A score for each sample."""
+        weighed = [[one.weight * _cut(x, one.clip) for x in parts[name]] for name, one in self.sources.items()]
+        return [sum(row) for row in zip(*weighed, strict=True)]
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return self.total(self.parts(samples))
+
+
+def _cut(x: float, clip: float) -> float:
+    return min(max(x, -clip), clip) if clip else x
+
+
+def named(given: Sequence[str], reserved: Collection[str] = (REWARD_MODEL, "std")) -> list[str]:
+    """A name for each entry that no other has, nor what is reserved (score_std is the spread of the whole): `reward`
+    for the reward model, a function's own name, an address's host and port; the second of a name is NAME_2."""
+    names, taken = list[str](), set(reserved)
+    for entry in given:
+        if is_function(entry):
+            plain = entry.rpartition(":")[2]
+        else:
+            address = urlsplit(entry)  # neither its user nor its query: they may be secret
+            plain = re.sub(r"\W", "_", f"{address.hostname}:{address.port}" if address.port else f"{address.hostname}")
+        tries = (f"{plain}_{n}" if n > 1 else plain for n in itertools.count(1))
+        names.append(REWARD_MODEL if entry == REWARD_MODEL else next(name for name in tries if name not in taken))
+        taken.add(names[-1])
+    return names
+
+
+def reward_sources(ctx: StageContext, tokenizer: Tokenizer, device: Device, model: Reward | None = None) -> Sources:
+    """The recipe's. model: the reward model where it is at hand. Errors: E-CONF-FUNCTION, E-MODEL-*, E-CKPT-*."""
+    s = ctx.recipe.ppo
+    told = entries(s.rewards)
+    weights = s.reward_weights or (1.0,) * len(told)
+    found = {}
+    for name, entry, weight in zip(named(told), told, weights, strict=True):
+        if entry == REWARD_MODEL:
+            reward = model or reward_model(ctx, ctx.parents["reward"], device, tokenizer, s.doubt)
+        else:
+            reward = python_function(entry) if is_function(entry) else endpoint(entry)
+        cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which cuts what it has divided
+        found[name] = Source(reward, weight, s.score_clip if cuts else 0.0)
+    return Sources(found)

@@ -1,0 +1,143 @@
+"""One step of PPO with its real numbers, token by token: `tetrad explain RUN --step N`.
+
+Everything is read from what the stage wrote (metrics.jsonl, samples.jsonl, recipe.toml); no model computes anything.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tetrad.console import Console
+from tetrad.errors import UserError
+from tetrad.settings.ppo import Ppo
+from tetrad.settings.recipe import Recipe
+from tetrad.settings.use import Explain
+
+_TABLE = ("token", "text", "log pi", "log pi_ref", "KL", "reward", "value", "return", "advantage")
+_KEYS = ("ids", "pieces", "logprob", "reference", "kl", "reward", "value", "return", "advantage")
+
+
+def explain(s: Explain, console: Console, read: Callable[[Path], Recipe]) -> None:
+    """Prints the step that is asked for, or the last that was recorded. read: reads a recipe's file.
+
+    Errors: E-CKPT-MISSING, E-CONF-RANGE.
+    """
+    folder = _folder(Path(s.model))
+    records = [record for record in _lines(folder / "samples.jsonl") if "tokens" in record or "greedy" in record]
+    steps = sorted({record["step"] for record in records if "tokens" in record})
+    if not steps:
+        what = "samples.jsonl has no sampled reply with its tokens"
+        raise UserError("E-CKPT-MISSING", what, where=str(folder), hint="set ppo.eval_every, and run the stage")
+    step = steps[-1] if s.step < 0 else s.step
+    if step not in steps:
+        near = ", ".join(map(str, steps[:12])) + (" ..." if len(steps) > 12 else "")
+        what = f"step {step} was not recorded; these were: {near}"
+        raise UserError("E-CONF-RANGE", what, where="--step", hint="ppo.eval_every sets how often")
+    figures = next(line for line in _lines(folder / "metrics.jsonl") if line["step"] == step)
+    ppo = read(folder / "recipe.toml").ppo
+    for text in _opening(step, figures, ppo):
+        console.say(text)
+    for record in [r for r in records if r["step"] == step and "tokens" in r][: s.replies]:
+        _reply(record, figures, ppo, console)
+    for text in _learning(figures, ppo):
+        console.say(text)
+    for record in [r for r in records if r["step"] == step and "greedy" in r][: s.replies]:
+        console.say(f"\nlikeliest reply to {record['prompt']!r}\n  before PPO  {record['before']}")
+        console.say(f"  now         {record['greedy']}")
+
+
+def _folder(given: Path) -> Path:
+    """The stage's folder, of a run or of the stage. Errors: E-CKPT-MISSING."""
+    for place in (given / "ppo", given, given.parent):
+        if (place / "samples.jsonl").is_file() and (place / "metrics.jsonl").is_file():
+            return place
+    raise UserError("E-CKPT-MISSING", "no PPO was run here", where=str(given), hint="name runs/NAME or runs/NAME/ppo")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _opening(step: int, figures: Mapping[str, float], s: Ppo) -> list[str]:
+    f, cut = figures, (1 - figures["ended"]) * 100
+    parts = {name: value for name, value in f.items() if name.startswith(("score_", "judge_")) and name != "score_std"}
+    told = "".join(f"; {name} {value:+.3f}" for name, value in parts.items())
+    known = f"; the critic explains {f['explained_variance']:.0%} of the returns" if "explained_variance" in f else ""
+    return [
+        f"step {step} of {s.steps}",
+        f"1. The actor answered {s.batch} prompts{f' {s.replies} times each' if s.replies > 1 else ''}, at temperature "
+        f"{s.temperature:g}: {f['length']:.1f} tokens a reply, {cut:.0f} % cut at {s.max_new}.",
+        f"2. The reward gave {f['score']:+.3f} a reply (standard deviation {f['score_std']:.3f}){told}.",
+        f"3. Actor, reference and critic read the replies: KL {f['kl']:.3f} nats a reply (k3 {f['kl_k3']:.3f}){known}.",
+        f"4. At each token reward = -beta KL with beta = {f['beta']:.4g}; {_added(s)} at the last one.",
+    ]
+
+
+def _added(s: Ppo) -> str:
+    """How the score becomes a reward."""
+    running = s.reward_scaling == "running"
+    how = ", divided by the standard deviation of all so far" if running else ""
+    how += f", cut at {s.score_clip:g} either way" if s.score_clip and (running or not s.rewards) else ""
+    whole = "all rewards of the batch are divided by their standard deviation, after the score is added"
+    return whole if s.reward_scaling == "whiten" else f"the score{how}{',' if how else ''} is added"
+
+
+def _reply(record: Mapping[str, Any], figures: Mapping[str, float], s: Ppo, console: Console) -> None:
+    tokens = record["tokens"]
+    end = "ended by itself" if record["ended"] else f"cut, so {s.missing_eos_penalty:g} is taken off"
+    console.say(f"\nprompt: {record['prompt']}\nreply:  {record['text']}  (score {record['score']:+.3f}, {end})")
+    rows = [_row(*cells) for cells in zip(*(tokens[key] for key in _KEYS), strict=True)]
+    console.table("token by token", _TABLE, rows)
+    after = record["after"] if s.cut_value and not record["ended"] else None
+    for text in _worked(tokens, figures, s, warming=record["step"] < s.critic_warmup, after=after):
+        console.say(text)
+
+
+def _row(token: int, piece: str, *numbers: float) -> list[str]:
+    return [str(token), repr(piece)[1:-1], *(f"{x:+.3f}" for x in numbers)]
+
+
+def _worked(
+    tokens: Mapping[str, Sequence[float]], f: Mapping[str, float], s: Ppo, *, warming: bool, after: float | None
+) -> list[str]:
+    """The arithmetic of the first and the last token, written out. Whitened rewards have no such line. after: the value
+    after a reply that was cut and goes on in it."""
+    lam, v, r, g = 1.0 if warming else s.lam, tokens["value"], tokens["reward"], tokens["return"]
+    kl = tokens["kl"][0]
+    found = []
+    if s.reward_scaling != "whiten" and len(r) > 1:
+        found.append(f"first token: reward = -{f['beta']:.4g} * ({kl:+.3f}) = {-f['beta'] * kl:+.4f}")
+    if len(r) > 1:
+        delta, later = r[0] + s.gamma * v[1] - v[0], g[1] - v[1]
+        found.append(
+            f"  delta = r + gamma V_next - V = {r[0]:+.3f} + {s.gamma:g} * {v[1]:+.3f} - {v[0]:+.3f} = {delta:+.3f}"
+        )
+        found.append(
+            f"  A = delta + gamma lambda A_next = {delta:+.3f} + {s.gamma * lam:g} * {later:+.3f} = "
+            f"{delta + s.gamma * lam * later:+.3f}; return = A + V = {g[0]:+.3f}"
+        )
+    last = g[-1] - v[-1]
+    if after is not None:
+        found.append(
+            f"last token: A = r + gamma V_after - V = {r[-1]:+.3f} + {s.gamma:g} * {after:+.3f} - {v[-1]:+.3f} "
+            f"= {last:+.3f}"
+        )
+        found.append("  the reply was cut, and goes on in the critic's value")
+    else:
+        found.append(f"last token: A = r - V = {r[-1]:+.3f} - {v[-1]:+.3f} = {last:+.3f}: nothing comes after it")
+    return [*found, "the advantage of the table is A less its mean over the batch, by its standard deviation"]
+
+
+def _learning(f: Mapping[str, float], s: Ppo) -> list[str]:
+    found = [f"\n5. {s.epochs} epochs of {s.mini_batches} mini-batches:"]
+    if "policy_loss" in f:
+        found.append(
+            f"   the actor made {f['actor_updates']:.0f} steps at {f['actor_lr']:.3g}: loss {f['policy_loss']:+.4f}, "
+            f"ratio {f['ratio']:.4f} (largest {f['ratio_max']:.3f}), {f['clip_fraction']:.1%} of tokens clipped at "
+            f"1 +- {s.clip:g}, KL from the old policy {f['approx_kl']:.5f} nats a token, entropy {f['entropy']:.3f}"
+        )
+    else:
+        found.append("   the actor is frozen while the critic warms up")
+    found.append(f"   the critic's loss {f['value_loss']:.4f}")
+    return found + ([f"   text beside it: {f['ptx_loss']:.3f} nats a token"] if "ptx_loss" in f else [])

@@ -1,0 +1,162 @@
+"""The models of PPO and how they come to be: four of them, a critic on the actor's trunk, or adapters on one base.
+
+Four full models are four times the weights and two optimizers. `critic = "shared"` is a scalar head on the actor's own
+decoder. With `adapters` the SFT model is the base of all (Hydra-RLHF, Santacroce et al. 2023): the reference is that
+base itself, actor, critic and reward model are adapters on it, the critic's a copy of the reward model's.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tetrad.distributed.device import Device
+from tetrad.model.huggingface import read_scalar
+from tetrad.model.lora import on_base
+from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head
+from tetrad.reward.model import Reward, reader, trained
+from tetrad.reward.sources import Sources, reward_sources
+from tetrad.seeds import seed_for
+from tetrad.settings.base import model_pays
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.adapters import adapt, on_reward_base, scalar_on
+from tetrad.training.context import StageContext
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.prepare import first_parent
+from tetrad.training.stage import POLICY, Weights, figures_of, read_policy, require_tokenizer, template_for
+
+
+class ActorCritic(nn.Module):
+    """Actor and critic as one model, for one optimizer; the trunk that they share is one."""
+
+    def __init__(self, actor: CausalLM, critic: ScalarModel) -> None:
+        super().__init__()
+        self.actor, self.critic = actor, critic
+
+
+class Average:
+    """The moving average of a model's trained weights: a part of a checkpoint."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.weights, self.decay = Weights(model), decay
+        self.kept = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
+
+    def follow(self) -> None:
+        for name, tensor in self.weights.tensors().items():
+            self.kept[name].lerp_(tensor, 1 - self.decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.kept
+
+    def full_bytes(self) -> int:
+        return self.weights.full_bytes()
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
+        self.weights.check(tensors)
+        self.kept = {name: tensor.to(self.kept[name].device) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class FourModels:
+    """Who is updated: actor and critic. reference: the actor before PPO; reward: samples in, scores out. both: actor
+    and critic on one trunk, with actor_optimizer for the two. seen: what a thousandth of the reward model's training
+    answers got at least."""
+
+    actor: CausalLM
+    critic: ScalarModel
+    reference: CausalLM
+    reward: Sources
+    actor_optimizer: Optimizer
+    critic_optimizer: Optimizer | None
+    both: ActorCritic | None = None
+    average: Average | None = None
+    seen: float = math.inf
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on exactly; the frozen models are read from their own stages."""
+        own_head = nn.ModuleDict({"score": self.critic.score}) if self.both else self.critic
+        parts: dict[str, Any] = {
+            "actor": Weights(self.actor),
+            "actor_optimizer": self.actor_optimizer,
+            "critic": Weights(own_head),
+        }
+        parts |= {"critic_optimizer": self.critic_optimizer} if self.critic_optimizer else {}
+        return parts | ({"average": self.average} if self.average else {})
+
+    def freeze_actor(self, held: bool) -> None:
+        """While the critic warms up on a trunk that is the actor's, that trunk must not move."""
+        for name, parameter in self.actor_optimizer.names.items() if self.both else ():
+            parameter.requires_grad_(not held or name.startswith("critic.score"))
+
+
+def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> FourModels:
+    """Actor and reference from the SFT model, critic and reward from the reward model (or as the recipe says).
+
+    Errors: E-MODEL-*, E-CKPT-*, E-CONF-{FUNCTION,CONFLICT}.
+    """
+    s, folder = ctx.recipe.ppo, first_parent(ctx, *POLICY)
+    form, place = template_for(ctx, folder), device.place
+    reference = frozen(read_policy(folder, tokenizer, form)).to(place)
+    if s.adapters:
+        actor, critic, reward = _on_one_base(ctx, reference, tokenizer, device)
+    else:
+        actor, critic, reward = read_policy(folder, tokenizer, form).to(place), None, None
+    if critic is None and s.critic == "shared":
+        critic = _shared(actor, seed_for(ctx.recipe.seed, "critic"))
+    elif critic is None:
+        critic = _critic(ctx, folder, tokenizer).to(place)
+    optim = replace(ctx.recipe.optim, eps=s.adam_eps)
+    both = ActorCritic(actor, critic) if s.critic == "shared" else None
+    quick = {"critic.score": s.critic_lr} if both else {}
+    used = model_pays(s.rewards)
+    return FourModels(
+        actor,
+        critic,
+        reference,
+        reward_sources(ctx, tokenizer, device, reward),
+        Optimizer(both or actor, s.actor_lr, optim, quick=quick),
+        None if both else Optimizer(critic, s.critic_lr, optim),
+        both,
+        Average(actor, s.ema) if s.ema else None,
+        figures_of(ctx.parents["reward"]).get("train_high", math.inf) if used else math.inf,
+    )
+
+
+def _critic(ctx: StageContext, folder: Path, tokenizer: Tokenizer) -> ScalarModel:
+    """A model of its own."""
+    place = ctx.parents["reward"] if ctx.recipe.ppo.critic == "reward" else folder
+    require_tokenizer(place, tokenizer)
+    return read_scalar(place, seed_for(ctx.recipe.seed, "critic"))
+
+
+def _shared(actor: CausalLM, seed: int) -> ScalarModel:
+    """A fresh head on the actor's own decoder."""
+    with torch.device("meta"):
+        critic = ScalarModel(actor.config)
+    critic.model = actor.model
+    give_head(critic, seed)
+    return critic
+
+
+def _on_one_base(
+    ctx: StageContext, base: CausalLM, tokenizer: Tokenizer, device: Device
+) -> tuple[CausalLM, ScalarModel | None, Reward | None]:
+    """Actor, critic (None where it shares the actor's trunk) and reward model as adapters on the reference."""
+    s, seed = ctx.recipe.ppo, ctx.recipe.seed
+    actor = on_base(CausalLM, base)
+    adapt(ctx, actor, seed_for(seed, "actor"))
+    critic: ScalarModel | None = None
+    reward: Reward | None = None
+    if model_pays(s.rewards) or s.critic == "reward":
+        judge = on_reward_base(ctx, base)
+        read = reader(ctx, ctx.parents["reward"], tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
+        reward = trained([judge.requires_grad_(False)], device, ctx.recipe.run.micro_tokens, read)
+        if s.critic == "reward":
+            critic = on_reward_base(ctx, base)
+    if s.critic == "actor":
+        critic = scalar_on(ctx, base, seed_for(seed, "critic"))
+    return actor, critic, reward

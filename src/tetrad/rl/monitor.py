@@ -1,0 +1,202 @@
+"""Alarms: what PPO's figures look like when it cheats or breaks, and what to do about it.
+
+Every iteration is held against limits, most of them as shares of the first iterations: a policy that found a hole in
+its reward changes length, endings, variety or entropy long before its texts are read by anybody.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from tetrad.distributed import collectives
+from tetrad.errors import UserError
+from tetrad.report.verdict import AlarmSpan
+from tetrad.settings.alarms import Alarms
+from tetrad.settings.base import model_pays
+from tetrad.settings.ppo import Ppo
+from tetrad.settings.recipe import Recipe
+from tetrad.training.context import StageContext
+
+START, RECENT = 128, 192  # replies whose mean is the start, and is held against it: lengths of single ones vary
+WINDOW = 10  # iterations whose means are compared between score and judges
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """figure: its name, of the limits too; above: whether too much is wrong; relative: against the start; meaning: what
+    it is a sign of; rare: a share so small that one iteration's replies can't tell it."""
+
+    figure: str
+    above: bool
+    relative: bool
+    meaning: str
+    rare: bool = False
+
+
+_RULES = (
+    _Rule("kl", True, False, "the actor is far from the reference: raise ppo.kl_coefficient or lower ppo.actor_lr"),
+    _Rule("negative_kl", True, False, "log-probabilities of sampler and training differ: a temperature, or a bug"),
+    _Rule("length", True, True, "replies grow: the reward may pay for length"),
+    _Rule("ended", False, True, "replies no longer end: raise ppo.missing_eos_penalty or ppo.max_new"),
+    _Rule("entropy", False, True, "the actor collapses onto few replies: lower ppo.actor_lr, raise ppo.entropy_bonus"),
+    _Rule("distinct_2", False, True, "replies repeat themselves: the reward may pay for a phrase"),
+    _Rule("clip_fraction", True, False, "the updates are too large: lower ppo.actor_lr or ppo.epochs"),
+    _Rule("explained_variance", True, False, "the critic doesn't follow: raise ppo.critic_lr or ppo.critic_warmup"),
+    _Rule("unseen_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled", True),
+    _Rule("score_std", False, False, "the reward tells no replies apart"),
+    _Rule("falls", True, False, "a judge falls while the score rises: what is learned is the reward's fault"),
+)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One figure at a limit. level: 1 at the first, 2 at the second."""
+
+    figure: str
+    level: int
+    text: str
+
+
+class Watch:
+    """The memory of the alarms: how it began, how long the critic has failed, and when each alarm was there."""
+
+    def __init__(self, s: Alarms, expected_kl: float, warmup: int, replies: int = RECENT) -> None:
+        """replies: of an iteration."""
+        self.s, self.warmup = s, warmup
+        self.starts, self.lately = math.ceil(START / replies), math.ceil(RECENT / replies)
+        self.expected_kl = expected_kl or s.nats
+        self.start: dict[str, list[float]] = {}
+        self.recent: dict[str, list[float]] = {}
+        self.failing = 0.0
+        self.told: dict[str, int] = {}
+        self.spans: dict[tuple[str, int], AlarmSpan] = {}
+        self.broken = ""
+        self.windows: dict[str, list[list[float]]] = {}
+        self.falls: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        kept = {"start": self.start, "recent": self.recent, "failing": self.failing, "told": self.told}
+        spans = [astuple(span) for span in self.spans.values()]
+        return {"alarms": {**kept, "windows": self.windows, "falls": self.falls, "spans": spans}}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        kept = saved["alarms"]
+        self.start, self.failing, self.told = kept["start"], kept["failing"], kept["told"]
+        self.windows, self.falls, self.recent = kept["windows"], kept["falls"], kept["recent"]
+        self.spans = {(figure, level): AlarmSpan(figure, level, *steps) for figure, level, *steps in kept["spans"]}
+
+    def look(self, step: int, figures: Mapping[str, float]) -> list[Alarm]:
+        """The alarms of this iteration."""
+        if step >= self.warmup and "explained_variance" in figures:
+            self.failing = self.failing + 1 if figures["explained_variance"] < 0 else 0.0
+        measured = dict(figures) | {
+            "kl": figures["kl"] / self.expected_kl,
+            "negative_kl": -figures["kl"],
+            "explained_variance": self.failing,
+            "falls": self._judges(figures),
+        }
+        still = step <= self.warmup
+        alarms = [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured, still))]
+        for key in ((alarm.figure, alarm.level) for alarm in alarms):
+            self.spans[key] = AlarmSpan(*key, self.spans[key].first if key in self.spans else step, step)
+        return alarms
+
+    def _judges(self, figures: Mapping[str, float]) -> float:
+        """Windows in a row in which the judge that is worst off fell by more than chance, and the score rose."""
+        judges = [name for name in figures if name.startswith("judge_")]
+        if not judges:
+            return 0.0
+        if self.windows.keys() != {"score", *judges}:  # at first, or others are asked since a stop
+            self.windows, self.falls = {name: [[]] for name in ("score", *judges)}, {}
+        for name, seen in self.windows.items():
+            seen[-1].append(figures[name])
+        if len(self.windows["score"][-1]) < WINDOW:
+            return max(self.falls.values(), default=0.0)
+        rises = _moved(self.windows["score"]) > 0
+        for name in judges:
+            fell = rises and _moved(self.windows[name]) < -1
+            self.falls[name] = self.falls.get(name, 0.0) + 1 if fell else 0.0
+        self.windows = {name: [seen[-1], []] for name, seen in self.windows.items()}
+        return max(self.falls.values())
+
+    def _judge(self, rule: _Rule, measured: Mapping[str, float], still: bool) -> Alarm | None:
+        """still: the actor has not moved yet, so this belongs to the start."""
+        value = measured[rule.figure]
+        if rule.relative:
+            start = self.start.setdefault(rule.figure, [])
+            if still or len(start) < self.starts:
+                start.append(value)
+                return None
+            began = sum(start) / len(start)
+            if not began and not rule.above:
+                return None  # nothing is left that could fall
+            value = self._lately(rule.figure, value) / max(began, 1e-12)
+        elif rule.rare:
+            value = self._lately(rule.figure, value)
+        limits = getattr(self.s, rule.figure)
+        sign = 1 if rule.above else -1
+        level = sum(sign * value >= sign * limit for limit in limits)
+        if not level:
+            return None
+        share = " of the start" if rule.relative else ""
+        text = f"{rule.figure} is {value:.3g}{share}, the limit is {limits[level - 1]:g}: {rule.meaning}"
+        return Alarm(rule.figure, level, text)
+
+    def _lately(self, figure: str, value: float) -> float:
+        """The mean of the last iterations, as many as make RECENT replies."""
+        recent = self.recent[figure] = [*self.recent.get(figure, []), value][-self.lately :]
+        return sum(recent) / len(recent)
+
+    def heed(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
+        """Says what is new, and returns how many alarms there are."""
+        alarms = self.look(step, figures)
+        now = {alarm.figure: alarm.level for alarm in alarms}
+        for alarm in alarms:
+            if alarm.level > self.told.get(alarm.figure, 0):
+                ctx.console.say(f"alarm      step {step}: {alarm.text}")
+        self.told = now
+        worst = [alarm for alarm in alarms if alarm.level == 2]
+        if self.s.strict and collectives.on_any(bool(worst)):  # figures of a rank are its own: all stop, or none
+            self.broken = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
+        return {"alarms": float(len(alarms))}
+
+    def stop(self) -> None:
+        """Errors: E-NUM-ALARM where an alarm is at its second limit, under `strict`."""
+        if self.broken:
+            hint = "look at samples.jsonl; a change of the recipe begins this stage anew"
+            raise UserError("E-NUM-ALARM", self.broken, where="ppo", hint=hint)
+
+
+def _moved(windows: Sequence[Sequence[float]]) -> float:
+    """How far the mean of the last window is from that of the one before, in standard errors of the difference."""
+    if len(windows) < 2:
+        return 0.0
+    means = [sum(window) / len(window) for window in windows]
+    squares = [sum((x - mean) ** 2 for x in window) for window, mean in zip(windows, means, strict=True)]
+    variance = sum(s / (len(w) - 1) / len(w) for s, w in zip(squares, windows, strict=True))
+    return (means[1] - means[0]) / max(math.sqrt(variance), 1e-12)
+
+
+_IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
+    ("kl_horizon", lambda r: not r.ppo.kl_target, "beta is fixed: no kl_target is set"),
+    ("value_coefficient", lambda r: r.ppo.critic != "shared", "the critic has a trunk of its own"),
+    ("doubt", lambda r: r.reward.data != () and r.reward.seeds == 1, "the reward model is no ensemble"),
+    ("doubt", lambda r: not model_pays(r.ppo.rewards), "no reward model pays"),
+    (
+        "score_clip",
+        lambda r: not model_pays(r.ppo.rewards) and r.ppo.reward_scaling != "running",
+        "no reward model pays",
+    ),
+    ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),
+)
+
+
+def idle(recipe: Recipe) -> list[str]:
+    """Settings that were changed and have no effect in this recipe, each with its reason."""
+    plain = Ppo()
+    changed = {name for name, _, _ in _IDLE if getattr(recipe.ppo, name) != getattr(plain, name)}
+    found = [f"ppo.{name} has no effect: {why}" for name, holds, why in _IDLE if name in changed and holds(recipe)]
+    if recipe.ppo.kl_coefficient == 0:
+        found.append("ppo.kl_coefficient = 0: nothing holds the actor near the SFT model")
+    return found

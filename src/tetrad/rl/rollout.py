@@ -1,0 +1,95 @@
+"""Replies as PPO sees them: sampled, laid out [B, T], and read by the models that were not sampling.
+
+T is the longest reply; position t of a row is reply token t. Models read prompt and reply packed, so what they return
+is flat, in the order of rows and tokens, and `spread` puts it in place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tetrad.console import counted
+from tetrad.data.loader import micro_batches
+from tetrad.data.pack import pack
+from tetrad.distributed.device import Device
+from tetrad.inference.completions import Question, Sample, complete
+from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.settings.common import Sampling
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.types import Packed, Tokens
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """samples: prompt and reply of each row. documents: the same as one document whose labels are the reply's tokens.
+
+    mask_BT: reply tokens; ended_B: the reply ends with an end token; sampled_BT: the sampler's own log-probabilities.
+    """
+
+    samples: tuple[Sample, ...]
+    documents: tuple[Tokens, ...]
+    mask_BT: Tensor
+    ended_B: Tensor
+    sampled_BT: Tensor
+
+
+def roll_out(
+    actor: CausalLM,
+    questions: Sequence[Question],
+    numbers: Sequence[int],
+    key: tuple[int, str, int],
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    device: Device,
+) -> Rollout:
+    """One reply a question; see `complete`."""
+    pairs = complete(actor, questions, numbers, key, sampling, tokenizer, device)
+    documents = []
+    for sample, _ in pairs:
+        ids = np.asarray(sample.prompt_ids + sample.reply_ids, np.int32)
+        documents.append(Tokens(ids, np.arange(len(ids)) >= len(sample.prompt_ids), sample.where))
+    lengths = torch.tensor([len(sample.reply_ids) for sample, _ in pairs])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    sampled = torch.tensor([p for _, reply in pairs for p in reply.logprobs])
+    ended = torch.tensor([sample.ended for sample, _ in pairs])
+    return Rollout(tuple(sample for sample, _ in pairs), tuple(documents), mask, ended, spread(sampled, mask))
+
+
+def spread(flat_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """[N] values of the masked positions, row by row, as [B, T] with 0 elsewhere."""
+    return torch.zeros(mask_BT.shape, dtype=flat_N.dtype).masked_scatter_(mask_BT, flat_N.cpu())
+
+
+def packs(documents: Sequence[Tokens], micro_tokens: int, device: Device) -> list[tuple[list[int], Packed]]:
+    """Row numbers and micro-batch, for rows in order: the same packing for every model that reads them."""
+    groups = micro_batches(documents, micro_tokens)
+    return [(group, device.put(pack([documents[i] for i in group]))) for group in groups]
+
+
+@torch.no_grad()
+def read_logprobs(model: CausalLM, rollout: Rollout, micro_tokens: int, device: Device, temperature: float) -> Tensor:
+    """Log-probabilities of the reply tokens, [B, T]."""
+    model.eval()
+    parts = []
+    parts_of = packs(rollout.documents, micro_tokens, device)
+    for _, packed in counted("reading", parts_of, len(parts_of)):
+        with device.compute():
+            parts.append(model(packed, "logprobs", temperature)[0])
+    return spread(torch.cat(parts), rollout.mask_BT)
+
+
+@torch.no_grad()
+def read_values(critic: ScalarModel, rollout: Rollout, micro_tokens: int, device: Device) -> tuple[Tensor, Tensor]:
+    """The critic's value before each reply token, [B, T], and after the last one, [B]."""
+    critic.eval()
+    before, after = [], []
+    parts_of = packs(rollout.documents, micro_tokens, device)
+    for group, packed in counted("reading", parts_of, len(parts_of)):
+        with device.compute():
+            both = critic(packed, "both")
+        after.append(both[: len(group)])
+        before.append(both[len(group) :])
+    return spread(torch.cat(before), rollout.mask_BT), torch.cat(after).cpu()

@@ -1,1 +1,0 @@
-"""A finished model in use: generate, score, chat."""

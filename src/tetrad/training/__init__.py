@@ -1,0 +1,1 @@
+"""What every stage shares: the step, the optimizer, the run folder, checkpoints."""

@@ -1,0 +1,93 @@
+"""Adapters as stages use them: onto a model before it trains, beside the result, and back onto the same base.
+
+A reward model's adapter belongs to the weights that it was trained on: their sha256 is noted with it and compared.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tetrad import storage
+from tetrad.distributed import collectives
+from tetrad.errors import UserError
+from tetrad.model.config import read_config
+from tetrad.model.inspect import inspect
+from tetrad.model.lora import (
+    ALL,
+    ATTENTION,
+    adapter_config,
+    adapter_tensors,
+    add_adapters,
+    has_adapters,
+    load_adapters,
+    on_base,
+)
+from tetrad.model.safetensors_io import read_tensors, tensor_chunks
+from tetrad.model.transformer import CausalLM, ScalarModel, give_head
+from tetrad.seeds import seed_for
+from tetrad.settings.lora import Lora
+from tetrad.training.context import StageContext
+from tetrad.training.prepare import first_parent
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def targets(lora: Lora) -> tuple[str, ...]:
+    return ALL if lora.targets == "all" else ATTENTION
+
+
+def adapt(ctx: StageContext, model: CausalLM | ScalarModel, seed: int) -> None:
+    """Freezes the model but for fresh adapters and, where it has one, its scalar head."""
+    lora = ctx.recipe.lora
+    add_adapters(model, lora.rank, lora.alpha, targets(lora), seed_for(seed, "adapter"))
+
+
+def scalar_on(ctx: StageContext, base: CausalLM, seed: int) -> ScalarModel:
+    """A scalar model of fresh adapters and a fresh head on `base`."""
+    model = on_base(ScalarModel, base)
+    give_head(model, seed)
+    adapt(ctx, model, seed)
+    return model
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over a model folder's weight files."""
+    digests = [storage.sha256_file(path) for path in inspect(folder, scalar=True).files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def keep(ctx: StageContext, model: CausalLM | ScalarModel, base: Path) -> None:
+    """Writes <stage>/adapter in PEFT's format, before the merged model ends the stage; nothing without adapters."""
+    if not has_adapters(model) or not collectives.is_main():
+        return
+    noted: dict[str, Any] = {"base_sha256": weights_digest(base)}
+    if isinstance(model, ScalarModel):
+        noted["reward_bias"] = float(model.bias)
+    files: dict[str, storage.Content] = {
+        CONFIG: adapter_config(model, str(base), noted),
+        WEIGHTS: tensor_chunks(adapter_tensors(model)),
+    }
+    storage.write_folder(ctx.folder / "adapter", files, {"key": ctx.key})
+
+
+def on_reward_base(ctx: StageContext, base: CausalLM) -> ScalarModel:
+    """The recipe's reward model as an adapter with a head on `base`, the SFT model.
+
+    Errors: E-CONF-CONFLICT where it was trained in full or has another base; E-CKPT-*.
+    """
+    folder, base_folder = ctx.parents["reward"], first_parent(ctx, "sft", "pretrain", "base")
+    place = folder.parent / "adapter"
+    hint = "train it with [reward] adapters = true on this SFT model, or set ppo.adapters = false"
+    if not (place / CONFIG).is_file():
+        what = "ppo.adapters = true needs a reward model that is an adapter; this one was trained in full"
+        raise UserError("E-CONF-CONFLICT", what, where=str(folder), hint=hint)
+    storage.verify_folder(place)
+    config = json.loads((place / CONFIG).read_bytes())
+    if config["tetrad"]["base_sha256"] != weights_digest(base_folder):
+        what = "the reward model's adapter was trained on other weights than the SFT model's"
+        raise UserError("E-CONF-CONFLICT", what, where=str(place), hint=hint)
+    model = on_base(ScalarModel, base, read_config(folder))
+    load_adapters(model, read_tensors(place / WEIGHTS), config["lora_alpha"] / config["r"], str(place))
+    model.bias = base.model.norm.weight.new_tensor(config["tetrad"]["reward_bias"])
+    return model

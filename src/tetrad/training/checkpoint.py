@@ -1,0 +1,117 @@
+"""The checkpoints of a stopped stage, judged without torch: which is the newest that a stage can go on from.
+
+A checkpoint is checkpoints/step-000400/{<part>.safetensors, state.json, manifest.json}. It counts if its manifest
+vouches for each file, every part that the stage keeps is there and is that part, and state.json has the stage's own
+values. `training.run_folder` loads what was chosen here; the pipeline asks first: a damaged run is told at once.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from tetrad import storage
+from tetrad.errors import UserError
+from tetrad.model.headers import read_header
+from tetrad.settings.recipe import Recipe
+
+_PARTS = {
+    "pretrain": ("model", "optimizer"),
+    "sft": ("model", "optimizer"),
+    "reward": ("model", "optimizer", "best"),
+    "ppo": ("actor", "actor_optimizer", "critic"),
+}
+VALUES = {"ppo": ("beta", "alarms", "scores")}
+_STATE = ("step", "seed", "total_steps", "logs", "values", "environment")
+_HEADS = {"critic": True, "actor": False}  # whether a part has a scalar head
+_HINT = "put back a copy of it, or remove the folder and run the stage again"
+
+Failures = list[tuple[Path, UserError]]
+
+
+def parts_of(stage: str, recipe: Recipe) -> tuple[str, ...]:
+    """What a stage's checkpoints hold: told by the stages themselves where they run, and by this table before."""
+    own = _PARTS.get(stage, ())
+    if stage == "ppo":
+        own += ("critic_optimizer",) if recipe.ppo.critic != "shared" else ()
+        own += ("average",) if recipe.ppo.ema else ()
+    return own
+
+
+def newest(checkpoints: Path, read: Callable[[Path], Any]) -> tuple[Path | None, Any, Failures]:
+    """The newest checkpoint that `read` takes, what it made of it, and the newer ones with their errors.
+
+    Newest is the highest step; the clock plays no part. None where there is no checkpoint at all. Raises the newest
+    one's UserError, naming all, if there are checkpoints but none is whole: a stage never begins afresh in silence.
+    """
+    failures: Failures = []
+    for path in reversed(storage.step_folders(checkpoints).values()):
+        try:
+            return path, read(path), failures
+        except UserError as error:
+            failures.append((path, error))
+    if failures:
+        told = "; ".join(f"{path.name}: {error.where}: {error.what}" for path, error in failures)
+        hint = f"put back a whole checkpoint, or remove {checkpoints} to begin this stage again"
+        what = f"no checkpoint is whole: {told}"
+        raise UserError(failures[0][1].code, what, where=str(checkpoints.parent), hint=hint)
+    return None, None, failures
+
+
+def read_state(path: Path, parts: Collection[str], values: Collection[str], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """state.json of a checkpoint that is whole, has these parts and values, and is of this run.
+
+    ours: what state.json must say, beside the step of the folder's name. Raises UserError E-CKPT-*.
+    """
+    files = storage.verify_folder(path)["files"]
+    for name in ("state.json", *map(file_of, parts)):
+        if name not in files:
+            raise UserError("E-CKPT-MISSING", f"holds no {name}", where=str(path), hint=_HINT)
+    state = _state(path / "state.json")
+    if missing := set(values) - set(state["values"]):
+        what = f"lacks {', '.join(sorted(missing))}"
+        raise UserError("E-CKPT-MISSING", what, where=str(path / "state.json"), hint=_HINT)
+    if found := differences(state, {**ours, "step": int(path.name.removeprefix("step-"))}):
+        raise UserError("E-CKPT-SETTINGS", f"is of another run: {found}", where=str(path), hint=_HINT)
+    for part in parts:
+        _refuse_other_part(part, path / file_of(part))
+    return state
+
+
+def check(folder: Path, stage: str, recipe: Recipe) -> None:
+    """Raises UserError E-CKPT-* if a stopped stage has checkpoints and can go on from none."""
+    place, parts, values = folder / "checkpoints", parts_of(stage, recipe), VALUES.get(stage, ())
+    if any(place.glob(".old-*")):  # a killed writer's, which the stage puts back first
+        return
+    newest(place, lambda path: read_state(path, parts, values, {"seed": recipe.seed}))
+
+
+def file_of(part: str) -> str:
+    """The name of a part's file."""
+    return f"{part}.safetensors"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs from `now`, in words."""
+    pairs = [(key, before.get(key), now[key]) for key in sorted(now)]
+    return ", ".join(f"{key} was {old}, is {new}" for key, old, new in pairs if old != new)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_bytes())
+        lacks = [name for name in _STATE if name not in state]
+        if lacks or not isinstance(state["values"], dict):
+            raise ValueError(f"it lacks {', '.join(lacks) or 'values'}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError("E-CKPT-FORMAT", f"is no state of a stage: {error}", where=str(path), hint=_HINT) from error
+    return dict(state)
+
+
+def _refuse_other_part(part: str, path: Path) -> None:
+    """A critic has a scalar head, an actor none; headers that lie are refused for every part."""
+    names = read_header(path)
+    scalar = any(name == "score.weight" for name in names)
+    if part in _HEADS and scalar != _HEADS[part]:
+        what = f"holds a model {'with' if scalar else 'without'} a scalar head, which is no {part}"
+        raise UserError("E-CKPT-ROLE", what, where=str(path), hint=_HINT)

@@ -1,0 +1,341 @@
+"""One stage's run folder: its lock, its logs, its checkpoints, and an orderly stop.
+
+    with open_run(folder, seed=0, total_steps=1000) as run:
+        run.state(lambda: {"beta": kl.beta})
+        saved = run.resume({"model": model_part, "optimizer": optimizer})
+        for step in run.steps():
+            run.log(step, loss=update(...))
+        run.finish(files, meta)
+
+A checkpoint (`training.checkpoint` says which counts) holds no random state, since all random numbers are keyed by
+(seed, purpose, step): the cursor is the number of finished steps. metrics.jsonl and samples.jsonl are cut back to where
+they were at the checkpoint, so a run that was killed leaves the bytes of one that never was; what depends on the clock
+goes to timing.jsonl, which only grows. After the last step all is saved, so that what follows (held-out figures,
+probes) can be stopped at once. A checkpoint is whole or it is passed over, by step number and never by the clock, and a
+run whose checkpoints are all damaged does not begin afresh in silence.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tetrad import storage
+from tetrad.console import phase
+from tetrad.distributed.device import give_back, peak_bytes
+from tetrad.errors import Stopped, UserError
+from tetrad.inference.model_folder import others_may_write
+from tetrad.model.safetensors_io import read_tensors, tensor_chunks
+from tetrad.signals import Stop
+from tetrad.storage import Content, Json, LineLog
+from tetrad.training import checkpoint
+from tetrad.training.checkpoint import differences, file_of
+
+_SAVES_A_STAGE = 10
+_GIVE_BACK_EVERY = 20  # steps
+_CUT_BACK = ("metrics.jsonl", "samples.jsonl")
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds: a model, an optimizer."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of its state, by name."""
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes the state back; raises UserError E-CKPT-KEYS or E-CKPT-SHAPE if it isn't its own."""
+
+    def full_bytes(self) -> int:
+        """What the state takes on disk once the first step has filled it."""
+
+
+class Run:
+    """The run folder of a stage that is running; made by `open_run`.
+
+    folder: the stage's. step: steps finished. notes: what the user should hear, as passed-over checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        total_steps: int,
+        save_every: int,
+        keep: int,
+        environment: Mapping[str, Json],
+        main: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.folder, self.step, self.total_steps = folder, 0, total_steps
+        self.notes: list[str] = []
+        self.checkpoints = folder / "checkpoints"
+        self._every = save_every or max(1, math.ceil(total_steps / _SAVES_A_STAGE))
+        self._keep, self._seed = max(2, keep), seed
+        conditions = {**environment, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+        self._environment: dict[str, Json] = json.loads(json.dumps(conditions))  # as it is read back
+        self._parts: dict[str, Stateful] = {}
+        self._values: Callable[[], Mapping[str, Json]] = dict
+        self._main, self._logs = main, dict[str, LineLog]()
+        self._stop = Stop(warn, lambda: f"what follows step {self.step}", self._stopped_after)
+        self._stop.until = "before the next step"
+        self._saved_step, self._enough, self._began = 0, False, 0.0
+        self._first: Callable[[str], str] = str
+        if save_every > total_steps:
+            told = "no checkpoint but the last, the finished model"
+            self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {told}")
+
+    # Logs
+
+    def log(self, step: int, **numbers: Json) -> None:
+        """A line of metrics.jsonl. Raises E-NUM-NONFINITE. Nothing here may depend on the clock: see `timing`."""
+        self._append("metrics.jsonl", {"step": step, **numbers})
+
+    def sample(self, record: Mapping[str, Json]) -> None:
+        """A line of samples.jsonl."""
+        self._append("samples.jsonl", record)
+
+    def timing(self, step: int, tokens: float) -> dict[str, float]:
+        """A line of timing.jsonl, which is no part of what a resumed run repeats; returns what the bar shows of it.
+
+        tokens: what the step, which ends here, learned from or sampled on all ranks.
+        """
+        seconds = time.monotonic() - self._began
+        shown = {"tokens/s": tokens / max(seconds, 1e-9), "peak_MiB": peak_bytes() / 2**20}
+        names = {"tokens_per_second": shown["tokens/s"], "peak_mib": shown["peak_MiB"]}
+        self._append("timing.jsonl", {"step": step, "seconds": seconds, **names})
+        return shown
+
+    def _append(self, name: str, record: Mapping[str, Json]) -> None:
+        if self._main:
+            self._log(name).append(record)
+
+    def _log(self, name: str) -> LineLog:
+        """The open log; a stage that says nothing leaves no empty one."""
+        if name not in self._logs:
+            self._logs[name] = LineLog(self.folder / name)
+        return self._logs[name]
+
+    def _close_logs(self) -> None:
+        for log in self._logs.values():
+            log.close()
+
+    def _log_size(self, name: str) -> int:
+        return self._logs[name].size() if name in self._logs else 0
+
+    # Checkpoints
+
+    def state(self, values: Callable[[], Mapping[str, Json]]) -> None:
+        """Registers the stage's own numbers for state.json (KL beta, score statistics); before `resume`."""
+        self._values = values
+
+    def resume(self, parts: Mapping[str, Stateful]) -> dict[str, Any] | None:
+        """Loads the newest whole checkpoint into `parts` and returns the stage's own values; None for a fresh start.
+
+        `parts` is also what is saved from now on. Raises UserError E-CKPT-* if there are checkpoints but none is whole.
+        """
+        self._parts = dict(parts)
+        path, state, failures = self._newest()
+        if path is not None:
+            self._set_aside(failures)
+            self._continue_from(path, state)
+            return dict(state["values"])
+        for name in self._logs.keys() & set(_CUT_BACK):
+            self._logs[name].truncate(0)
+        return None
+
+    def _newest(self) -> tuple[Path | None, Any, checkpoint.Failures]:
+        """The first rank chooses, the others load what it has chosen."""
+        if self._main:
+            path, state, failures = checkpoint.newest(self.checkpoints, self._load)
+            self._first(path.name if path else "")
+            return path, state, failures
+        if not (name := self._first("")):
+            return None, None, []
+        path = self.checkpoints / name
+        if not path.is_dir():
+            hint = "let run.out be a folder on a disk that all machines share"
+            raise UserError(
+                "E-RANK-FOLDER", f"rank 0 goes on from {name}, which is not here", where=str(path), hint=hint
+            )
+        return path, self._load(path), []
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        ours = {"seed": self._seed, "total_steps": self.total_steps}
+        state = checkpoint.read_state(path, self._parts, self._values(), ours)
+        for name, part in self._parts.items():
+            file = path / file_of(name)
+            try:
+                part.load_tensors(read_tensors(file))
+            except UserError as error:
+                raise UserError(error.code, error.what, where=error.where or str(file), hint=error.hint) from error
+        return state
+
+    def _set_aside(self, failures: checkpoint.Failures) -> None:
+        """Damaged checkpoints no longer count as kept ones; nothing of them is deleted before the stage ends."""
+        for path, error in failures:
+            self.notes.append(f"{path.name} was passed over: {error.where}: {error.what} [{error.code}]")
+            if self._main:
+                storage.move_aside(path, path.with_name(f"damaged-{path.name}"))
+
+    def _continue_from(self, path: Path, state: Mapping[str, Any]) -> None:
+        self.step = self._saved_step = state["step"]
+        if found := differences(state["environment"], self._environment):
+            self.notes.append(f"{path.name} was written under other conditions, numbers may differ: {found}")
+        if note := others_may_write(path):
+            self.notes.append(note)
+        for name in _CUT_BACK if self._main else ():
+            recorded, size = state["logs"][name], self._log_size(name)
+            if size < recorded:
+                self.notes.append(f"{name} has lost lines: {size} bytes of {recorded}")
+            if size > recorded:
+                self._logs[name].truncate(recorded)
+
+    def _save(self) -> None:
+        contents: dict[str, Content] = {}
+        for name, part in self._parts.items():  # on every rank: a sharded part is gathered here
+            tensors = part.tensors()
+            _refuse_nonfinite(name, tensors)
+            contents[file_of(name)] = tensor_chunks(tensors)
+        if self._main:
+            for log in self._logs.values():
+                log.sync()
+            contents["state.json"] = self._state_json()
+            with phase("writing a checkpoint"):
+                storage.write_folder(self.checkpoints / f"step-{self.step:06d}", contents, {"step": self.step})
+            storage.prune(self.checkpoints, self._keep)
+        self._saved_step = self.step
+
+    def _state_json(self) -> bytes:
+        values = dict(self._values())
+        logs = {name: self._log_size(name) for name in _CUT_BACK}
+        state = {"step": self.step, "seed": self._seed, "total_steps": self.total_steps, "logs": logs}
+        try:
+            text = json.dumps({**state, "values": values, "environment": self._environment}, indent=1, allow_nan=False)
+        except ValueError as error:
+            what = f"a number of the stage's state is not finite: {values!s:.200}"
+            raise UserError("E-NUM-NONFINITE", what, where="state.json") from error
+        return text.encode()
+
+    # The loop
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do; each body is followed by the count, the save if due, and the stop if asked for.
+
+        Raises Stopped; UserError E-IO-SPACE before the first step if the checkpoints won't fit; E-NUM-NONFINITE.
+        """
+        self._check_space()
+        if self._stop.agreed():
+            raise Stopped(f"stopped before step {self.step} of {self.total_steps}; the same command goes on from there")
+        while self.step < self.total_steps and not self._enough:
+            self._expect_stop()
+            self._began = time.monotonic()
+            yield self.step
+            self._stop.message = ""
+            self.step += 1
+            if self.step % _GIVE_BACK_EVERY == 0:
+                give_back()
+            stop, last = self._stop.agreed(), self._enough or self.step == self.total_steps
+            if stop or self.step % self._every == 0 or (last and self._every <= self.total_steps):
+                self._save()
+            if stop:
+                done = f"stopped after {self.step} of {self.total_steps} steps, all saved"
+                raise Stopped(f"{done}; the same command goes on from there")
+        self._stop.until = self._stop.lost = ""
+
+    def enough(self) -> None:
+        """No step after the one that runs, or none at all: early stopping."""
+        self._enough = True
+
+    def _expect_stop(self) -> None:
+        """What a signal in the coming step waits for, and what is lost where that can't be waited for."""
+        lost = f"{self.step - self._saved_step} finished steps since the last checkpoint"
+        self._stop.until = f"after step {self.step + 1} of {self.total_steps}, with a checkpoint"
+        self._stop.lost = f"this step and {lost}"
+        what = f"stopped in step {self.step} of {self.total_steps}, which didn't end in time"
+        self._stop.message = f"{what}: it and {lost} are lost"
+
+    def _stopped_after(self) -> Stopped:
+        saved = f"the last checkpoint is of step {self._saved_step}"
+        done = f"stopped after {self.step} of {self.total_steps} steps, in what follows them; {saved}"
+        return Stopped(f"{done}; the same command goes on from there")
+
+    def _check_space(self) -> None:
+        size = sum(part.full_bytes() for part in self._parts.values())
+        copies = max(2, min(self._keep + 1, self.total_steps // self._every))
+        if self._main and self.step < self.total_steps:
+            there = len(storage.step_folders(self.checkpoints))
+            storage.free_space_check(self.folder, max(1, copies - there) * size)
+
+    def finish(
+        self, files: Mapping[str, Content], meta: Mapping[str, Json], unlisted: Mapping[str, Content] | None = None
+    ) -> None:
+        """Writes the stage's result to <folder>/model, reads it back, and only then removes the checkpoints.
+
+        files, meta, unlisted: as `storage.write_folder` takes them.
+        """
+        self._stop.until = "when the model is written"
+        for name, part in self._parts.items():
+            _refuse_nonfinite(name, part.tensors())
+        if self._main:
+            for log in self._logs.values():
+                log.sync()
+            with phase("writing the model"):
+                storage.write_folder(self.folder / "model", files, meta, unlisted)
+                storage.verify_folder(self.folder / "model")
+                storage.remove_folder(self.checkpoints)
+
+
+@contextmanager
+def open_run(
+    folder: Path,
+    *,
+    seed: int,
+    total_steps: int,
+    save_every: int = 0,
+    keep: int = 2,
+    environment: Mapping[str, Json] | None = None,
+    grace: float | None = None,
+    main: bool = True,
+    agree: Callable[[bool], bool] = bool,
+    warn: Callable[[str], None] = lambda _: None,
+    first: Callable[[str], str] = str,
+) -> Iterator[Run]:
+    """Takes a stage's folder for this process: lock, leftovers of a killed writer, logs, signals.
+
+    save_every: steps between checkpoints, 0 for about ten a stage. keep: checkpoints kept, at least two. environment:
+    what a checkpoint records and a resume compares. grace: seconds that a step may go on after SIGTERM, None without
+    end. main: False on all ranks but one: they read and write nothing. agree: True on all ranks if it is on one.
+    first: what the first rank gives to all. warn: shows a line, from any thread: the answer to a signal.
+    Raises UserError E-RUN-LOCKED; Stopped, after the stage's end, for a stop that came too late to matter.
+    """
+    run = Run(folder, seed, total_steps, save_every, keep, environment or {}, main, warn)
+    run._stop.agree, run._stop.grace, run._first = agree, grace, first
+    with ExitStack() as stack:
+        if main:
+            lock = stack.enter_context(storage.RunLock(folder / "lock"))
+            if lock.note:
+                run.notes.append(lock.note)
+            storage.remove_leftovers(folder)
+            storage.remove_leftovers(run.checkpoints)
+            for name in _CUT_BACK:
+                if (folder / name).exists():
+                    run._log(name)
+            stack.callback(run._close_logs)
+        stack.enter_context(run._stop.listening())
+        yield run
+        if run._stop.wanted:
+            raise Stopped("stopped at the end of the stage; the same command goes on with the next one")
+
+
+def _refuse_nonfinite(part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            what = f"{bad} of {tensor.numel()} numbers are not finite; nothing was saved"
+            hint = "lower the learning rate; checkpoints from before this are whole"
+            raise UserError("E-NUM-NONFINITE", what, where=f"{part}: {name}", hint=hint)

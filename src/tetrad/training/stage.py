@@ -1,0 +1,220 @@
+"""What every stage does around its loop: open its folder, take up where it stopped, leave a model that others load."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tetrad.data.source import Counts
+from tetrad.distributed import collectives
+from tetrad.distributed.device import Device
+from tetrad.errors import UserError
+from tetrad.inference.model_folder import refuse_other_tokenizer
+from tetrad.model.config import DecoderConfig
+from tetrad.model.huggingface import model_files, read_causal
+from tetrad.model.safetensors_io import file_bytes
+from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.report import outcome
+from tetrad.settings import common
+from tetrad.storage import Content, Json
+from tetrad.text.chat_template import Template, choose
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training import checkpoint
+from tetrad.training.batches import mean_nll
+from tetrad.training.context import StageContext
+from tetrad.training.prepare import Prepared
+from tetrad.training.run_folder import Run, Stateful, open_run
+from tetrad.types import Tokens
+
+POLICY = ("sft", "pretrain", "base")  # roles of the model that the last stages start from, the latest first
+
+
+class Weights:
+    """A model as a part of a checkpoint: its trained parameters by name; frozen ones are read where they come from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def full_bytes(self) -> int:
+        return file_bytes(self.tensors())
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
+        own = self.check(tensors)
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own tensors, where these have their names and shapes. Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
+        own = self.tensors()
+        if own.keys() != tensors.keys():
+            names = sorted(own.keys() ^ tensors.keys())
+            raise UserError("E-CKPT-KEYS", f"tensors are missing or not the model's: {names[:4]}")
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                what = f"{name} is {list(tensor.shape)}, the model's is {list(own[name].shape)}"
+                raise UserError("E-CKPT-SHAPE", what)
+        return own
+
+
+@contextmanager
+def start(
+    ctx: StageContext,
+    device: Device,
+    total_steps: int,
+    parts: Mapping[str, Stateful],
+    state: Callable[[], Mapping[str, Json]] = dict,
+    restore: Callable[[Mapping[str, Any]], None] | None = None,
+    grace: float | None = None,
+) -> Iterator[Run]:
+    """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
+    settings = ctx.recipe.run
+    collectives.phase(ctx.folder.name)
+    _refuse_unlisted(ctx, parts, state())
+    with open_run(
+        ctx.folder,
+        seed=ctx.recipe.seed,
+        total_steps=total_steps,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        environment=_conditions(settings, device),
+        grace=grace,
+        main=collectives.is_main(),
+        agree=collectives.on_any,
+        warn=ctx.console.warn,
+        first=collectives.first,
+    ) as run:
+        run.state(state)
+        saved = run.resume(parts)
+        if saved is not None and restore:
+            restore(saved)
+        for part in (part for part in parts.values() if isinstance(part, Weights)):
+            collectives.same_weights(part.model)
+        for note in run.notes:
+            ctx.console.say(f"note: {note}")
+        if run.step:
+            ctx.console.say(f"resumes after step {run.step} of {total_steps}")
+        yield run
+
+
+def _conditions(run: common.Run, device: Device) -> dict[str, Json]:
+    """What a checkpoint notes beside the recipe: numbers may differ in their last digits where one of these does."""
+    kind, dtype = device.place.type, str(device.dtype)
+    return {"device": kind, "dtype": dtype, "processes": collectives.size(), "micro_tokens": run.micro_tokens}
+
+
+def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
+    """The table by which checkpoints are judged before a stage starts must be what the stage keeps."""
+    stage = ctx.folder.name
+    listed = checkpoint.parts_of(stage, ctx.recipe), checkpoint.VALUES.get(stage, ())
+    if listed[0] and listed != (tuple(parts), tuple(values)):
+        raise RuntimeError(
+            f"training.checkpoint lists {listed} for {stage}, which keeps {tuple(parts)}, {tuple(values)}"
+        )
+
+
+def finish(
+    ctx: StageContext,
+    run: Run,
+    model: CausalLM | ScalarModel,
+    tokenizer: Tokenizer,
+    form: Template | None,
+    figures: Mapping[str, Json],
+    extra: Mapping[str, Content] | None = None,
+) -> None:
+    """Writes <stage>/model: what transformers loads, with the figures and the lineage in its manifest."""
+    model.config = _ending_at(model.config, form.end_id(tokenizer) if form else tokenizer.document_end)
+    model.config = replace(model.config, pad_id=tokenizer.pad_id)
+    files = {**model_files(model), **tokenizer.files(form), **(extra or {})}
+    card = _card(ctx, model, figures)
+    if ctx.folder.name == "ppo":
+        card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, figures))
+    meta: dict[str, Json] = {"key": ctx.key, "figures": dict(figures), "lineage": dict(ctx.lineage)}
+    run.finish(files, meta, {outcome.CARD: card.encode(errors="backslashreplace")})
+    collectives.wait()
+
+
+def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str, Json]) -> str:
+    """The folder's README: what this is, how to load it, how good it was, and what it was made from, without paths."""
+    auto = "AutoModelForCausalLM"
+    lines = [f"# {ctx.recipe.name}: {ctx.folder.name}", ""]
+    if isinstance(model, ScalarModel):
+        auto = "AutoModelForSequenceClassification"
+        lines += [
+            f"Reward = logit + {float(model.bias):.6g} (`tetrad.reward_bias` in config.json), read at the last token."
+        ]
+    lines += [f"Loads in transformers with `{auto}.from_pretrained(folder)` and `AutoTokenizer`.", ""]
+    lines += [f"- {name}: {value}" for name, value in figures.items() if isinstance(value, int | float)]
+    lines += ["", "Made from (all of it in manifest.json):", ""]
+    parents = cast(Mapping[str, Mapping[str, str]], ctx.lineage.get("parents", {}))
+    lines += [f"- {role}: key {parent['key'][:8]}" for role, parent in parents.items()]
+    data = cast(Mapping[str, list[Mapping[str, str]]], ctx.lineage.get("data", {}))
+    lines += [f"- {Path(item['path']).name}: sha256 {item['sha256'][:8]}" for items in data.values() for item in items]
+    return "\n".join(lines) + "\n"
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """What a stage noted about its model."""
+    manifest = folder / "manifest.json"
+    return dict(json.loads(manifest.read_bytes()).get("figures", {})) if manifest.is_file() else {}
+
+
+def read_policy(folder: Path, tokenizer: Tokenizer, form: Template) -> CausalLM:
+    """The model that answers; its replies end at the template's end token too."""
+    model = read_causal(folder)
+    model.config = _ending_at(model.config, form.end_id(tokenizer))
+    return model
+
+
+def _ending_at(config: DecoderConfig, end: int) -> DecoderConfig:
+    """With this end token before the others."""
+    return replace(config, eos_ids=(end, *(i for i in config.eos_ids if i != end)))
+
+
+def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """What reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
+    refuse_other_tokenizer(folder, Tokenizer.load(folder), tokenizer)
+
+
+def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Prepared:
+    """The stage's tokens: made by one rank, opened by all."""
+    if collectives.is_main():
+        make(ctx)
+    collectives.wait()
+    found = make(ctx)
+    report_counts(ctx, found.counts, len(found.store))
+    return found
+
+
+def template_for(ctx: StageContext, folder: Path) -> Template:
+    """The template that the folder's model was trained with, else the recipe's. Errors: E-MODEL-TEMPLATE."""
+    return choose(folder, ctx.recipe.sft.template, ctx.recipe.sft.separator, own=True)
+
+
+def held_out_figures(
+    ctx: StageContext, model: CausalLM, documents: Sequence[Tokens], device: Device
+) -> dict[str, float]:
+    """Loss and perplexity of a language model on documents that it never trained on; nothing without any."""
+    if not documents:
+        return {}
+    loss, tokens = mean_nll(model, documents, ctx.recipe.run.micro_tokens, device)
+    said = f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}, {tokens} tokens"
+    ctx.console.say(f"{ctx.folder.name:<10} {said}")
+    return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": float(tokens)}
+
+
+def report_counts(ctx: StageContext, counts: Counts, kept: int, which: str = "") -> None:
+    """Says what was read and what became of it; nothing is dropped or cut in silence."""
+    said = [f"{counts.read} {which}records read", f"{kept} kept"]
+    said += [f"{n} {name}" for name in ("blank", "cut", "dropped", "tied") if (n := getattr(counts, name))]
+    ctx.console.say(f"{ctx.folder.name:<10} {', '.join(said)}")
+    for note in counts.notes:
+        ctx.console.say(f"note: {note}")

@@ -1,0 +1,146 @@
+"""THE step: the only place that calls backward and steps an optimizer.
+
+Gradients add up exactly over micro-batches and ranks: each loss term is a sum with a denominator of the whole batch,
+counted (and summed over ranks) before the first backward.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tetrad.console import counted
+from tetrad.distributed import collectives
+from tetrad.distributed.device import Device
+from tetrad.errors import UserError
+from tetrad.training.optimizer import Optimizer
+from tetrad.types import MOST, Packed, StepStats, Term
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One forward and backward. counts: what this part adds to each denominator. data: what the terms read besides."""
+
+    packed: Packed
+    counts: Mapping[str, float]
+    data: Any = None
+    places: Sequence[str] = field(default=())
+
+
+Terms = Callable[[nn.Module, Micro], list[Term]]
+_READ = "tokens read"  # a count that no loss is divided by
+
+
+def update(
+    model: nn.Module,
+    optimizer: Optimizer,
+    micros: Sequence[Micro],
+    terms: Terms,
+    device: Device,
+    *,
+    factor: float = 1.0,
+    max_norm: float = 0.0,
+) -> StepStats:
+    """One optimizer step on a batch in parts. factor: share of the learning rate; max_norm: 0 is no clipping.
+
+    Errors: E-NUM-NONFINITE before any weight changes, with the places of the batch's records.
+    """
+    read = float(sum(len(micro.packed.ids_T) for micro in micros))
+    totals = collectives.sum_counts({**_counted(micros), _READ: read})
+    optimizer.clear()
+    sums: dict[str, Tensor] = {}
+    scales: dict[str, tuple[str, float]] = {}
+    most: dict[str, float] = {}
+    for micro in counted("learning", micros, len(micros)):
+        with device.compute():
+            parts = terms(model, micro)
+        most |= {t.name: max(float(t.sum), most.get(t.name, -math.inf)) for t in parts if t.per == MOST}
+        parts = [t for t in parts if t.per != MOST]
+        _backward(_loss(parts, totals))
+        for t in parts:
+            sums[t.name] = sums.get(t.name, 0) + t.sum.detach().double()
+            scales[t.name] = (t.per, t.coefficient)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    collectives.sum_gradients(parameters)
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+    summed, most = _over_ranks({name: float(value) for name, value in sums.items()}, scales, most)
+    means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
+    loss = math.fsum(means[name] * scales[name][1] for name in means)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        _stop(loss, norm, micros, partial(_finite, model, terms, totals, device))
+    optimizer.step(factor)
+    return StepStats(loss, norm, optimizer.lr * factor, means | most, totals[_READ])
+
+
+@torch.no_grad()
+def measured(model: nn.Module, micros: Sequence[Micro], terms: Terms, device: Device) -> float:
+    """The loss of a batch as `update` would see it, on this rank alone; no weight changes."""
+    counts = _counted(micros)
+    loss = 0.0
+    for micro in counted("held-out records", micros, len(micros)):
+        with device.compute():
+            parts = terms(model, micro)
+        loss += math.fsum(float(t.sum) * t.coefficient / counts[t.per] for t in parts if counts[t.per])
+    return loss
+
+
+def _counted(micros: Sequence[Micro]) -> dict[str, float]:
+    """The denominators of a batch in parts; 0 for a name that no part has."""
+    counts: dict[str, float] = defaultdict(float)
+    for micro in micros:
+        for name, count in micro.counts.items():
+            counts[name] += count
+    return counts
+
+
+def _over_ranks(
+    sums: dict[str, float], scales: dict[str, tuple[str, float]], most: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The sums and the largest of all ranks. A rank without rows has no terms of its own: `scales` gets the others'."""
+    summed: dict[str, float] = {}
+    highest: dict[str, float] = {}
+    for part, others, theirs in collectives.everyone((sums, scales, most)):
+        summed |= {name: value + summed.get(name, 0.0) for name, value in part.items()}
+        highest |= {name: max(value, highest.get(name, -math.inf)) for name, value in theirs.items()}
+        scales |= {name: (per, coefficient) for name, (per, coefficient) in others.items()}
+    return summed, highest
+
+
+def _loss(parts: Sequence[Term], totals: Mapping[str, float]) -> list[Tensor]:
+    return [t.coefficient / totals[t.per] * t.sum for t in parts if t.per != MOST and t.coefficient and totals[t.per]]
+
+
+def _backward(parts: list[Tensor]) -> None:
+    if parts:
+        torch.stack(parts).sum().backward()
+
+
+def _stop(loss: float, norm: float, micros: Sequence[Micro], finite: Callable[[Micro], bool]) -> None:
+    """Names the records of the micro-batches that are not finite by themselves, on the rank that has them."""
+    guilty = [micro for micro in micros if not finite(micro)]
+    if collectives.on_any(bool(guilty)) and not guilty:
+        collectives.wait()  # until a rank that is to blame ends all
+    places = [place for micro in guilty or micros for place in (micro.places or micro.packed.where)]
+    named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    what = f"loss {loss}, gradient norm {norm}; no weight was changed. The records: {named or 'unnamed'}"
+    raise UserError("E-NUM-NONFINITE", what, hint="lower the learning rate, or look at these records")
+
+
+def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device: Device, micro: Micro) -> bool:
+    """Whether loss and gradient of this part alone are."""
+    model.zero_grad(set_to_none=True)
+    with device.compute():
+        parts = _loss(terms(model, micro), totals)
+    _backward(parts)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (*parts, *gradients))
+
+
+def language_terms(model: nn.Module, micro: Micro) -> list[Term]:
+    """The language model's loss: the summed negative log-likelihood of the targets, per "tokens"."""
+    return [Term("nll", model(micro.packed, "nll"), "tokens")]

@@ -1,0 +1,36 @@
+"""Best-of-N is chosen by what is written, and of what can be written."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import served
+import toys
+from tetrad.eval.compare import answers_of_all, figures
+from tetrad.inference.completions import Question, Sample
+from tetrad.settings.common import Sampling
+from tetrad.settings.evaluate import Evaluate
+from tetrad.types import Prompt, Turn
+
+
+def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
+    """A judge that is fond of U+FFFD is not obeyed; the share of such replies is a figure of every system."""
+    words = served.tokenizer()
+    model = toys.causal(seed=1, std=0.25, vocab_size=words.size, eos_ids=words.eos_ids, pad_id=words.pad_id)
+    prompt = Prompt((Turn("instruction", "Go on."),))
+    questions = [Question((5, 6, number), prompt) for number in range(7, 47)]
+    recipe = SimpleNamespace(
+        seed=0, sampling=Sampling(), evaluate=Evaluate(max_new=2, best_of=8), run=SimpleNamespace(micro_tokens=1000)
+    )
+    seen: list[Sample] = []
+
+    def fond(samples: Any) -> list[float]:
+        seen.extend(samples)
+        return [float("\ufffd" in sample.text) for sample in samples]
+
+    systems = answers_of_all(SimpleNamespace(recipe=recipe, parents={}), model, questions, words, fond, toys.CPU)  # type: ignore[arg-type]
+    groups = [seen[at : at + 8] for at in range(0, len(seen), 8)]
+    for chosen, group in zip(systems["best of 8"].samples, groups, strict=True):
+        assert chosen in group
+        assert chosen.valid_utf8 == any(sample.valid_utf8 for sample in group)
+    share = {name: figures(found, {}, {}, None, 0)["invalid_utf8"] for name, found in systems.items()}
+    assert share["sft"] > 0.5 > share["best of 8"]
