@@ -70,6 +70,13 @@ def numbers(value: Any) -> Any:
     return [numbers(part) for part in value if not isinstance(part, str)] if isinstance(value, list) else value
 
 
+def counts(check: Mapping[str, Any]) -> Any:
+    """The sections' numbers without times, which are measured, and without the place of the data."""
+    text = json.dumps(check["sections"]).replace(f"{ROOT}/", "")
+    sections = numbers(json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"}))
+    return {name: section["figures"] for name, section in sections.items()}
+
+
 def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """The curve of every metric, by step."""
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
@@ -93,7 +100,7 @@ def freeze(example: str, folder: Path) -> Frozen:
     frozen["generate"] = {"replies": [list(row.values()) for row in replies]}
     frozen["score"] = {"scores": [[v for v in row.values() if isinstance(v, float)] for row in scored]}
     tetrad("check", recipe, "--json", folder / "check.json")
-    frozen["check"] = numbers(json.loads((folder / "check.json").read_text(encoding="utf-8")))
+    frozen["check"] = counts(json.loads((folder / "check.json").read_text(encoding="utf-8")))
     return frozen
 
 
