@@ -50,7 +50,7 @@ def test_what_trains_starts_anew_once(
     """The same command, and nothing but the tunables differs; not where the user has set some."""
     ran: list[tuple[str, list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execve", lambda *given: ran.append(given))
-    monkeypatch.setattr(__main__.cli, "main", lambda: 3)
+    monkeypatch.setattr(__main__, "command_line", lambda: 3)
     monkeypatch.setattr(sys, "argv", ["tetrad", *words])
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     if own:

@@ -7,7 +7,7 @@ import time
 import torch
 
 import toys
-from tetrad.cli.main import main
+from tetrad.cli.main import _report
 from tetrad.distributed import collectives
 from tetrad.distributed import watchdog
 from tetrad.training.batches import language_micros
@@ -53,7 +53,7 @@ def raises(model, optimizer, documents):
 
 def main(case: str) -> int:
     torch.set_num_threads(1)
-    watchdog.join(PATIENCE, main._report)
+    watchdog.join(PATIENCE, _report)
     collectives.start("cpu")
     collectives.phase("sft")
     model = toys.causal(seed=1, tied=False)
@@ -63,7 +63,7 @@ def main(case: str) -> int:
             model, Optimizer(model, 1e-3, Optim()), documents
         )
     except BaseException as error:
-        return main._report(error)
+        return _report(error)
     return 0
 
 

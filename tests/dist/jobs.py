@@ -1,6 +1,6 @@
 """The same training on one process or on two: what `test_gloo.py` runs here and in its workers.
 
-Each job trains for five steps on the whole batch, of which `mesh.share` gives each process its part (batches of 13: the
+Each job trains for five steps on the whole batch, of which `collectives.share` gives each process its part (batches of 13: the
 parts differ in size), and returns every step's figures and the final weights. As a program: `jobs.py FOLDER`, with the
 environment that torchrun sets.
 """
@@ -148,7 +148,7 @@ JOBS: dict[str, Callable[[], Found]] = {
 
 @contextmanager
 def without(name: str) -> Iterator[None]:
-    """`mesh` with one collective that does nothing."""
+    """`collectives` with one collective that does nothing."""
     kept = getattr(collectives, name)
     setattr(collectives, name, lambda given, *_: dict(given) if name == "sum_counts" else given)
     try:
@@ -157,8 +157,8 @@ def without(name: str) -> Iterator[None]:
         setattr(collectives, name, kept)
 
 
-def collectives() -> Found:
-    """What each function of `mesh` gives on this process."""
+def every_collective() -> Found:
+    """What each function of `collectives` gives on this process."""
     rank, model = collectives.rank(), toys.causal(seed=collectives.rank())
     counts = collectives.sum_counts({"b": 10.0 + rank, "a": 1.0})
     collectives.same_weights(model)
@@ -188,7 +188,7 @@ def collectives() -> Found:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     collectives.start("cpu")
-    results = {name: job() for name, job in JOBS.items()} | {"mesh": collectives()}
+    results = {name: job() for name, job in JOBS.items()} | {"collectives": every_collective()}
     for name in ("sum_gradients", "sum_counts", "sum_tensor"):
         with without(name):
             broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "ppo")

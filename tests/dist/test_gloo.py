@@ -76,7 +76,7 @@ def test_without_its_collectives_it_goes_wrong(ranks: list[dict[str, Found]], jo
 
 
 def test_collectives(ranks: list[dict[str, Found]]) -> None:
-    first, second = (rank["mesh"] for rank in ranks)
+    first, second = (rank["collectives"] for rank in ranks)
     assert first["rank"].tolist() == [0, 2, 1]
     assert second["rank"].tolist() == [1, 2, 0]
     assert first["share"].tolist() == [0, 2, 4]
