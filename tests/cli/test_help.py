@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tetrad import __version__
-from tetrad.cli.main import _VERBS, main
+from tetrad.cli.main import commands, main
+from tetrad.registry import Recipe
 from tetrad.settings import use
 from tetrad.settings.base import knobs
-from tetrad.settings.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ def test_importing_tetrad_costs_little() -> None:
 def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert re.findall(r"^  (\w+)", text, re.MULTILINE) == list(_VERBS)
+    assert re.findall(r"^  (\w+)", text, re.MULTILINE) == list(commands())
     assert "75 stopped on request" in text
     assert main([]) == 2
 

@@ -11,7 +11,8 @@ import pytest
 from tetrad import errors
 from tetrad.cli.main import main
 from tetrad.data import records
-from tetrad.pipeline import recipe, runner
+from tetrad.pipeline import recipe
+from tetrad.registry import STAGES
 from tetrad.types import Comparison, Score
 
 ROOT = Path(__file__).parents[2]
@@ -110,4 +111,4 @@ def test_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_stages(name: str) -> None:
     stages = re.search(r"`tetrad (tokenizer[a-z|\\]+) RECIPE.toml` \|", text_of(name))
-    assert stages and stages[1].replace("\\", "").split("|") == list(runner.STAGES)
+    assert stages and stages[1].replace("\\", "").split("|") == list(STAGES)

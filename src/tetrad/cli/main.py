@@ -10,39 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tetrad import streams
 from tetrad.errors import EXIT_LOST, EXIT_STOPPED, Stopped, UserError
 
 T = TypeVar("T")
-_STAGE_TABLES = {
-    "tokenizer": ("tokenizer",),
-    "pretrain": ("pretrain", "model", "optim", "run"),
-    "sft": ("sft", "lora", "optim", "run"),
-    "reward": ("reward", "lora", "gate", "optim", "run"),
-    "ppo": ("ppo", "ptx", "lora", "gate", "alarms", "optim", "run"),
-    "evaluate": ("evaluate", "sampling", "run"),
-}
-_VERBS = {
-    "run": ("RECIPE.toml", "run all stages in order; finished ones are skipped, an interrupted one resumes"),
-    "tokenizer": ("RECIPE.toml", "only this stage: learn a tokenizer"),
-    "pretrain": ("RECIPE.toml", "only this stage: pre-train on documents"),
-    "sft": ("RECIPE.toml", "only this stage: fine-tune on instructions and answers"),
-    "reward": ("RECIPE.toml", "only this stage: train the reward model on comparisons and scores"),
-    "ppo": ("RECIPE.toml", "only this stage: PPO against the reward model"),
-    "evaluate": ("RECIPE.toml", "only this stage: compare SFT, best-of-N and PPO on held-out prompts"),
-    "check": ("RECIPE.toml | FILE ...", "read every record, train nothing, and report what would spoil the training"),
-    "status": (
-        "RECIPE.toml",
-        "which stages are done, stale or running, what each model was made from, and the verdict",
-    ),
-    "generate": ("MODEL", "answer one prompt or a file of prompts"),
-    "chat": ("MODEL", "talk to a model"),
-    "score": ("MODEL", "score answers with a reward model"),
-    "explain": ("RUN", "one step of PPO with its real numbers, token by token"),
-    "doctor": ("", "versions, device, memory; with --vectors FILE the numeric self-test"),
-}
 _LENGTH = "the number and length of the records"
 _LOWER = {"generate": "--slots, then --max-new", "chat": "--max-new"}
 """What takes less memory, for those that have no recipe."""
@@ -128,27 +102,53 @@ def _dispatch(words: list[str]) -> int:
 
         _write(f"tetrad {__version__}")
         return 0
-    if verb not in _VERBS:
-        near = difflib.get_close_matches(verb, _VERBS, n=1)
+    known = commands()
+    if verb not in known:
+        near = difflib.get_close_matches(verb, known, n=1)
         hint = f"did you mean `tetrad {near[0]}`?" if near else "`tetrad --help` lists the commands"
         raise UserError("E-CONF-UNKNOWN", f"unknown command {verb}", where="tetrad", hint=hint)
     if "-h" in rest or "--help" in rest:
         _write(_help(verb))
         return 0
-    uses: dict[str, Callable[[list[str]], int]] = {
-        "check": _check,
-        "generate": _generate,
-        "chat": _chat,
-        "score": _score,
-        "explain": _explain,
-        "doctor": _doctor,
-    }
-    if verb not in uses:
+    if not known[verb].settings:
         return _recipe(verb, rest)
     if _several():
         what = f"{verb} is for one process: several would do the same and write the same file"
         raise UserError("E-CONF-CONFLICT", what, where=verb, hint=f"start `tetrad {verb}` without torchrun")
-    return uses[verb](rest)
+    return known[verb].run(rest)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. settings: the class of its own settings; those without work on a recipe, and read these tables."""
+
+    argument: str
+    summary: str
+    run: Callable[[list[str]], int] = len
+    settings: str = ""
+    tables: tuple[str, ...] = ()
+
+
+def commands() -> dict[str, Command]:
+    """By name, in the order of the overview."""
+    from tetrad.registry import STAGES
+
+    recipe = "RECIPE.toml"
+    stages = {n: Command(recipe, f"only this stage: {row.summary}", tables=row.tables) for n, row in STAGES.items()}
+    every = "run all stages in order; finished ones are skipped, an interrupted one resumes"
+    reads = "read every record, train nothing, and report what would spoil the training"
+    shows = "which stages are done, stale or running, what each model was made from, and the verdict"
+    return {
+        "run": Command(recipe, every),
+        **stages,
+        "check": Command(f"{recipe} | FILE ...", reads, _check, "Check"),
+        "status": Command(recipe, shows),
+        "generate": Command("MODEL", "answer one prompt or a file of prompts", _generate, "Generate"),
+        "chat": Command("MODEL", "talk to a model", _chat, "Chat"),
+        "score": Command("MODEL", "score answers with a reward model", _score, "ScoreFile"),
+        "explain": Command("RUN", "one step of PPO with its real numbers, token by token", _explain, "Explain"),
+        "doctor": Command("", "versions, device, memory; with --vectors FILE the numeric self-test", _doctor, "Doctor"),
+    }
 
 
 def _write(text: str) -> None:
@@ -157,31 +157,22 @@ def _write(text: str) -> None:
 
 def _overview() -> str:
     lines = ["usage: tetrad COMMAND ...   (tetrad COMMAND --help shows all its settings)", ""]
-    lines += [f"  {verb + ' ' + argument:<27} {text}" for verb, (argument, text) in _VERBS.items()]
+    lines += [f"  {verb + ' ' + one.argument:<27} {one.summary}" for verb, one in commands().items()]
     lines += ["", "Every setting of a recipe can be given as a flag: tetrad run recipe.toml --ppo.steps 50"]
     return "\n".join([*lines, "--debug shows the traceback of an error. --version shows the version.", _EXITS])
 
 
 def _help(verb: str) -> str:
+    from tetrad.registry import Recipe
     from tetrad.settings import use
-    from tetrad.settings.recipe import Recipe
     from tetrad.settings.words import help_text
 
-    argument, text = _VERBS[verb]
-    classes: dict[str, type[Any]] = {
-        "check": use.Check,
-        "generate": use.Generate,
-        "chat": use.Chat,
-        "score": use.ScoreFile,
-        "explain": use.Explain,
-        "doctor": use.Doctor,
-    }
-    usage = f"usage: tetrad {verb} {argument} [--SETTING VALUE ...]".replace("  ", " ") + f"\n\n{text}\n\n"
-    if verb in classes:
-        return usage + help_text(classes[verb], skip=("model",))
-    return (
-        usage + "Each setting is TABLE.KEY in the recipe too.\n" + help_text(Recipe, only=_STAGE_TABLES.get(verb, ()))
-    )
+    command = commands()[verb]
+    usage = f"usage: tetrad {verb} {command.argument} [--SETTING VALUE ...]".replace("  ", " ")
+    usage += f"\n\n{command.summary}\n\n"
+    if command.settings:
+        return usage + help_text(getattr(use, command.settings), skip=("model",))
+    return usage + "Each setting is TABLE.KEY in the recipe too.\n" + help_text(Recipe, only=command.tables)
 
 
 def _recipe(verb: str, words: list[str]) -> int:

@@ -22,10 +22,10 @@ import numpy as np
 
 from tetrad.datacheck.reading import Reading
 from tetrad.model.config import DecoderConfig
+from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table
 from tetrad.settings.base import model_pays
 from tetrad.settings.lora import Lora
-from tetrad.settings.recipe import Recipe
 
 TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes a parameter
 BASE = 305 << 20  # bytes of a process with torch in it

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tetrad.datacheck.reading import Reading
+from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table, share
-from tetrad.settings.recipe import Recipe
 from tetrad.types import Score
 
 FEW = {"sft.data": 100, "reward.data": 200, "reward.held_out": 50, "ppo.prompts": 50, "evaluate.prompts": 30}

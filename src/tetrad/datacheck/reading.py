@@ -30,7 +30,7 @@ from tetrad.data.similarity import LONGEST
 from tetrad.data.source import Counts, Sources, kind, sources
 from tetrad.data.tokens import tokenize, tokenize_documents
 from tetrad.errors import UserError
-from tetrad.settings.recipe import Recipe
+from tetrad.registry import Recipe
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import renamed

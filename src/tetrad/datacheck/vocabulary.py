@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from tetrad.data.records import documents_of
 from tetrad.data.source import Counts, sources
 from tetrad.errors import UserError
+from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table
-from tetrad.settings.recipe import Recipe
 from tetrad.text.bpe import CONTROLS, SMALLEST, learn
 from tetrad.training.context import renamed
 

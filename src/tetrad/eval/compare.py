@@ -27,6 +27,7 @@ from tetrad.inference.completions import Question, Sample, best, read_questions
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, frozen
 from tetrad.objectives.calibration import bootstrap_interval
+from tetrad.registry import POLICY
 from tetrad.report import outcome
 from tetrad.report.verdict import PPO, SFT, Difference, Verdict, failed_guards, verdict
 from tetrad.reward import gate
@@ -39,7 +40,7 @@ from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.batches import reply_logprobs
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
-from tetrad.training.stage import POLICY, figures_of, read_policy, template_for
+from tetrad.training.stage import figures_of, read_policy, template_for
 from tetrad.types import Tokens
 
 

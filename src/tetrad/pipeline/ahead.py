@@ -13,7 +13,7 @@ from tetrad.console import counted
 from tetrad.data.records import Record, refuse_no_scale, refuse_overlap
 from tetrad.data.source import Counts, Sources
 from tetrad.datacheck.reading import reader, settings_of, stage_of
-from tetrad.settings.recipe import Recipe
+from tetrad.registry import Recipe
 
 MOST_BYTES = 64 << 20
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from tetrad.errors import UserError
 from tetrad.inference import model_folder
-from tetrad.settings.recipe import Recipe
+from tetrad.registry import POLICY, Recipe
 from tetrad.text.chat_template import choose
 from tetrad.text.tokenizer import SEPARATOR, Tokenizer
 from tetrad.types import Turn
 
-_POLICY = ("sft", "pretrain", "base")
 _ROLES = {"reward": "reward", "from": "any"}
 
 
@@ -34,7 +33,7 @@ class Preflight:
             self._verify(there.pop("tokenizer"))
             Tokenizer.load(parents["tokenizer"])
         found = {role: self._look(folder, _ROLES.get(role, "language")) for role, folder in there.items()}
-        policy = next((found.get(role) for role in _POLICY if role in parents), None)
+        policy = next((found.get(role) for role in POLICY if role in parents), None)
         role = {"ppo": "reward", "reward": "from"}.get(stage, "")
         if role in found and policy and self.recipe.ppo.prompts and self.recipe.ppo.critic == "reward":
             model_folder.refuse_other_tokenizer(there[role], found[role].tokenizer, policy.tokenizer)
@@ -43,7 +42,7 @@ class Preflight:
                 hint = "write FILE.py:FUNCTION in alarms.judges"
                 raise UserError("E-CONF-MISSING", "there is no such Python file", where=str(file), hint=hint)
         if stage == "sft" and policy:
-            folder = next(there[role] for role in _POLICY if role in there)
+            folder = next(there[role] for role in POLICY if role in there)
             self._refuse_template(folder, policy.tokenizer)
 
     def _look(self, folder: Path, role: str) -> model_folder.Checked:

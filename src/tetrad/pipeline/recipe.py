@@ -17,9 +17,9 @@ from typing import Any
 from tetrad import disk
 from tetrad.errors import UserError
 from tetrad.pipeline.validation import PATHS, check, check_values
+from tetrad.registry import Recipe
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Knob, is_function, knobs, toml_name
 from tetrad.settings.check import build
-from tetrad.settings.recipe import Recipe
 from tetrad.settings.words import nest, parse
 
 __all__ = ["Recipe", "read", "write"]

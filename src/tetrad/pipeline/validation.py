@@ -14,10 +14,10 @@ from typing import Any
 
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
+from tetrad.registry import Recipe
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Knob, is_function, knobs, model_pays
 from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
-from tetrad.settings.recipe import Recipe
 
 PATHS = ("model.from", "reward.from", "evaluate.referee")
 """The settings that name a folder that is there."""

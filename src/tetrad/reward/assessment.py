@@ -18,6 +18,7 @@ from tetrad.data.source import Counts
 from tetrad.inference.completions import Sample, complete, read_questions
 from tetrad.model.transformer import ScalarModel, frozen
 from tetrad.objectives.calibration import spearman
+from tetrad.registry import POLICY
 from tetrad.reward.batches import Examples
 from tetrad.reward.evaluation import BETTER_IS_LONGER, BETTER_IS_SHORTER, Pairs, Slice, slices
 from tetrad.reward.model import Reward, RewardModel, reader
@@ -27,7 +28,7 @@ from tetrad.storage import Content
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
-from tetrad.training.stage import POLICY, read_policy, template_for
+from tetrad.training.stage import read_policy, template_for
 
 Json = dict[str, Any]
 MOST_SEEN = 4096

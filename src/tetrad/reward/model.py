@@ -33,12 +33,13 @@ from tetrad.inference.model_folder import (
 from tetrad.model.config import is_reward
 from tetrad.model.huggingface import read_members
 from tetrad.model.transformer import ScalarModel
+from tetrad.registry import POLICY
 from tetrad.settings.common import Run
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
-from tetrad.training.stage import POLICY, template_for
+from tetrad.training.stage import template_for
 from tetrad.types import Prompt, Tokens
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from tetrad.console import Console
 from tetrad.errors import UserError
+from tetrad.registry import Recipe
 from tetrad.settings.ppo import Ppo
-from tetrad.settings.recipe import Recipe
 from tetrad.settings.use import Explain
 
 _TABLE = ("token", "text", "log pi", "log pi_ref", "KL", "reward", "value", "return", "advantage")

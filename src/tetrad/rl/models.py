@@ -17,6 +17,7 @@ from tetrad.distributed.device import Device
 from tetrad.model.huggingface import read_scalar
 from tetrad.model.lora import on_base
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head
+from tetrad.registry import POLICY
 from tetrad.reward.model import Reward, reader, trained
 from tetrad.reward.sources import Sources, reward_sources
 from tetrad.seeds import seed_for
@@ -26,7 +27,7 @@ from tetrad.training.adapters import adapt, on_reward_base, scalar_on
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.prepare import first_parent
-from tetrad.training.stage import POLICY, Weights, figures_of, read_policy, require_tokenizer, template_for
+from tetrad.training.stage import Weights, figures_of, read_policy, require_tokenizer, template_for
 
 
 class ActorCritic(nn.Module):

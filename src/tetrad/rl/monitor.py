@@ -11,11 +11,11 @@ from typing import Any
 
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
+from tetrad.registry import Recipe
 from tetrad.report.verdict import AlarmSpan
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.base import model_pays
 from tetrad.settings.ppo import Ppo
-from tetrad.settings.recipe import Recipe
 from tetrad.training.context import StageContext
 
 START, RECENT = 128, 192  # replies whose mean is the start, and is held against it: lengths of single ones vary

@@ -28,6 +28,7 @@ from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.objectives import ppo
 from tetrad.objectives.calibration import spearman
+from tetrad.registry import POLICY
 from tetrad.report import outcome
 from tetrad.reward import gate
 from tetrad.reward.functions import python_function
@@ -49,7 +50,7 @@ from tetrad.training.context import StageContext
 from tetrad.training.optimizer import lr_factor
 from tetrad.training.prepare import first_parent, ptx
 from tetrad.training.run_folder import Run
-from tetrad.training.stage import POLICY, finish, prepared, report_counts, start, template_for
+from tetrad.training.stage import finish, prepared, report_counts, start, template_for
 from tetrad.training.step import Micro, Terms, update
 from tetrad.types import MOST, StepStats, Term
 

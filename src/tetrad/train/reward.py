@@ -29,6 +29,7 @@ from tetrad.model.huggingface import members_content, read_causal, read_scalar
 from tetrad.model.lora import merged
 from tetrad.model.transformer import ScalarModel, frozen, grow_vocabulary
 from tetrad.objectives import preference
+from tetrad.registry import POLICY
 from tetrad.reward import gate
 from tetrad.reward.annotators import LR as ANNOTATORS_LR
 from tetrad.reward.annotators import Annotators, judged, numbers_of, written
@@ -46,7 +47,7 @@ from tetrad.training.early_stopping import Best
 from tetrad.training.optimizer import Optimizer, Together, lr_factor
 from tetrad.training.prepare import first_parent
 from tetrad.training.run_folder import Run, Stateful
-from tetrad.training.stage import POLICY, Weights, finish, report_counts, start, template_for
+from tetrad.training.stage import Weights, finish, report_counts, start, template_for
 from tetrad.training.step import Micro, Terms, measured, update
 from tetrad.types import IGNORE, Score, StepStats, Term
 

@@ -25,6 +25,7 @@ from tetrad.model.lora import (
 )
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, give_head
+from tetrad.registry import POLICY
 from tetrad.seeds import seed_for
 from tetrad.settings.lora import Lora
 from tetrad.training.context import StageContext
@@ -76,7 +77,7 @@ def on_reward_base(ctx: StageContext, base: CausalLM) -> ScalarModel:
 
     Errors: E-CONF-CONFLICT where it was trained in full or has another base; E-CKPT-*.
     """
-    folder, base_folder = ctx.parents["reward"], first_parent(ctx, "sft", "pretrain", "base")
+    folder, base_folder = ctx.parents["reward"], first_parent(ctx, *POLICY)
     place = folder.parent / "adapter"
     hint = "train it with [reward] adapters = true on this SFT model, or set ppo.adapters = false"
     if not (place / CONFIG).is_file():

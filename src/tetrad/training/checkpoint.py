@@ -13,29 +13,13 @@ from typing import Any
 from tetrad import storage
 from tetrad.errors import UserError
 from tetrad.model.headers import read_header
-from tetrad.settings.recipe import Recipe
+from tetrad.registry import STAGES, Recipe
 
-_PARTS = {
-    "pretrain": ("model", "optimizer"),
-    "sft": ("model", "optimizer"),
-    "reward": ("model", "optimizer", "best"),
-    "ppo": ("actor", "actor_optimizer", "critic"),
-}
-VALUES = {"ppo": ("beta", "alarms", "scores")}
 _STATE = ("step", "seed", "total_steps", "logs", "values", "environment")
 _HEADS = {"critic": True, "actor": False}  # whether a part has a scalar head
 _HINT = "put back a copy of it, or remove the folder and run the stage again"
 
 Failures = list[tuple[Path, UserError]]
-
-
-def parts_of(stage: str, recipe: Recipe) -> tuple[str, ...]:
-    """What a stage's checkpoints hold: told by the stages themselves where they run, and by this table before."""
-    own = _PARTS.get(stage, ())
-    if stage == "ppo":
-        own += ("critic_optimizer",) if recipe.ppo.critic != "shared" else ()
-        own += ("average",) if recipe.ppo.ema else ()
-    return own
 
 
 def newest(checkpoints: Path, read: Callable[[Path], Any]) -> tuple[Path | None, Any, Failures]:
@@ -80,7 +64,8 @@ def read_state(path: Path, parts: Collection[str], values: Collection[str], ours
 
 def check(folder: Path, stage: str, recipe: Recipe) -> None:
     """Raises UserError E-CKPT-* if a stopped stage has checkpoints and can go on from none."""
-    place, parts, values = folder / "checkpoints", parts_of(stage, recipe), VALUES.get(stage, ())
+    row = STAGES[stage]
+    place, parts, values = folder / "checkpoints", row.parts(recipe), row.values
     if any(place.glob(".old-*")):  # a killed writer's, which the stage puts back first
         return
     newest(place, lambda path: read_state(path, parts, values, {"seed": recipe.seed}))

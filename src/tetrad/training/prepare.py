@@ -3,7 +3,6 @@
 The pipeline prepares a stage before it imports it; the stage opens what was prepared.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tetrad.data.records import read_conversations, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.store import Encoding, TokenStore, build
 from tetrad.model.config import read_config
+from tetrad.registry import POLICY
 from tetrad.text.chat_template import Template, choose
 from tetrad.text.tokenizer import SEPARATOR, Tokenizer
 from tetrad.training.context import StageContext
@@ -56,7 +56,7 @@ def conversations(ctx: StageContext) -> Prepared:
 
 def ptx(ctx: StageContext) -> Prepared:
     """The text beside PPO, in the actor's tokens. Errors: E-DATA-*, E-MODEL-*, E-IO-*."""
-    tokenizer = Tokenizer.load(first_parent(ctx, "sft", "pretrain", "base"))
+    tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
     return _tokens(ctx, "ptx.text", (), Encoding(tokenizer.text, tokenizer.eos_ids), tokenizer)
 
 
@@ -91,7 +91,3 @@ def check_ptx(ctx: StageContext) -> None:
     """The tokens of the text beside PPO, where there is any."""
     if ctx.recipe.ptx.text:
         ptx(ctx)
-
-
-STAGES: Mapping[str, Callable[[StageContext], object]] = {"pretrain": documents, "sft": check_sft, "ppo": check_ptx}
-"""What is prepared before a stage is imported."""

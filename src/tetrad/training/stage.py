@@ -19,19 +19,17 @@ from tetrad.model.config import DecoderConfig
 from tetrad.model.huggingface import model_files, read_causal
 from tetrad.model.safetensors_io import file_bytes
 from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.registry import STAGES
 from tetrad.report import outcome
 from tetrad.settings import common
 from tetrad.storage import Content, Json
 from tetrad.text.chat_template import Template, choose
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.training import checkpoint
 from tetrad.training.batches import mean_nll
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import Prepared
 from tetrad.training.run_folder import Run, Stateful, open_run
 from tetrad.types import Tokens
-
-POLICY = ("sft", "pretrain", "base")  # roles of the model that the last stages start from, the latest first
 
 
 class Weights:
@@ -113,12 +111,10 @@ def _conditions(run: common.Run, device: Device) -> dict[str, Json]:
 
 def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
     """The table by which checkpoints are judged before a stage starts must be what the stage keeps."""
-    stage = ctx.folder.name
-    listed = checkpoint.parts_of(stage, ctx.recipe), checkpoint.VALUES.get(stage, ())
+    row = STAGES.get(ctx.folder.name)
+    listed = (row.parts(ctx.recipe), row.values) if row else ((), ())
     if listed[0] and listed != (tuple(parts), tuple(values)):
-        raise RuntimeError(
-            f"training.checkpoint lists {listed} for {stage}, which keeps {tuple(parts)}, {tuple(values)}"
-        )
+        raise RuntimeError(f"the registry lists {listed}, the stage keeps {tuple(parts)}, {tuple(values)}")
 
 
 def finish(

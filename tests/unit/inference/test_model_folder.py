@@ -16,8 +16,8 @@ from tetrad.inference.model_folder import (
     usable,
 )
 from tetrad.pipeline.preflight import Preflight
+from tetrad.registry import Recipe
 from tetrad.settings.ppo import Ppo
-from tetrad.settings.recipe import Recipe
 from tetrad.settings.sft import Sft
 from tetrad.text.tokenizer import Tokenizer
 

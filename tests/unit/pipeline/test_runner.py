@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tetrad.console import Console
 from tetrad.errors import Stopped, UserError
 from tetrad.pipeline import hashes, runner
 from tetrad.pipeline.recipe import read
+from tetrad.registry import STAGES
 from tetrad.training.context import StageContext
 
 RECIPE = """
@@ -54,7 +55,7 @@ class Workshop:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
-    def run(self, *words: str, only: str = "", stages: Mapping[str, runner.Stage] | None = None) -> list[str]:
+    def run(self, *words: str, only: str = "", stages: Mapping[str, runner.Run] | None = None) -> list[str]:
         self.contexts, out = {}, StringIO()
         stages = stages or dict.fromkeys(ALL, self.stage)
         words = ("--run.out", str(self.folder / "runs"), *words)
@@ -170,7 +171,8 @@ def test_the_key_is_of_contents_not_of_places(shop: Workshop) -> None:
 
 def test_a_raised_version_makes_the_stage_anew(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.run()
-    monkeypatch.setitem(runner.VERSIONS, "reward", runner.VERSIONS["reward"] + 1)
+    row = replace(STAGES["reward"], version=STAGES["reward"].version + 1)
+    monkeypatch.setitem(STAGES, "reward", row)  # type: ignore[misc]
     assert shop.run() == ["reward", "ppo", "evaluate"]
     assert "arithmetic changed" in shop.said
 
@@ -490,7 +492,7 @@ def test_the_template_counts_where_no_sft_carries_it(shop: Workshop) -> None:
 
 
 def test_full_memory_and_disk_are_explained(shop: Workshop) -> None:
-    def fail(error: BaseException) -> runner.Stage:
+    def fail(error: BaseException) -> runner.Run:
         def stage(context: StageContext) -> None:
             raise error
 
@@ -524,7 +526,7 @@ def test_a_run_that_is_done_says_so_quickly_and_without_torch(shop: Workshop) ->
         "import sys; from tetrad.cli.main import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     )
     words = ["run", str(shop.folder / "recipe.toml"), "--run.out", str(shop.folder / "runs")]
-    env = {"PYTHONPATH": str(Path(runner.__file__).parents[1]), "PATH": "/usr/bin:/bin"}
+    env = {"PYTHONPATH": str(Path(runner.__file__).parents[2]), "PATH": "/usr/bin:/bin"}
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.endswith("evaluate   unchanged, skipped\nnothing to do\n0 False\n")

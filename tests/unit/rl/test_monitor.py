@@ -10,11 +10,11 @@ import pytest
 
 from tetrad.console import Console
 from tetrad.errors import UserError
+from tetrad.registry import Recipe
 from tetrad.report.verdict import AlarmSpan
 from tetrad.rl.monitor import Watch, idle
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.ppo import Ppo
-from tetrad.settings.recipe import Recipe
 
 HEALTHY = {
     "kl": 3.0,

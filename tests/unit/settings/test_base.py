@@ -1,7 +1,7 @@
 """Settings: each knob is documented, and at most forty of them a stage."""
 
+from tetrad.registry import Recipe
 from tetrad.settings.base import knobs, tables
-from tetrad.settings.recipe import Recipe
 
 
 def test_every_default_is_legal() -> None:

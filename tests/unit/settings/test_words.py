@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import tetrad
+from tetrad.registry import Recipe
 from tetrad.settings import use
 from tetrad.settings.base import knobs, tables
 from tetrad.settings.check import build
-from tetrad.settings.recipe import Recipe
 from tetrad.settings.words import help_text, nest, parse
 
 SOURCE = Path(tetrad.__file__).parent

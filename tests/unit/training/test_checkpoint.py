@@ -12,9 +12,9 @@ import torch
 from tetrad import storage
 from tetrad.errors import UserError
 from tetrad.model.safetensors_io import tensor_chunks
-from tetrad.pipeline import runner
+from tetrad.registry import STAGES as REGISTRY
+from tetrad.registry import Recipe
 from tetrad.settings.ppo import Ppo
-from tetrad.settings.recipe import Recipe
 from tetrad.training import checkpoint
 from tetrad.training.stage import _refuse_unlisted
 
@@ -98,19 +98,19 @@ def test_another_state(tmp_path: Path, changes: dict[str, Any], code: str) -> No
 def test_the_table_is_held_against_what_a_stage_keeps() -> None:
     for stage in STAGES:
         ctx = SimpleNamespace(folder=Path(stage), recipe=Recipe())
-        parts, values = checkpoint.parts_of(stage, Recipe()), checkpoint.VALUES.get(stage, ())
+        parts, values = REGISTRY[stage].parts(Recipe()), REGISTRY[stage].values
         _refuse_unlisted(ctx, dict.fromkeys(parts), dict.fromkeys(values, 0.0))  # type: ignore[arg-type]
-        with pytest.raises(RuntimeError, match=stage):
+        with pytest.raises(RuntimeError, match="registry"):
             _refuse_unlisted(ctx, dict.fromkeys(parts[1:]), dict.fromkeys(values, 0.0))  # type: ignore[arg-type]
-        with pytest.raises(RuntimeError, match=stage):
+        with pytest.raises(RuntimeError, match="registry"):
             _refuse_unlisted(ctx, dict.fromkeys(parts), {**dict.fromkeys(values, 0.0), "more": 1.0})  # type: ignore[arg-type]
 
 
 def test_every_stage_that_trains_is_listed() -> None:
-    assert [stage for stage in runner.STAGES if checkpoint.parts_of(stage, Recipe())] == list(STAGES)
+    assert [name for name, row in REGISTRY.items() if row.parts(Recipe())] == list(STAGES)
 
 
 def test_parts_of_ppo_follow_the_recipe() -> None:
     shared = replace(Recipe(), ppo=Ppo(critic="shared", ema=0.9))
-    assert checkpoint.parts_of("ppo", shared) == ("actor", "actor_optimizer", "critic", "average")
-    assert "critic_optimizer" in checkpoint.parts_of("ppo", Recipe())
+    assert REGISTRY["ppo"].parts(shared) == ("actor", "actor_optimizer", "critic", "average")
+    assert "critic_optimizer" in REGISTRY["ppo"].parts(Recipe())

@@ -1,0 +1,189 @@
+"""The stages, a row each in the order in which they run; with the tables beside them they are a recipe. No torch.
+
+A new algorithm is a settings class, a module with `run(context)` and a row here: the pipeline, the command line, the
+checks before a run and checkpoints read these rows. Reading and writing a recipe's file is `tetrad.pipeline.recipe`'s.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from tetrad.settings.alarms import Alarms
+from tetrad.settings.base import Seed, model_pays, settings
+from tetrad.settings.common import Data, Optim, Run, Sampling
+from tetrad.settings.evaluate import Evaluate
+from tetrad.settings.gate import Gate
+from tetrad.settings.lora import Lora
+from tetrad.settings.model import Model
+from tetrad.settings.ppo import Ppo
+from tetrad.settings.pretrain import Pretrain
+from tetrad.settings.ptx import Ptx
+from tetrad.settings.reward import Reward
+from tetrad.settings.sft import Sft
+from tetrad.settings.tokenizer import Tokenizer
+
+FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from", "referee": "evaluate.referee"}
+"""Roles of models that come from elsewhere, with the setting that names their folder."""
+POLICY = ("sft", "pretrain", "base")
+"""Roles of the model that answers, the latest first."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a stage is made from: the first of these roles that the recipe has. noun, add: for the error where it has
+    none; without a noun it may be missing. when: whether it is looked for."""
+
+    roles: tuple[str, ...]
+    noun: str = ""
+    add: str = ""
+    when: Callable[["Recipe"], bool] = lambda _: True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. switch: the setting that turns it on. version: raised when its arithmetic changes, so that its results
+    are made anew. tables: the recipe's tables that it reads, its own first. module: its `run(context)`. prepare: what
+    is done without torch before that is imported, MODULE:FUNCTION. parts, values: what its checkpoints hold. seeded:
+    whether random numbers and the type of computing matter. template: whether it reads the template of the policy."""
+
+    summary: str
+    switch: str
+    version: int
+    tables: tuple[str, ...]
+    parents: tuple[Parent, ...] = ()
+    prepare: str = ""
+    parts: Callable[["Recipe"], tuple[str, ...]] = lambda _: ()
+    values: tuple[str, ...] = ()
+    seeded: bool = True
+    template: bool = False
+    module: str = ""
+    name: str = ""
+
+    def keyed(self, recipe: "Recipe") -> list[str]:
+        """The tables that change its numbers; adapters' settings only where it has any, and so on."""
+        own = getattr(recipe, self.name)
+        counts = {
+            "optim": True,
+            "sampling": True,
+            "model": not recipe.model.from_,
+            "lora": bool(getattr(own, "adapters", False)),
+            "ptx": bool(recipe.ptx.text),
+        }
+        return [table for table in self.tables if table == self.name or counts.get(table)]
+
+
+def stage(default: Any, **row: Any) -> Any:
+    """A field of Recipe that is a stage."""
+    return field(default=default, metadata={"stage": Stage(**row)})
+
+
+_START = "a model to start from"
+_BASE = Parent(("pretrain", "base"), _START, '[pretrain] text = ["FILE"], or [model] from = "FOLDER"')
+_POLICY = Parent(POLICY, _START, '[sft] data = ["FILE"], or [model] from = "FOLDER"')
+_TOKENS = Parent(("base", "tokenizer"), "a tokenizer", '[tokenizer] text = ["FILE"], or [model] from = "FOLDER"')
+_PAYS = '[reward] data = ["FILE"], or [ppo] rewards = ["FILE.py:NAME"]'
+
+
+def _ppo_parts(recipe: "Recipe") -> tuple[str, ...]:
+    own = () if recipe.ppo.critic == "shared" else ("critic_optimizer",)
+    return ("actor", "actor_optimizer", "critic", *own, *(("average",) if recipe.ppo.ema else ()))
+
+
+@settings
+class Recipe:
+    """The whole way of a model, from text to PPO. Every table is optional; a stage runs when its files are given."""
+
+    name: str = ""
+    """Name of the run: its folder is runs/<name>. Empty takes the recipe file's name."""
+    seed: Seed = 0
+    """Start of all random numbers; the same seed, files and settings give the same models."""
+    model: Model = Model()
+    tokenizer: Tokenizer = stage(
+        Tokenizer(),
+        summary="learn a tokenizer",
+        switch="text",
+        version=1,
+        tables=("tokenizer",),
+        seeded=False,
+    )
+    pretrain: Pretrain = stage(
+        Pretrain(),
+        summary="pre-train on documents",
+        switch="text",
+        version=2,
+        tables=("pretrain", "model", "optim", "run"),
+        parents=(_TOKENS,),
+        prepare="tetrad.training.prepare:documents",
+        parts=lambda _: ("model", "optimizer"),
+    )
+    sft: Sft = stage(
+        Sft(),
+        summary="fine-tune on instructions and answers",
+        switch="data",
+        version=2,
+        tables=("sft", "lora", "optim", "run"),
+        parents=(_BASE,),
+        prepare="tetrad.training.prepare:check_sft",
+        parts=lambda _: ("model", "optimizer"),
+    )
+    reward: Reward = stage(
+        Reward(),
+        summary="train the reward model on comparisons and scores",
+        switch="data",
+        version=4,
+        tables=("reward", "lora", "gate", "optim", "run"),
+        parents=(
+            Parent(("from",)),
+            Parent(POLICY, when=lambda recipe: bool(recipe.reward.from_)),
+            replace(_POLICY, when=lambda recipe: not recipe.reward.from_),
+        ),
+        parts=lambda _: ("model", "optimizer", "best"),
+        template=True,
+    )
+    ppo: Ppo = stage(
+        Ppo(),
+        summary="PPO against the reward model",
+        switch="prompts",
+        version=3,
+        tables=("ppo", "ptx", "lora", "gate", "alarms", "optim", "run"),
+        parents=(
+            _POLICY,
+            Parent(("reward",), "a reward", _PAYS, lambda recipe: model_pays(recipe.ppo.rewards)),
+            Parent(
+                ("reward",),
+                "a reward model for its critic",
+                '[ppo] critic = "actor", or [reward] data = ["FILE"]',
+                lambda recipe: recipe.ppo.critic == "reward" and not model_pays(recipe.ppo.rewards),
+            ),
+        ),
+        prepare="tetrad.training.prepare:check_ptx",
+        parts=_ppo_parts,
+        values=("beta", "alarms", "scores"),
+        template=True,
+    )
+    ptx: Ptx = Ptx()
+    gate: Gate = Gate()
+    alarms: Alarms = Alarms()
+    evaluate: Evaluate = stage(
+        Evaluate(),
+        summary="compare SFT, best-of-N and PPO on held-out prompts",
+        switch="prompts",
+        version=2,
+        tables=("evaluate", "sampling", "run"),
+        parents=(_POLICY, Parent(("reward",)), Parent(("pretrain",)), Parent(("ppo",)), Parent(("referee",))),
+        template=True,
+        module="tetrad.eval.compare",
+    )
+    data: Data = Data()
+    run: Run = Run()
+    lora: Lora = Lora()
+    optim: Optim = Optim()
+    sampling: Sampling = Sampling()
+
+
+STAGES: Mapping[str, Stage] = {
+    item.name: replace(row, name=item.name, module=row.module or f"tetrad.train.{item.name}")
+    for item in fields(Recipe)
+    if (row := item.metadata.get("stage"))
+}
+"""By name, in order."""
