@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 import toys
-from tetrad.inference.completions import Question, Sample
+from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.reward.model import Reward
-from tetrad.reward.sources import Source, Sources
-from tetrad.rl.experience import Experience, RunningStd
-from tetrad.rl.models import FourModels
-from tetrad.rl.monitor import Watch
+from tetrad.reward.sources import RewardSource, RewardSources
+from tetrad.rl.experience import PPOBatch, RunningStd
+from tetrad.rl.models import Models
+from tetrad.rl.monitor import Monitor
 from tetrad.rl.rollout import Rollout, roll_out
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.common import Optim, Sampling
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import KLController, Steered, experience_of, learn
+from tetrad.train.ppo import KLController, PPOState, experience_of, learn
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import language_terms, update
@@ -29,38 +29,38 @@ from tetrad.types import Prompt, Turn
 TOKENIZER = toys.tokenizer()
 
 
-def questions(count: int, size: int = 40) -> list[Question]:
+def questions(count: int, size: int = 40) -> list[EncodedPrompt]:
     """Prompts of 1 to 9 tokens."""
     made = [tuple(toys.ids(1 + 4 * i % 9, i, 3, size)) for i in range(count)]
-    return [Question(ids, Prompt((Turn("user", f"question {i}"),), f"{i}")) for i, ids in enumerate(made)]
+    return [EncodedPrompt(ids, Prompt((Turn("user", f"question {i}"),), f"{i}")) for i, ids in enumerate(made)]
 
 
 def four_models(
     s: Ppo, actor: CausalLM, critic: ScalarModel, reward: Reward, reference: CausalLM | None = None
-) -> FourModels:
+) -> Models:
     """The reference is the actor as it is now, unless one is given."""
     optim = replace(Optim(), eps=s.adam_eps)
     held = (reference or deepcopy(actor)).requires_grad_(False)
     optimizers = Optimizer(actor, s.actor_lr, optim), Optimizer(critic, s.critic_lr, optim)
-    return FourModels(actor, critic, held, Sources({"reward": Source(reward)}), *optimizers)
+    return Models(actor, critic, held, RewardSources({"reward": RewardSource(reward)}), *optimizers)
 
 
-def steered(s: Ppo, beta: float | None = None) -> Steered:
+def steered(s: Ppo, beta: float | None = None) -> PPOState:
     kl = KLController(s.kl_coefficient if beta is None else beta, s.kl_target, s.kl_horizon)
-    return Steered(kl, Watch(Alarms(), s.kl_target, s.critic_warmup), RunningStd())
+    return PPOState(kl, Monitor(Alarms(), s.kl_target, s.critic_warmup), RunningStd())
 
 
 def by_ids(score: Callable[[tuple[int, ...]], float]) -> Reward:
     """A reward that reads a reply's ids."""
 
-    def reward(samples: Sequence[Sample]) -> list[float]:
+    def reward(samples: Sequence[Completion]) -> list[float]:
         return [score(sample.reply_ids) for sample in samples]
 
     return reward
 
 
 def sampled(
-    four: FourModels, asked: Sequence[Question], s: Ppo, key: tuple[int, int], numbers: Sequence[int] | None = None
+    four: Models, asked: Sequence[EncodedPrompt], s: Ppo, key: tuple[int, int], numbers: Sequence[int] | None = None
 ) -> Rollout:
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=len(asked))
     places = range(len(asked)) if numbers is None else numbers
@@ -68,16 +68,16 @@ def sampled(
 
 
 def experience(
-    four: FourModels, rollout: Rollout, s: Ppo, micro_tokens: int = 4096, beta: float | None = None, step: int = 0
-) -> tuple[Experience, torch.Tensor]:
+    four: Models, rollout: Rollout, s: Ppo, micro_tokens: int = 4096, beta: float | None = None, step: int = 0
+) -> tuple[PPOBatch, torch.Tensor]:
     """What the stage makes of a rollout, and its rewards."""
     made = experience_of(four, rollout, s, steered(s, beta), step, micro_tokens, toys.CPU)
     return made, made.rewards
 
 
 def iterate(
-    four: FourModels, asked: Sequence[Question], s: Ppo, key: tuple[int, int], micro_tokens: int = 4096
-) -> tuple[Experience, dict[str, float]]:
+    four: Models, asked: Sequence[EncodedPrompt], s: Ppo, key: tuple[int, int], micro_tokens: int = 4096
+) -> tuple[PPOBatch, dict[str, float]]:
     """One iteration: sample, score, learn."""
     made, _ = experience(four, sampled(four, asked, s, key), s, micro_tokens, step=key[1])
     return made, learn(four, made, s, key, micro_tokens, toys.CPU)

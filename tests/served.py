@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import toys
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.model.huggingface import model_files
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.reward import model as reward_model
@@ -43,7 +43,7 @@ def write_model(
 
 def written(judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]) -> list[Tokens]:
     """Prompts and answers as the judge's documents."""
-    samples = [Sample((), (), p.turns, text, p.where, e) for p, text, e in zip(prompts, texts, ended, strict=True)]
+    samples = [Completion((), (), p.turns, text, p.where, e) for p, text, e in zip(prompts, texts, ended, strict=True)]
     return reward_model.written(judge.form, judge.tokenizer, samples)
 
 

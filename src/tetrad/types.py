@@ -120,7 +120,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Response:
     """One sampled answer, with the sampler's own log-probability of each id.
 
     reason: "end" where the last id is an end token, "stop" at a stop text, "length" where the reply was cut at its

@@ -11,7 +11,7 @@ import torch
 import toys
 from tetrad.inference.engine import Engine, Request, generate
 from tetrad.inference.fused_model import Fused
-from tetrad.types import Reply
+from tetrad.types import Response
 
 MODEL = toys.causal(seed=5, std=0.2, vocab_size=60)
 FUSED = Fused(MODEL, torch.float32)
@@ -129,12 +129,12 @@ POOL = pool()
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[list[Reply]]:
+def alone() -> list[list[Response]]:
     """What each request gets when nothing is beside it."""
     return [generate(FUSED, [request], toys.CPU, 1, TOKENIZER) for request in POOL]
 
 
-def schedule(seed: int, alone: list[list[Reply]]) -> int:
+def schedule(seed: int, alone: list[list[Response]]) -> int:
     """One random life of an engine: requests come, some are cancelled, all others get what they get alone. Returns the
     number of replies that were cancelled."""
     chance = random.Random(seed)
@@ -169,5 +169,5 @@ def schedule(seed: int, alone: list[list[Reply]]) -> int:
 
 
 @pytest.mark.timeout(300)
-def test_a_thousand_schedules(alone: list[list[Reply]]) -> None:
+def test_a_thousand_schedules(alone: list[list[Response]]) -> None:
     assert sum(schedule(seed, alone) for seed in range(1000)) > 500

@@ -7,11 +7,11 @@ import torch
 
 import ppo_toys
 import toys
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.objectives import ppo
 from tetrad.reward.model import score_tokens, trained
 from tetrad.rl.experience import mini_batches, whitened
-from tetrad.rl.models import FourModels
+from tetrad.rl.models import Models
 from tetrad.rl.rollout import read_logprobs, read_values
 from tetrad.settings.ppo import Ppo
 from tetrad.train.ppo import learn, policy_terms, shaped_rewards
@@ -21,7 +21,7 @@ VOCAB = 12  # so few that one reply in twelve ends at each token
 ASKED = ppo_toys.questions(12, VOCAB)
 
 
-def some_models(s: Ppo = S, pad: int = toys.PAD, other: bool = False) -> FourModels:
+def some_models(s: Ppo = S, pad: int = toys.PAD, other: bool = False) -> Models:
     """Rewards are a random reward model's. other: the reference is not the actor."""
     actor = toys.causal(seed=1, pad_id=pad, vocab_size=VOCAB)
     reward = trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256)
@@ -283,7 +283,7 @@ def test_the_frozen_stay_frozen():
 def test_replies_are_scored_as_sampled():
     """By their ids: a text that would be tokenised otherwise, or look finished, must not be read again."""
     reward = trained([toys.scalar(seed=2)], toys.CPU, 64)
-    plain = Sample((5, 6), (7, 8, 9), (), "w7 w8 w9")
+    plain = Completion((5, 6), (7, 8, 9), (), "w7 w8 w9")
     assert reward([plain]) == reward([replace(plain, text="w9 w9 <|endoftext|>")])
     assert reward([plain]) != reward([replace(plain, reply_ids=(7, 8, 9, toys.EOS))])
 

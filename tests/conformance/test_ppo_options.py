@@ -11,41 +11,41 @@ import ppo_toys
 import toys
 from tetrad.objectives import ppo
 from tetrad.reward.model import trained
-from tetrad.reward.sources import Source, Sources, named
+from tetrad.reward.sources import RewardSource, RewardSources, named
 from tetrad.rl.experience import RunningStd, mini_batches
-from tetrad.rl.models import ActorCritic, Average, FourModels, _shared
+from tetrad.rl.models import EMA, ActorCritic, Models, _shared
 from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import Beside, learn, policy_terms, shaped_rewards
+from tetrad.train.ppo import PtxBatch, learn, policy_terms, shaped_rewards
 from tetrad.training.optimizer import Optimizer
-from tetrad.training.step import Micro
+from tetrad.training.step import Microbatch
 
 S = Ppo(batch=12, max_new=10, epochs=2, mini_batches=3, actor_lr=1e-3, critic_lr=1e-3, steps=10)
 VOCAB = 12
 ASKED = ppo_toys.questions(12, VOCAB)
 
 
-def some_models(s: Ppo = S, other: bool = True) -> FourModels:
+def some_models(s: Ppo = S, other: bool = True) -> Models:
     reward = trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256)
     reference = toys.causal(seed=3, vocab_size=VOCAB) if other else None
     models = toys.causal(seed=1, vocab_size=VOCAB), toys.scalar(seed=4, vocab_size=VOCAB)
     return ppo_toys.four_models(s, *models, reward, reference)
 
 
-def shared_models(s: Ppo) -> FourModels:
+def shared_models(s: Ppo) -> Models:
     actor = toys.causal(seed=1, vocab_size=VOCAB)
     critic = _shared(actor, 4)
     both = ActorCritic(actor, critic)
     optimizer = Optimizer(both, s.actor_lr, replace(Optim(), weight_decay=0.1), quick={"critic.score": s.critic_lr})
-    reward = Sources({"reward": Source(trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256))})
-    return FourModels(actor, critic, deepcopy(actor).requires_grad_(False), reward, optimizer, None, both)
+    reward = RewardSources({"reward": RewardSource(trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256))})
+    return Models(actor, critic, deepcopy(actor).requires_grad_(False), reward, optimizer, None, both)
 
 
 def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def rolled(four: FourModels, s: Ppo = S):
+def rolled(four: Models, s: Ppo = S):
     return ppo_toys.sampled(four, ASKED, s, (0, 0))
 
 
@@ -181,7 +181,7 @@ def test_running_scaling_divides_before_the_clip():
 def test_a_sum_of_sources_is_weighed_and_told_in_parts():
     count = ppo_toys.by_ids(lambda ids: float(len(ids)))
     high = ppo_toys.by_ids(lambda ids: 9.0)
-    found = Sources({"count": Source(count, 0.5), "high": Source(high, 2.0, clip=5.0)})
+    found = RewardSources({"count": RewardSource(count, 0.5), "high": RewardSource(high, 2.0, clip=5.0)})
     samples = rolled(some_models()).samples
     parts = found.parts(samples)
     assert parts["high"] == [9.0] * len(samples)
@@ -222,8 +222,8 @@ def test_text_beside_ppo_holds_the_language_model():
         packed = toys.packed(documents)
         count = float((packed.targets_T != -100).sum())
 
-        def text(update: int, packed=packed, count=count, coefficient=coefficient) -> list[Micro]:
-            return [Micro(packed, {"ptx_tokens": count}, Beside(coefficient))]
+        def text(update: int, packed=packed, count=count, coefficient=coefficient) -> list[Microbatch]:
+            return [Microbatch(packed, {"ptx_tokens": count}, PtxBatch(coefficient))]
 
         learned = learn(four, made, s, (0, 0), 4096, toys.CPU, text)
         assert learned["ptx_loss"] > 0
@@ -234,13 +234,13 @@ def test_text_beside_ppo_holds_the_language_model():
 
 def test_moving_average_follows_the_actor():
     actor = toys.causal(seed=1, vocab_size=VOCAB)
-    average = Average(actor, 0.75)
+    average = EMA(actor, 0.75)
     start = average.kept["model.norm.weight"].clone()
     with torch.no_grad():
         actor.model.norm.weight += 4.0
     average.follow()
     torch.testing.assert_close(average.kept["model.norm.weight"], start + 1.0)
-    again = Average(toys.causal(seed=2, vocab_size=VOCAB), 0.75)
+    again = EMA(toys.causal(seed=2, vocab_size=VOCAB), 0.75)
     again.load_tensors(average.tensors())
     assert torch.equal(again.kept["model.norm.weight"], average.kept["model.norm.weight"])
 

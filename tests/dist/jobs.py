@@ -97,7 +97,7 @@ def own_rows(rollout: Rollout) -> Rollout:
     )
 
 
-def four(s: Ppo) -> ppo_toys.FourModels:
+def four(s: Ppo) -> ppo_toys.Models:
     reward = ppo_toys.by_ids(lambda ids: (sum(ids) % 7) / 2 - 1)
     models = toys.causal(seed=1, vocab_size=12), toys.scalar(seed=2, vocab_size=12)
     return ppo_toys.four_models(s, *models, reward, toys.causal(seed=3, vocab_size=12))

@@ -11,7 +11,7 @@ from tetrad.errors import UserError
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.seeds import generator_for
 from tetrad.storage import remove_leftovers, step_folders, verify_folder
-from tetrad.training.run_folder import Run, open_run
+from tetrad.training.run_folder import StageRun, open_run
 
 STEPS, EVERY = 7, 2
 
@@ -54,7 +54,7 @@ class Stage:
                 self.update(run, step)
             run.finish({"model.safetensors": tensor_chunks(self.model.tensors())}, {"key": "k"})
 
-    def update(self, run: Run, step: int) -> None:
+    def update(self, run: StageRun, step: int) -> None:
         noise = torch.from_numpy(generator_for(3, "noise", step).standard_normal(4)).float()
         self.optimizer.numbers = 0.9 * self.optimizer.numbers + noise
         self.model.numbers = self.model.numbers - self.beta * self.optimizer.numbers

@@ -12,9 +12,9 @@ import pytest
 
 import ppo_toys
 import toys
-from tetrad.inference.completions import Question
-from tetrad.rl.models import FourModels
-from tetrad.rl.monitor import Watch
+from tetrad.inference.completions import EncodedPrompt
+from tetrad.rl.models import Models
+from tetrad.rl.monitor import Monitor
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.ppo import Ppo
 from tetrad.train.ppo import figures_of_step
@@ -23,10 +23,10 @@ from tetrad.types import Prompt
 pytestmark = pytest.mark.learn
 
 S = Ppo(batch=64, max_new=32, steps=1000, epochs=2, actor_lr=1e-3, critic_lr=3e-3, kl_coefficient=0.05, critic_warmup=3)
-ASKED = [Question((3, 4), Prompt(()))] * S.batch
+ASKED = [EncodedPrompt((3, 4), Prompt(()))] * S.batch
 
 
-def some_models(s: Ppo, seed: int, score: ppo_toys.Reward) -> FourModels:
+def some_models(s: Ppo, seed: int, score: ppo_toys.Reward) -> Models:
     return ppo_toys.four_models(s, deepcopy(ppo_toys.speaker()), toys.scalar(seed + 100), score)
 
 
@@ -34,7 +34,7 @@ def alarms(
     s: Ppo, seed: int, score: ppo_toys.Reward, steps: int, seen: float = 1e9
 ) -> tuple[dict[str, int], list[float]]:
     """Each alarm that was raised, with its first step; and the scores."""
-    four, watch, told = some_models(s, seed, score), Watch(Alarms(), 0.0, s.critic_warmup, s.batch), dict[str, int]()
+    four, watch, told = some_models(s, seed, score), Monitor(Alarms(), 0.0, s.critic_warmup, s.batch), dict[str, int]()
     scores = []
     for step in range(steps):
         made, learned = ppo_toys.iterate(four, ASKED, s, (seed, step))

@@ -9,11 +9,11 @@ import torch
 
 import ppo_toys
 import toys
-from tetrad.inference.completions import Question
+from tetrad.inference.completions import EncodedPrompt
 from tetrad.model.transformer import CausalLM
 from tetrad.objectives import ppo
-from tetrad.rl.experience import Experience
-from tetrad.rl.models import FourModels
+from tetrad.rl.experience import PPOBatch
+from tetrad.rl.models import Models
 from tetrad.settings.ppo import Ppo
 from tetrad.training.batches import reply_logprobs
 from tetrad.types import Prompt
@@ -21,8 +21,8 @@ from tetrad.types import Prompt
 pytestmark = pytest.mark.learn
 
 
-def asked(count: int, prompt: tuple[int, ...] = (3, 4)) -> list[Question]:
-    return [Question(prompt, Prompt(()))] * count
+def asked(count: int, prompt: tuple[int, ...] = (3, 4)) -> list[EncodedPrompt]:
+    return [EncodedPrompt(prompt, Prompt(()))] * count
 
 
 # (i) a vocabulary of 6, replies of exactly 2 tokens: all 36 can be counted.
@@ -77,17 +77,17 @@ def rule(liked: set[int]) -> ppo_toys.Reward:
     return ppo_toys.by_ids(lambda ids: float(bool(liked & set(ids))))
 
 
-def some_models(s: Ppo, seed: int, reward: ppo_toys.Reward) -> FourModels:
+def some_models(s: Ppo, seed: int, reward: ppo_toys.Reward) -> Models:
     return ppo_toys.four_models(s, toys.causal(seed), toys.scalar(seed + 100), reward)
 
 
-def share_right(four: FourModels, s: Ppo, seed: int, liked: set[int]) -> float:
+def share_right(four: Models, s: Ppo, seed: int, liked: set[int]) -> float:
     """Of 200 replies with random numbers that no training used."""
     rollout = ppo_toys.sampled(four, asked(200), s, (seed, 10_000))
     return sum(bool(liked & set(sample.reply_ids)) for sample in rollout.samples) / 200
 
 
-def nats(made: Experience) -> float:
+def nats(made: PPOBatch) -> float:
     """KL to the reference of a reply (k3: never negative)."""
     return float(ppo.kl_tokens(made.old, made.ref, made.rollout.mask_BT, "k3").sum(1).mean())
 

@@ -17,7 +17,7 @@ import toys
 from tetrad.cli.main import main
 from tetrad.console import Console
 from tetrad.eval.text_metrics import reply_figures
-from tetrad.inference.completions import Question
+from tetrad.inference.completions import EncodedPrompt
 from tetrad.pipeline import recipe, runner
 from tetrad.report.verdict import Difference, Verdict, failed_guards, verdict
 from tetrad.settings.evaluate import Evaluate
@@ -81,7 +81,7 @@ def test_a_reward_that_follows_length_is_not_to_be_trusted(tmp_path: Path, capsy
 
 
 S = Ppo(batch=64, max_new=32, epochs=2, actor_lr=1e-3, critic_lr=3e-3, kl_coefficient=0.05, critic_warmup=3)
-ASKED = [Question((3, 4), Prompt(()))] * S.batch
+ASKED = [EncodedPrompt((3, 4), Prompt(()))] * S.batch
 
 
 def judge(ids: Sequence[int]) -> float:

@@ -12,7 +12,7 @@ from tetrad.inference.engine import generate
 from tetrad.model.config import RopeScaling
 from tetrad.model.transformer import CausalLM
 from tetrad.training.batches import reply_logprobs
-from tetrad.types import Reply
+from tetrad.types import Response
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
@@ -32,14 +32,14 @@ def model_of(family: str, ends: tuple[int, ...] = (toys.EOS,)) -> CausalLM:
     return model.eval()
 
 
-def greedy(model: CausalLM, slots: int) -> list[Reply]:
+def greedy(model: CausalLM, slots: int) -> list[Response]:
     requests = [
         toys.request(p, i, max_new=NEW, temperature=0.0, ends=model.config.eos_ids) for i, p in enumerate(PROMPTS)
     ]
     return generate(model, requests, toys.CPU, slots)
 
 
-def sampled(model: CausalLM, slots: int, chosen: list[int] | None = None, **how: Any) -> list[Reply]:
+def sampled(model: CausalLM, slots: int, chosen: list[int] | None = None, **how: Any) -> list[Response]:
     numbers = list(range(24)) if chosen is None else chosen
     return generate(model, [toys.request(PROMPTS[i], i, max_new=NEW, **how) for i in numbers], toys.CPU, slots)
 

@@ -21,14 +21,14 @@ from tetrad.data.records import read_prompts
 from tetrad.data.rows import Row, rows
 from tetrad.data.source import Counts, sources
 from tetrad.errors import UserError
-from tetrad.inference.completions import Question, Sample, best, read_questions
-from tetrad.inference.policy import Answer, Model, answered, asked, cache_need, cache_shape, load, question
+from tetrad.inference.completions import Completion, EncodedPrompt, best, read_questions
+from tetrad.inference.policy import Generated, Policy, answered, asked, cache_need, cache_shape, load, question
 from tetrad.reward.model import RewardModel, load_reward, rate, rate_samples, written
 from tetrad.settings.use import Generate, ScoreFile
 from tetrad.storage import write_file
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import renamed
-from tetrad.types import Reply
+from tetrad.types import Response
 
 Fields = dict[str, Any]
 SCORES_AT_ONCE = 128
@@ -75,7 +75,7 @@ def score_file(settings: ScoreFile, console: Console) -> None:
     prompts, records = read_prompts(given, Counts()), _records(given.paths)
     judge = load_reward(settings.model, settings.template)
     texts, ended = zip(*(_answer(r, p.where, given.rename) for r, p in zip(records, prompts, strict=True)), strict=True)
-    samples = [Sample((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, ended, strict=True)]
+    samples = [Completion((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, ended, strict=True)]
     documents = written(judge.form, judge.tokenizer, samples)
     scores: list[float] = []
 
@@ -97,8 +97,8 @@ def score_file(settings: ScoreFile, console: Console) -> None:
 
 
 def _best(
-    model: Model, judge: RewardModel | None, questions: list[Question], settings: Generate
-) -> Iterator[tuple[Answer, float | None]]:
+    model: Policy, judge: RewardModel | None, questions: list[EncodedPrompt], settings: Generate
+) -> Iterator[tuple[Generated, float | None]]:
     """One answer a question and its score; of several, the best."""
     groups = answered(model, questions, settings, settings.best_of)
     if judge is None:
@@ -110,7 +110,7 @@ def _best(
         yield from zip(part, rate_samples(judge, [answer.sample for answer in part]), strict=True)
 
 
-def _chosen(judge: RewardModel, groups: Iterator[list[Answer]], size: int) -> Iterator[Answer]:
+def _chosen(judge: RewardModel, groups: Iterator[list[Generated]], size: int) -> Iterator[Generated]:
     """The best of each group of this size."""
     while held := list(islice(groups, max(1, SCORES_AT_ONCE // size))):
         samples = [answer.sample for group in held for answer in group]
@@ -120,9 +120,9 @@ def _chosen(judge: RewardModel, groups: Iterator[list[Answer]], size: int) -> It
 
 
 def _with_replies(
-    model: Model,
+    model: Policy,
     judge: RewardModel | None,
-    questions: list[Question],
+    questions: list[EncodedPrompt],
     records: list[Fields],
     settings: Generate,
     console: Console,
@@ -149,7 +149,7 @@ def _counted(answers: int) -> str:
     return f"{answers} answer{'s' * (answers > 1)}"
 
 
-def _logprobs(tokenizer: Tokenizer, reply: Reply) -> list[Fields]:
+def _logprobs(tokenizer: Tokenizer, reply: Response) -> list[Fields]:
     """Each token with its log-probability and the likeliest ones in its place."""
 
     def told(token: int, logprob: float) -> Fields:

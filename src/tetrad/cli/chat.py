@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.inference.engine import Engine, Event
-from tetrad.inference.policy import Answer, Model, answer, cache_need, check_text, load, question, request
+from tetrad.inference.policy import Generated, Policy, answer, cache_need, check_text, load, question, request
 from tetrad.reward.model import RewardModel, load_reward, rate_samples
 from tetrad.settings.use import Chat
-from tetrad.types import Prompt, Reply, Turn
+from tetrad.types import Prompt, Response, Turn
 
 
 @dataclass
@@ -24,11 +24,11 @@ class Talk:
     """What was said. turns: with the system message; last: the last answer; asked: the number of questions."""
 
     settings: Chat
-    model: Model
+    model: Policy
     judge: RewardModel | None
     console: Console
     turns: list[Turn] = field(default_factory=list)
-    last: Answer | None = None
+    last: Generated | None = None
     asked: int = 0
 
     @property
@@ -102,7 +102,7 @@ def read_line(console: Console) -> str | None:
         return ""
 
 
-def reply(talk: Talk, turns: tuple[Turn, ...]) -> Answer | None:
+def reply(talk: Talk, turns: tuple[Turn, ...]) -> Generated | None:
     """Shows the answer while it is written, until Ctrl-C; None where the conversation is too long, or nothing came."""
     model, console, settings = talk.model, talk.console, talk.settings
     said: list[Event] = []
@@ -127,7 +127,7 @@ def reply(talk: Talk, turns: tuple[Turn, ...]) -> Answer | None:
         if not said:
             return None
         ids, logprobs = tuple(event.token for event in said), tuple(event.logprob for event in said)
-        return answer(model, asked, Reply(ids, logprobs, "cancelled", "".join(event.text for event in said)))
+        return answer(model, asked, Response(ids, logprobs, "cancelled", "".join(event.text for event in said)))
     found = answer(model, asked, whole) if (whole := said[-1].reply) else None
     console.say("" if found and found.ended else f" [cut after {settings.max_new} tokens]")
     return found

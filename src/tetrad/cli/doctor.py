@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tetrad import __version__
-from tetrad.cli.known_answers import ANSWERS, Answer, Case, read_cases
+from tetrad.cli.known_answers import ANSWERS, AnswerFunction, Case, read_cases
 from tetrad.errors import UserError
 
 TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-4)}  # of outputs, of gradients
@@ -88,7 +88,7 @@ def _row(function: str, cases: list[Case], path: str) -> Row:
     return Row(function, len(cases), error64, error32, grad64 if sloped else None, grad32 if sloped else None, ok)
 
 
-def _errors(answer: Answer, case: Case, dtype: torch.dtype) -> tuple[float, float]:
+def _errors(answer: AnswerFunction, case: Case, dtype: torch.dtype) -> tuple[float, float]:
     """The largest error of the outputs, and that of the gradients."""
     inputs = {name: _input(value, dtype) for name, value in case.inputs.items()}
     sloped = [name for name in case.outputs if name.startswith("grad_")]

@@ -25,7 +25,7 @@ from tetrad.objectives import calibration, language, ppo, preference
 from tetrad.types import IGNORE, Tokens
 
 Inputs = Mapping[str, Any]
-Answer = Callable[[Inputs], dict[str, Tensor]]
+AnswerFunction = Callable[[Inputs], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -188,12 +188,12 @@ def _identity(logits: Tensor) -> Tensor:
     return torch.eye(logits.shape[-1], dtype=logits.dtype)
 
 
-def _direct(output: str, function: Callable[..., Tensor], names: str) -> Answer:
+def _direct(output: str, function: Callable[..., Tensor], names: str) -> AnswerFunction:
     """For a function that takes the file's inputs in this order and has one output."""
     return lambda x: {output: function(*(x[name] for name in names.split()))}
 
 
-ANSWERS: dict[str, list[Answer]] = {
+ANSWERS: dict[str, list[AnswerFunction]] = {
     "next_logprobs": [_next_logprobs, _next_logprobs_of_head],
     "entropy": [_entropy, _entropy_of_head],
     "sft_loss": [_sft_loss, _sft_loss_of_head],

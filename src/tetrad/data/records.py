@@ -11,11 +11,11 @@ import numpy as np
 from tetrad.data import record_formats
 from tetrad.data.fields import Fields, fold
 from tetrad.data.rows import paragraphs, rows
-from tetrad.data.source import Counts, Sources, Span, kind, refuse_none_learned, sources
+from tetrad.data.source import Counts, DataFiles, Span, kind, refuse_none_learned, sources
 from tetrad.errors import UserError
 from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
 
-Paths = Sources | Iterable[str | Path]
+Paths = DataFiles | Iterable[str | Path]
 Record = Document | Conversation | Prompt | Comparison | Score
 Refuse = Callable[[UserError, str], None]
 """Told of each bad row, with the row's text; the reading goes on. Without it the first bad row is raised."""
@@ -28,12 +28,14 @@ R = TypeVar("R", bound=Record)
 def read_documents(paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None) -> Iterator[Document]:
     """Paragraphs of txt files and `text` of records, blank texts refused. Errors: E-DATA-*."""
     counts = counts or Counts()
-    given = paths if isinstance(paths, Sources) else sources(paths)
+    given = paths if isinstance(paths, DataFiles) else sources(paths)
     for path in given.paths:
         yield from documents_of(path, given, counts, refuse)
 
 
-def documents_of(part: Path | Span, given: Sources, counts: Counts, refuse: Refuse | None = None) -> Iterator[Document]:
+def documents_of(
+    part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None
+) -> Iterator[Document]:
     """The documents of one file, or of a part of one."""
     path = part.path if isinstance(part, Span) else part
     if kind(path) != ".txt":
@@ -50,13 +52,13 @@ def read_conversations(
 ) -> Iterator[Conversation]:
     """Records of SFT; the last turn is the assistant's. Errors: E-DATA-*."""
     counts = counts or Counts()
-    given = paths if isinstance(paths, Sources) else sources(paths)
+    given = paths if isinstance(paths, DataFiles) else sources(paths)
     for path in given.paths:
         yield from conversations_of(path, given, counts, refuse)
 
 
 def conversations_of(
-    part: Path | Span, given: Sources, counts: Counts, refuse: Refuse | None = None
+    part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None
 ) -> Iterator[Conversation]:
     """The conversations of one file, or of a part of one."""
     return _records(part, record_formats.conversation, given, counts, refuse)
@@ -65,11 +67,11 @@ def conversations_of(
 def read_prompts(paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None) -> list[Prompt]:
     """The prompts of any record file; answers, ranks and scores are ignored. Errors: E-DATA-*."""
     counts = counts or Counts()
-    given = paths if isinstance(paths, Sources) else sources(paths)
+    given = paths if isinstance(paths, DataFiles) else sources(paths)
     return [p for path in given.paths for p in prompts_of(path, given, counts, refuse)]
 
 
-def prompts_of(part: Path | Span, given: Sources, counts: Counts, refuse: Refuse | None = None) -> Iterator[Prompt]:
+def prompts_of(part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None) -> Iterator[Prompt]:
     """The prompts of one file, or of a part of one."""
     return _records(part, record_formats.asked, given, counts, refuse)
 
@@ -83,14 +85,14 @@ def read_preferences(
     Errors: E-DATA-SCALE (no scale; says the range seen), E-DATA-NUMBER (outside it), E-DATA-RANK, other E-DATA-*.
     """
     counts = counts or Counts()
-    given = paths if isinstance(paths, Sources) else sources(paths)
+    given = paths if isinstance(paths, DataFiles) else sources(paths)
     records = [r for path in given.paths for r in preferences_of(path, given, counts, refuse, score_scale)]
     refuse_no_scale(records, score_scale)
     return records
 
 
 def preferences_of(
-    part: Path | Span, given: Sources, counts: Counts, refuse: Refuse | None = None, score_scale: Sequence[float] = ()
+    part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None, score_scale: Sequence[float] = ()
 ) -> Iterator[Comparison | Score]:
     """The comparisons and scores of one file, or of a part of one."""
 
@@ -115,7 +117,7 @@ def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> 
 def _records(
     part: Path | Span,
     make: Callable[[Fields, str, Counts], R | None],
-    given: Sources,
+    given: DataFiles,
     counts: Counts,
     refuse: Refuse | None,
 ) -> Iterator[R]:

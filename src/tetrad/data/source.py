@@ -92,7 +92,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Sources:
+class DataFiles:
     """The files of one setting. entry: the place in the setting that named each; weights: how often an epoch reads the
     records of each place; rename: other names of fields, as {"question": "instruction"}."""
 
@@ -142,7 +142,7 @@ def files(patterns: Iterable[str | Path]) -> list[Path]:
 
 def sources(
     patterns: Iterable[str | Path], weights: Sequence[float] = (), rename: Mapping[str, str] | None = None
-) -> Sources:
+) -> DataFiles:
     """The same with each file's place in the setting, its weight, and other names of fields. weights: one a pattern."""
     found: list[tuple[Path, int]] = []
     given = list(map(str, patterns))
@@ -155,7 +155,7 @@ def sources(
             raise UserError("E-DATA-OVERLAP", "the same file is given twice", where=str(path), hint="name it once")
         seen.add((status.st_dev, status.st_ino))
     weights = tuple(weights) or (1.0,) * len(given)
-    return Sources(tuple(p for p, _ in found), tuple(n for _, n in found), weights, dict(rename or {}))
+    return DataFiles(tuple(p for p, _ in found), tuple(n for _, n in found), weights, dict(rename or {}))
 
 
 def _matches(pattern: str) -> list[Path]:

@@ -27,7 +27,7 @@ import numpy as np
 
 from tetrad import storage
 from tetrad.data.records import conversations_of, documents_of
-from tetrad.data.source import Counts, Sources, Span, refuse_none_learned, spans
+from tetrad.data.source import Counts, DataFiles, Span, refuse_none_learned, spans
 from tetrad.data.tokens import OnLong, fit, learned, refuse_long, tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.storage import Json
@@ -58,12 +58,12 @@ class Encoding:
     max_tokens: int = 0
     on_long: OnLong = "refuse"
 
-    def key(self, given: Sources) -> str:
+    def key(self, given: DataFiles) -> str:
         """A hash of it, and of the names that fields are given."""
         told = {**asdict(self), "rename": sorted(given.rename.items()), "version": VERSION}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
-    def stream(self, span: Span, given: Sources, counts: Counts) -> Iterator[Tokens]:
+    def stream(self, span: Span, given: DataFiles, counts: Counts) -> Iterator[Tokens]:
         """The tokens of a part's records. Errors: E-DATA-*, E-MODEL-*."""
         tokenizer = _tokenizer(self.tokenizer, self.eos_ids)
         if self.template is None:
@@ -161,13 +161,13 @@ class _Job:
 
     folder: Path
     span: Span
-    given: Sources
+    given: DataFiles
 
 
 def build(
     folder: Path,
     encoding: Encoding,
-    given: Sources,
+    given: DataFiles,
     sha256: Sequence[str],
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, parts: None,
@@ -198,7 +198,7 @@ def build(
     return TokenStore([job.folder for job in jobs]), counts
 
 
-def _jobs(folder: Path, encoding: Encoding, given: Sources, sha256: Sequence[str]) -> list[_Job]:
+def _jobs(folder: Path, encoding: Encoding, given: DataFiles, sha256: Sequence[str]) -> list[_Job]:
     key = encoding.key(given)
     jobs = []
     for number, (path, digest) in enumerate(zip(given.paths, sha256, strict=True)):

@@ -20,7 +20,7 @@ from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig, read_config
 from tetrad.registry import Recipe
 from tetrad.report.page import page
-from tetrad.report.sections import Finding, Plot, Report, Run, Sample, Section, Table, histogram, share
+from tetrad.report.sections import Finding, Plot, RenderedSample, Report, Section, Span, Table, histogram, share
 from tetrad.report.terminal import show
 from tetrad.settings.use import Check
 from tetrad.text.bpe import SMALLEST, learn
@@ -245,7 +245,7 @@ def lengths(readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str,
     )
 
 
-def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[Sample, ...]:
+def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[RenderedSample, ...]:
     """Three records, control tokens and all, as the ids that the model would get, with what the loss reads."""
     order = ("sft.data", "reward.data", "ppo.prompts", "pretrain.text")
     chosen = min((r for r in readings if r.records), key=lambda r: (*order, r.setting).index(r.setting), default=None)
@@ -257,15 +257,15 @@ def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[Sample, ...
         try:
             (made,) = encoder.tokens([shortened(record)], Counts(), train_on_prompt=False)
         except UserError as error:
-            return (Sample(error.where, (Run(str(error), trained=False),)),)
-        tokens, runs = made[0], list[Run]()
+            return (RenderedSample(error.where, (Span(str(error), trained=False),)),)
+        tokens, runs = made[0], list[Span]()
         start = 0
         for end in range(1, len(tokens.ids) + 1):
             if end == len(tokens.ids) or tokens.train[end] != tokens.train[start]:
                 text = encoder.tokenizer.decode(tokens.ids[start:end].tolist(), keep_control=True)
-                runs.append(Run(text, bool(tokens.train[start])))
+                runs.append(Span(text, bool(tokens.train[start])))
                 start = end
-        found.append(Sample(record.where, tuple(runs)))
+        found.append(RenderedSample(record.where, tuple(runs)))
     return tuple(found)
 
 

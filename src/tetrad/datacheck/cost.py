@@ -36,7 +36,7 @@ DECODED = 0.2  # of it that sampling reaches, token by token
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens: learned from, each as
     often as it is read; read: read only; sampled: written, by `slots` replies at once of `positions` tokens; batch:
     tokens of an optimizer step."""
@@ -76,7 +76,7 @@ def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
     return c.layers * lora.rank * sides
 
 
-def memory(stage: Stage, config: DecoderConfig, recipe: Recipe) -> int:
+def memory(stage: StageCost, config: DecoderConfig, recipe: Recipe) -> int:
     """The peak of a stage, in bytes. What sampling needs is given back before it learns, but seldom to the system; the
     merged model of adapters is made of it."""
     n, cache = parameters(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
@@ -94,15 +94,15 @@ def _base() -> int:
     return BASE
 
 
-def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[Stage]:
+def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
     """What each stage of a recipe has to do; only those whose text could be counted."""
     found = []
     if (r := readings.get("pretrain.text")) and r.tokens:
         s = recipe.pretrain
-        found.append(Stage("pretrain", 1, 0, s.tokens or r.tokens, batch=s.batch_tokens))
+        found.append(StageCost("pretrain", 1, 0, s.tokens or r.tokens, batch=s.batch_tokens))
     if (r := readings.get("sft.data")) and r.tokens:
         on, batch = recipe.sft.adapters, recipe.sft.batch * r.tokens // len(r.lengths)
-        found.append(Stage("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
+        found.append(StageCost("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
     if (r := readings.get("reward.data")) and r.tokens:
         found.append(_reward(recipe, r, sum(readings[n].tokens for n in _TESTS if n in readings)))
     if (r := readings.get("ppo.prompts")) and r.tokens:
@@ -110,11 +110,11 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[Stage]:
     return found
 
 
-def _reward(recipe: Recipe, r: Reading, held: int) -> Stage:
+def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
     s, members = recipe.reward, recipe.reward.seeds
     best = members if s.patience and not s.adapters else 0  # the weights that did best on held-out records
     trained, frozen = (0, 2) if s.adapters else (members, 1 + best)  # one more writes replies to set the scale
-    return Stage(
+    return StageCost(
         "reward",
         trained,
         frozen,
@@ -128,13 +128,13 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> Stage:
     )
 
 
-def _ppo(recipe: Recipe, r: Reading) -> Stage:
+def _ppo(recipe: Recipe, r: Reading) -> StageCost:
     s = recipe.ppo
     batch, long = s.batch * s.replies, r.tokens / len(r.lengths) + s.max_new * 0.6
     judges = recipe.reward.seeds if model_pays(s.rewards) else 0
     learners = 1 if s.critic == "shared" else 2
     trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema))
-    return Stage(
+    return StageCost(
         "ppo",
         trained,
         frozen,

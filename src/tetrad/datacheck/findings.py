@@ -67,7 +67,7 @@ def _learned(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Findin
 
 
 def _cut_off(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
-    """Replies are like the answers of SFT, or else those that the reward model reads: do they fit into max_new?"""
+    """Responses are like the answers of SFT, or else those that the reward model reads: do they fit into max_new?"""
     like = next((r for n in ("sft.data", "reward.data") if (r := readings.get(n)) and r.answer_lengths), None)
     for name, most in (("ppo", recipe.ppo.max_new), ("evaluate", recipe.evaluate.max_new)):
         longer = float((np.asarray(like.answer_lengths) > most).mean()) if like and f"{name}.prompts" in readings else 0

@@ -27,7 +27,7 @@ from tetrad.data.records import (
 )
 from tetrad.data.rows import rows
 from tetrad.data.similarity import LONGEST
-from tetrad.data.source import Counts, Sources, kind, sources
+from tetrad.data.source import Counts, DataFiles, kind, sources
 from tetrad.data.tokens import tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.registry import Recipe
@@ -138,12 +138,12 @@ def stage_of(setting: str) -> str:
     return {"ptx": "ppo"}.get(table, table)
 
 
-def settings_of(recipe: Recipe) -> list[tuple[str, str, Sources]]:
+def settings_of(recipe: Recipe) -> list[tuple[str, str, DataFiles]]:
     """(setting, kind of record, files) of all that a recipe reads; a tokenizer's text only where nothing else does.
 
     Errors: E-DATA-PATH, E-DATA-OVERLAP, E-DATA-HUB.
     """
-    rename, found = renamed(recipe.data.rename), list[tuple[str, str, Sources]]()
+    rename, found = renamed(recipe.data.rename), list[tuple[str, str, DataFiles]]()
     for name, what in SETTINGS.items():
         table, _, key = name.partition(".")
         given = sources(getattr(getattr(recipe, table), key), rename=rename)
@@ -153,7 +153,7 @@ def settings_of(recipe: Recipe) -> list[tuple[str, str, Sources]]:
     return [f for f in found if f[0] != "tokenizer.text" or not set(f[2].paths) <= pretrain]
 
 
-def read(setting: str, what: str, given: Sources, encoder: Encoder, **how: Any) -> Reading:
+def read(setting: str, what: str, given: DataFiles, encoder: Encoder, **how: Any) -> Reading:
     """All records of these files. how: score_scale and train_on_prompt where they matter. Errors: E-MODEL-*."""
     reading = Reading(setting, what)
     for path in given.paths:
@@ -165,7 +165,7 @@ def read(setting: str, what: str, given: Sources, encoder: Encoder, **how: Any) 
     return reading
 
 
-def _stream(what: str, path: Path, given: Sources, file: FileReading, scale: Sequence[float]) -> Iterator[Record]:
+def _stream(what: str, path: Path, given: DataFiles, file: FileReading, scale: Sequence[float]) -> Iterator[Record]:
     def refuse(error: UserError, text: str) -> None:
         file.codes[error.code] += 1
         if len(file.refused) < MOST_REFUSED:
@@ -174,11 +174,11 @@ def _stream(what: str, path: Path, given: Sources, file: FileReading, scale: Seq
     return reader(what, scale)(path, given, file.counts, refuse)
 
 
-def reader(what: str, scale: Sequence[float]) -> Callable[[Path, Sources, Counts, Refuse | None], Iterator[Record]]:
+def reader(what: str, scale: Sequence[float]) -> Callable[[Path, DataFiles, Counts, Refuse | None], Iterator[Record]]:
     """What reads a file of this kind of record."""
     if what == "preferences":
         return lambda path, given, counts, refuse: preferences_of(path, given, counts, refuse, scale)
-    readers: dict[str, Callable[[Path, Sources, Counts, Refuse | None], Iterator[Record]]] = {
+    readers: dict[str, Callable[[Path, DataFiles, Counts, Refuse | None], Iterator[Record]]] = {
         "documents": documents_of,
         "conversations": conversations_of,
         "prompts": prompts_of,
@@ -238,7 +238,7 @@ def _keep(reading: Reading, file: FileReading, chunk: list[Record], encoder: Enc
             reading.first_long = reading.first_long or record.where
 
 
-def sniff(path: Path, given: Sources) -> str:
+def sniff(path: Path, given: DataFiles) -> str:
     """What the records of a file are, seen from its first rows. Errors: E-DATA-*."""
     if kind(path) == ".txt":
         return "documents"

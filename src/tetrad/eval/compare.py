@@ -23,7 +23,7 @@ from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device, choose
 from tetrad.eval.text_metrics import reply_figures
-from tetrad.inference.completions import Question, Sample, best, read_questions
+from tetrad.inference.completions import Completion, EncodedPrompt, best, read_questions
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, frozen
 from tetrad.objectives.calibration import bootstrap_interval
@@ -48,7 +48,7 @@ from tetrad.types import Tokens
 class Answers:
     """One system's answers to the prompts. kl: nats a reply against the SFT model."""
 
-    samples: tuple[Sample, ...]
+    samples: tuple[Completion, ...]
     ended: tuple[bool, ...]
     kl: float
 
@@ -98,7 +98,7 @@ def _run(ctx: StageContext, device: Device) -> None:
 def answers_of_all(
     ctx: StageContext,
     sft: CausalLM,
-    questions: Sequence[Question],
+    questions: Sequence[EncodedPrompt],
     tokenizer: Tokenizer,
     reward: Reward | None,
     device: Device,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 
 # Han, kana and Hangul, with the marks 々 and 〇.
 _CJK = (
@@ -38,7 +38,7 @@ def commonest_word(texts: Sequence[str]) -> tuple[str, float]:
     return word, count / len(texts)
 
 
-def reply_figures(samples: Sequence[Sample], ended: Sequence[bool]) -> dict[str, float]:
+def reply_figures(samples: Sequence[Completion], ended: Sequence[bool]) -> dict[str, float]:
     """Mean length in tokens, share that ended by itself, that is not valid UTF-8, distinct-2, share of answers with the
     commonest word."""
     n = max(1, len(samples))

@@ -15,11 +15,11 @@ from tetrad.model.transformer import CausalLM
 from tetrad.settings.common import Sampling
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.types import Prompt, Reply, Turn, lines
+from tetrad.types import Prompt, Response, Turn, lines
 
 
 @dataclass(frozen=True)
-class Question:
+class EncodedPrompt:
     """A prompt as ids, and what it says."""
 
     ids: tuple[int, ...]
@@ -27,7 +27,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Completion:
     """A reply as it was sampled: its ids, the text they stand for, what was asked, and whether it ended by itself.
 
     valid_utf8: false where sampled bytes make no characters, and U+FFFD stands in the text for them.
@@ -54,13 +54,13 @@ class Sample:
 
 def complete(
     model: CausalLM,
-    questions: Sequence[Question],
+    questions: Sequence[EncodedPrompt],
     numbers: Sequence[int],
     key: tuple[int, str, int],
     sampling: Sampling,
     tokenizer: Tokenizer,
     device: Device,
-) -> list[tuple[Sample, Reply]]:
+) -> list[tuple[Completion, Response]]:
     """One reply a question. numbers: each question's place in the whole batch, which with key = (seed, purpose, step)
     decides its random numbers; a question that stands several times in a row is computed once."""
     model.eval()
@@ -72,14 +72,14 @@ def complete(
     return [(sampled(q, reply, tokenizer), reply) for q, reply in zip(questions, replies, strict=True)]
 
 
-def sampled(question: Question, reply: Reply, tokenizer: Tokenizer) -> Sample:
+def sampled(question: EncodedPrompt, reply: Response, tokenizer: Tokenizer) -> Completion:
     """The reply beside its prompt, and what it says."""
     text, prompt = tokenizer.decode(reply.ids), question.prompt
     valid = tokenizer.is_utf8(reply.ids, text)
-    return Sample(question.ids, reply.ids, prompt.turns, text, prompt.where, reply.ended, valid)
+    return Completion(question.ids, reply.ids, prompt.turns, text, prompt.where, reply.ended, valid)
 
 
-def best(samples: Sequence[Sample], scores: Sequence[float]) -> int:
+def best(samples: Sequence[Completion], scores: Sequence[float]) -> int:
     """The index of the first sample with the highest score; one that is not valid UTF-8 only where none is."""
     return max(range(len(samples)), key=lambda i: (samples[i].valid_utf8, scores[i]))
 
@@ -92,7 +92,7 @@ def read_questions(
     limit: int,
     room: int,
     on_long: OnLong = "refuse",
-) -> list[Question]:
+) -> list[EncodedPrompt]:
     """The prompts of record files. limit: the model's positions; room: tokens that the reply needs; on_long: what to
     do with a prompt that leaves too little, where cut takes tokens of its beginning.
 
@@ -108,7 +108,7 @@ def read_questions(
         counts.cut += long and on_long == "cut"
         counts.dropped += long and on_long == "drop"
         if not (long and on_long == "drop"):
-            found.append(Question(tuple(tokens.ids[-most:].tolist()), prompt))
+            found.append(EncodedPrompt(tuple(tokens.ids[-most:].tolist()), prompt))
     if not found:
         what = f"no prompt leaves room for a reply of {room} tokens"
         raise UserError("E-DATA-EMPTY", what, hint="shorten the prompts, or lower max_new")

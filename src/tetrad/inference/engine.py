@@ -1,6 +1,6 @@
 """The one generation engine: rollouts, evaluation, chat and serving all sample here.
 
-Replies grow together in the slots of one cache; rows join and leave at every step. Each is sampled by its own rules
+Responses grow together in the slots of one cache; rows join and leave at every step. Each is sampled by its own rules
 and its own random numbers, so a reply does not depend on its neighbours (but for the last bits of a matrix product,
 which change with the number of rows). A prompt is computed once for all its replies. There is no collective inside:
 ranks stop at different lengths.
@@ -31,7 +31,7 @@ from tetrad.seeds import generator_for
 from tetrad.settings.common import Sampling
 from tetrad.text.stream import TextStream
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.types import Reply
+from tetrad.types import Response
 
 PREFILL_TOKENS = 8192
 """Prompt tokens of one step: the replies that are being written wait for no more."""
@@ -66,7 +66,7 @@ class Event(NamedTuple):
     token: int
     logprob: float
     text: str
-    reply: Reply | None
+    reply: Response | None
 
 
 @dataclass(eq=False)
@@ -94,8 +94,8 @@ class _Row:
         self.uniforms = noise(key, s.max_new).tolist() if s.temperature else [0.0] * s.max_new
         self.stream = TextStream(tokenizer, self.request.stop) if tokenizer else None
 
-    def reply(self, reason: str) -> Reply:
-        return Reply(tuple(self.ids), tuple(self.logprobs), reason, "".join(self.texts), tuple(self.top))
+    def reply(self, reason: str) -> Response:
+        return Response(tuple(self.ids), tuple(self.logprobs), reason, "".join(self.texts), tuple(self.top))
 
 
 class _Shelf(NamedTuple):
@@ -153,7 +153,7 @@ class Engine:
         return self._tickets
 
     @torch.inference_mode()
-    def cancel(self, ticket: int) -> list[Reply]:
+    def cancel(self, ticket: int) -> list[Response]:
         """Ends a request's replies where they are; returns those that waited or grew, as far as they were shown. No
         event of it follows from `events`."""
         gone = [row for row in (*self._rows, *self._waiting) if row.ticket == ticket]
@@ -221,7 +221,7 @@ class Engine:
     def _prompts(self, first: int, prompts: dict[int, int]) -> Tensor:
         """The prompts' keys and values in the slots of all rows from `first` on, and the logits after them, [rows, V].
 
-        Replies of one request wait one after another, so that only the last prompt can have some that still wait: it is
+        Responses of one request wait one after another: only the last prompt can have some that still wait, and is
         kept in the spare row for them.
         """
         found = self._prefill(list(prompts.values())) if prompts else ()
@@ -346,7 +346,7 @@ def generate(
     device: Device,
     slots: int,
     tokenizer: Tokenizer | None = None,
-) -> list[Reply]:
+) -> list[Response]:
     """The replies, request by request and copy by copy. tokenizer: where replies carry text, or have stop texts.
 
     Errors: E-DATA-LONG where a prompt and its longest reply exceed the model's positions; E-MEM-FULL.
@@ -357,7 +357,7 @@ def generate(
     fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
     engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
     tickets = [engine.add(request) for request in requests]
-    found: dict[tuple[int, int], Reply] = {}
+    found: dict[tuple[int, int], Response] = {}
     with phase("sampling", sum(len(r.keys) for r in requests)) as bar:
         for tokens, event in enumerate(engine.events(), 1):
             if event.reply:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tetrad.distributed.device import Device, choose
 from tetrad.errors import UserError
-from tetrad.inference.completions import Question, Sample
+from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.inference.engine import Engine, Request
 from tetrad.inference.fused_model import Current, Fused
 from tetrad.inference.kv_cache import cache_bytes
@@ -32,11 +32,11 @@ from tetrad.settings.check import build
 from tetrad.settings.common import Run
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.types import Prompt, Reply, Turn
+from tetrad.types import Prompt, Response, Turn
 
 
 @dataclass(frozen=True)
-class Model:
+class Policy:
     """A language model in use. template: None where the folder names none, as after pre-training."""
 
     model: CausalLM
@@ -72,11 +72,11 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """A sampled reply; sample: the same beside its prompt, as a reward reads it."""
 
-    sample: Sample
-    reply: Reply
+    sample: Completion
+    reply: Response
 
     @property
     def ended(self) -> bool:
@@ -84,7 +84,7 @@ class Answer:
         return self.reply.ended
 
 
-def load(folder: str | Path, template: str = "") -> Model:
+def load(folder: str | Path, template: str = "") -> Policy:
     """The language model of a run's stage ("runs/NAME/ppo") or of a Hugging Face folder.
 
     template: "instruction" or "chatml", where the folder names none. Errors: E-MODEL-*, E-CKPT-*.
@@ -93,14 +93,14 @@ def load(folder: str | Path, template: str = "") -> Model:
     device = choose(Run())
     model, tokenizer = frozen(read_causal(path)).to(device.place), Tokenizer.load(path)
     refuse_small_vocabulary(model.config.vocab_size, tokenizer, path)
-    return Model(model, tokenizer, folder_template(path, template), device, path)
+    return Policy(model, tokenizer, folder_template(path, template), device, path)
 
 
-def question(model: Model, prompt: Prompt) -> Question:
+def question(model: Policy, prompt: Prompt) -> EncodedPrompt:
     """The prompt's ids. Errors: E-DATA-CHAT, E-DATA-ENCODING, E-MODEL-*."""
     for turn in prompt.turns:
         check_text(turn.text, prompt.where)
-    return Question(tuple(model.form.prompt(model.tokenizer, prompt.turns, prompt.where)), prompt)
+    return EncodedPrompt(tuple(model.form.prompt(model.tokenizer, prompt.turns, prompt.where)), prompt)
 
 
 def check_text(text: str, where: str) -> None:
@@ -112,21 +112,21 @@ def check_text(text: str, where: str) -> None:
 
 
 def answers(
-    model: Model, questions: Sequence[Question], first: int, settings: use.Sample, copies: int = 1
-) -> list[Answer]:
+    model: Policy, questions: Sequence[EncodedPrompt], first: int, settings: use.Sample, copies: int = 1
+) -> list[Generated]:
     """`copies` replies to each question, one after another. first: the number of the first question, for its random
     numbers. Errors: E-DATA-LONG, E-MEM-FULL."""
     return [answer for group in answered(model, questions, settings, copies, first) for answer in group]
 
 
 def answered(
-    model: Model, questions: Sequence[Question], settings: use.Sample, copies: int = 1, first: int = 0
-) -> Iterator[list[Answer]]:
+    model: Policy, questions: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1, first: int = 0
+) -> Iterator[list[Generated]]:
     """The same, question by question, each as soon as it and those before it are answered."""
     requests = [request(model, q, settings, number, copies) for number, q in enumerate(questions, first)]
     engine = Engine(model.fused, model.at, *cache_shape(questions, settings, copies), model.tokenizer)
     number_of = {engine.add(asked): number for number, asked in enumerate(requests)}
-    found: dict[int, dict[int, Answer]] = defaultdict(dict)
+    found: dict[int, dict[int, Generated]] = defaultdict(dict)
     due = 0
     for event in engine.events():
         if event.reply:
@@ -138,32 +138,34 @@ def answered(
             due += 1
 
 
-def cache_shape(questions: Sequence[Question], settings: use.Sample, copies: int = 1) -> tuple[int, int]:
+def cache_shape(questions: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1) -> tuple[int, int]:
     """Slots beside the cache's spare one, and positions of each: the longest prompt with the longest reply."""
     longest = max((len(question.ids) for question in questions), default=1)
     return min(settings.slots, max(1, copies * len(questions))), longest + settings.max_new
 
 
-def cache_need(model: Model, slots: int, positions: int) -> str:
+def cache_need(model: Policy, slots: int, positions: int) -> str:
     """The memory that a cache takes, in words."""
     mib = cache_bytes(model.model.config, slots + 1, positions, model.device.dtype) / 2**20
     return f"{slots} slot{'s' * (slots > 1)} and a spare one of {positions} positions, {mib:.3g} MiB"
 
 
-def request(model: Model, question: Question, settings: use.Sample, number: int, copies: int = 1) -> Request:
+def request(model: Policy, question: EncodedPrompt, settings: use.Sample, number: int, copies: int = 1) -> Request:
     """What the engine is asked."""
     keys = tuple((settings.seed, "generate", copy, number) for copy in range(copies))
     top = settings.top_logprobs if isinstance(settings, use.Generate) else 0
     return Request(question.ids, settings, keys, model.ends, settings.stop, top=top)
 
 
-def answer(model: Model, question: Question, reply: Reply) -> Answer:
+def answer(model: Policy, question: EncodedPrompt, reply: Response) -> Generated:
     """The reply beside its prompt."""
     prompt, valid = question.prompt, model.tokenizer.is_utf8(reply.ids, reply.text)
-    return Answer(Sample(question.ids, reply.ids, prompt.turns, reply.text, prompt.where, reply.ended, valid), reply)
+    return Generated(
+        Completion(question.ids, reply.ids, prompt.turns, reply.text, prompt.where, reply.ended, valid), reply
+    )
 
 
-def generate(model: Model, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
+def generate(model: Policy, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
     """Texts that answer these prompts, each an Instruction or (Instruction, Input): those of `tetrad generate`.
 
     settings: of `tetrad generate --help`, as `max_new`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`, `stop`,

@@ -11,7 +11,7 @@ from pathlib import Path
 from tetrad import storage
 from tetrad.console import counted
 from tetrad.data.records import Record, refuse_no_scale, refuse_overlap
-from tetrad.data.source import Counts, Sources
+from tetrad.data.source import Counts, DataFiles
 from tetrad.datacheck.reading import reader, settings_of, stage_of
 from tetrad.registry import Recipe
 
@@ -26,7 +26,7 @@ def read_ahead(recipe: Recipe, stages: Collection[str], keys: Collection[str], m
     passed = _remembered(memory)
     if passed >= set(keys):
         return
-    held: dict[str, Sources] = {}
+    held: dict[str, DataFiles] = {}
     for setting, what, given in settings_of(recipe):
         if stage_of(setting) not in stages:
             continue
@@ -41,7 +41,7 @@ def read_ahead(recipe: Recipe, stages: Collection[str], keys: Collection[str], m
     storage.write_file(memory, json.dumps(sorted(passed | set(keys))[-200:]).encode())
 
 
-def _records(what: str, given: Sources, recipe: Recipe) -> Iterator[Record]:
+def _records(what: str, given: DataFiles, recipe: Recipe) -> Iterator[Record]:
     read = reader(what, recipe.reward.score_scale)
     for path in given.paths:
         yield from counted(f"reading {path.name}", read(path, given, Counts(), None), 0)

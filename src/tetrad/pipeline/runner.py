@@ -29,11 +29,11 @@ from tetrad.report.verdict import UNTRUSTED
 from tetrad.training import checkpoint
 from tetrad.training.context import StageContext
 
-Run = Callable[[StageContext], None]
+StageFunction = Callable[[StageContext], None]
 _LOWER = "run.micro_tokens, then the longest text (max_tokens, max_new), then the model"
 
 
-def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str, Run] | None = None) -> None:
+def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str, StageFunction] | None = None) -> None:
     """Runs the stages that are not done, in order; `only` runs that one and needs its parents done.
 
     stages: what runs instead of the modules tetrad.train.<stage>, for tests. Under torchrun every process walks this
@@ -75,7 +75,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         _conclude(recipe, steps, hashes, console)
 
 
-def _named(function: str) -> Run:
+def _named(function: str) -> StageFunction:
     """MODULE:FUNCTION, imported when it is needed: what trains imports torch."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from tetrad.report.sections import Finding, Plot, Report, Sample, Section, Table
+from tetrad.report.sections import Finding, Plot, RenderedSample, Report, Section, Table
 
 ROWS = 200
 SAMPLE = 5_000
@@ -112,7 +112,7 @@ def _plot(plot: Plot) -> str:
     return f"<figure>{svg}<figcaption>{_text(name)}</figcaption></figure>"
 
 
-def _samples(samples: Iterable[Sample]) -> str:
+def _samples(samples: Iterable[RenderedSample]) -> str:
     parts = []
     for sample in samples:
         left, runs = SAMPLE, []

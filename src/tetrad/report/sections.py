@@ -92,7 +92,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """A stretch of a rendered sample: what the loss reads is trained."""
 
     text: str
@@ -100,11 +100,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RenderedSample:
     """A record as the model sees it."""
 
     where: str
-    runs: tuple[Run, ...]
+    runs: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Report:
 
     target: str
     sections: tuple[Section, ...]
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[RenderedSample, ...] = ()
 
     @property
     def findings(self) -> list[Finding]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from tetrad.objectives.preference import crowd_pair_losses
-from tetrad.reward.batches import Judgements, Record
+from tetrad.reward.batches import PreferenceTargets, Record
 from tetrad.types import Comparison, Score
 
 START = 2.2  # logit of the competence before anything is known: 0.9
@@ -95,7 +95,7 @@ class Suspect:
 
 
 def judged(
-    records: Sequence[Record], found: Judgements, rewards_D: Tensor, numbers: Mapping[str, int]
+    records: Sequence[Record], found: PreferenceTargets, rewards_D: Tensor, numbers: Mapping[str, int]
 ) -> tuple[list[Reliability], list[Suspect]]:
     """Who is how reliable, the worst first, and which records look flipped, the likeliest first.
 

@@ -15,7 +15,7 @@ import torch
 
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
-from tetrad.inference.completions import Sample, complete, read_questions
+from tetrad.inference.completions import Completion, complete, read_questions
 from tetrad.model.transformer import ScalarModel, frozen
 from tetrad.objectives.calibration import spearman
 from tetrad.registry import POLICY
@@ -53,7 +53,7 @@ def normalise(ctx: StageContext, judge: RewardModel) -> dict[str, float]:
     )
     read = reader(ctx, judge.folder, tokenizer, form)
 
-    def scores(samples: Sequence[Sample]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def scores(samples: Sequence[Completion]) -> np.ndarray[Any, np.dtype[np.float64]]:
         return judge.scores(read(samples))
 
     before = scores(used)

@@ -17,9 +17,9 @@ from tetrad.data.pack import common_prefix, pack_groups, prefix_pays
 from tetrad.data.source import Counts
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.objectives.preference import pairs_of
-from tetrad.training.step import Micro
+from tetrad.training.step import Microbatch
 from tetrad.types import Comparison, Score, Tokens
 
 Record = Comparison | Score
@@ -63,17 +63,17 @@ class Examples:
         short = [Tokens(t.ids[-limit:], t.train[-limit:], t.where) for t in self.tokens]
         return Examples.of(self.records, short)
 
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[Completion]:
         """Every answer as a reply, for Python functions."""
         found = []
         for record in self.records:
             texts = record.answers if isinstance(record, Comparison) else (record.answer,)
-            found += [Sample((), (), record.prompt.turns, text, record.where) for text in texts]
+            found += [Completion((), (), record.prompt.turns, text, record.where) for text in texts]
         return found
 
 
 @dataclass(frozen=True)
-class Judgements:
+class PreferenceTargets:
     """What people said about the D documents of a micro-batch.
 
     winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; lists_P: the
@@ -111,7 +111,7 @@ def judgements(
     unit: float,
     place: torch.device,
     numbers: Mapping[str, int] = MappingProxyType({}),
-) -> Judgements:
+) -> PreferenceTargets:
     """zero, unit: the score whose target is 0, and the points of a target of 1; numbers: of the annotators."""
     lists = [record for record in records if isinstance(record, Comparison)]
     rated = [record for record in records if isinstance(record, Score)]
@@ -128,7 +128,7 @@ def judgements(
     margins = torch.tensor([record.margin for record in lists])[of_list] if lists else torch.empty(0)
     ranked = ranked.long()
     by = [torch.tensor([numbers.get(r.annotator, 0) for r in of]).long() for of in (lists, rated)]
-    return Judgements(
+    return PreferenceTargets(
         winners_P=ranked[winners].to(place),
         losers_P=ranked[losers].to(place),
         weights_P=weights.float().to(place),
@@ -163,7 +163,7 @@ def preference_micros(
     numbers: Mapping[str, int] = MappingProxyType({}),
     shared_prefix: str = "auto",
     keys: Sequence[int] = (),
-) -> list[Micro]:
+) -> list[Microbatch]:
     """Micro-batches of whole records, of at most `micro_tokens` tokens that are computed. Counts: "comparisons" with an
     order, and "scores". shared_prefix: the setting of that name. keys: of each record's dropout."""
     prefixes = [_prefix(answers, shared_prefix, device) for answers in documents]
@@ -175,7 +175,7 @@ def preference_micros(
         scores = sum(isinstance(record, Score) for record in chosen)
         lists = sum(isinstance(record, Comparison) and _informative(record) for record in chosen)
         counts = {"comparisons": float(lists), "scores": float(scores)}
-        micros.append(Micro(packed, counts, judgements(chosen, zero, unit, device.place, numbers)))
+        micros.append(Microbatch(packed, counts, judgements(chosen, zero, unit, device.place, numbers)))
     return micros
 
 

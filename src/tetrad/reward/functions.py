@@ -18,7 +18,7 @@ import torch
 
 from tetrad import streams
 from tetrad.errors import Stopped, UserError
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.reward.model import Reward
 
 _PATIENCE = 300.0  # seconds for one answer of an endpoint
@@ -47,7 +47,7 @@ def python_function(spec: str) -> Reward:
     """
     function = _load(spec)
 
-    def reward(samples: Sequence[Sample]) -> list[float]:
+    def reward(samples: Sequence[Completion]) -> list[float]:
         try:
             with _undisturbed():
                 scores = [float(x) for x in function(_told(samples))]
@@ -81,7 +81,7 @@ def endpoint(url: str) -> Reward:
     Errors: E-NUM-REWARD.
     """
 
-    def reward(samples: Sequence[Sample]) -> list[float]:
+    def reward(samples: Sequence[Completion]) -> list[float]:
         body = json.dumps({"samples": _told(samples)}).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         for wait in (*_WAITS, None):
@@ -112,14 +112,14 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 _NO_REDIRECT = urllib.request.build_opener(_Stay)
 
 
-def _told(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def _told(samples: Sequence[Completion]) -> list[dict[str, Any]]:
     return [
         {"prompt": s.prompt, "input": s.asked, "text": s.text, "ids": list(s.reply_ids), "ended": s.ended}
         for s in samples
     ]
 
 
-def _finite(scores: list[float], samples: Sequence[Sample], where: str) -> list[float]:
+def _finite(scores: list[float], samples: Sequence[Completion], where: str) -> list[float]:
     """Errors: E-NUM-REWARD."""
     if len(scores) != len(samples):
         what = f"{len(samples)} samples went in, {len(scores)} numbers came out"

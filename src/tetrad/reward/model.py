@@ -22,7 +22,7 @@ from tetrad.data.pack import pack
 from tetrad.data.tokens import tokenize
 from tetrad.distributed.device import Device, choose
 from tetrad.errors import UserError
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.inference.model_folder import (
     folder_template,
     model_folder,
@@ -46,7 +46,7 @@ from tetrad.types import Prompt, Tokens
 class Reward(Protocol):
     """Samples in, one number each out."""
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]: ...
+    def __call__(self, samples: Sequence[Completion]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class RewardModel:
         """Every member's number for every document, [members, documents]. Errors: E-DATA-LONG."""
         return member_scores(self.members, documents, self.device, self.micro_tokens)
 
-    def of_texts(self, samples: Sequence[Sample]) -> list[float]:
+    def of_texts(self, samples: Sequence[Completion]) -> list[float]:
         """Mean rewards of the members, from the texts; what is over-long is cut on the left."""
         limit = self.members[0].config.max_positions
         whole = written(self.form, self.tokenizer, samples)
         return self.scores([Tokens(t.ids[-limit:], t.train[-limit:]) for t in whole]).mean(0).tolist()  # type: ignore[no-any-return]
 
 
-def joined(samples: Sequence[Sample]) -> list[Tokens]:
+def joined(samples: Sequence[Completion]) -> list[Tokens]:
     """Prompt and reply as one document each, without labels."""
     return [
         Tokens(np.asarray(s.prompt_ids + s.reply_ids, np.int32), np.zeros(len(s.prompt_ids + s.reply_ids), np.bool_))
@@ -79,7 +79,7 @@ def joined(samples: Sequence[Sample]) -> list[Tokens]:
     ]
 
 
-def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Sample]) -> list[Tokens]:
+def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Completion]) -> list[Tokens]:
     """The same from their texts, as any tokenizer reads them; those that ended have their end token.
 
     Errors: E-DATA-*, E-MODEL-*.
@@ -124,7 +124,7 @@ def trained(
     members: Sequence[ScalarModel],
     device: Device,
     micro_tokens: int,
-    read: Callable[[Sequence[Sample]], list[Tokens]] = joined,
+    read: Callable[[Sequence[Completion]], list[Tokens]] = joined,
     doubt: float = 0.0,
 ) -> Reward:
     """A reward model: the mean of its members, less `doubt` times their standard deviation (Coste et al. 2024).
@@ -132,7 +132,7 @@ def trained(
     read: how samples become documents; by the sampled ids themselves, or by `written`.
     """
 
-    def reward(samples: Sequence[Sample]) -> list[float]:
+    def reward(samples: Sequence[Completion]) -> list[float]:
         scores = member_scores(members, read(samples), device, micro_tokens)
         found: list[float] = (scores.mean(0) - doubt * scores.std(0)).tolist()
         return found
@@ -153,7 +153,7 @@ def load_reward(folder: str | Path, template: str = "") -> RewardModel:
     return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), device, path)
 
 
-def rate_samples(judge: RewardModel, samples: Sequence[Sample]) -> list[float]:
+def rate_samples(judge: RewardModel, samples: Sequence[Completion]) -> list[float]:
     """The reward of each, as it is written. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
     means: list[float] = rate(judge, written(judge.form, judge.tokenizer, samples)).mean(0).tolist()
     return means
@@ -185,7 +185,7 @@ def reward_model(
 
 def reader(
     ctx: StageContext, folder: Path, tokenizer: Tokenizer, form: Template
-) -> Callable[[Sequence[Sample]], list[Tokens]]:
+) -> Callable[[Sequence[Completion]], list[Tokens]]:
     """How the reward model of this folder reads replies of a policy in training: by the sampled ids where it shares
     tokenizer and template with it, else by the text."""
     if (Tokenizer.load(folder).fingerprint, template_for(ctx, folder)) == (tokenizer.fingerprint, form):
@@ -193,6 +193,6 @@ def reader(
     return text_reader(ctx, folder)
 
 
-def text_reader(ctx: StageContext, folder: Path) -> Callable[[Sequence[Sample]], list[Tokens]]:
+def text_reader(ctx: StageContext, folder: Path) -> Callable[[Sequence[Completion]], list[Tokens]]:
     """How the reward model of this folder reads what is written."""
     return partial(written, template_for(ctx, folder), Tokenizer.load(folder))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tetrad.console import counted
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 
 _HAN = re.compile("[\u3400-\u9fff]")
 _BREAK = re.compile(f"(?<= )|(?<={_HAN.pattern})(?=.)|(?<=.)(?={_HAN.pattern})", re.DOTALL)
@@ -36,7 +36,9 @@ class Probe:
     raised: float
 
 
-def probes(samples: Sequence[Sample], rate: Callable[[Sequence[Sample]], Sequence[float]], most: int) -> list[Probe]:
+def probes(
+    samples: Sequence[Completion], rate: Callable[[Sequence[Completion]], Sequence[float]], most: int
+) -> list[Probe]:
     """Every probe on the first `most` answers. rate: the reward of samples by their text."""
     chosen = [sample for sample in samples[:most] if sample.text.strip()]
     if not chosen:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tetrad.distributed.device import Device
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.reward.functions import endpoint, python_function
 from tetrad.reward.model import Reward, reward_model
 from tetrad.settings.base import REWARD_MODEL, entries, is_function
@@ -16,7 +16,7 @@ from tetrad.training.context import StageContext
 
 
 @dataclass(frozen=True)
-class Source:
+class RewardSource:
     """One part of the score. clip: the part is cut to this many standard deviations before it is weighed; 0 is off."""
 
     reward: Reward
@@ -24,13 +24,13 @@ class Source:
     clip: float = 0.0
 
 
-class Sources:
+class RewardSources:
     """The parts by name, and their weighted sum; a Reward itself."""
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(self, sources: Mapping[str, RewardSource]) -> None:
         self.sources = dict(sources)
 
-    def parts(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
+    def parts(self, samples: Sequence[Completion]) -> dict[str, list[float]]:
         """What each source says, as it says it."""
         return {name: list(source.reward(samples)) for name, source in self.sources.items()}
 
@@ -39,7 +39,7 @@ class Sources:
         weighed = [[one.weight * _cut(x, one.clip) for x in parts[name]] for name, one in self.sources.items()]
         return [sum(row) for row in zip(*weighed, strict=True)]
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+    def __call__(self, samples: Sequence[Completion]) -> list[float]:
         return self.total(self.parts(samples))
 
 
@@ -63,7 +63,9 @@ def named(given: Sequence[str], reserved: Collection[str] = (REWARD_MODEL, "std"
     return names
 
 
-def reward_sources(ctx: StageContext, tokenizer: Tokenizer, device: Device, model: Reward | None = None) -> Sources:
+def reward_sources(
+    ctx: StageContext, tokenizer: Tokenizer, device: Device, model: Reward | None = None
+) -> RewardSources:
     """The recipe's. model: the reward model where it is at hand. Errors: E-CONF-FUNCTION, E-MODEL-*, E-CKPT-*."""
     s = ctx.recipe.ppo
     told = entries(s.rewards)
@@ -75,5 +77,5 @@ def reward_sources(ctx: StageContext, tokenizer: Tokenizer, device: Device, mode
         else:
             reward = python_function(entry) if is_function(entry) else endpoint(entry)
         cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which cuts what it has divided
-        found[name] = Source(reward, weight, s.score_clip if cuts else 0.0)
-    return Sources(found)
+        found[name] = RewardSource(reward, weight, s.score_clip if cuts else 0.0)
+    return RewardSources(found)

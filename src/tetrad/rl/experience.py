@@ -15,11 +15,11 @@ from tetrad.objectives import ppo
 from tetrad.rl.rollout import Rollout
 from tetrad.seeds import generator_for
 from tetrad.settings.ppo import Ppo
-from tetrad.training.step import Micro
+from tetrad.training.step import Microbatch
 
 
 @dataclass(frozen=True)
-class Experience:
+class PPOBatch:
     """One iteration's replies as the models read them; [B, T] and on the CPU but for scores and after, [B]. parts: what
     each source of the score said; old, ref: log-probabilities of actor and reference; after: the value of what comes
     after the last token, 0 where nothing does."""
@@ -37,7 +37,7 @@ class Experience:
 
 
 @dataclass(frozen=True)
-class Replies:
+class PPOTokens:
     """The same for the N reply tokens of a micro-batch, on the device. weights: of each token's loss."""
 
     old: Tensor
@@ -94,8 +94,8 @@ def numbers_of(prompts: int, replies: int) -> list[int]:
 
 
 def mini_batches(
-    experience: Experience, s: Ppo, key: tuple[int, int], micro_tokens: int, device: Device
-) -> Iterator[list[Micro]]:
+    experience: PPOBatch, s: Ppo, key: tuple[int, int], micro_tokens: int, device: Device
+) -> Iterator[list[Microbatch]]:
     """Each epoch's batch in a fresh permutation, in `mini_batches` equal parts; this rank's rows as micro-batches."""
     rollout = experience.rollout
     batch = len(rollout.documents) * collectives.size()
@@ -108,13 +108,13 @@ def mini_batches(
             yield [_micro(experience, [chosen[i] for i in group], s, device) for group in groups]
 
 
-def _micro(experience: Experience, rows: Sequence[int], s: Ppo, device: Device) -> Micro:
+def _micro(experience: PPOBatch, rows: Sequence[int], s: Ppo, device: Device) -> Microbatch:
     """Its count "losses" is what a batch's losses are divided by: tokens, or replies."""
     rollout, index = experience.rollout, torch.tensor(rows)
     mask = rollout.mask_BT[index]
     arrays = (experience.old, experience.values, experience.advantages, experience.returns)
     weights = mask / mask.sum(1, keepdim=True) if s.reduction == "sequence" else mask.float()
-    replies = Replies(*(x[mask].to(device.place) for x in (*(x[index] for x in arrays), weights)))
+    replies = PPOTokens(*(x[mask].to(device.place) for x in (*(x[index] for x in arrays), weights)))
     packed = device.put(pack([rollout.documents[i] for i in rows]))
     tokens = float(mask.sum())
-    return Micro(packed, {"tokens": tokens, "losses": len(rows) if s.reduction == "sequence" else tokens}, replies)
+    return Microbatch(packed, {"tokens": tokens, "losses": len(rows) if s.reduction == "sequence" else tokens}, replies)

@@ -19,7 +19,7 @@ from tetrad.model.lora import on_base
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head
 from tetrad.registry import POLICY
 from tetrad.reward.model import Reward, reader, trained
-from tetrad.reward.sources import Sources, reward_sources
+from tetrad.reward.sources import RewardSources, reward_sources
 from tetrad.seeds import seed_for
 from tetrad.settings.base import model_pays
 from tetrad.text.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class ActorCritic(nn.Module):
         self.actor, self.critic = actor, critic
 
 
-class Average:
+class EMA:
     """The moving average of a model's trained weights: a part of a checkpoint."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -62,7 +62,7 @@ class Average:
 
 
 @dataclass(frozen=True)
-class FourModels:
+class Models:
     """Who is updated: actor and critic. reference: the actor before PPO; reward: samples in, scores out. both: actor
     and critic on one trunk, with actor_optimizer for the two. seen: what a thousandth of the reward model's training
     answers got at least."""
@@ -70,11 +70,11 @@ class FourModels:
     actor: CausalLM
     critic: ScalarModel
     reference: CausalLM
-    reward: Sources
+    reward: RewardSources
     actor_optimizer: Optimizer
     critic_optimizer: Optimizer | None
     both: ActorCritic | None = None
-    average: Average | None = None
+    average: EMA | None = None
     seen: float = math.inf
 
     def parts(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class FourModels:
             parameter.requires_grad_(not held or name.startswith("critic.score"))
 
 
-def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> FourModels:
+def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Models:
     """Actor and reference from the SFT model, critic and reward from the reward model (or as the recipe says).
 
     Errors: E-MODEL-*, E-CKPT-*, E-CONF-{FUNCTION,CONFLICT}.
@@ -114,7 +114,7 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
     both = ActorCritic(actor, critic) if s.critic == "shared" else None
     quick = {"critic.score": s.critic_lr} if both else {}
     used = model_pays(s.rewards)
-    return FourModels(
+    return Models(
         actor,
         critic,
         reference,
@@ -122,7 +122,7 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Four
         Optimizer(both or actor, s.actor_lr, optim, quick=quick),
         None if both else Optimizer(critic, s.critic_lr, optim),
         both,
-        Average(actor, s.ema) if s.ema else None,
+        EMA(actor, s.ema) if s.ema else None,
         figures_of(ctx.parents["reward"]).get("train_high", math.inf) if used else math.inf,
     )
 

@@ -58,7 +58,7 @@ class Alarm:
     text: str
 
 
-class Watch:
+class Monitor:
     """The memory of the alarms: how it began, how long the critic has failed, and when each alarm was there."""
 
     def __init__(self, s: Alarms, expected_kl: float, warmup: int, replies: int = RECENT) -> None:

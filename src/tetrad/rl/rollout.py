@@ -1,4 +1,4 @@
-"""Replies as PPO sees them: sampled, laid out [B, T], and read by the models that were not sampling.
+"""Responses as PPO sees them: sampled, laid out [B, T], and read by the models that were not sampling.
 
 T is the longest reply; position t of a row is reply token t. Models read prompt and reply packed, so what they return
 is flat, in the order of rows and tokens, and `spread` puts it in place.
@@ -15,7 +15,7 @@ from tetrad.console import counted
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.distributed.device import Device
-from tetrad.inference.completions import Question, Sample, complete
+from tetrad.inference.completions import Completion, EncodedPrompt, complete
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.settings.common import Sampling
 from tetrad.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ class Rollout:
     mask_BT: reply tokens; ended_B: the reply ends with an end token; sampled_BT: the sampler's own log-probabilities.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[Completion, ...]
     documents: tuple[Tokens, ...]
     mask_BT: Tensor
     ended_B: Tensor
@@ -38,7 +38,7 @@ class Rollout:
 
 def roll_out(
     actor: CausalLM,
-    questions: Sequence[Question],
+    questions: Sequence[EncodedPrompt],
     numbers: Sequence[int],
     key: tuple[int, str, int],
     sampling: Sampling,

@@ -12,11 +12,11 @@ from typing import Any
 
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
-from tetrad.inference.completions import Question
+from tetrad.inference.completions import EncodedPrompt
 from tetrad.inference.engine import Request, generate
 from tetrad.model.transformer import CausalLM
 from tetrad.objectives import ppo
-from tetrad.rl.experience import Experience, numbers_of
+from tetrad.rl.experience import PPOBatch, numbers_of
 from tetrad.settings.common import Sampling
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
@@ -36,14 +36,14 @@ class Samples:
         ctx: StageContext,
         actor: CausalLM,
         reference: CausalLM,
-        questions: Sequence[Question],
+        questions: Sequence[EncodedPrompt],
         tokenizer: Tokenizer,
         device: Device,
     ) -> None:
         self.ctx, self.actor, self.reference, self.device = ctx, actor, reference, device
         self.fixed, self.tokenizer = list(questions[:SHOWN]), tokenizer
 
-    def show(self, keep: Callable[[dict[str, Any]], None], step: int, made: Experience) -> None:
+    def show(self, keep: Callable[[dict[str, Any]], None], step: int, made: PPOBatch) -> None:
         """On the terminal and in samples.jsonl."""
         say = self.ctx.console.say
         numbers = numbers_of(self.ctx.recipe.ppo.batch, self.ctx.recipe.ppo.replies)[:SHOWN]
@@ -65,7 +65,7 @@ class Samples:
         requests = [Request(q.ids, sampling, ((0, "greedy", 0, n),), ends) for n, q in enumerate(self.fixed)]
         return [self.tokenizer.decode(reply.ids) for reply in generate(model, requests, self.device, SHOWN)]
 
-    def _record(self, step: int, row: int, made: Experience) -> dict[str, Any]:
+    def _record(self, step: int, row: int, made: PPOBatch) -> dict[str, Any]:
         rollout, sample = made.rollout, made.rollout.samples[row]
         n = len(sample.reply_ids)
         kl = ppo.kl_tokens(made.old, made.ref, rollout.mask_BT)

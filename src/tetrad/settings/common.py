@@ -84,4 +84,4 @@ class Sampling:
     max_new: Count = 256
     """Longest reply, in tokens."""
     slots: Count = unkeyed(64)
-    """Replies sampled at once."""
+    """Responses sampled at once."""

@@ -16,7 +16,7 @@ class Evaluate:
     samples: Count = 256
     """Prompts that are answered (the first of a fixed shuffle)."""
     best_of: Whole = 16
-    """Replies among which best-of-N picks by reward; 0 is off."""
+    """Responses among which best-of-N picks by reward; 0 is off."""
     max_new: Count = 64
     """Longest reply, in tokens."""
     side_by_side: Whole = 4

@@ -40,7 +40,7 @@ class Ppo:
     batch: Count = 64
     """Prompts of an iteration, on all machines together."""
     replies: Count = 1
-    """Replies to each prompt of an iteration."""
+    """Responses to each prompt of an iteration."""
     max_new: Count = 64
     """Longest reply, in tokens; a longer one is cut and pays `missing_eos_penalty`."""
     max_prompt: Whole = 0
@@ -71,7 +71,7 @@ class Ppo:
     kl_target: NotNegative = 0.0
     """Nats a reply that an adaptive beta aims at; 0 keeps beta fixed."""
     kl_horizon: Positive = 10_000.0
-    """Replies over which an adaptive beta moves."""
+    """Responses over which an adaptive beta moves."""
     gamma: Share = 1.0
     """Discount."""
     lam: Share = 0.95

@@ -89,7 +89,7 @@ class Reward:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls afterwards."""
     normalise: Count = 256
-    """Replies of the SFT model on which the output gets mean 0 and standard deviation 1."""
+    """Responses of the SFT model on which the output gets mean 0 and standard deviation 1."""
     normalise_max_new: Count = 64
     """Longest of those replies, in tokens."""
     probes: Whole = 256

@@ -45,7 +45,7 @@ class Generate(Sample):
     out: File = ""
     """Write the answers to this jsonl file; without it they are printed."""
     best_of: Count = 1
-    """Replies a prompt, of which the one with the highest reward is kept; needs `reward`."""
+    """Responses a prompt, of which the one with the highest reward is kept; needs `reward`."""
     reward: str = ""
     """The reward model's folder, for `best_of`."""
     top_logprobs: Whole = 0
@@ -112,7 +112,7 @@ class Explain:
     step: int = -1
     """The step, as in metrics.jsonl; the last that was recorded where none is given."""
     replies: Count = 1
-    """Replies that are shown (three are recorded)."""
+    """Responses that are shown (three are recorded)."""
 
 
 @settings

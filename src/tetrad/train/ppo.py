@@ -2,7 +2,7 @@
 
 One iteration: sample replies, score them, read them with actor, reference and critic, turn scores and KL into rewards
 and those into advantages, then a few epochs of clipped updates (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et
-al. 2022). Old log-probabilities come from the training forward, not from the sampler. Reply arrays are [B, T] and
+al. 2022). Old log-probabilities come from the training forward, not from the sampler. Response arrays are [B, T] and
 already shifted: a value stands before its token, the score lands on the last token of the reply, its end is terminal.
 The models are made in rl.models, what pays in reward.sources; rl.monitor tells when it goes wrong.
 """
@@ -22,7 +22,7 @@ from tetrad.distributed import collectives
 from tetrad.distributed.device import Device, choose
 from tetrad.errors import UserError
 from tetrad.eval.text_metrics import reply_figures
-from tetrad.inference.completions import Question, Sample, read_questions
+from tetrad.inference.completions import Completion, EncodedPrompt, read_questions
 from tetrad.model.lora import merged
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel
@@ -34,9 +34,9 @@ from tetrad.reward import gate
 from tetrad.reward.functions import python_function
 from tetrad.reward.model import Reward
 from tetrad.reward.sources import named
-from tetrad.rl.experience import Experience, Replies, RunningStd, mean_variance, mini_batches, numbers_of, whitened
-from tetrad.rl.models import ActorCritic, FourModels, four_models
-from tetrad.rl.monitor import Watch, idle
+from tetrad.rl.experience import PPOBatch, PPOTokens, RunningStd, mean_variance, mini_batches, numbers_of, whitened
+from tetrad.rl.models import ActorCritic, Models, four_models
+from tetrad.rl.monitor import Monitor, idle
 from tetrad.rl.rollout import Rollout, read_logprobs, read_values, roll_out
 from tetrad.rl.samples import Samples
 from tetrad.settings.base import REWARD_MODEL, model_pays
@@ -49,13 +49,13 @@ from tetrad.training.batches import language_micros
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import lr_factor
 from tetrad.training.prepare import first_parent, ptx
-from tetrad.training.run_folder import Run
+from tetrad.training.run_folder import StageRun
 from tetrad.training.stage import finish, prepared, report_counts, start, template_for
-from tetrad.training.step import Micro, Terms, update
+from tetrad.training.step import Microbatch, Terms, update
 from tetrad.types import MOST, StepStats, Term
 
 SHOWN = ("score", "kl", "length", "ended")  # in the bar
-Text = Callable[[int], list[Micro]]
+Text = Callable[[int], list[Microbatch]]
 """Pre-training text beside PPO: the micro-batches of the n-th update of the actor."""
 
 
@@ -69,7 +69,7 @@ def run(ctx: StageContext) -> None:
     text = text_of(ctx, device)
     sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=ctx.recipe.sampling.slots)
     kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
-    steered = Steered(kl, Watch(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch * s.replies), RunningStd())
+    steered = PPOState(kl, Monitor(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch * s.replies), RunningStd())
     judges = judges_of(ctx)
     samples = Samples(ctx, four.actor, four.reference, questions, tokenizer, device)
     with (
@@ -102,7 +102,7 @@ def run(ctx: StageContext) -> None:
 
 
 @dataclass(frozen=True)
-class Beside:
+class PtxBatch:
     """Marks a micro-batch of text; its loss has this weight."""
 
     coefficient: float
@@ -125,11 +125,11 @@ class KLController:
 
 
 @dataclass(frozen=True)
-class Steered:
+class PPOState:
     """beta, what the alarms remember, and how scores have spread so far."""
 
     kl: KLController
-    watch: Watch
+    watch: Monitor
     spread: RunningStd
 
     def state(self) -> dict[str, Any]:
@@ -145,8 +145,8 @@ class Steered:
 
 
 def experience_of(
-    four: FourModels, rollout: Rollout, s: Ppo, steered: Steered, step: int, micro_tokens: int, device: Device
-) -> Experience:
+    four: Models, rollout: Rollout, s: Ppo, steered: PPOState, step: int, micro_tokens: int, device: Device
+) -> PPOBatch:
     """Scores, what the three models read in the replies, rewards, advantages and returns."""
     parts = four.reward.parts(rollout.samples)
     scores = torch.tensor(four.reward.total(parts), dtype=torch.float32)
@@ -161,7 +161,7 @@ def experience_of(
     lam = 1.0 if step < s.critic_warmup else s.lam
     advantages, returns = ppo.gae(rewards, values, rollout.mask_BT, s.gamma, lam, after_B)
     advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)
-    return Experience(rollout, parts, scores, old, ref, values, after_B, rewards, advantages, returns)
+    return PPOBatch(rollout, parts, scores, old, ref, values, after_B, rewards, advantages, returns)
 
 
 def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Rollout, beta: float) -> Tensor:
@@ -177,8 +177,8 @@ def shaped_rewards(s: Ppo, scores: Tensor, old: Tensor, ref: Tensor, rollout: Ro
 
 
 def learn(
-    four: FourModels,
-    experience: Experience,
+    four: Models,
+    experience: PPOBatch,
     s: Ppo,
     key: tuple[int, int],
     micro_tokens: int,
@@ -218,9 +218,9 @@ def policy_terms(s: Ppo) -> Terms:
     """The clipped policy objective and the entropy bonus; on a trunk of both, the critic's error beside them; of text
     beside PPO its language model's loss. What has no coefficient is reported only."""
 
-    def terms(model: nn.Module, micro: Micro) -> list[Term]:
+    def terms(model: nn.Module, micro: Microbatch) -> list[Term]:
         actor = model.actor if isinstance(model, ActorCritic) else cast(CausalLM, model)
-        if isinstance(micro.data, Beside):
+        if isinstance(micro.data, PtxBatch):
             return [Term("ptx_loss", actor(micro.packed, "nll"), "ptx_tokens", micro.data.coefficient)]
         hidden = actor.model(micro.packed)
         logprobs, entropy = actor.read(hidden, micro.packed, "logprobs", s.temperature)
@@ -250,14 +250,14 @@ def policy_terms(s: Ppo) -> Terms:
 def value_terms(s: Ppo, warming: bool = False) -> Terms:
     """The clipped squared error of the critic; while it warms up it may move freely."""
 
-    def terms(model: nn.Module, micro: Micro) -> list[Term]:
+    def terms(model: nn.Module, micro: Microbatch) -> list[Term]:
         critic = model.critic if isinstance(model, ActorCritic) else cast(ScalarModel, model)
         return _value_parts(critic(micro.packed, "values"), micro.data, 0.0 if warming else s.value_clip, 1.0)
 
     return terms
 
 
-def _value_parts(values: Tensor, data: Replies, clip: float, coefficient: float) -> list[Term]:
+def _value_parts(values: Tensor, data: PPOTokens, clip: float, coefficient: float) -> list[Term]:
     every = torch.ones_like(values, dtype=torch.bool)
     sums = ppo.value_loss_sum(values, data.values, data.returns, every, clip or None, data.weights)
     return [
@@ -278,7 +278,7 @@ def refuse_uneven(s: Ppo) -> None:
 
 def questions_of(
     ctx: StageContext, actor: CausalLM, tokenizer: Tokenizer
-) -> tuple[list[Question], Mixture, tuple[str, ...]]:
+) -> tuple[list[EncodedPrompt], Mixture, tuple[str, ...]]:
     """The prompts, how often each is asked, and why the reward model fails its gate. Errors: E-DATA-*, E-NUM-GATE."""
     s, counts = ctx.recipe.ppo, Counts()
     form = template_for(ctx, first_parent(ctx, *POLICY))
@@ -309,17 +309,17 @@ def text_of(ctx: StageContext, device: Device) -> Text | None:
     rows = Rows(found.store, s.row_tokens, ctx.recipe.seed, found.mixture)
     batch = s.batch_tokens // s.row_tokens
 
-    def micros(update: int) -> list[Micro]:
+    def micros(update: int) -> list[Microbatch]:
         wanted = collectives.share(range(update * batch, (update + 1) * batch))
         made = language_micros(
             [piece for row in wanted for piece in rows.row(row)], ctx.recipe.run.micro_tokens, device
         )
-        return [Micro(m.packed, {"ptx_tokens": m.counts["tokens"]}, Beside(s.coefficient)) for m in made]
+        return [Microbatch(m.packed, {"ptx_tokens": m.counts["tokens"]}, PtxBatch(s.coefficient)) for m in made]
 
     return micros
 
 
-def end(ctx: StageContext, stage: Run, four: FourModels, tokenizer: Tokenizer, notes: Mapping[str, Json]) -> None:
+def end(ctx: StageContext, stage: StageRun, four: Models, tokenizer: Tokenizer, notes: Mapping[str, Json]) -> None:
     """The result is the actor or its moving average; the critic, and then the actor itself, are kept beside it: whole
     models, whatever adapters or shares a trunk. notes: what the verdict reads in the manifest."""
     folder, critic = first_parent(ctx, *POLICY), merged(four.critic)
@@ -337,7 +337,7 @@ def end(ctx: StageContext, stage: Run, four: FourModels, tokenizer: Tokenizer, n
 
 
 def figures_of_step(
-    made: Experience,
+    made: PPOBatch,
     beta: float,
     device: Device,
     seen: float = math.inf,
@@ -368,11 +368,11 @@ def figures_of_step(
 def texts_of_step(rollout: Rollout) -> dict[str, float]:
     """What is said about the replies of all ranks together: a share of different pairs is no mean of shares."""
     own = [(sample.reply_ids, sample.text) for sample in rollout.samples]
-    samples = [Sample((), tuple(ids), (), text) for ids, text in collectives.gather(own)]
+    samples = [Completion((), tuple(ids), (), text) for ids, text in collectives.gather(own)]
     return reply_figures(samples, collectives.gather(rollout.ended_B.tolist()))
 
 
-def critic_figures(made: Experience, device: Device) -> dict[str, float]:
+def critic_figures(made: PPOBatch, device: Device) -> dict[str, float]:
     """How much of the returns the critic explains, and whether its last values rank replies as their scores do; not
     what is undefined."""
     mask = made.rollout.mask_BT

@@ -34,7 +34,7 @@ from tetrad.reward import gate
 from tetrad.reward.annotators import LR as ANNOTATORS_LR
 from tetrad.reward.annotators import Annotators, judged, numbers_of, written
 from tetrad.reward.assessment import Json, as_files, assess, highest_seen, normalise
-from tetrad.reward.batches import Examples, Judgements, Record, judgements, preference_micros
+from tetrad.reward.batches import Examples, PreferenceTargets, Record, judgements, preference_micros
 from tetrad.reward.functions import python_function
 from tetrad.reward.model import RewardModel, score_tokens
 from tetrad.seeds import seed_for
@@ -43,12 +43,12 @@ from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training import adapters
 from tetrad.training.context import StageContext
-from tetrad.training.early_stopping import Best
-from tetrad.training.optimizer import Optimizer, Together, lr_factor
+from tetrad.training.early_stopping import EarlyStopping
+from tetrad.training.optimizer import Optimizer, OptimizerGroup, lr_factor
 from tetrad.training.prepare import first_parent
-from tetrad.training.run_folder import Run, Stateful
+from tetrad.training.run_folder import StageRun, Stateful
 from tetrad.training.stage import Weights, finish, report_counts, start, template_for
-from tetrad.training.step import Micro, Terms, measured, update
+from tetrad.training.step import Microbatch, Terms, measured, update
 from tetrad.types import IGNORE, Score, StepStats, Term
 
 LOOKS = 10  # at held-out records, where training may stop early
@@ -88,8 +88,8 @@ def run(ctx: StageContext) -> None:
     lessons = Lessons(ctx, examples, tests[0] if tests else None, device)
     members = [lessons.member(model, seed) for model, seed in zip(models, seeds(ctx), strict=True)]
     latents = nn.ModuleList(member.latent for member in members)
-    best = Best(latents, s.patience if tests else 0)
-    optimizers = Together([member.optimizer for member in members])
+    best = EarlyStopping(latents, s.patience if tests else 0)
+    optimizers = OptimizerGroup([member.optimizer for member in members])
     parts: dict[str, Stateful] = {"model": Weights(latents), "optimizer": optimizers, "best": best}
     with start(ctx, device, lessons.steps, parts) as stage:
         train(ctx, stage, lessons, members, best)
@@ -108,7 +108,9 @@ def run(ctx: StageContext) -> None:
         finish(ctx, stage, whole[0], tokenizer, form, figures, extra)
 
 
-def train(ctx: StageContext, stage: Run, lessons: "Lessons", members: Sequence[Member], best: Best) -> None:
+def train(
+    ctx: StageContext, stage: StageRun, lessons: "Lessons", members: Sequence[Member], best: EarlyStopping
+) -> None:
     """All steps, or those up to the look at held-out records that is enough."""
     if best.enough:
         stage.enough()
@@ -202,7 +204,7 @@ class Lessons:
         losses = [measured(m.latent.eval(), self._held_out or [], self.terms, self.device) for m in members]
         return collectives.first(sum(losses) / len(losses))
 
-    def _micros(self, examples: Examples, wanted: Sequence[int], keys: Sequence[int] = ()) -> list[Micro]:
+    def _micros(self, examples: Examples, wanted: Sequence[int], keys: Sequence[int] = ()) -> list[Microbatch]:
         records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
         # A shared prefix has no label after it but in the first answer, and every label counts here.
         shared = "never" if self.s.token_weight else self.s.shared_prefix
@@ -213,9 +215,9 @@ class Lessons:
 def preference_terms(s: Reward) -> Terms:
     """The losses of a micro-batch of `preference_micros`, for a `Latent`."""
 
-    def terms(model: nn.Module, micro: Micro) -> list[Term]:
+    def terms(model: nn.Module, micro: Microbatch) -> list[Term]:
         latent = cast(Latent, model)
-        found: Judgements = micro.data
+        found: PreferenceTargets = micro.data
         every_S = torch.arange(len(found.scored_S), device=found.scored_S.device)
         r_D = latent.reward(micro.packed, "both" if s.token_weight else "scores")
         r_D, read_N = r_D[: len(micro.packed.bounds) - 1], r_D[len(micro.packed.bounds) - 1 :]
@@ -238,10 +240,10 @@ def preference_terms(s: Reward) -> Terms:
     return terms
 
 
-def token_terms(s: Reward, latent: Latent, micro: Micro, read_N: Tensor) -> list[Term]:
+def token_terms(s: Reward, latent: Latent, micro: Microbatch, read_N: Tensor) -> list[Term]:
     """The same losses on what is read so far (Cobbe et al. 2021, section 4.2): of a scored answer the mean over its
     tokens, of a list on each answer's mean. read_N: the head before each token of the answers."""
-    found: Judgements = micro.data
+    found: PreferenceTargets = micro.data
     ends = torch.tensor(micro.packed.bounds[1:], device=read_N.device)
     of_N = torch.searchsorted(ends, (micro.packed.targets_T != IGNORE).nonzero()[:, 0], right=True)
     count_D = torch.zeros(len(ends), device=read_N.device).index_add_(0, of_N, torch.ones_like(read_N))
@@ -257,7 +259,7 @@ def token_terms(s: Reward, latent: Latent, micro: Micro, read_N: Tensor) -> list
     ]
 
 
-def _comparison_loss(s: Reward, latent: Latent, found: Judgements, r_D: Tensor) -> Tensor:
+def _comparison_loss(s: Reward, latent: Latent, found: PreferenceTargets, r_D: Tensor) -> Tensor:
     """Summed over lists: the mean over a list's pairs, or the whole order; who gave it may have it the wrong way."""
     scaled, who = r_D * latent.log_rho.exp(), latent.annotators
     if s.comparison_loss == "pairs" or not len(found.ranked_N):  # without lists, a sum of no pairs
@@ -273,7 +275,7 @@ def _comparison_loss(s: Reward, latent: Latent, found: Judgements, r_D: Tensor) 
     return -torch.logaddexp(logsigmoid(c) - losses, logsigmoid(-c) - back).sum()
 
 
-def _score_losses(s: Reward, latent: Latent, found: Judgements, rewards_N: Tensor, of_N: Tensor) -> Tensor:
+def _score_losses(s: Reward, latent: Latent, found: PreferenceTargets, rewards_N: Tensor, of_N: Tensor) -> Tensor:
     """The loss of each reward against score number of_N, on its annotator's own scale; uncertain ones count less."""
     if latent.annotators:
         rewards_N = latent.annotators.rated(rewards_N, found.by_S[of_N])

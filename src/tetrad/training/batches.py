@@ -10,16 +10,16 @@ from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.distributed.device import Device
 from tetrad.model.transformer import CausalLM
-from tetrad.training.step import Micro
+from tetrad.training.step import Microbatch
 from tetrad.types import IGNORE, Tokens
 
 
-def language_micros(documents: Sequence[Tokens], micro_tokens: int, device: Device) -> list[Micro]:
+def language_micros(documents: Sequence[Tokens], micro_tokens: int, device: Device) -> list[Microbatch]:
     """Micro-batches of at most `micro_tokens` tokens; their count "tokens" is the number of targets."""
     found = []
     for group in micro_batches(documents, micro_tokens):
         packed = pack([documents[i] for i in group])
-        found.append(Micro(device.put(packed), {"tokens": float((packed.targets_T != IGNORE).sum())}))
+        found.append(Microbatch(device.put(packed), {"tokens": float((packed.targets_T != IGNORE).sum())}))
     return found
 
 

@@ -34,7 +34,7 @@ class StageContext:
     lineage: Mapping[str, Json]
     console: Console
 
-    def files(self, patterns: Iterable[str], weights: Sequence[float] = ()) -> source.Sources:
+    def files(self, patterns: Iterable[str], weights: Sequence[float] = ()) -> source.DataFiles:
         """The files that a setting names, globs expanded. Raises UserError E-DATA-PATH."""
         return source.sources(patterns, weights, renamed(self.recipe.data.rename))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tetrad.training.stage import Weights
 
 
-class Best:
+class EarlyStopping:
     """A part of a checkpoint. patience: evaluations without a lower loss after which there were enough; 0 keeps
     nothing and never has."""
 

@@ -171,7 +171,7 @@ class Optimizer:
             owners[parameter].state.setdefault(parameter, {})[slot] = value.to(parameter.device)
 
 
-class Together:
+class OptimizerGroup:
     """The optimizers of several models as one part of a checkpoint."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:

@@ -54,7 +54,7 @@ class Stateful(Protocol):
         """What the state takes on disk once the first step has filled it."""
 
 
-class Run:
+class StageRun:
     """The run folder of a stage that is running; made by `open_run`.
 
     folder: the stage's. step: steps finished. notes: what the user should hear, as passed-over checkpoints.
@@ -304,7 +304,7 @@ def open_run(
     agree: Callable[[bool], bool] = bool,
     warn: Callable[[str], None] = lambda _: None,
     first: Callable[[str], str] = str,
-) -> Iterator[Run]:
+) -> Iterator[StageRun]:
     """Takes a stage's folder for this process: lock, leftovers of a killed writer, logs, signals.
 
     save_every: steps between checkpoints, 0 for about ten a stage. keep: checkpoints kept, at least two. environment:
@@ -313,7 +313,7 @@ def open_run(
     first: what the first rank gives to all. warn: shows a line, from any thread: the answer to a signal.
     Raises UserError E-RUN-LOCKED; Stopped, after the stage's end, for a stop that came too late to matter.
     """
-    run = Run(folder, seed, total_steps, save_every, keep, environment or {}, main, warn)
+    run = StageRun(folder, seed, total_steps, save_every, keep, environment or {}, main, warn)
     run._stop.agree, run._stop.grace, run._first = agree, grace, first
     with ExitStack() as stack:
         if main:

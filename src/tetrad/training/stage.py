@@ -28,7 +28,7 @@ from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.batches import mean_nll
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import Prepared
-from tetrad.training.run_folder import Run, Stateful, open_run
+from tetrad.training.run_folder import StageRun, Stateful, open_run
 from tetrad.types import Tokens
 
 
@@ -72,7 +72,7 @@ def start(
     state: Callable[[], Mapping[str, Json]] = dict,
     restore: Callable[[Mapping[str, Any]], None] | None = None,
     grace: float | None = None,
-) -> Iterator[Run]:
+) -> Iterator[StageRun]:
     """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
     settings = ctx.recipe.run
     collectives.phase(ctx.folder.name)
@@ -119,7 +119,7 @@ def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: M
 
 def finish(
     ctx: StageContext,
-    run: Run,
+    run: StageRun,
     model: CausalLM | ScalarModel,
     tokenizer: Tokenizer,
     form: Template | None,

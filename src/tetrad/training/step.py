@@ -23,7 +23,7 @@ from tetrad.types import MOST, Packed, StepStats, Term
 
 
 @dataclass(frozen=True)
-class Micro:
+class Microbatch:
     """One forward and backward. counts: what this part adds to each denominator. data: what the terms read besides."""
 
     packed: Packed
@@ -32,14 +32,14 @@ class Micro:
     places: Sequence[str] = field(default=())
 
 
-Terms = Callable[[nn.Module, Micro], list[Term]]
+Terms = Callable[[nn.Module, Microbatch], list[Term]]
 _READ = "tokens read"  # a count that no loss is divided by
 
 
 def update(
     model: nn.Module,
     optimizer: Optimizer,
-    micros: Sequence[Micro],
+    micros: Sequence[Microbatch],
     terms: Terms,
     device: Device,
     *,
@@ -78,7 +78,7 @@ def update(
 
 
 @torch.no_grad()
-def measured(model: nn.Module, micros: Sequence[Micro], terms: Terms, device: Device) -> float:
+def measured(model: nn.Module, micros: Sequence[Microbatch], terms: Terms, device: Device) -> float:
     """The loss of a batch as `update` would see it, on this rank alone; no weight changes."""
     counts = _counted(micros)
     loss = 0.0
@@ -89,7 +89,7 @@ def measured(model: nn.Module, micros: Sequence[Micro], terms: Terms, device: De
     return loss
 
 
-def _counted(micros: Sequence[Micro]) -> dict[str, float]:
+def _counted(micros: Sequence[Microbatch]) -> dict[str, float]:
     """The denominators of a batch in parts; 0 for a name that no part has."""
     counts: dict[str, float] = defaultdict(float)
     for micro in micros:
@@ -120,7 +120,7 @@ def _backward(parts: list[Tensor]) -> None:
         torch.stack(parts).sum().backward()
 
 
-def _stop(loss: float, norm: float, micros: Sequence[Micro], finite: Callable[[Micro], bool]) -> None:
+def _stop(loss: float, norm: float, micros: Sequence[Microbatch], finite: Callable[[Microbatch], bool]) -> None:
     """Names the records of the micro-batches that are not finite by themselves, on the rank that has them."""
     guilty = [micro for micro in micros if not finite(micro)]
     if collectives.on_any(bool(guilty)) and not guilty:
@@ -131,7 +131,7 @@ def _stop(loss: float, norm: float, micros: Sequence[Micro], finite: Callable[[M
     raise UserError("E-NUM-NONFINITE", what, hint="lower the learning rate, or look at these records")
 
 
-def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device: Device, micro: Micro) -> bool:
+def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device: Device, micro: Microbatch) -> bool:
     """Whether loss and gradient of this part alone are."""
     model.zero_grad(set_to_none=True)
     with device.compute():
@@ -141,6 +141,6 @@ def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device:
     return all(bool(torch.isfinite(tensor).all()) for tensor in (*parts, *gradients))
 
 
-def language_terms(model: nn.Module, micro: Micro) -> list[Term]:
+def language_terms(model: nn.Module, micro: Microbatch) -> list[Term]:
     """The language model's loss: the summed negative log-likelihood of the targets, per "tokens"."""
     return [Term("nll", model(micro.packed, "nll"), "tokens")]

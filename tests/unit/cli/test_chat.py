@@ -13,9 +13,9 @@ from tetrad.cli import chat as chat_module
 from tetrad.cli.chat import chat, printable
 from tetrad.console import Console
 from tetrad.errors import UserError
-from tetrad.inference.completions import Question
+from tetrad.inference.completions import EncodedPrompt
 from tetrad.inference.engine import Engine, Request
-from tetrad.inference.policy import Model, answers, load, question, request
+from tetrad.inference.policy import Policy, answers, load, question, request
 from tetrad.reward.model import load_reward, rate_samples
 from tetrad.settings import use
 from tetrad.types import Prompt, Turn
@@ -44,7 +44,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """The turns of each question; replies come from the model."""
     turns: Seen = []
 
-    def watched(model: Model, asked: Question, *rest: Any) -> Request:
+    def watched(model: Policy, asked: EncodedPrompt, *rest: Any) -> Request:
         turns.append(asked.prompt.turns)
         return request(model, asked, *rest)
 

@@ -6,7 +6,7 @@ from typing import Any
 import served
 import toys
 from tetrad.eval.compare import answers_of_all, figures
-from tetrad.inference.completions import Question, Sample
+from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.settings.common import Sampling
 from tetrad.settings.evaluate import Evaluate
 from tetrad.types import Prompt, Turn
@@ -17,11 +17,11 @@ def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
     words = served.tokenizer()
     model = toys.causal(seed=1, std=0.25, vocab_size=words.size, eos_ids=words.eos_ids, pad_id=words.pad_id)
     prompt = Prompt((Turn("instruction", "Go on."),))
-    questions = [Question((5, 6, number), prompt) for number in range(7, 47)]
+    questions = [EncodedPrompt((5, 6, number), prompt) for number in range(7, 47)]
     recipe = SimpleNamespace(
         seed=0, sampling=Sampling(), evaluate=Evaluate(max_new=2, best_of=8), run=SimpleNamespace(micro_tokens=1000)
     )
-    seen: list[Sample] = []
+    seen: list[Completion] = []
 
     def fond(samples: Any) -> list[float]:
         seen.extend(samples)

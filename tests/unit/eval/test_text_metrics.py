@@ -3,7 +3,7 @@
 import pytest
 
 from tetrad.eval.text_metrics import commonest_word, distinct_2, reply_figures
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 
 
 def test_distinct_2() -> None:
@@ -37,8 +37,8 @@ def test_a_word_of_text_without_spaces_is_a_pair_of_characters(texts: list[str],
 
 def test_reply_figures() -> None:
     samples = [
-        Sample((1,), (2, 3), (), "lovely thing"),
-        Sample((1,), (2, 3, 4, 5), (), "lovely\ufffd", valid_utf8=False),
+        Completion((1,), (2, 3), (), "lovely thing"),
+        Completion((1,), (2, 3, 4, 5), (), "lovely\ufffd", valid_utf8=False),
     ]
     found = reply_figures(samples, [True, False])
     assert found == {"length": 3, "ended": 0.5, "invalid_utf8": 0.5, "distinct_2": 3 / 4, "commonest_word": 1}

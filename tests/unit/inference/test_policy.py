@@ -15,13 +15,13 @@ from served import rate, tokenizer, write_model, written
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.inference import policy
-from tetrad.inference.completions import Question
+from tetrad.inference.completions import EncodedPrompt
 from tetrad.inference.policy import answer, answers, asked, generate, load, model_folder, question
 from tetrad.model.lora import ALL, adapted, add_adapters
 from tetrad.model.transformer import CausalLM
 from tetrad.reward.model import load_reward, rate_samples
 from tetrad.settings import use
-from tetrad.types import Prompt, Reply, Turn
+from tetrad.types import Prompt, Response, Turn
 
 Change = Callable[[CausalLM], object]
 
@@ -32,7 +32,7 @@ def code_of(function: object, *arguments: object) -> UserError:
     return caught.value
 
 
-def questions(model: policy.Model, *inputs: str) -> list[Question]:
+def questions(model: policy.Policy, *inputs: str) -> list[EncodedPrompt]:
     return [question(model, asked("Go on.", text, where=text)) for text in inputs]
 
 
@@ -206,13 +206,13 @@ def test_a_reply_that_is_no_utf8_is_known_and_scored_as_written(run: Path, raw: 
     text = raw.decode(errors="replace")
     assert model.tokenizer.decode(ids) == text
     (asked_for,) = questions(model, "the plot")
-    found = answer(model, asked_for, Reply(ids, (0.0,) * len(ids), "length", text))
+    found = answer(model, asked_for, Response(ids, (0.0,) * len(ids), "length", text))
     assert found.sample.valid_utf8 == valid
     documents = written(judge, [asked_for.prompt], [text], [False])
     assert rate_samples(judge, [found.sample]) == rate(judge, documents)
 
 
-def byte_id(model: policy.Model, byte: int) -> int:
+def byte_id(model: policy.Policy, byte: int) -> int:
     """The id of one byte beyond ASCII, in a byte-level vocabulary."""
     return next(i for i in range(model.tokenizer.size) if model.tokenizer._bytes(i) == bytes([byte]))
 
@@ -222,8 +222,8 @@ def test_bytes_behind_a_stop_text_are_not_written(run: Path) -> None:
     model = load(run / "sft")
     ids = (*model.tokenizer.encode("a"), *model.tokenizer.encode("b"), byte_id(model, 0x80))
     (asked_for,) = questions(model, "the plot")
-    assert answer(model, asked_for, Reply(ids, (0.0,) * 3, "stop", "a")).sample.valid_utf8
-    assert not answer(model, asked_for, Reply(ids, (0.0,) * 3, "length", "ab\ufffd")).sample.valid_utf8
+    assert answer(model, asked_for, Response(ids, (0.0,) * 3, "stop", "a")).sample.valid_utf8
+    assert not answer(model, asked_for, Response(ids, (0.0,) * 3, "length", "ab\ufffd")).sample.valid_utf8
 
 
 def test_public_generate_takes_the_settings_of_the_command(run: Path) -> None:

@@ -55,7 +55,7 @@ class Workshop:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
-    def run(self, *words: str, only: str = "", stages: Mapping[str, runner.Run] | None = None) -> list[str]:
+    def run(self, *words: str, only: str = "", stages: Mapping[str, runner.StageFunction] | None = None) -> list[str]:
         self.contexts, out = {}, StringIO()
         stages = stages or dict.fromkeys(ALL, self.stage)
         words = ("--run.out", str(self.folder / "runs"), *words)
@@ -492,7 +492,7 @@ def test_the_template_counts_where_no_sft_carries_it(shop: Workshop) -> None:
 
 
 def test_full_memory_and_disk_are_explained(shop: Workshop) -> None:
-    def fail(error: BaseException) -> runner.Run:
+    def fail(error: BaseException) -> runner.StageFunction:
         def stage(context: StageContext) -> None:
             raise error
 

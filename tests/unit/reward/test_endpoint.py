@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from tetrad.errors import UserError
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.reward import functions
 from tetrad.reward.functions import endpoint
 from tetrad.types import Turn
 
-SAMPLES = [Sample((5, 6), (7, 1), (Turn("user", "1 + 1?"),), "二", "a.jsonl:1"), Sample((5,), (8,), (), "", "", False)]
+SAMPLES = [
+    Completion((5, 6), (7, 1), (Turn("user", "1 + 1?"),), "二", "a.jsonl:1"),
+    Completion((5,), (8,), (), "", "", False),
+]
 
 
 @contextmanager

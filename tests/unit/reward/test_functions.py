@@ -10,15 +10,15 @@ import torch
 
 import toys
 from tetrad.errors import Stopped, UserError
-from tetrad.inference.completions import Sample, best
+from tetrad.inference.completions import Completion, best
 from tetrad.reward.functions import python_function
 from tetrad.reward.model import joined, score_tokens, trained
 from tetrad.types import Turn
 
 SAMPLES = [
-    Sample((3, 4), (5, 6), (Turn("instruction", "Do it."), Turn("input", "this")), "done", "a.jsonl:1"),
-    Sample((3,), (7,), (Turn("instruction", "Do it."),), "so", "a.jsonl:2"),
-    Sample((3,), (8,), (Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"), Turn("user", "v")), "ho"),
+    Completion((3, 4), (5, 6), (Turn("instruction", "Do it."), Turn("input", "this")), "done", "a.jsonl:1"),
+    Completion((3,), (7,), (Turn("instruction", "Do it."),), "so", "a.jsonl:2"),
+    Completion((3,), (8,), (Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"), Turn("user", "v")), "ho"),
 ]
 
 

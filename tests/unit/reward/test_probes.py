@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.reward.probes import Probe, probes, worst
 from tetrad.types import Turn
 
@@ -13,7 +13,7 @@ CHINESE = [f"第{i}部电影很好看,演员也不错。" for i in range(40)]
 
 
 def probed(texts: Sequence[str], worth: Callable[[str], float]) -> list[Probe]:
-    samples = [Sample((), (), (Turn("instruction", "say"),), text) for text in texts]
+    samples = [Completion((), (), (Turn("instruction", "say"),), text) for text in texts]
     return probes(samples, lambda given: [worth(sample.text) for sample in given], 256)
 
 
@@ -53,6 +53,6 @@ def test_halves_end_with_a_word() -> None:
 def test_empty_answers_and_many() -> None:
     assert probed(["", " "], lambda _: 0.0) == []
     asked: list[int] = []
-    samples = [Sample((), (), (), "x")] * (306)
+    samples = [Completion((), (), (), "x")] * (306)
     probes(samples, lambda given: asked.append(len(given)) or [0.0] * len(given), 256)
     assert set(asked) == {256}

@@ -12,7 +12,7 @@ from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.registry import Recipe
 from tetrad.report.verdict import AlarmSpan
-from tetrad.rl.monitor import Watch, idle
+from tetrad.rl.monitor import Monitor, idle
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.ppo import Ppo
 
@@ -40,14 +40,14 @@ CASES = [
 ]
 
 
-def watch(**settings: Any) -> Watch:
+def watch(**settings: Any) -> Monitor:
     """One that has seen how it began."""
-    found = Watch(Alarms(**settings), 0.0, warmup=2)
+    found = Monitor(Alarms(**settings), 0.0, warmup=2)
     assert [found.look(step, HEALTHY) for step in range(3)] == [[], [], []]
     return found
 
 
-def levels(found: Watch, step: int, **changes: float) -> dict[str, int]:
+def levels(found: Monitor, step: int, **changes: float) -> dict[str, int]:
     return {alarm.figure: alarm.level for alarm in found.look(step, HEALTHY | changes)}
 
 
@@ -61,7 +61,7 @@ def test_each_figure_has_its_alarm(name: str, first: dict[str, float], second: d
 
 
 def test_the_critic_must_fail_in_a_row_after_its_warm_up() -> None:
-    found = Watch(Alarms(), 0.0, warmup=2)
+    found = Monitor(Alarms(), 0.0, warmup=2)
     assert [levels(found, step, explained_variance=-0.1) for step in range(6)] == [{}] * 6
     assert levels(found, 6, explained_variance=-0.1) == {"explained_variance": 1}
     assert levels(found, 7, explained_variance=0.1) == {}
@@ -69,13 +69,13 @@ def test_the_critic_must_fail_in_a_row_after_its_warm_up() -> None:
 
 
 def test_kl_is_held_against_its_target() -> None:
-    found = Watch(Alarms(), 4.0, warmup=0)
+    found = Monitor(Alarms(), 4.0, warmup=0)
     assert levels(found, 0, kl=7.9) == {} and levels(found, 1, kl=8.1) == {"kl": 1}
 
 
 def test_a_rare_share_is_told_by_enough_replies() -> None:
     """4 of 64 replies once are chance where one in a hundred is usual; in three iterations in a row they are not."""
-    found = Watch(Alarms(), 0.0, warmup=0, replies=64)
+    found = Monitor(Alarms(), 0.0, warmup=0, replies=64)
     shares = [0.0, 0.01, 0.0, 0.0625, 0.0, 0.0625, 0.0625, 0.0625, 0.0, 0.0]
     told = [levels(found, step, unseen_scores=share).get("unseen_scores", 0) for step, share in enumerate(shares)]
     assert told == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
@@ -90,7 +90,7 @@ def test_figures_that_are_missing_raise_nothing() -> None:
 
 
 def test_the_start_survives_a_stop() -> None:
-    before, after = watch(), Watch(Alarms(), 0.0, warmup=2)
+    before, after = watch(), Monitor(Alarms(), 0.0, warmup=2)
     before.look(3, HEALTHY | {"explained_variance": -1.0})
     after.restore(json.loads(json.dumps(before.state())))
     assert after.state() == before.state()
@@ -102,7 +102,7 @@ def test_the_first_and_last_step_of_each_level_is_remembered() -> None:
     for step, length in enumerate((31.0, 45.0, 20.0, 45.0, 31.0), start=3):
         found.look(step, HEALTHY | {"length": length})
     assert list(found.spans.values()) == [AlarmSpan("length", 1, 3, 7), AlarmSpan("length", 2, 4, 6)]
-    after = Watch(Alarms(), 0.0, warmup=2)
+    after = Monitor(Alarms(), 0.0, warmup=2)
     after.restore(json.loads(json.dumps(found.state())))
     after.look(8, HEALTHY | {"length": 45.0})
     assert after.spans["length", 2] == AlarmSpan("length", 2, 4, 8)
@@ -128,7 +128,7 @@ def test_an_alarm_is_said_once_and_stops_under_strict(capsys: pytest.CaptureFixt
 
 
 def test_what_began_at_nothing_can_not_fall() -> None:
-    found, never = Watch(Alarms(), 0.0, warmup=2), {"ended": 0.0, "distinct_2": 0.0}
+    found, never = Monitor(Alarms(), 0.0, warmup=2), {"ended": 0.0, "distinct_2": 0.0}
     assert [levels(found, step, **never) for step in range(6)] == [{}] * 6
     assert levels(found, 6, **never, length=31.0) == {"length": 1}
 
@@ -157,7 +157,7 @@ def test_a_judge_that_falls_while_the_score_rises() -> None:
 
 
 def test_the_judges_memory_survives_a_stop() -> None:
-    whole, first, second = watch(), watch(), Watch(Alarms(), 0.0, warmup=2)
+    whole, first, second = watch(), watch(), Monitor(Alarms(), 0.0, warmup=2)
     figures = [HEALTHY | {"score": 0.1 * step, "judge_x": -0.1 * step} for step in range(60)]
     expected = [[a.figure for a in whole.look(step + 3, one)] for step, one in enumerate(figures)]
     assert ["falls"] in expected

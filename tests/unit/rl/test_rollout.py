@@ -1,4 +1,4 @@
-"""Replies as PPO lays them out, and the prompts they answer."""
+"""Responses as PPO lays them out, and the prompts they answer."""
 
 import json
 
@@ -9,14 +9,14 @@ import torch
 import toys
 from tetrad.data.source import Counts
 from tetrad.errors import UserError
-from tetrad.inference.completions import Question, read_questions
+from tetrad.inference.completions import EncodedPrompt, read_questions
 from tetrad.rl.rollout import packs, read_logprobs, read_values, roll_out, spread
 from tetrad.settings.common import Sampling
 from tetrad.text.chat_template import TEMPLATES
 from tetrad.types import Prompt, Turn
 
 TOKENIZER = toys.tokenizer()
-ASKED = [Question(tuple(toys.ids(2 + i % 3, i)), Prompt((Turn("user", f"q{i}"),), f"p:{i}")) for i in range(8)]
+ASKED = [EncodedPrompt(tuple(toys.ids(2 + i % 3, i)), Prompt((Turn("user", f"q{i}"),), f"p:{i}")) for i in range(8)]
 
 
 def rolled(asked=ASKED, numbers=None, key=(0, "rollout", 0), **sampling):

@@ -10,7 +10,7 @@ import torch
 
 import toys
 from tetrad.errors import UserError
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.model.huggingface import read_members
 from tetrad.model.safetensors_io import read_tensors
 from tetrad.objectives import preference
@@ -19,7 +19,7 @@ from tetrad.reward.model import load_reward, member_scores, trained
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
 from tetrad.train.reward import Latent, preference_terms, score_unit
-from tetrad.training.early_stopping import Best
+from tetrad.training.early_stopping import EarlyStopping
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import update
 from tetrad.types import Comparison, Prompt, Score, Turn
@@ -108,7 +108,7 @@ def test_every_token_of_an_answer_can_learn() -> None:
 
 def test_best_weights_are_kept_and_put_back() -> None:
     model = toys.scalar(seed=1)
-    best = Best(model, patience=2)
+    best = EarlyStopping(model, patience=2)
     best.see(1.0)
     assert not best.enough
     wanted = model.score.weight.detach().clone()
@@ -117,7 +117,7 @@ def test_best_weights_are_kept_and_put_back() -> None:
             model.score.weight += 1
         best.see(loss)
         assert best.enough is enough
-    again = Best(model, patience=2)
+    again = EarlyStopping(model, patience=2)
     again.load_tensors({name: tensor.clone() for name, tensor in best.tensors().items()})
     assert (again.loss, again.waited, again.enough) == (1.0, 2, True)
     again.put_back()
@@ -125,7 +125,7 @@ def test_best_weights_are_kept_and_put_back() -> None:
 
 
 def test_without_patience_nothing_is_kept() -> None:
-    best = Best(toys.scalar(), 0)
+    best = EarlyStopping(toys.scalar(), 0)
     assert not best.enough
     assert best.tensors() == {} and best.full_bytes() == 0
     best.load_tensors({})
@@ -152,7 +152,7 @@ def test_an_ensemble_is_averaged_and_its_doubt_subtracted(chain: Chain) -> None:
     figures = json.loads((folder / "manifest.json").read_text())["figures"]
     assert len({member["pair_accuracy"] for member in told["members"]}) > 1
     assert figures["spearman_sd"] > 0 and figures["disagreement"] > 0
-    samples = [Sample((5, 6), (7 + i, 8, 9), (), "") for i in range(4)]
+    samples = [Completion((5, 6), (7 + i, 8, 9), (), "") for i in range(4)]
     documents = [toys.document([5, 6, 7 + i, 8, 9]) for i in range(4)]
     scores = member_scores(members, documents, toys.CPU, 64)
     assert scores.std(0).min() > 1e-3

@@ -10,7 +10,7 @@ import torch
 import served
 import toys
 from tetrad.errors import UserError
-from tetrad.inference.completions import Sample
+from tetrad.inference.completions import Completion
 from tetrad.model.huggingface import read_members
 from tetrad.reward.model import joined, reward_model, score_tokens, written
 from tetrad.settings.sft import Sft
@@ -47,7 +47,7 @@ def test_a_reward_model_reads_sampled_ids_in_training_and_the_text_elsewhere(tmp
     )
     words, form, turns = served.tokenizer(), TEMPLATES["instruction"], (Turn("instruction", "Go on."),)
     ids = tuple(token for letter in "the plot" for token in words.encode(letter))  # not as the tokenizer cuts it
-    samples = [Sample(tuple(form.prompt(words, turns)), ids, turns, "the plot", ended=False)]
+    samples = [Completion(tuple(form.prompt(words, turns)), ids, turns, "the plot", ended=False)]
     (member,) = read_members(parents["reward"])
     read = {"ids": joined(samples), "text": written(form, words, samples)}
     scores = {name: score_tokens(member, documents, toys.CPU, 1000) for name, documents in read.items()}

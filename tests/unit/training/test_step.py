@@ -11,7 +11,7 @@ from tetrad.errors import UserError
 from tetrad.settings.common import Optim
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
-from tetrad.training.step import Micro, language_terms, update
+from tetrad.training.step import Microbatch, language_terms, update
 from tetrad.types import Term
 
 PACKED = toys.packed(toys.documents(2))
@@ -34,7 +34,7 @@ def terms(model, micro):
 
 
 def micro(data, rows, tokens):
-    return Micro(PACKED, {"rows": rows, "tokens": tokens}, torch.tensor(data))
+    return Microbatch(PACKED, {"rows": rows, "tokens": tokens}, torch.tensor(data))
 
 
 def step(model, micros, lr=0.0, **how):
@@ -95,7 +95,7 @@ def test_not_finite(bad):
     optimizer = Optimizer(model, 0.1, Optim())
     before = [p.detach().clone() for p in model.parameters()]
     named = toys.packed([toys.document([5, 6], where="sft.jsonl:3"), toys.document([5], where="sft.jsonl:9")])
-    micros = [micro(1.0, 1, 1), Micro(named, {"rows": 1, "tokens": 1}, torch.tensor(bad))]
+    micros = [micro(1.0, 1, 1), Microbatch(named, {"rows": 1, "tokens": 1}, torch.tensor(bad))]
     with pytest.raises(UserError) as raised:
         update(model, optimizer, micros, terms, toys.CPU)
     assert raised.value.code == "E-NUM-NONFINITE"
