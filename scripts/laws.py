@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE_BUDGET, FUNCTION_BUDGET, TOTAL_BUDGET = 300, 40, 13_900
+FILE_BUDGET, FUNCTION_BUDGET, TOTAL_BUDGET = 300, 40, 14_100
 SILENT_TOKENS = {
     tokenize.COMMENT,
     tokenize.NL,

@@ -90,8 +90,8 @@ FAULTS = (
     Fault(
         "8 old log-probabilities are the sampler's",
         "train/ppo.py",
-        "old = read_logprobs(four.actor, rollout, micro_tokens, device, s.temperature)",
-        "old = rollout.sampled_BT",
+        "logprobs = read_logprobs(models.actor, *read, s.temperature)",
+        "logprobs = rollout.sampled_BT",
         f"{PPO}::test_kl_to_the_reference_starts_at_exactly_nothing",
     ),
     Fault(
@@ -173,7 +173,7 @@ FAULTS = (
     ),
     Fault(
         "18 the KL coefficient has no effect",
-        "train/ppo.py",
+        "rl/advantages.py",
         "return ppo.shape_rewards(scores, kl, rollout.mask_BT, beta)",
         "return ppo.shape_rewards(scores, kl, rollout.mask_BT, 0.05)",
         f"{PPO}::test_kl_coefficient_has_an_effect",
@@ -187,14 +187,14 @@ FAULTS = (
     ),
     Fault(
         "19 running scaling knows the last batch alone",
-        "rl/experience.py",
+        "rl/advantages.py",
         "        self.count = total\n",
         "        self.count, self.squares = n, variance * n\n",
         f"{OPTIONS}::test_running_spread_is_that_of_all_scores",
     ),
     Fault(
         "20 each rank whitens by itself",
-        "rl/experience.py",
+        "rl/advantages.py",
         "return collectives.sum_tensor(ppo.moments(x, mask, about).to(device.place)).cpu()",
         "return ppo.moments(x, mask, about)",
         "dist/test_gloo.py::test_whitening_spans_the_ranks",
@@ -202,8 +202,8 @@ FAULTS = (
     Fault(
         "20 whitened advantages get their mean back",
         "train/ppo.py",
-        "advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=True)",
-        "advantages = whitened(advantages, rollout.mask_BT, device, shift_mean=False)",
+        "advantages = whitened(advantages, mask, device, shift_mean=True)",
+        "advantages = whitened(advantages, mask, device, shift_mean=False)",
         f"{PPO}::test_whitening",
     ),
     Fault(
@@ -216,8 +216,8 @@ FAULTS = (
     Fault(
         "21 returns are taken after whitening",
         "train/ppo.py",
-        "values, after_B, rewards, advantages, returns)",
-        "values, after_B, rewards, advantages, advantages + values)",
+        "values, bootstrap, rewards, advantages, returns)",
+        "values, bootstrap, rewards, advantages, advantages + values)",
         f"{PPO}::test_the_end_is_terminal",
     ),
     Fault(
@@ -237,15 +237,15 @@ FAULTS = (
     Fault(
         "24 the actor moves while the critic warms up",
         "train/ppo.py",
-        "if not (warming or stopped):",
-        "if not stopped:",
+        "actor_learns = not warming",
+        "actor_learns = True",
         f"{PPO}::test_critic_warms_up_alone",
     ),
     Fault(
         "25 the value's coefficient has no effect on a shared trunk",
         "train/ppo.py",
-        "found += _value_parts(values, data, s.value_clip, s.value_coefficient)",
-        "found += _value_parts(values, data, s.value_clip, 0.1)",
+        "tokens, s.value_clip, s.value_coefficient)",
+        "tokens, s.value_clip, 0.1)",
         f"{OPTIONS}::test_shared_trunk_learns_both_in_one_step",
     ),
     Fault(
@@ -265,15 +265,15 @@ FAULTS = (
     Fault(
         "28 an update goes on however far it went",
         "train/ppo.py",
-        'stopped = bool(s.stop_kl) and stats.terms["approx_kl"] > s.stop_kl',
-        "stopped = False",
+        'actor_learns = not s.stop_kl or stats.terms["approx_kl"] <= s.stop_kl',
+        "actor_learns = True",
         f"{OPTIONS}::test_an_update_stops_when_the_policy_has_moved",
     ),
     Fault(
         "29 the entropy bonus has the wrong sign",
         "train/ppo.py",
-        '"tokens", -s.entropy_bonus)',
-        '"tokens", s.entropy_bonus)',
+        '"tokens", -bonus)',
+        '"tokens", bonus)',
         f"{PPO}::test_entropy_bonus_has_an_effect",
     ),
     Fault(
@@ -300,8 +300,8 @@ FAULTS = (
     Fault(
         "33 the largest ratio is that of the last micro-batch",
         "training/step.py",
-        "most |= {t.name: max(float(t.sum), most.get(t.name, -math.inf)) for t in parts if t.per == MOST}",
-        "most |= {t.name: float(t.sum) for t in parts if t.per == MOST}",
+        "largest |= {t.name: max(float(t.sum), largest.get(t.name, -math.inf)) for t in parts if t.per == MAX}",
+        "largest |= {t.name: float(t.sum) for t in parts if t.per == MAX}",
         f"{OPTIONS}::test_ratio_max_is_the_largest_of_all_micro_batches",
     ),
     Fault(
@@ -314,8 +314,8 @@ FAULTS = (
     Fault(
         "35 the greedy reply beside PPO's is PPO's own",
         "rl/samples.py",
-        "self._greedy(self.actor), self._greedy(self.reference)",
-        "self._greedy(self.actor), self._greedy(self.actor)",
+        "self._greedy(self.models.actor), self._greedy(self.models.reference)",
+        "self._greedy(self.models.actor), self._greedy(self.models.actor)",
         "unit/train/test_ppo_stage.py::test_greedy_replies_stand_beside_the_sft_models",
     ),
     Fault(
@@ -349,14 +349,14 @@ FAULTS = (
     Fault(
         "a token meets another's advantage",
         "rl/experience.py",
-        "experience.advantages, experience.returns)",
-        "experience.advantages.flip(0), experience.returns)",
+        "batch.advantages, batch.returns)",
+        "batch.advantages.flip(0), batch.returns)",
         f"{PPO}::test_micro_batches_carry_their_own_numbers",
     ),
     Fault(
         "the end of a reply is bootstrapped",
         "train/ppo.py",
-        "after_B = torch.where(rollout.ended_B, 0, after_B) if s.cut_value else torch.zeros_like(scores)",
+        "bootstrap = torch.where(rollout.ended_B, 0, bootstrap) if s.cut_value else torch.zeros_like(scores)",
         "pass",
         f"{PPO}::test_the_end_is_terminal",
     ),
@@ -370,8 +370,8 @@ FAULTS = (
     Fault(
         "the reference learns",
         "train/ppo.py",
-        "ref = read_logprobs(four.reference, rollout, micro_tokens, device, s.temperature)",
-        "ref = read_logprobs(four.actor, rollout, micro_tokens, device, s.temperature)",
+        "ref_logprobs = read_logprobs(models.reference, *read, s.temperature)",
+        "ref_logprobs = read_logprobs(models.actor, *read, s.temperature)",
         f"{PPO}::test_kl_to_the_reference_starts_at_exactly_nothing",
     ),
     Fault(
@@ -461,14 +461,14 @@ FAULTS = (
     Fault(
         "a stop forgets how scores spread",
         "train/ppo.py",
-        '        self.spread.restore(saved["scores"])\n',
+        '        self.running_std.restore(saved["scores"])\n',
         "",
         "unit/train/test_ppo_stage.py::test_goes_on_exactly",
     ),
     Fault(
         "a stop forgets the moving average",
         "rl/models.py",
-        'return parts | ({"average": self.average} if self.average else {})',
+        'return parts | ({"average": self.ema} if self.ema else {})',
         "return parts",
         "unit/train/test_ppo_stage.py::test_goes_on_exactly",
     ),
@@ -523,14 +523,14 @@ FAULTS = (
     ),
     Fault(
         "a critic beside the average has the average's trunk",
-        "train/ppo.py",
+        "rl/models.py",
         "v.detach().clone() for",
         "v.detach() for",
         "unit/train/test_ppo_stage.py::test_what_is_kept_beside_the_result_are_whole_models",
     ),
     Fault(
         "a reward model among others is cut twice",
-        "train/ppo.py",
+        "rl/advantages.py",
         "or not s.rewards  #",
         "or True  #",
         "unit/train/test_ppo_stage.py::test_the_reward_model_among_others_is_cut_and_then_weighed",

@@ -13,14 +13,15 @@ from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.reward.model import Reward
 from tetrad.reward.sources import RewardSource, RewardSources
-from tetrad.rl.experience import PPOBatch, RunningStd
+from tetrad.rl.advantages import KLController, RunningStd
+from tetrad.rl.experience import PPOBatch
 from tetrad.rl.models import Models
 from tetrad.rl.monitor import Monitor
 from tetrad.rl.rollout import Rollout, roll_out
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.common import Optim, Sampling
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import KLController, PPOState, experience_of, learn
+from tetrad.train.ppo import PPOState, learn, make_batch
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import language_terms, update
@@ -42,7 +43,9 @@ def four_models(
     optim = replace(Optim(), eps=s.adam_eps)
     held = (reference or deepcopy(actor)).requires_grad_(False)
     optimizers = Optimizer(actor, s.actor_lr, optim), Optimizer(critic, s.critic_lr, optim)
-    return Models(actor, critic, held, RewardSources({"reward": RewardSource(reward)}), *optimizers)
+    return Models(
+        actor, critic, held, RewardSources({"reward": RewardSource(reward)}), *optimizers, TOKENIZER, toys.CPU, 4096
+    )
 
 
 def steered(s: Ppo, beta: float | None = None) -> PPOState:
@@ -71,7 +74,7 @@ def experience(
     four: Models, rollout: Rollout, s: Ppo, micro_tokens: int = 4096, beta: float | None = None, step: int = 0
 ) -> tuple[PPOBatch, torch.Tensor]:
     """What the stage makes of a rollout, and its rewards."""
-    made = experience_of(four, rollout, s, steered(s, beta), step, micro_tokens, toys.CPU)
+    made = make_batch(replace(four, micro_tokens=micro_tokens), rollout, s, steered(s, beta), step)
     return made, made.rewards
 
 
@@ -80,7 +83,7 @@ def iterate(
 ) -> tuple[PPOBatch, dict[str, float]]:
     """One iteration: sample, score, learn."""
     made, _ = experience(four, sampled(four, asked, s, key), s, micro_tokens, step=key[1])
-    return made, learn(four, made, s, key, micro_tokens, toys.CPU)
+    return made, learn(replace(four, micro_tokens=micro_tokens), made, s, key)
 
 
 LIKED = set(range(20, 30))

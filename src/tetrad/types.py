@@ -4,12 +4,11 @@ Arrays are numpy arrays while text becomes tokens and torch tensors from the dev
 Shapes: T tokens of a packed micro-batch, B rows, D documents of a pack.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 Array = Any  # numpy.ndarray or torch.Tensor
-MOST = "most"
 IGNORE = -100  # the target of a position that no loss reads, as in transformers
 
 
@@ -138,28 +137,3 @@ class Response:
     def ended(self) -> bool:
         """False where the reply was cut."""
         return self.reason in ("end", "stop")
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """A part of a loss: coefficient * sum / (the whole batch's count named `per`). sum: a scalar with gradient.
-
-    per = MOST: no part of the loss but a figure of which the largest is told.
-    """
-
-    name: str
-    sum: Array
-    per: str
-    coefficient: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """What one optimizer step did. terms: each term's mean over the batch of all ranks, before its coefficient;
-    a term that the batch had nothing for is absent. tokens: what all ranks read."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    terms: Mapping[str, float] = field(default_factory=dict)
-    tokens: float = 0.0

@@ -143,10 +143,10 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     monkeypatch.setattr(model_folder, "usable", lambda *_, **__: SimpleNamespace(note=""))
     for module, names in (("batch", ["generate_file", "score_file"]), ("chat", ["chat"])):
-        fake = ModuleType(f"tetrad.serve.{module}")
+        fake = ModuleType(f"tetrad.cli.{module}")
         for name in names:
             setattr(fake, name, lambda settings, console: seen.append(settings))
-        monkeypatch.setitem(sys.modules, f"tetrad.serve.{module}", fake)
+        monkeypatch.setitem(sys.modules, f"tetrad.cli.{module}", fake)
     return seen
 
 

@@ -10,11 +10,12 @@ import toys
 from tetrad.inference.completions import Completion
 from tetrad.objectives import ppo
 from tetrad.reward.model import score_tokens, trained
-from tetrad.rl.experience import mini_batches, whitened
+from tetrad.rl.advantages import token_rewards, whitened
+from tetrad.rl.experience import mini_batches
 from tetrad.rl.models import Models
 from tetrad.rl.rollout import read_logprobs, read_values
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import learn, policy_terms, shaped_rewards
+from tetrad.train.ppo import actor_terms, learn
 
 S = Ppo(batch=12, max_new=10, epochs=2, mini_batches=3, actor_lr=1e-3, critic_lr=1e-3, steps=10)
 VOCAB = 12  # so few that one reply in twelve ends at each token
@@ -49,8 +50,8 @@ def test_first_mini_batch(temperature, dropout):
     for micro_tokens in (32, 4096):
         for micro in next(mini_batches(made, s, (0, 0), micro_tokens, toys.CPU)):
             logprobs, _ = four.actor(micro.packed, "logprobs", s.temperature)
-            assert (torch.exp(logprobs - micro.data.old) - 1).abs().max() <= 1e-5
-            terms = {term.name: term for term in policy_terms(s)(four.actor, micro)}
+            assert (torch.exp(logprobs - micro.data.old_logprobs) - 1).abs().max() <= 1e-5
+            terms = {term.name: term for term in actor_terms(s)(four.actor, micro)}
             assert float(terms["ratio"].sum) == pytest.approx(micro.counts["tokens"], rel=1e-5)
             assert float(terms["clip_fraction"].sum) == 0
             assert float(terms["approx_kl"].sum) <= 1e-8
@@ -70,7 +71,7 @@ def test_dropout_is_off_in_all_four():
         made, _ = ppo_toys.experience(four, rollout, S)
         four.actor.train()
         again = ppo_toys.sampled(four, ASKED, S, (0, 0)).sampled_BT
-        found.append((scores, made.old, made.ref, made.values, again))
+        found.append((scores, made.logprobs, made.ref_logprobs, made.values, again))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
@@ -79,12 +80,12 @@ def test_dropout_is_off_in_all_four():
 def test_kl_to_the_reference_starts_at_exactly_nothing(micro_tokens):
     four = some_models()
     made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S, micro_tokens)
-    assert made.old.abs().max() > 0
-    assert torch.equal(made.old, made.ref)
-    learn(four, made, S, (0, 0), micro_tokens, toys.CPU)
+    assert made.logprobs.abs().max() > 0
+    assert torch.equal(made.logprobs, made.ref_logprobs)
+    learn(replace(four, micro_tokens=micro_tokens), made, S, (0, 0))
     after, _ = ppo_toys.experience(four, made.rollout, S, micro_tokens)
-    assert not torch.equal(after.old, made.old)
-    assert torch.equal(after.ref, made.ref)
+    assert not torch.equal(after.logprobs, made.logprobs)
+    assert torch.equal(after.ref_logprobs, made.ref_logprobs)
 
 
 def test_sampling_and_logprobs_have_one_temperature():
@@ -140,8 +141,8 @@ def test_score_lands_on_the_last_token_and_moves_with_the_end():
     assert len(last.unique()) > 2
     expected = torch.zeros_like(rewards).scatter_(1, last[:, None], scores[:, None].clamp(-5, 5))
     assert torch.equal(rewards, expected)
-    kl = made.old - made.ref
-    priced = shaped_rewards(replace(S, missing_eos_penalty=0.0), scores, made.old, made.ref, rollout, 0.25)
+    kl = made.logprobs - made.ref_logprobs
+    priced = token_rewards(replace(S, missing_eos_penalty=0.0), scores, made.logprobs, made.ref_logprobs, rollout, 0.25)
     torch.testing.assert_close(priced, torch.where(rollout.mask_BT, expected - 0.25 * kl, 0), rtol=0, atol=1e-6)
 
 
@@ -161,9 +162,9 @@ def test_missing_end_is_paid_after_the_clip():
     zeros = torch.zeros_like(rollout.sampled_BT)
     s = replace(S, score_clip=5.0, missing_eos_penalty=1.5)
     for score, end in ((100.0, 5.0), (-100.0, -5.0), (2.0, 2.0)):
-        paid = shaped_rewards(s, torch.full((12,), score), zeros, zeros, rollout, 0.1).sum(1)
+        paid = token_rewards(s, torch.full((12,), score), zeros, zeros, rollout, 0.1).sum(1)
         assert torch.equal(paid, torch.where(rollout.ended_B, end, end - 1.5))
-    off = shaped_rewards(replace(s, score_clip=0.0), torch.full((12,), 100.0), zeros, zeros, rollout, 0.1).sum(1)
+    off = token_rewards(replace(s, score_clip=0.0), torch.full((12,), 100.0), zeros, zeros, rollout, 0.1).sum(1)
     assert torch.equal(off, torch.where(rollout.ended_B, 100.0, 98.5))
 
 
@@ -173,7 +174,7 @@ def test_kl_coefficient_has_an_effect():
         s = replace(S, kl_coefficient=beta)
         four = some_models(s, other=True)
         made, _ = ppo_toys.iterate(four, ASKED, s, (0, 0))
-        assert (made.old - made.ref).abs().max() > 0.1
+        assert (made.logprobs - made.ref_logprobs).abs().max() > 0.1
         found[beta] = weights(four.actor)
     assert relative(found[0.0], found[1.0]) > 1e-3
 
@@ -199,9 +200,9 @@ def test_end_token_counts_when_it_is_also_the_pad():
         made, learned = ppo_toys.iterate(four, ASKED, S, (0, 0))
         ended = made.rollout.ended_B
         last = made.rollout.mask_BT.sum(1) - 1
-        assert made.old[ended, last[ended]].abs().min() > 0
+        assert made.logprobs[ended, last[ended]].abs().min() > 0
         found.append((made, learned, weights(four.actor)))
-    assert torch.equal(found[0][0].old, found[1][0].old)
+    assert torch.equal(found[0][0].logprobs, found[1][0].logprobs)
     assert found[0][1] == found[1][1]
     assert torch.equal(found[0][2], found[1][2])
 
@@ -213,7 +214,7 @@ def test_micro_batch_size_changes_rounding_only(mini):
     for micro_tokens in (4096, 48, 1):
         four = some_models(s, other=True)
         made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, s, (0, 0)), s)
-        learned = learn(four, made, s, (0, 0), micro_tokens, toys.CPU)
+        learned = learn(replace(four, micro_tokens=micro_tokens), made, s, (0, 0))
         found.append((learned, weights(four.actor), weights(four.critic)))
     for learned, actor, critic in found[1:]:
         assert relative(actor, found[0][1]) <= 1e-5
@@ -246,7 +247,12 @@ def test_micro_batches_carry_their_own_numbers():
     four = some_models(other=True)
     made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S)
     mask = made.rollout.mask_BT
-    arrays = {"old": made.old, "values": made.values, "advantages": made.advantages, "returns": made.returns}
+    arrays = {
+        "old_logprobs": made.logprobs,
+        "values": made.values,
+        "advantages": made.advantages,
+        "returns": made.returns,
+    }
     for micros in mini_batches(made, S, (0, 0), 64, toys.CPU):
         for micro in micros:
             rows = [int(place) for place in micro.packed.where]
@@ -305,7 +311,7 @@ def test_entropy_bonus_has_an_effect():
         s = replace(S, entropy_bonus=bonus, actor_lr=5e-3)
         four = some_models(s)
         made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, s, (0, 0)), s)
-        learn(four, made, s, (0, 0), 4096, toys.CPU)
+        learn(four, made, s, (0, 0))
         packed = toys.packed(made.rollout.documents)
         found.append(float(four.actor(packed, "logprobs")[1].detach().mean()))
     assert found[1] > found[0] + 0.01
@@ -315,5 +321,5 @@ def test_kl_is_summed_over_tokens():
     four = some_models(other=True)
     made, rewards = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S, beta=1.0)
     scores = torch.tensor(four.reward(made.rollout.samples)).float().clamp(-5, 5) - (~made.rollout.ended_B).float()
-    kl = ppo.kl_tokens(made.old, made.ref, made.rollout.mask_BT).sum(1)
+    kl = ppo.kl_tokens(made.logprobs, made.ref_logprobs, made.rollout.mask_BT).sum(1)
     torch.testing.assert_close(rewards.sum(1), scores - kl, rtol=1e-5, atol=1e-5)

@@ -12,11 +12,13 @@ import toys
 from tetrad.objectives import ppo
 from tetrad.reward.model import trained
 from tetrad.reward.sources import RewardSource, RewardSources, named
-from tetrad.rl.experience import RunningStd, mini_batches
+from tetrad.rl.advantages import RunningStd, token_rewards
+from tetrad.rl.experience import mini_batches
 from tetrad.rl.models import EMA, ActorCritic, Models, _shared
+from tetrad.rl.prompts import PtxBatch
 from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import PtxBatch, learn, policy_terms, shaped_rewards
+from tetrad.train.ppo import actor_terms, learn
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import Microbatch
 
@@ -38,7 +40,18 @@ def shared_models(s: Ppo) -> Models:
     both = ActorCritic(actor, critic)
     optimizer = Optimizer(both, s.actor_lr, replace(Optim(), weight_decay=0.1), quick={"critic.score": s.critic_lr})
     reward = RewardSources({"reward": RewardSource(trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256))})
-    return Models(actor, critic, deepcopy(actor).requires_grad_(False), reward, optimizer, None, both)
+    return Models(
+        actor,
+        critic,
+        deepcopy(actor).requires_grad_(False),
+        reward,
+        optimizer,
+        None,
+        ppo_toys.TOKENIZER,
+        toys.CPU,
+        4096,
+        both,
+    )
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -58,10 +71,10 @@ def test_shared_trunk_learns_both_in_one_step():
         assert four.critic.model is four.actor.model
         made, _ = ppo_toys.experience(four, rolled(four, s), s)
         (micro,) = next(mini_batches(made, s, (0, 0), 4096, toys.CPU))
-        terms = {t.name: t for t in policy_terms(s)(four.both, micro)}
+        terms = {t.name: t for t in actor_terms(s)(four.both, micro)}
         assert terms["value_loss"].coefficient == coefficient
         before = weights(four.actor)
-        learned = learn(four, made, s, (0, 0), 4096, toys.CPU)
+        learned = learn(four, made, s, (0, 0))
         assert learned["actor_updates"] == 6
         assert not torch.equal(weights(four.actor), before)
         found[coefficient] = weights(four.actor)
@@ -119,7 +132,7 @@ def test_an_update_stops_when_the_policy_has_moved():
         s = replace(S, stop_kl=limit)
         four = some_models(s)
         made, _ = ppo_toys.experience(four, rolled(four, s), s)
-        learned = learn(four, made, s, (0, 0), 4096, toys.CPU)
+        learned = learn(four, made, s, (0, 0))
         assert learned["actor_updates"] == updates
         assert "value_loss" in learned
 
@@ -133,7 +146,7 @@ def test_reduction_by_sequence_is_the_mean_of_the_replies_means():
     for micro_tokens in (4096, 40):
         losses = []
         for micros in mini_batches(made, s, (0, 0), micro_tokens, toys.CPU):
-            terms = [{t.name: float(t.sum.detach()) for t in policy_terms(s)(four.actor, m)} for m in micros]
+            terms = [{t.name: float(t.sum.detach()) for t in actor_terms(s)(four.actor, m)} for m in micros]
             losses.append(sum(t["policy_loss"] for t in terms) / sum(m.counts["losses"] for m in micros))
         learned[micro_tokens] = losses[0]
     expected = torch.where(mask, -made.advantages, 0).sum(1) / mask.sum(1)  # the ratio is 1
@@ -154,17 +167,17 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token():
     s = replace(S, dual_clip=3.0)
     four = some_models(s)
     made, _ = ppo_toys.experience(four, rolled(four, s), s)
-    assert "dual_clip_fraction" in learn(four, made, s, (0, 0), 4096, toys.CPU)
+    assert "dual_clip_fraction" in learn(four, made, s, (0, 0))
 
 
 def test_running_spread_is_that_of_all_scores():
     found, scores = RunningStd(), torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 3 + 100
     for row, batch in enumerate(scores, start=1):
-        assert found.follow(batch, toys.CPU) == pytest.approx(float(scores[:row].std(correction=0)), rel=1e-5)
+        assert found.update(batch, toys.CPU) == pytest.approx(float(scores[:row].std(correction=0)), rel=1e-5)
     again = RunningStd()
     again.restore(found.state())
     assert again == found
-    assert RunningStd().follow(torch.full((4,), 2.0), toys.CPU) == 1.0
+    assert RunningStd().update(torch.full((4,), 2.0), toys.CPU) == 1.0
 
 
 def test_running_scaling_divides_before_the_clip():
@@ -174,7 +187,7 @@ def test_running_scaling_divides_before_the_clip():
     unit = made.scores.std(correction=0)
     expected = (made.scores / unit).clamp(-5, 5) - (~rollout.ended_B).float()
     torch.testing.assert_close(rewards.sum(1), expected, rtol=1e-5, atol=1e-6)
-    paid = shaped_rewards(replace(S, rewards=("f.py:f",)), torch.full((12,), 100.0), zeros, zeros, rollout, 0.0)
+    paid = token_rewards(replace(S, rewards=("f.py:f",)), torch.full((12,), 100.0), zeros, zeros, rollout, 0.0)
     assert float(paid.sum(1).max()) == 100  # a function's own scale is not cut
 
 
@@ -225,7 +238,7 @@ def test_text_beside_ppo_holds_the_language_model():
         def text(update: int, packed=packed, count=count, coefficient=coefficient) -> list[Microbatch]:
             return [Microbatch(packed, {"ptx_tokens": count}, PtxBatch(coefficient))]
 
-        learned = learn(four, made, s, (0, 0), 4096, toys.CPU, text)
+        learned = learn(four, made, s, (0, 0), text)
         assert learned["ptx_loss"] > 0
         with torch.no_grad():
             found[coefficient] = float(four.actor(packed, "nll")) / count
@@ -238,7 +251,7 @@ def test_moving_average_follows_the_actor():
     start = average.kept["model.norm.weight"].clone()
     with torch.no_grad():
         actor.model.norm.weight += 4.0
-    average.follow()
+    average.update()
     torch.testing.assert_close(average.kept["model.norm.weight"], start + 1.0)
     again = EMA(toys.causal(seed=2, vocab_size=VOCAB), 0.75)
     again.load_tensors(average.tensors())
@@ -251,6 +264,6 @@ def test_ratio_max_is_the_largest_of_all_micro_batches():
     for micro_tokens in (4096, 30):
         four = some_models(s)
         made, _ = ppo_toys.experience(four, rolled(four, s), s)
-        found.append(learn(four, made, s, (0, 0), micro_tokens, toys.CPU))
+        found.append(learn(replace(four, micro_tokens=micro_tokens), made, s, (0, 0)))
     assert found[0]["ratio_max"] > found[0]["ratio"]
     assert found[1]["ratio_max"] == pytest.approx(found[0]["ratio_max"], rel=1e-4)

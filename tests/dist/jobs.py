@@ -115,7 +115,7 @@ def ppo(s: Ppo = PPO) -> Found:
     for step in range(STEPS):
         rollout = own_rows(ppo_toys.sampled(writers, asked, s, (SEED, step)))
         made, _ = ppo_toys.experience(models, rollout, s, 64)
-        learned = learn(models, made, s, (SEED, step), 64, toys.CPU)
+        learned = learn(replace(models, micro_tokens=64), made, s, (SEED, step))
         figures.append([learned[name] for name in sorted(learned)])
         whitened.append(made.advantages)
     found = {"figures": torch.tensor(figures, dtype=torch.float64), "weights": weights(models.actor, models.critic)}
@@ -131,7 +131,7 @@ def ppo_sampled(s: Ppo = PPO) -> Found:
         mine, numbers = collectives.share(asked), collectives.share(range(BATCH))
         rollout = ppo_toys.sampled(models, mine, s, (SEED, step), numbers)
         made, _ = ppo_toys.experience(models, rollout, s, 64)
-        learn(models, made, s, (SEED, step), 64, toys.CPU)
+        learn(replace(models, micro_tokens=64), made, s, (SEED, step))
         for ids in collectives.gather([sample.reply_ids for sample in rollout.samples]):
             replies.append(torch.tensor([*ids, *[-1] * (s.max_new - len(ids))]))
     return {"replies": torch.stack(replies), "weights": weights(models.actor, models.critic)}

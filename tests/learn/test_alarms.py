@@ -13,11 +13,11 @@ import pytest
 import ppo_toys
 import toys
 from tetrad.inference.completions import EncodedPrompt
+from tetrad.rl.metrics import step_metrics
 from tetrad.rl.models import Models
 from tetrad.rl.monitor import Monitor
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.ppo import Ppo
-from tetrad.train.ppo import figures_of_step
 from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn
@@ -38,7 +38,7 @@ def alarms(
     scores = []
     for step in range(steps):
         made, learned = ppo_toys.iterate(four, ASKED, s, (seed, step))
-        figures = figures_of_step(made, s.kl_coefficient, toys.CPU, seen) | learned
+        figures = step_metrics(made, s.kl_coefficient, toys.CPU, seen) | learned
         for alarm in watch.look(step, figures):
             told.setdefault(alarm.figure, step)
         scores.append(figures["score"])

@@ -89,7 +89,7 @@ def share_right(four: Models, s: Ppo, seed: int, liked: set[int]) -> float:
 
 def nats(made: PPOBatch) -> float:
     """KL to the reference of a reply (k3: never negative)."""
-    return float(ppo.kl_tokens(made.old, made.ref, made.rollout.mask_BT, "k3").sum(1).mean())
+    return float(ppo.kl_tokens(made.logprobs, made.ref_logprobs, made.rollout.mask_BT, "k3").sum(1).mean())
 
 
 LEARNS = Ppo(batch=64, max_new=4, steps=60, actor_lr=3e-3, critic_lr=3e-3, kl_coefficient=0.02, missing_eos_penalty=0.0)

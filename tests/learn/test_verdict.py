@@ -16,8 +16,8 @@ import ppo_toys
 import toys
 from tetrad.cli.main import main
 from tetrad.console import Console
-from tetrad.eval.text_metrics import reply_figures
 from tetrad.inference.completions import EncodedPrompt
+from tetrad.inference.text_metrics import reply_figures
 from tetrad.pipeline import recipe, runner
 from tetrad.report.verdict import Difference, Verdict, failed_guards, verdict
 from tetrad.settings.evaluate import Evaluate

@@ -22,8 +22,8 @@ from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device, choose
-from tetrad.eval.text_metrics import reply_figures
 from tetrad.inference.completions import Completion, EncodedPrompt, best, read_questions
+from tetrad.inference.text_metrics import reply_figures
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, frozen
 from tetrad.objectives.calibration import bootstrap_interval

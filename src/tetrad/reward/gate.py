@@ -14,6 +14,7 @@ from tetrad.data.records import read_prompts
 from tetrad.data.similarity import covered
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
+from tetrad.settings.base import REWARD_MODEL, model_pays
 from tetrad.settings.gate import Gate
 from tetrad.training.context import StageContext
 from tetrad.training.stage import figures_of
@@ -118,7 +119,7 @@ def apply(figures: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) 
     return GateResult(tuple(failed), tuple(unknown))
 
 
-def heed(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateResult:
+def check(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateResult:
     """Before PPO with these prompts: says what the gate finds, and returns it. Errors: E-NUM-GATE where it fails and
     `gate.strict` is set."""
     figures = figures_of(folder)
@@ -134,10 +135,15 @@ def heed(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateResu
     return result
 
 
-def heed_first(ctx: StageContext, scores: Sequence[float]) -> None:
+def before_ppo(ctx: StageContext, prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Why the reward model of this recipe fails, if it does and if it pays. Errors: E-NUM-GATE."""
+    return check(ctx, ctx.parents["reward"], prompts).failures if model_pays(ctx.recipe.ppo.rewards) else ()
+
+
+def check_scale(ctx: StageContext, parts: Mapping[str, Sequence[float]]) -> None:
     """PPO's first replies are the SFT model's to prompts of PPO's own: warns where the reward model's scores of them,
     which were given mean 0 and standard deviation 1 on other prompts, are on another scale."""
-    scores = collectives.gather(list(scores))
+    scores = collectives.gather(list(parts.get(REWARD_MODEL, [])))
     if len(scores) < 2:
         return
     result = apply({"fresh_mean": fmean(scores), "fresh_std": pstdev(scores)}, ctx.recipe.gate, (_SCALE,))

@@ -6,28 +6,33 @@ base itself, actor, critic and reward model are adapters on it, the critic's a c
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tetrad.distributed.device import Device
+from tetrad.distributed.device import Device, choose
 from tetrad.model.huggingface import read_scalar
-from tetrad.model.lora import on_base
+from tetrad.model.lora import merged, on_base
+from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head
 from tetrad.registry import POLICY
 from tetrad.reward.model import Reward, reader, trained
 from tetrad.reward.sources import RewardSources, reward_sources
 from tetrad.seeds import seed_for
 from tetrad.settings.base import model_pays
+from tetrad.storage import Json
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.training import adapters
 from tetrad.training.adapters import adapt, on_reward_base, scalar_on
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.prepare import first_parent
-from tetrad.training.stage import Weights, figures_of, read_policy, require_tokenizer, template_for
+from tetrad.training.run_folder import StageRun
+from tetrad.training.stage import Weights, figures_of, finish, read_policy, require_tokenizer, template_for
 
 
 class ActorCritic(nn.Module):
@@ -38,6 +43,16 @@ class ActorCritic(nn.Module):
         self.actor, self.critic = actor, critic
 
 
+def actor_of(model: nn.Module) -> CausalLM:
+    """The actor, alone or on one trunk with the critic."""
+    return model.actor if isinstance(model, ActorCritic) else cast(CausalLM, model)
+
+
+def critic_of(model: nn.Module) -> ScalarModel:
+    """The critic, alone or on one trunk with the actor."""
+    return model.critic if isinstance(model, ActorCritic) else cast(ScalarModel, model)
+
+
 class EMA:
     """The moving average of a model's trained weights: a part of a checkpoint."""
 
@@ -45,7 +60,7 @@ class EMA:
         self.weights, self.decay = Weights(model), decay
         self.kept = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
 
-    def follow(self) -> None:
+    def update(self) -> None:
         for name, tensor in self.weights.tensors().items():
             self.kept[name].lerp_(tensor, 1 - self.decay)
 
@@ -63,9 +78,9 @@ class EMA:
 
 @dataclass(frozen=True)
 class Models:
-    """Who is updated: actor and critic. reference: the actor before PPO; reward: samples in, scores out. both: actor
-    and critic on one trunk, with actor_optimizer for the two. seen: what a thousandth of the reward model's training
-    answers got at least."""
+    """Who is updated: actor and critic. reference: the actor before PPO; reward: completions in, scores out. both:
+    actor and critic on one trunk, with actor_optimizer for the two. train_high: what a thousandth of the reward model's
+    training answers got at least. micro_tokens: of what a model reads at once."""
 
     actor: CausalLM
     critic: ScalarModel
@@ -73,9 +88,12 @@ class Models:
     reward: RewardSources
     actor_optimizer: Optimizer
     critic_optimizer: Optimizer | None
+    tokenizer: Tokenizer
+    device: Device
+    micro_tokens: int
     both: ActorCritic | None = None
-    average: EMA | None = None
-    seen: float = math.inf
+    ema: EMA | None = None
+    train_high: float = math.inf
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on exactly; the frozen models are read from their own stages."""
@@ -86,7 +104,7 @@ class Models:
             "critic": Weights(own_head),
         }
         parts |= {"critic_optimizer": self.critic_optimizer} if self.critic_optimizer else {}
-        return parts | ({"average": self.average} if self.average else {})
+        return parts | ({"average": self.ema} if self.ema else {})
 
     def freeze_actor(self, held: bool) -> None:
         """While the critic warms up on a trunk that is the actor's, that trunk must not move."""
@@ -94,12 +112,13 @@ class Models:
             parameter.requires_grad_(not held or name.startswith("critic.score"))
 
 
-def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Models:
+def load_models(ctx: StageContext) -> Models:
     """Actor and reference from the SFT model, critic and reward from the reward model (or as the recipe says).
 
     Errors: E-MODEL-*, E-CKPT-*, E-CONF-{FUNCTION,CONFLICT}.
     """
     s, folder = ctx.recipe.ppo, first_parent(ctx, *POLICY)
+    tokenizer, device = Tokenizer.load(folder), choose(ctx.recipe.run)
     form, place = template_for(ctx, folder), device.place
     reference = frozen(read_policy(folder, tokenizer, form)).to(place)
     if s.adapters:
@@ -121,6 +140,9 @@ def four_models(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> Mode
         reward_sources(ctx, tokenizer, device, reward),
         Optimizer(both or actor, s.actor_lr, optim, quick=quick),
         None if both else Optimizer(critic, s.critic_lr, optim),
+        tokenizer,
+        device,
+        ctx.recipe.run.micro_tokens,
         both,
         EMA(actor, s.ema) if s.ema else None,
         figures_of(ctx.parents["reward"]).get("train_high", math.inf) if used else math.inf,
@@ -161,3 +183,17 @@ def _on_one_base(
     if s.critic == "actor":
         critic = scalar_on(ctx, base, seed_for(seed, "critic"))
     return actor, critic, reward
+
+
+def save_models(ctx: StageContext, stage: StageRun, models: Models, notes: Mapping[str, Json]) -> None:
+    """The result is the actor or its moving average; the critic, and then the actor itself, are kept beside it: whole
+    models, whatever adapters or shares a trunk. notes: what the verdict reads in the manifest."""
+    folder, critic = first_parent(ctx, *POLICY), merged(models.critic)
+    beside = {"critic.safetensors": {**dict(critic.named_parameters()), "bias": critic.bias}}
+    if models.ema:
+        beside["last.safetensors"] = dict(merged(models.actor).named_parameters())
+        beside = {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in beside.items()}
+        models.ema.weights.load_tensors(models.ema.kept)  # of a trunk that the critic shares too
+    kept = {name: tensor_chunks(tensors) for name, tensors in beside.items()}
+    adapters.keep(ctx, models.actor, folder)
+    finish(ctx, stage, merged(models.actor), models.tokenizer, template_for(ctx, folder), notes, kept)

@@ -12,10 +12,15 @@ from typing import Any
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
 from tetrad.registry import Recipe
+from tetrad.report import outcome
 from tetrad.report.verdict import AlarmSpan
+from tetrad.reward.functions import python_function
+from tetrad.reward.model import Reward
+from tetrad.reward.sources import named
 from tetrad.settings.alarms import Alarms
 from tetrad.settings.base import model_pays
 from tetrad.settings.ppo import Ppo
+from tetrad.storage import Json
 from tetrad.training.context import StageContext
 
 START, RECENT = 128, 192  # replies whose mean is the start, and is held against it: lengths of single ones vary
@@ -148,7 +153,7 @@ class Monitor:
         recent = self.recent[figure] = [*self.recent.get(figure, []), value][-self.lately :]
         return sum(recent) / len(recent)
 
-    def heed(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
+    def check(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
         """Says what is new, and returns how many alarms there are."""
         alarms = self.look(step, figures)
         now = {alarm.figure: alarm.level for alarm in alarms}
@@ -190,6 +195,23 @@ _IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ),
     ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),
 )
+
+
+def judges_of(ctx: StageContext) -> dict[str, Reward]:
+    """What watches beside the reward, each as a metric `judge_NAME`."""
+    specs = ctx.recipe.alarms.judges
+    return {f"judge_{name}": python_function(spec) for name, spec in zip(named(specs, ()), specs, strict=True)}
+
+
+def notes_of(failures: Sequence[str], monitor: Monitor) -> dict[str, Json]:
+    """What the verdict reads in the manifest of PPO's model. failures: of the gate."""
+    return outcome.notes(failures, [*monitor.spans.values()])
+
+
+def say_idle(ctx: StageContext) -> None:
+    """Says which settings have no effect."""
+    for note in idle(ctx.recipe):
+        ctx.console.say(f"note: {note}")
 
 
 def idle(recipe: Recipe) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tetrad.console import counted
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
+from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.inference.completions import Completion, EncodedPrompt, complete
 from tetrad.model.transformer import CausalLM, ScalarModel
@@ -56,6 +57,11 @@ def roll_out(
     sampled = torch.tensor([p for _, reply in pairs for p in reply.logprobs])
     ended = torch.tensor([sample.ended for sample, _ in pairs])
     return Rollout(tuple(sample for sample, _ in pairs), tuple(documents), mask, ended, spread(sampled, mask))
+
+
+def places(prompts: int, copies: int) -> list[int]:
+    """The places of this rank's responses in the whole batch: those to one prompt stand together."""
+    return [n * copies + k for n in collectives.share(range(prompts)) for k in range(copies)]
 
 
 def spread(flat_N: Tensor, mask_BT: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tetrad.settings.base import (
     settings,
     unkeyed,
 )
+from tetrad.settings.common import Sampling
 
 
 @settings
@@ -107,3 +108,7 @@ class Ppo:
     """Gradients of actor and critic are scaled to at most this norm; 0 turns it off."""
     eval_every: Whole = unkeyed(20)
     """Iterations between samples on the log; 0 shows those of the last."""
+
+    def sampling(self, slots: int) -> Sampling:
+        """How responses are sampled. slots: at once."""
+        return Sampling(temperature=self.temperature, max_new=self.max_new, slots=slots)

@@ -48,8 +48,8 @@ from tetrad.training.optimizer import Optimizer, OptimizerGroup, lr_factor
 from tetrad.training.prepare import first_parent
 from tetrad.training.run_folder import StageRun, Stateful
 from tetrad.training.stage import Weights, finish, report_counts, start, template_for
-from tetrad.training.step import Microbatch, Terms, measured, update
-from tetrad.types import IGNORE, Score, StepStats, Term
+from tetrad.training.step import Loss, Microbatch, StepStats, Term, Terms, measured, update
+from tetrad.types import IGNORE, Score
 
 LOOKS = 10  # at held-out records, where training may stop early
 MOST_HELD_OUT = 1000  # records of such a look
@@ -222,19 +222,19 @@ def preference_terms(s: Reward) -> Terms:
         r_D = latent.reward(micro.packed, "both" if s.token_weight else "scores")
         r_D, read_N = r_D[: len(micro.packed.bounds) - 1], r_D[len(micro.packed.bounds) - 1 :]
         sums = r_D[found.winners_P] + r_D[found.losers_P]
-        parts = [
-            Term("comparisons", _comparison_loss(s, latent, found, r_D), "comparisons", s.comparison_weight),
-            Term(
+        parts: list[Term] = [
+            Loss("comparisons", _comparison_loss(s, latent, found, r_D), "comparisons", s.comparison_weight),
+            Loss(
                 "scores", _score_losses(s, latent, found, r_D[found.scored_S], every_S).sum(), "scores", s.score_weight
             ),
-            Term("centre", (found.weights_P * sums.square()).sum(), "comparisons", s.center),
+            Loss("centre", (found.weights_P * sums.square()).sum(), "comparisons", s.center),
         ]
         if s.token_weight:
             parts += token_terms(s, latent, micro, read_N)
         if latent.annotators:
             of_lists, of_scores = latent.annotators.comparison_prior, latent.annotators.score_prior
-            parts.append(Term("competence_prior", of_lists(found.by_L), "comparisons", s.comparison_weight))
-            parts.append(Term("scale_prior", of_scores(found.by_S), "scores", s.score_weight))
+            parts.append(Loss("competence_prior", of_lists(found.by_L), "comparisons", s.comparison_weight))
+            parts.append(Loss("scale_prior", of_scores(found.by_S), "scores", s.score_weight))
         return parts
 
     return terms
@@ -254,8 +254,8 @@ def token_terms(s: Reward, latent: Latent, micro: Microbatch, read_N: Tensor) ->
     losses = _score_losses(s, latent, found, read_N[rated], score_of_D[of_N[rated]])
     lists, scores = _comparison_loss(s, latent, found, mean_D), (losses / count_D[of_N[rated]]).sum()
     return [
-        Term("comparisons_read", lists, "comparisons", s.token_weight * s.comparison_weight),
-        Term("scores_read", scores, "scores", s.token_weight * s.score_weight),
+        Loss("comparisons_read", lists, "comparisons", s.token_weight * s.comparison_weight),
+        Loss("scores_read", scores, "scores", s.token_weight * s.score_weight),
     ]
 
 

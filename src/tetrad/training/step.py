@@ -19,7 +19,7 @@ from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.training.optimizer import Optimizer
-from tetrad.types import MOST, Packed, StepStats, Term
+from tetrad.types import Packed
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,43 @@ class Microbatch:
     places: Sequence[str] = field(default=())
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A part of the loss: coefficient * sum / (the whole batch's count named `per`). sum: a scalar with gradient."""
+
+    name: str
+    sum: Tensor
+    per: str
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What is measured beside the loss: sum / (the whole batch's count named `per`), or the largest, per = MAX."""
+
+    name: str
+    sum: Tensor
+    per: str
+    coefficient: float = field(default=0.0, init=False)
+
+
+Term = Loss | Metric
 Terms = Callable[[nn.Module, Microbatch], list[Term]]
+MAX = "max"
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one optimizer step did. terms: each term's mean over the batch of all ranks, before its coefficient;
+    a term that the batch had nothing for is absent. tokens: what all ranks read."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+    tokens: float = 0.0
+
+
 _READ = "tokens read"  # a count that no loss is divided by
 
 
@@ -55,12 +91,12 @@ def update(
     optimizer.clear()
     sums: dict[str, Tensor] = {}
     scales: dict[str, tuple[str, float]] = {}
-    most: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for micro in counted("learning", micros, len(micros)):
         with device.compute():
             parts = terms(model, micro)
-        most |= {t.name: max(float(t.sum), most.get(t.name, -math.inf)) for t in parts if t.per == MOST}
-        parts = [t for t in parts if t.per != MOST]
+        largest |= {t.name: max(float(t.sum), largest.get(t.name, -math.inf)) for t in parts if t.per == MAX}
+        parts = [t for t in parts if t.per != MAX]
         _backward(_loss(parts, totals))
         for t in parts:
             sums[t.name] = sums.get(t.name, 0) + t.sum.detach().double()
@@ -68,13 +104,13 @@ def update(
     parameters = [p for p in model.parameters() if p.requires_grad]
     collectives.sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
-    summed, most = _over_ranks({name: float(value) for name, value in sums.items()}, scales, most)
+    summed, largest = _over_ranks({name: float(value) for name, value in sums.items()}, scales, largest)
     means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
     loss = math.fsum(means[name] * scales[name][1] for name in means)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _stop(loss, norm, micros, partial(_finite, model, terms, totals, device))
     optimizer.step(factor)
-    return StepStats(loss, norm, optimizer.lr * factor, means | most, totals[_READ])
+    return StepStats(loss, norm, optimizer.lr * factor, means | largest, totals[_READ])
 
 
 @torch.no_grad()
@@ -112,7 +148,7 @@ def _over_ranks(
 
 
 def _loss(parts: Sequence[Term], totals: Mapping[str, float]) -> list[Tensor]:
-    return [t.coefficient / totals[t.per] * t.sum for t in parts if t.per != MOST and t.coefficient and totals[t.per]]
+    return [t.coefficient / totals[t.per] * t.sum for t in parts if t.per != MAX and t.coefficient and totals[t.per]]
 
 
 def _backward(parts: list[Tensor]) -> None:
@@ -143,4 +179,4 @@ def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device:
 
 def language_terms(model: nn.Module, micro: Microbatch) -> list[Term]:
     """The language model's loss: the summed negative log-likelihood of the targets, per "tokens"."""
-    return [Term("nll", model(micro.packed, "nll"), "tokens")]
+    return [Loss("nll", model(micro.packed, "nll"), "tokens")]

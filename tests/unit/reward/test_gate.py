@@ -103,7 +103,7 @@ def test_ppo_is_told_or_refused(
     def heed(strict: bool) -> None:
         recipe = SimpleNamespace(gate=Gate(strict=strict), reward=Reward())
         ctx: Any = SimpleNamespace(recipe=recipe, console=Console())
-        gate.heed(ctx, tmp_path, [])
+        gate.check(ctx, tmp_path, [])
 
     heed(strict=False)
     assert "gate: fail; the calibration error is 0.300" in capsys.readouterr().out
@@ -120,12 +120,12 @@ def test_prompts_unlike_the_reward_models_fail(
     recipe = SimpleNamespace(gate=Gate(), reward=Reward(data=(data,)))
     ctx: Any = SimpleNamespace(recipe=recipe, console=Console(), files=lambda names: names)
     like = [Prompt((Turn("instruction", text),)) for text in planted.prompts(50, seed=9)]
-    gate.heed(ctx, tmp_path, like)
+    gate.check(ctx, tmp_path, like)
     assert "gate: pass" in capsys.readouterr().out
     other = [Prompt((Turn("instruction", f"integrate x^{i} over the unit circle"),)) for i in range(40)]
-    gate.heed(ctx, tmp_path, [*like[:20], *other])
+    gate.check(ctx, tmp_path, [*like[:20], *other])
     assert "gate: fail; 67% of PPO's prompts are unlike all" in capsys.readouterr().out
-    gate.heed(ctx, tmp_path, like[:5])
+    gate.check(ctx, tmp_path, like[:5])
     assert "gate: warn; how near PPO's prompts are to the reward model's was not measured" in capsys.readouterr().out
 
 
@@ -142,6 +142,6 @@ def test_the_scale_is_measured_again_on_ppos_own_prompts(
     capsys: pytest.CaptureFixture[str], scores: list[float], said: str
 ) -> None:
     ctx: Any = SimpleNamespace(recipe=SimpleNamespace(gate=Gate()), console=Console())
-    gate.heed_first(ctx, scores)
+    gate.check_scale(ctx, {"reward": scores})
     out = capsys.readouterr().out
     assert said in out and bool(out) == bool(said)

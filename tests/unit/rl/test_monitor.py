@@ -111,17 +111,17 @@ def test_the_first_and_last_step_of_each_level_is_remembered() -> None:
 def test_an_alarm_is_said_once_and_stops_under_strict(capsys: pytest.CaptureFixture[str]) -> None:
     ctx: Any = SimpleNamespace(console=Console())
     found = watch()
-    assert found.heed(ctx, 3, HEALTHY | {"length": 31.0}) == {"alarms": 1.0}
+    assert found.check(ctx, 3, HEALTHY | {"length": 31.0}) == {"alarms": 1.0}
     assert "alarm      step 3: length is 1.55 of the start, the limit is 1.5" in capsys.readouterr().out
-    found.heed(ctx, 4, HEALTHY | {"length": 32.0})
+    found.check(ctx, 4, HEALTHY | {"length": 32.0})
     assert capsys.readouterr().out == ""
-    found.heed(ctx, 5, HEALTHY | {"length": 45.0})
+    found.check(ctx, 5, HEALTHY | {"length": 45.0})
     assert "the limit is 2" in capsys.readouterr().out
-    assert found.heed(ctx, 6, HEALTHY) == {"alarms": 0.0}
+    assert found.check(ctx, 6, HEALTHY) == {"alarms": 0.0}
     strict = watch(strict=True)
-    strict.heed(ctx, 3, HEALTHY | {"length": 31.0})
+    strict.check(ctx, 3, HEALTHY | {"length": 31.0})
     strict.stop()
-    strict.heed(ctx, 4, HEALTHY | {"length": 45.0})
+    strict.check(ctx, 4, HEALTHY | {"length": 45.0})
     with pytest.raises(UserError, match="step 4: length") as raised:
         strict.stop()
     assert (raised.value.code, raised.value.exit_code) == ("E-NUM-ALARM", 5)

@@ -59,14 +59,14 @@ def test_goes_on_exactly(chain: Chain, option: str, monkeypatch: pytest.MonkeyPa
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from tetrad.rl.monitor import Monitor
 
-    heed = Monitor.heed
+    heed = Monitor.check
 
     def stopping(self: Monitor, ctx: Any, at: int, figures: Any) -> Any:
         if at == step:
             signal.raise_signal(signal.SIGTERM)
         return heed(self, ctx, at, figures)
 
-    monkeypatch.setattr(Monitor, "heed", stopping)
+    monkeypatch.setattr(Monitor, "check", stopping)
 
 
 def test_the_average_is_the_result_and_the_actor_is_kept(chain: Chain) -> None:

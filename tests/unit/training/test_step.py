@@ -11,8 +11,7 @@ from tetrad.errors import UserError
 from tetrad.settings.common import Optim
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
-from tetrad.training.step import Microbatch, language_terms, update
-from tetrad.types import Term
+from tetrad.training.step import Loss, Metric, Microbatch, language_terms, update
 
 PACKED = toys.packed(toys.documents(2))
 
@@ -27,9 +26,9 @@ class Two(nn.Module):
 
 def terms(model, micro):
     return [
-        Term("a", model.a * micro.data, "rows"),
-        Term("b", model.b * micro.data, "tokens", 0.5),
-        Term("shown", model.a * 100, "rows", 0.0),
+        Loss("a", model.a * micro.data, "rows"),
+        Loss("b", model.b * micro.data, "tokens", 0.5),
+        Metric("shown", model.a * 100, "rows"),
     ]
 
 
@@ -111,7 +110,7 @@ def test_a_gradient_that_is_not_finite():
     optimizer = Optimizer(model, 0.1, Optim())
 
     def root(model, micro):
-        return [Term("root", (model.a - 1).sqrt(), "rows")]
+        return [Loss("root", (model.a - 1).sqrt(), "rows")]
 
     with pytest.raises(UserError, match="E-NUM-NONFINITE"):
         update(model, optimizer, [micro(1.0, 1, 1)], root, toys.CPU)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tetrad.eval.text_metrics import commonest_word, distinct_2, reply_figures
 from tetrad.inference.completions import Completion
+from tetrad.inference.text_metrics import commonest_word, distinct_2, reply_figures
 
 
 def test_distinct_2() -> None:

@@ -1,0 +1,80 @@
+"""From scores to advantages: the KL coefficient, rewards of tokens, and whitening over the whole batch of all ranks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tetrad.distributed import collectives
+from tetrad.distributed.device import Device
+from tetrad.objectives import ppo
+from tetrad.rl.rollout import Rollout
+from tetrad.settings.ppo import Ppo
+
+
+@dataclass
+class KLController:
+    """beta, fixed, or following a target in nats a response (Ziegler et al. 2019, section 2.2)."""
+
+    beta: float
+    target: float
+    horizon: float
+
+    def update(self, kl: float, responses: int) -> None:
+        if self.target:
+            self.beta = ppo.adaptive_kl(self.beta, kl, responses, self.target, self.horizon)
+
+
+@dataclass
+class RunningStd:
+    """The standard deviation of all scores so far, over ranks (Chan et al. 1979)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def update(self, scores: Tensor, device: Device) -> float:
+        """Takes these in; returns the standard deviation of all, 1 where they are all alike."""
+        every = torch.ones_like(scores, dtype=torch.bool)
+        mean, variance = (float(x) for x in mean_variance(scores, every, device))
+        n = float(collectives.sum_counts({"n": float(len(scores))})["n"])
+        total, apart = self.count + n, mean - self.mean
+        self.squares += variance * n + apart * apart * self.count * n / total
+        self.mean += apart * n / total
+        self.count = total
+        return math.sqrt(self.squares / self.count) or 1.0
+
+    def state(self) -> list[float]:
+        return [self.count, self.mean, self.squares]
+
+    def restore(self, saved: Sequence[float]) -> None:
+        self.count, self.mean, self.squares = saved
+
+
+def token_rewards(
+    s: Ppo, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, rollout: Rollout, beta: float
+) -> Tensor:
+    """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a truncated
+    response."""
+    clips = s.reward_scaling == "running" or not s.rewards  # a reward model among `rewards` is cut before it is weighed
+    clip = s.score_clip if clips and s.score_clip else None
+    scores = ppo.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.ended_B, s.missing_eos_penalty)
+    kl = ppo.kl_tokens(logprobs, ref_logprobs, rollout.mask_BT)
+    return ppo.shape_rewards(scores, kl, rollout.mask_BT, beta)
+
+
+def mean_variance(x: Tensor, mask: Tensor, device: Device) -> tuple[Tensor, Tensor]:
+    """Over the masked values of all ranks, float64."""
+
+    def summed(about: Tensor | float) -> Tensor:
+        return collectives.sum_tensor(ppo.moments(x, mask, about).to(device.place)).cpu()
+
+    first, _ = ppo.mean_variance(summed(0.0))
+    return ppo.mean_variance(summed(first), first)
+
+
+def whitened(x: Tensor, mask: Tensor, device: Device, *, shift_mean: bool) -> Tensor:
+    """Over the response tokens of the whole batch on all ranks."""
+    return ppo.whiten(x, mask, shift_mean, mean_and_variance=mean_variance(x, mask, device))

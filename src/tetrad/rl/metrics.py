@@ -1,0 +1,82 @@
+"""What one iteration is measured by, over all ranks: scores, KL, the texts, and the critic."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from tetrad.distributed import collectives
+from tetrad.distributed.device import Device
+from tetrad.inference.completions import Completion
+from tetrad.inference.text_metrics import reply_figures
+from tetrad.objectives import ppo
+from tetrad.objectives.calibration import spearman
+from tetrad.rl.advantages import mean_variance
+from tetrad.rl.experience import PPOBatch
+from tetrad.rl.rollout import Rollout
+from tetrad.settings.base import REWARD_MODEL
+from tetrad.training.step import StepStats
+
+
+def step_metrics(
+    batch: PPOBatch,
+    beta: float,
+    device: Device,
+    seen: float = math.inf,
+    judged: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, float]:
+    """What the iteration sampled, a mean over responses. kl: nats against the reference (k1, k3). seen: the score that
+    a thousandth of the reward model's training answers exceed. judged: scores by others than the reward."""
+    mask, scores = batch.rollout.mask_BT, batch.scores
+    k1, k3 = (ppo.kl_tokens(batch.logprobs, batch.ref_logprobs, mask, kind) for kind in ("k1", "k3"))
+    parts = {f"score_{name}": part for name, part in batch.parts.items()} if len(batch.parts) > 1 else {}
+    sums = {
+        "score": float(scores.sum()),
+        "unseen_scores": float(sum(score > seen for score in batch.parts.get(REWARD_MODEL, []))),
+        "kl": float(k1.sum()),
+        "kl_k3": float(k3.sum()),
+        "reward": float(batch.rewards.sum()),
+        **{name: math.fsum(values) for name, values in {**parts, **(judged or {})}.items()},
+    }
+    total = collectives.sum_counts({**sums, "responses": float(len(scores))})
+    responses = total.pop("responses")
+    means = {name: value / responses for name, value in total.items()}
+    gap = float((batch.logprobs - batch.rollout.sampled_BT).abs()[mask].max())
+    _, variance = mean_variance(scores, torch.ones_like(scores, dtype=torch.bool), device)
+    return {
+        **means,
+        **texts_of_step(batch.rollout),
+        "sampler_gap": max(collectives.everyone(gap)),
+        **critic_metrics(batch, device),
+        "score_std": float(variance) ** 0.5,
+        "beta": beta,
+    }
+
+
+def texts_of_step(rollout: Rollout) -> dict[str, float]:
+    """The responses of all ranks together: a share of different pairs is no mean of shares."""
+    own = [(sample.reply_ids, sample.text) for sample in rollout.samples]
+    samples = [Completion((), tuple(ids), (), text) for ids, text in collectives.gather(own)]
+    return reply_figures(samples, collectives.gather(rollout.ended_B.tolist()))
+
+
+def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:
+    """How much of the returns' variance the critic explains, and whether its last values rank responses as their scores
+    do; not what is undefined."""
+    mask = batch.rollout.mask_BT
+    whole, left = (float(mean_variance(x, mask, device)[1]) for x in (batch.returns, batch.returns - batch.values))
+    last = batch.values.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+    last, scores = (torch.tensor(collectives.gather(x.tolist())) for x in (last, batch.scores))
+    metrics = {"explained_variance": 1 - left / whole if whole else math.nan, "value_rank": spearman(last, scores)}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def update_metrics(steps: Sequence[tuple[str, StepStats]]) -> dict[str, float]:
+    """The means over all optimizer steps of an iteration, each named by whom it trained; of ratio_max the largest."""
+    values: dict[str, list[float]] = {}
+    for who, stats in steps:
+        for name, value in (*stats.terms.items(), (f"{who}_grad_norm", stats.grad_norm)):
+            values.setdefault(name, []).append(value)
+    metrics = {name: math.fsum(each) / len(each) for name, each in values.items()}
+    most = {"ratio_max": max(values["ratio_max"])} if "ratio_max" in values else {}
+    return metrics | most | {"actor_updates": float(sum(who == "actor" for who, _ in steps))}

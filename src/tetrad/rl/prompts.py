@@ -1,0 +1,81 @@
+"""What an iteration reads: its prompts, dealt out to the ranks, and the pre-training text beside them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tetrad.data.loader import Mixture, Rows, batch_indices
+from tetrad.data.source import Counts
+from tetrad.distributed import collectives
+from tetrad.distributed.device import Device
+from tetrad.errors import UserError
+from tetrad.inference.completions import EncodedPrompt, read_questions
+from tetrad.registry import POLICY
+from tetrad.rl.models import Models
+from tetrad.rl.rollout import places
+from tetrad.training.batches import language_micros
+from tetrad.training.context import StageContext
+from tetrad.training.prepare import first_parent, ptx
+from tetrad.training.stage import prepared, report_counts, template_for
+from tetrad.training.step import Microbatch
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts, how often each is read in an epoch, and how many an iteration has of them, `copies` of each."""
+
+    prompts: Sequence[EncodedPrompt]
+    mixture: Mixture
+    seed: int
+    size: int
+    copies: int
+
+    def batch(self, step: int) -> tuple[list[EncodedPrompt], list[int]]:
+        """This rank's prompts of an iteration, a prompt for each response, and their places in the whole batch."""
+        chosen = collectives.share(batch_indices(self.seed, self.mixture, self.size, step).tolist())
+        return [self.prompts[i] for i in chosen for _ in range(self.copies)], places(self.size, self.copies)
+
+
+def read_ppo_prompts(ctx: StageContext, models: Models) -> Prompts:
+    """Errors: E-DATA-*; E-CONF-DIVIDE where processes can't have equal shares of a batch."""
+    s, counts = ctx.recipe.ppo, Counts()
+    if s.batch % collectives.size():
+        what = f"batch = {s.batch} can't be shared by {collectives.size()} processes"
+        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {collectives.size()}")
+    template = template_for(ctx, first_parent(ctx, *POLICY))
+    limit = min(s.max_prompt + s.max_new if s.max_prompt else math.inf, models.actor.config.max_positions)
+    files = ctx.files(s.prompts, s.weights)
+    prompts = read_questions(files, template, models.tokenizer, counts, int(limit), s.max_new, s.on_long)
+    report_counts(ctx, counts, len(prompts))
+    mixture = files.mixture(each.prompt.where for each in prompts)
+    return Prompts(prompts, mixture, ctx.recipe.seed, s.batch, s.replies)
+
+
+PtxBatches = Callable[[int], list[Microbatch]]
+"""The micro-batches of the n-th update of the actor."""
+
+
+@dataclass(frozen=True)
+class PtxBatch:
+    """Marks a micro-batch of text; its loss has this weight."""
+
+    coefficient: float
+
+
+def ptx_batches(ctx: StageContext, device: Device) -> PtxBatches:
+    """The text that the actor reads beside its responses (PPO-ptx, Ouyang et al. 2022): rows in the order of
+    pre-training, a batch an update; none where the recipe has no such text."""
+    s = ctx.recipe.ptx
+    if not s.text:
+        return lambda _: []
+    tokens = prepared(ctx, ptx)
+    rows = Rows(tokens.store, s.row_tokens, ctx.recipe.seed, tokens.mixture)
+    size = s.batch_tokens // s.row_tokens
+
+    def batch(update: int) -> list[Microbatch]:
+        own = collectives.share(range(update * size, (update + 1) * size))
+        pieces = [piece for row in own for piece in rows.row(row)]
+        micros = language_micros(pieces, ctx.recipe.run.micro_tokens, device)
+        return [Microbatch(m.packed, {"ptx_tokens": m.counts["tokens"]}, PtxBatch(s.coefficient)) for m in micros]
+
+    return batch
