@@ -116,7 +116,7 @@ def ours_of(model: CausalLM, prompts: list[list[int]], batch: int, bias: float) 
 
     def sample(seed: int) -> int:
         requests = [
-            Request(tuple(prompt), Sampling(max_new=NEW), ((seed, "benchmark", 0, i),), (END,), bias={END: bias})
+            Request(tuple(prompt), Sampling(max_new_tokens=NEW), ((seed, "benchmark", 0, i),), (END,), bias={END: bias})
             for i, prompt in enumerate(prompts)
         ]
         return sum(len(reply.ids) for reply in generate(fused, requests, CPU, batch))
@@ -188,7 +188,9 @@ def steady(fused: Fused, batch: int, context: int, seconds: float) -> float:
     while len(times) < 3 or time.perf_counter() - began < seconds:
         tickets = []
         for number, prompt in enumerate(prompts):
-            tickets.append(engine.add(Request(tuple(prompt), Sampling(max_new=64), ((0, "growth", 0, number),), ())))
+            tickets.append(
+                engine.add(Request(tuple(prompt), Sampling(max_new_tokens=64), ((0, "growth", 0, number),), ()))
+            )
         while len(engine.advance()) < batch:  # long prompts come one after another
             pass
         start = time.perf_counter()

@@ -29,17 +29,17 @@ RECIPE = """\
 name = "memory"
 [run]
 out = "{folder}/runs"
-micro_tokens = {micro}
+micro_batch_tokens = {micro}
 [model]
 from = "{folder}/base"
 [sft]
 template = "instruction"
 [reward]
 data = ["{folder}/pairs.jsonl"]
-held_out = ["{folder}/held.jsonl"]
-batch = 16
+validation = ["{folder}/held.jsonl"]
+batch_size = 16
 normalise = 16
-normalise_max_new = 32
+normalise_max_new_tokens = 32
 patience = 0
 adapters = {adapters}
 [ppo]
@@ -47,9 +47,9 @@ prompts = ["{folder}/prompts.jsonl"]
 critic = "{critic}"
 adapters = {adapters}
 steps = 2
-batch = 32
-max_new = 64
-epochs = 1
+batch_size = 32
+max_new_tokens = 64
+ppo_epochs = 1
 """
 WAYS = {"full": ("reward", "false"), "shared": ("shared", "false"), "adapters": ("reward", "true")}
 
@@ -114,7 +114,7 @@ def measured(model: str, hidden: int, layers: int, way: str, micro: int) -> list
         for stage in ("reward", "ppo"):
             seen, told = tetrad([stage, str(path)]), planned[stage]["memory_bytes"]
             row = {"way": way, "stage": stage, "hidden": hidden, "layers": layers, "parameters": n}
-            row |= {"micro_tokens": micro}
+            row |= {"micro_batch_tokens": micro}
             found.append({**row, "peak_mib": seen >> 20, "plan_mib": told >> 20, "plan / peak": round(told / seen, 3)})
         return found
 
@@ -129,7 +129,7 @@ def main() -> None:
     for shape in asked.shapes:
         hidden, layers = map(int, shape.split("x"))
         for way in asked.ways:
-            for row in measured(asked.model, hidden, layers, way, asked.micro_tokens):
+            for row in measured(asked.model, hidden, layers, way, asked.micro_batch_tokens):
                 print(json.dumps(row), flush=True)
 
 

@@ -29,7 +29,7 @@ from tetrad.data.source import Counts
 from tetrad.inference.completions import read_questions
 from tetrad.inference.model_folder import model_folder
 from tetrad.model.huggingface import read_scalar
-from tetrad.pipeline import recipe
+from tetrad.pipeline import recipe, runner
 from tetrad.text.chat_template import choose
 from tetrad.text.tokenizer import Tokenizer
 
@@ -50,17 +50,17 @@ beta2 = {beta2}
 [ppo]
 prompts = ["{prompts}"]
 steps = {steps}
-batch = {batch}
-max_new = {longest}
-epochs = {epochs}
-mini_batches = {parts}
+batch_size = {batch}
+max_new_tokens = {longest}
+ppo_epochs = {epochs}
+num_minibatches = {parts}
 actor_lr = {lr}
 critic_lr = {lr}
 adam_eps = {eps}
-kl_coefficient = {beta}
+kl_coef = {beta}
 missing_eos_penalty = {penalty}
-score_clip = 0
-max_norm = 0
+reward_clip = 0
+max_grad_norm = 0
 """
 Curve = dict[str, list[float]]
 
@@ -72,9 +72,9 @@ def tetrad(run: Path, seed: int, steps: int) -> Curve:
         given |= {"epochs": EPOCHS, "parts": PARTS, "longest": LONGEST, "penalty": PENALTY, "beta2": BETA2, "eps": EPS}
         path = Path(out, "recipe.toml")
         path.write_text(RECIPE.format(**given))
-        run.run(recipe.read(path), Console())
+        runner.run(recipe.read(path), Console())
         lines = [json.loads(line) for line in Path(out, "ppo/ppo/metrics.jsonl").read_text().splitlines()]
-    return {name: [round(line[name], 4) for line in lines] for name in ("kl", "score", "ended", "length")}
+    return {name: [round(line[name], 4) for line in lines] for name in ("kl", "score", "finished", "length")}
 
 
 def trl(run: Path, seed: int, steps: int) -> Curve:
@@ -134,9 +134,9 @@ def trl(run: Path, seed: int, steps: int) -> Curve:
         told: list[Mapping[str, float]] = []
         trainer.log = lambda logs, *_: told.append(logs)
         trainer.train()
-    ended = [line["val/num_eos_tokens"] / BATCH for line in told]
-    scores = [line["objective/scores"] + PENALTY * (1 - e) for line, e in zip(told, ended, strict=True)]
-    found = {"kl": [line["objective/kl"] for line in told], "score": scores, "ended": ended}
+    finished = [line["val/num_eos_tokens"] / BATCH for line in told]
+    scores = [line["objective/scores"] + PENALTY * (1 - e) for line, e in zip(told, finished, strict=True)]
+    found = {"kl": [line["objective/kl"] for line in told], "score": scores, "finished": finished}
     return {name: [round(x, 4) for x in column] for name, column in found.items()}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tetrad.distributed.device import Device
+from tetrad.kernels import onednn
 from tetrad.model.config import DecoderConfig
 from tetrad.model.transformer import CausalLM, initialise
 from tetrad.settings.common import Optim
@@ -40,8 +41,8 @@ def model_of(hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab
     return model
 
 
-def seconds_of(model: nn.Module, optimizer: Optimizer, documents: list[Tokens], onednn: bool) -> float:
-    onednn._IN_TRAINING = onednn
+def seconds_of(model: nn.Module, optimizer: Optimizer, documents: list[Tokens], by_onednn: bool) -> float:
+    onednn._IN_TRAINING = by_onednn
     began = time.process_time()
     update(model, optimizer, language_micros(documents, 4096, CPU), language_terms, CPU)
     return time.process_time() - began
@@ -56,8 +57,8 @@ def compared(size: str, count: int, length: int) -> dict[str, object]:
         lengths = [length or int(draw.integers(8, 513)) for _ in range(count)]
         ids = [draw.integers(3, shape[-1], n).astype(np.int32) for n in lengths]
         documents = [Tokens(x, np.ones(len(x), dtype=bool), "") for x in ids]
-        for onednn in (True, False) if step % 2 else (False, True):
-            spent[onednn].append(seconds_of(model, optimizer, documents, onednn) / sum(lengths))
+        for by_onednn in (True, False) if step % 2 else (False, True):
+            spent[by_onednn].append(seconds_of(model, optimizer, documents, by_onednn) / sum(lengths))
     fast, plain = (spent[onednn][UNCOUNTED:] for onednn in (True, False))
     return {
         "size": size,

@@ -45,7 +45,7 @@ out = "{folder}"
 from = "{policy}"
 [reward]
 data = {data}
-held_out = {held_out}
+validation = {validation}
 test = {test}
 score_scale = [-4, 4]
 pair_gap = 0.5
@@ -109,7 +109,7 @@ def train(policy: str, records: Mapping[str, Sequence[Row]], seed: int, **settin
             "folder": f"{folder}/runs",
             "policy": policy,
             "data": f"[{', '.join(files[name] for name in records)}]",
-            "held_out": f"[{files['valid']}]",
+            "validation": f"[{files['valid']}]",
             "test": f"[{files['scores.test']}, {files['lists.test']}]",
         }
         path = Path(folder, "recipe.toml")

@@ -44,31 +44,31 @@ vocab_size = {vocab}
 [pretrain]
 text = ["{folder}/text.txt"]
 tokens = {pretrain_tokens}
-row_tokens = {row_tokens}
+sequence_length = {sequence_length}
 batch_tokens = {batch_tokens}
 [sft]
 data = ["{folder}/sft.jsonl"]
-batch = {batch}
+batch_size = {batch}
 epochs = {sft_epochs}
-max_tokens = {row_tokens}
-on_long = "cut"
+max_tokens = {sequence_length}
+overlong = "cut"
 [reward]
 data = ["{folder}/pairs.jsonl", "{folder}/scores.jsonl"]
 score_scale = [0, 1]
-batch = {batch}
+batch_size = {batch}
 epochs = {reward_epochs}
-max_tokens = {row_tokens}
-on_long = "cut"
+max_tokens = {sequence_length}
+overlong = "cut"
 normalise = 16
-normalise_max_new = 32
+normalise_max_new_tokens = 32
 [ppo]
 prompts = ["{folder}/sft.jsonl"]
 steps = {ppo_steps}
-batch = {batch}
+batch_size = {batch}
 max_prompt = 448
-on_long = "cut"
-max_new = 32
-epochs = 1
+overlong = "cut"
+max_new_tokens = 32
+ppo_epochs = 1
 actor_lr = 1e-6
 critic_lr = 1e-6
 eval_every = 1_000_000
@@ -118,7 +118,7 @@ def write_recipe(folder: Path, steps: dict[str, int], batch: int) -> Path:
     text = RECIPE.format(
         folder=folder,
         batch=batch,
-        row_tokens=ROW_TOKENS,
+        sequence_length=ROW_TOKENS,
         batch_tokens=batch_tokens,
         pretrain_tokens=steps["pretrain"] * batch_tokens,
         sft_epochs=steps["sft"] * batch / RECORDS,

@@ -30,7 +30,7 @@ def tetrad(*words: str) -> None:
 def report_of(example: str, seed: int) -> dict[str, Any]:
     """Runs the recipe with this seed and reads its report; `alarms`: the iterations of PPO with one."""
     run = Path(f"runs/{example}-{seed}")
-    overrides = ["--seed", str(seed), "--name", run.name, "--evaluate.referee", f"runs/{example}-guard/pretrain"]
+    overrides = ["--seed", str(seed), "--name", run.name, "--evaluate.external-lm", f"runs/{example}-guard/pretrain"]
     tetrad("run", str(HERE / example / "recipe.toml"), *overrides)
     found: dict[str, Any] = json.loads((run / "evaluate/report/report.json").read_text(encoding="utf-8"))
     iterations = (run / "ppo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -54,11 +54,11 @@ def claims(report: Mapping[str, Any], example: str) -> dict[str, tuple[float, bo
         found[f"{name}, lower bound > {LOWER_BOUND * least:.2g}"] = (gain["low"], gain["low"] > LOWER_BOUND * least)
         found[f"{name} above best of 16's"] = (other, gain["mean"] > other)
     distinct, length = ppo["distinct_2"] / sft["distinct_2"], ppo["length"] / sft["length"]
-    perplexity, ended = math.exp(ppo["referee_nll"] - sft["referee_nll"]), ppo["ended"] - sft["ended"]
+    perplexity, finished = math.exp(ppo["external_nll"] - sft["external_nll"]), ppo["finished"] - sft["finished"]
     return found | {
         "distinct-2 >= 0.85 of SFT's": (distinct, distinct >= 0.85),
         "length 0.75 to 1.25 of SFT's": (length, 0.75 <= length <= 1.25),
-        "share ended not below SFT's": (ended, ended >= 0),
+        "share ended not below SFT's": (finished, finished >= 0),
         "perplexity apart <= 1.5 of SFT's": (perplexity, perplexity <= 1.5),
         "KL <= 7 nats": (ppo["kl"], ppo["kl"] <= 7),
         "alarms = 0": (report["alarms"], report["alarms"] == 0),

@@ -244,8 +244,8 @@ FAULTS = (
     Fault(
         "25 the value's coefficient has no effect on a shared trunk",
         "train/ppo.py",
-        "tokens, s.value_clip, s.value_coefficient)",
-        "tokens, s.value_clip, 0.1)",
+        "tokens, s.value_clip_range, s.value_coef)",
+        "tokens, s.value_clip_range, 0.1)",
         f"{OPTIONS}::test_shared_trunk_learns_both_in_one_step",
     ),
     Fault(
@@ -265,7 +265,7 @@ FAULTS = (
     Fault(
         "28 an update goes on however far it went",
         "train/ppo.py",
-        'actor_learns = not s.stop_kl or stats.terms["approx_kl"] <= s.stop_kl',
+        'actor_learns = not s.early_stop_kl or stats.terms["approx_kl"] <= s.early_stop_kl',
         "actor_learns = True",
         f"{OPTIONS}::test_an_update_stops_when_the_policy_has_moved",
     ),
@@ -356,7 +356,8 @@ FAULTS = (
     Fault(
         "the end of a reply is bootstrapped",
         "train/ppo.py",
-        "bootstrap = torch.where(rollout.ended_B, 0, bootstrap) if s.cut_value else torch.zeros_like(scores)",
+        "bootstrap = torch.where(rollout.finished_B, 0, bootstrap) if s.bootstrap_truncated"
+        " else torch.zeros_like(scores)",
         "pass",
         f"{PPO}::test_the_end_is_terminal",
     ),
@@ -377,7 +378,7 @@ FAULTS = (
     Fault(
         "warm-up bootstraps on values that know nothing",
         "train/ppo.py",
-        "lam = 1.0 if step < s.critic_warmup else s.lam",
+        "lam = 1.0 if step < s.critic_warmup else s.gae_lambda",
         "lam = s.lam",
         f"{OPTIONS}::test_warm_up_learns_whole_returns",
     ),
@@ -496,14 +497,14 @@ FAULTS = (
     Fault(
         "explain works a cut reply out as if it had ended",
         "rl/explain.py",
-        'if s.cut_value and not record["ended"] else None',
+        'if s.bootstrap_truncated and not record["finished"] else None',
         "if False else None",
         "unit/rl/test_explain.py::test_a_cut_reply_goes_on_in_the_critics_value",
     ),
     Fault(
         "explain forgets the warm-up's lambda",
         "rl/explain.py",
-        "1.0 if warming else s.lam",
+        "1.0 if warming else s.gae_lambda",
         "s.lam",
         "unit/rl/test_explain.py::test_the_arithmetic_adds_up",
     ),
@@ -552,7 +553,7 @@ FAULTS = (
     Fault(
         "an ensemble pays by its first member on adapters",
         "pipeline/validation.py",
-        "(read and reward.seeds > 1)",
+        "(read and reward.ensemble_size > 1)",
         "False",
         "unit/pipeline/test_recipe.py::test_mistakes_of_a_file",
     ),

@@ -49,7 +49,7 @@ def four_models(
 
 
 def steered(s: Ppo, beta: float | None = None) -> PPOState:
-    kl = KLController(s.kl_coefficient if beta is None else beta, s.kl_target, s.kl_horizon)
+    kl = KLController(s.kl_coef if beta is None else beta, s.kl_target, s.kl_horizon)
     return PPOState(kl, Monitor(Alarms(), s.kl_target, s.critic_warmup), RunningStd())
 
 
@@ -65,25 +65,25 @@ def by_ids(score: Callable[[tuple[int, ...]], float]) -> Reward:
 def sampled(
     four: Models, asked: Sequence[EncodedPrompt], s: Ppo, key: tuple[int, int], numbers: Sequence[int] | None = None
 ) -> Rollout:
-    sampling = Sampling(temperature=s.temperature, max_new=s.max_new, slots=len(asked))
+    sampling = Sampling(temperature=s.temperature, max_new_tokens=s.max_new_tokens, max_num_seqs=len(asked))
     places = range(len(asked)) if numbers is None else numbers
     return roll_out(four.actor, asked, places, (key[0], "rollout", key[1]), sampling, TOKENIZER, toys.CPU)
 
 
 def experience(
-    four: Models, rollout: Rollout, s: Ppo, micro_tokens: int = 4096, beta: float | None = None, step: int = 0
+    four: Models, rollout: Rollout, s: Ppo, micro_batch_tokens: int = 4096, beta: float | None = None, step: int = 0
 ) -> tuple[PPOBatch, torch.Tensor]:
     """What the stage makes of a rollout, and its rewards."""
-    made = make_batch(replace(four, micro_tokens=micro_tokens), rollout, s, steered(s, beta), step)
+    made = make_batch(replace(four, micro_batch_tokens=micro_batch_tokens), rollout, s, steered(s, beta), step)
     return made, made.rewards
 
 
 def iterate(
-    four: Models, asked: Sequence[EncodedPrompt], s: Ppo, key: tuple[int, int], micro_tokens: int = 4096
+    four: Models, asked: Sequence[EncodedPrompt], s: Ppo, key: tuple[int, int], micro_batch_tokens: int = 4096
 ) -> tuple[PPOBatch, dict[str, float]]:
     """One iteration: sample, score, learn."""
-    made, _ = experience(four, sampled(four, asked, s, key), s, micro_tokens, step=key[1])
-    return made, learn(replace(four, micro_tokens=micro_tokens), made, s, key)
+    made, _ = experience(four, sampled(four, asked, s, key), s, micro_batch_tokens, step=key[1])
+    return made, learn(replace(four, micro_batch_tokens=micro_batch_tokens), made, s, key)
 
 
 LIKED = set(range(20, 30))

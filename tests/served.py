@@ -41,9 +41,13 @@ def write_model(
     return folder
 
 
-def written(judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]) -> list[Tokens]:
+def written(
+    judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]
+) -> list[Tokens]:
     """Prompts and answers as the judge's documents."""
-    samples = [Completion((), (), p.turns, text, p.where, e) for p, text, e in zip(prompts, texts, ended, strict=True)]
+    samples = [
+        Completion((), (), p.turns, text, p.where, e) for p, text, e in zip(prompts, texts, finished, strict=True)
+    ]
     return reward_model.written(judge.form, judge.tokenizer, samples)
 
 

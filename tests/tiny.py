@@ -29,43 +29,43 @@ text = ["text.txt"]
 vocab_size = 320
 [pretrain]
 text = ["text.txt"]
-held_out = ["text.txt"]
+validation = ["text.txt"]
 tokens = 10_240
-row_tokens = 32
+sequence_length = 32
 batch_tokens = 512
 optimizer = "muon"
 [sft]
 data = ["sft.jsonl"]
-held_out = ["held_out.jsonl"]
+validation = ["validation.jsonl"]
 epochs = 1.5
-batch = 16
+batch_size = 16
 [reward]
 data = ["scores.jsonl", "ranked.jsonl"]
-held_out = ["held_out.jsonl"]
+validation = ["validation.jsonl"]
 score_scale = [-1, 1]
 epochs = 2
-batch = 16
+batch_size = 16
 token_dropout = 0.1
 patience = 9
 normalise = 16
-normalise_max_new = 8
+normalise_max_new_tokens = 8
 [ppo]
 prompts = ["sft.jsonl"]
 steps = 8
-batch = 8
-max_new = 8
-epochs = 2
-mini_batches = 2
+batch_size = 8
+max_new_tokens = 8
+ppo_epochs = 2
+num_minibatches = 2
 actor_lr = 1e-3
 critic_lr = 1e-3
 kl_target = 2.0
 kl_horizon = 100.0
 [evaluate]
-prompts = ["held_out.jsonl"]
+prompts = ["validation.jsonl"]
 judges = ["judge.py:liked"]
 samples = 8
 best_of = 2
-max_new = 8
+max_new_tokens = 8
 [run]
 save_every = 2
 """
@@ -97,7 +97,7 @@ def write_tiny(folder: Path) -> Path:
     fresh = [s for s in (sentence() for _ in range(200)) if s not in made]
     lines("sft.jsonl", [{**asked(a), "Output": b} for a, b, _ in made])
     lines("scores.jsonl", [{**asked(a), "output": b, "score": s} for a, b, s in made[:80]])
-    lines("held_out.jsonl", [{**asked(a), "output": b, "score": s} for a, b, s in fresh[:24]])
+    lines("validation.jsonl", [{**asked(a), "output": b, "score": s} for a, b, s in fresh[:24]])
     ranked = []
     for first, rest, score in made[80:110]:
         others = [sentence() for _ in range(2)]

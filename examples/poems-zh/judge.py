@@ -191,10 +191,10 @@ def fit(poems: Iterable[str]) -> Trigrams:
 @cache
 def fitted() -> Trigrams:
     """The model of the valid and test poems."""
-    return fit(held_out())
+    return fit(validation())
 
 
-def held_out() -> list[str]:
+def validation() -> list[str]:
     """Valid and test poems without their titles."""
     return [document.split("\n")[-1] for name in ("valid", "test") for document in read(f"{name}.txt").split("\n\n")]
 
@@ -233,7 +233,7 @@ def shuffled(letters: str, draw: random.Random) -> str:
 
 def figures() -> dict[str, dict[str, float]]:
     """Means over the held-out quatrains, real and spoiled; likeness by the model of the half they are not in."""
-    draw, poems = random.Random(0), held_out()
+    draw, poems = random.Random(0), validation()
     letters = [c for poem in poems for line in lines_of(poem) for c in line]
     different = sorted(set(letters))
     spoil: dict[str, Callable[[str], str]] = {
@@ -257,7 +257,7 @@ def agreement() -> dict[str, float]:
 
     Pairs of one and the same character are left out of both.
     """
-    ends = [(lines[1][-1], lines[3][-1]) for lines in map(lines_of, quatrains(held_out()))]
+    ends = [(lines[1][-1], lines[3][-1]) for lines in map(lines_of, quatrains(validation()))]
     pool, draw = [c for two in ends for c in two], random.Random(0)
     pairs = [(draw.choice(pool), draw.choice(pool)) for _ in range(20_000)]
     return {

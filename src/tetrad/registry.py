@@ -22,7 +22,7 @@ from tetrad.settings.reward import Reward
 from tetrad.settings.sft import Sft
 from tetrad.settings.tokenizer import Tokenizer
 
-FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from", "referee": "evaluate.referee"}
+FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from", "referee": "evaluate.external_lm"}
 """Roles of models that come from elsewhere, with the setting that names their folder."""
 POLICY = ("sft", "pretrain", "base")
 """Roles of the model that answers, the latest first."""
@@ -86,7 +86,7 @@ _PAYS = '[reward] data = ["FILE"], or [ppo] rewards = ["FILE.py:NAME"]'
 
 def _ppo_parts(recipe: "Recipe") -> tuple[str, ...]:
     own = () if recipe.ppo.critic == "shared" else ("critic_optimizer",)
-    return ("actor", "actor_optimizer", "critic", *own, *(("average",) if recipe.ppo.ema else ()))
+    return ("actor", "actor_optimizer", "critic", *own, *(("average",) if recipe.ppo.ema_decay else ()))
 
 
 @settings

@@ -134,6 +134,6 @@ class Response:
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     @property
-    def ended(self) -> bool:
+    def finished(self) -> bool:
         """False where the reply was cut."""
         return self.reason in ("end", "stop")

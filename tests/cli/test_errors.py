@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import tetrad.cli
 from tetrad.cli.main import main
 from tetrad.errors import Stopped, UserError
 from tetrad.inference import model_folder
@@ -151,12 +152,12 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_arguments_reach_the_commands(received: list[Any]) -> None:
-    assert main(["generate", "m", "--instruction", "Say - hi", "--greedy", "--max-new", "30", "--seed=4"]) == 0
+    assert main(["generate", "m", "--instruction", "Say - hi", "--greedy", "--max-new-tokens", "30", "--seed=4"]) == 0
     assert main(["generate", "--prompts", "p.jsonl", "m", "--best-of", "4", "--reward", "r", "--out", "o.jsonl"]) == 0
     assert main(["chat", "m", "--system", "Be kind", "--temperature", "0.7"]) == 0
     assert main(["score", "m", "--data", "d.jsonl"]) == 0
     assert received == [
-        Generate(model="m", instruction="Say - hi", greedy=True, temperature=0.0, max_new=30, seed=4),
+        Generate(model="m", instruction="Say - hi", greedy=True, temperature=0.0, max_new_tokens=30, seed=4),
         Generate(model="m", prompts="p.jsonl", best_of=4, reward="r", out="o.jsonl"),
         Chat(model="m", system="Be kind", temperature=0.7),
         ScoreFile(model="m", data="d.jsonl"),
@@ -174,7 +175,7 @@ def test_arguments_reach_the_commands(received: list[Any]) -> None:
         (["--instruction", "x", "--greedy", "--best-of", "4", "--reward", "r"], "E-CONF-CONFLICT"),
         (["--instruction", "x", "--greedy", "--temperature", "1"], "E-CONF-CONFLICT"),
         (["--instruction", "x", "--temperature", "-1"], "E-CONF-RANGE"),
-        (["--instruction", "x", "--max-new", "0"], "E-CONF-RANGE"),
+        (["--instruction", "x", "--max-new-tokens", "0"], "E-CONF-RANGE"),
     ],
 )
 def test_options_that_do_not_go_together(words: list[str], code: str, received: list[Any], capsys: Capture) -> None:
@@ -191,16 +192,16 @@ def test_memory_of_other_commands_is_explained(capsys: Capture, monkeypatch: pyt
     assert main(["chat", "m"]) == 6
     error = capsys.readouterr().err
     assert "error[E-MEM-FULL] chat:" in error
-    assert "Fix: lower --max-new" in error
-    assert "run.micro_tokens" not in error  # a setting of recipes
+    assert "Fix: lower --max-new-tokens" in error
+    assert "run.micro_batch_tokens" not in error  # a setting of recipes
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 5)])
 def test_doctor(ok: bool, code: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     row = SimpleNamespace(function="gae", cases=3, error64=1e-12, error32=1e-6, grad64=0.0, grad32=0.0, ok=ok)
     fake = SimpleNamespace(check_vectors=lambda path: [row], environment=lambda: [("device", "cpu")])
-    monkeypatch.setitem(sys.modules, "tetrad.report", SimpleNamespace(doctor=fake))
     monkeypatch.setitem(sys.modules, "tetrad.cli.doctor", fake)
+    monkeypatch.setattr(tetrad.cli, "doctor", fake, raising=False)
     assert main(["doctor"]) == 0
     assert "device" in capsys.readouterr().out
     assert main(["doctor", "--vectors", "v"]) == code

@@ -30,7 +30,7 @@ def test_names_in_other_bytes(
         ["run", "r.toml"],
         ["status", "r.toml"],
         ["check", prompts],
-        ["generate", "sft", "--prompts", prompts, "--max-new", "2", "--out", prompts + ".out"],
+        ["generate", "sft", "--prompts", prompts, "--max-new-tokens", "2", "--out", prompts + ".out"],
         ["score", "reward", "--data", prompts, "--out", "s.jsonl"],
     ):
         assert main(words) == 0, capsys.readouterr().err

@@ -26,8 +26,8 @@ def test_no_stage_and_no_use_loads_the_compiler(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the film"}\n')
     lines = [
         f"run {path} --run.out {tmp_path}/runs --pretrain.tokens 1024 --sft.epochs 0.2 --reward.epochs 1 --ppo.steps 2",
-        f"generate {tmp_path}/runs/tiny/ppo --prompts {tmp_path}/prompts.jsonl --max-new 4",
-        f"score {tmp_path}/runs/tiny/reward --data {tmp_path}/held_out.jsonl",
+        f"generate {tmp_path}/runs/tiny/ppo --prompts {tmp_path}/prompts.jsonl --max-new-tokens 4",
+        f"score {tmp_path}/runs/tiny/reward --data {tmp_path}/validation.jsonl",
     ]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *lines], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -45,7 +45,7 @@ def shell(
     )
 
 
-WRITTEN = ["generate sft --prompts p.jsonl --max-new 6", "score reward --data p.jsonl"]
+WRITTEN = ["generate sft --prompts p.jsonl --max-new-tokens 6", "score reward --data p.jsonl"]
 
 
 @pytest.mark.parametrize("words", WRITTEN)

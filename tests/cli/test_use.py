@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_prompt(run: Path, capsys: Capture) -> None:
-    words = ["generate", str(run / "sft"), "--instruction", "Go on.", "--input", "这部电影", "--max-new", "9"]
+    words = ["generate", str(run / "sft"), "--instruction", "Go on.", "--input", "这部电影", "--max-new-tokens", "9"]
     assert main(words) == 0
     first = capsys.readouterr().out
     assert main([*words, "--seed", "0"]) == 0
@@ -46,7 +46,7 @@ def test_generate_then_score(run: Path, tmp_path: Path, capsys: Capture, monkeyp
     records = [{"Instruction": "Go on.", "Input": text} for text in ("the plot", "a film", "电影")]
     Path("p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     sft, reward = str(run / "sft"), str(run / "reward")
-    words = ["generate", sft, "--prompts", "p.jsonl", "--max-new", "8"]
+    words = ["generate", sft, "--prompts", "p.jsonl", "--max-new-tokens", "8"]
     assert main([*words, "--out", "one.jsonl"]) == 0
     assert main([*words, "--out", "best.jsonl", "--best-of", "8", "--reward", reward]) == 0
     means = []
@@ -73,7 +73,7 @@ def test_a_file_with_other_names_is_read_as_the_hint_says(
     monkeypatch.chdir(tmp_path)
     record = {"question": "Go on.", "answer": "a film"}
     Path("q.jsonl").write_text(json.dumps(record) + "\n")
-    generate = ["generate", str(run / "sft"), "--prompts", "q.jsonl", "--max-new", "3"]
+    generate = ["generate", str(run / "sft"), "--prompts", "q.jsonl", "--max-new-tokens", "3"]
     score = ["score", str(run / "reward"), "--data", "q.jsonl"]
     hints = {}
     for words in (generate, score):
@@ -82,7 +82,7 @@ def test_a_file_with_other_names_is_read_as_the_hint_says(
         hints[words[0]] = hint.split()
         assert "question=instruction" in hints[words[0]]
     assert main([*generate, flag, *hints["generate"]]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == {*record, "reply", "tokens", "ended"}
+    assert json.loads(capsys.readouterr().out).keys() == {*record, "reply", "tokens", "finished"}
     assert main([*score, flag, "question=Instruction", "answer=Output"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == {*record, "score"}
     assert main(["check", "q.jsonl", "--kind", "conversations", flag, "question=Instruction", "answer=Output"]) == 0
@@ -96,7 +96,7 @@ def test_a_folder_says_how_it_is_sampled(run: Path, tmp_path: Path, capsys: Capt
     path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": True, "temperature": 1.3, "top_k": 3}))
 
     def reply(place: Path, *words: str) -> str:
-        assert main(["generate", str(place), "--instruction", "Go on.", "--max-new", "9", *words]) == 0
+        assert main(["generate", str(place), "--instruction", "Go on.", "--max-new-tokens", "9", *words]) == 0
         return capsys.readouterr().out
 
     as_typed = reply(run / "sft", "--temperature", "1.3", "--top-k", "3")
@@ -104,8 +104,8 @@ def test_a_folder_says_how_it_is_sampled(run: Path, tmp_path: Path, capsys: Capt
     assert reply(folder, "--top-k", "0", "--temperature", "0.7") == reply(run / "sft")
     assert reply(folder, "--greedy") == reply(run / "sft", "--greedy")
     model = tetrad.load(folder)
-    assert tetrad.generate(model, ["Go on."], max_new=9) == [as_typed[:-1]]
-    assert tetrad.generate(model, ["Go on."], max_new=9, top_k=0, temperature=0.7) == [reply(run / "sft")[:-1]]
+    assert tetrad.generate(model, ["Go on."], max_new_tokens=9) == [as_typed[:-1]]
+    assert tetrad.generate(model, ["Go on."], max_new_tokens=9, top_k=0, temperature=0.7) == [reply(run / "sft")[:-1]]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_folder_says_how_it_is_sampled(run: Path, tmp_path: Path, capsys: Capt
         (["generate", "none", "--instruction", "x"], 4, "E-MODEL-MISSING"),
         (["chat", ".", "--system", "x"], 4, "its models are pretrain, reward, sft"),
         (["generate", "sft", "--prompts", "none.jsonl"], 3, "E-DATA-PATH"),
-        (["generate", "sft", "--instruction", "x", "--max-new", "96"], 3, "E-DATA-LONG"),
+        (["generate", "sft", "--instruction", "x", "--max-new-tokens", "96"], 3, "E-DATA-LONG"),
         (["score", "reward", "--data", "s.jsonl", "--out", "s.jsonl"], 2, "E-CONF-CONFLICT"),
         (["score", "reward", "--data", "bad.jsonl"], 3, "bad.jsonl:2"),
     ],
@@ -138,7 +138,7 @@ def test_mistakes(
 def test_chat_in_a_process_of_its_own(run: Path) -> None:
     """Exit 0 at the end of the input; wide characters in and out as UTF-8."""
     done = subprocess.run(
-        [sys.executable, "-m", "tetrad", "chat", str(run / "sft"), "--max-new", "4"],
+        [sys.executable, "-m", "tetrad", "chat", str(run / "sft"), "--max-new-tokens", "4"],
         input="这部电影\n/quit\nnever\n".encode(),
         capture_output=True,
         timeout=60,
@@ -172,7 +172,7 @@ def test_chat_in_a_terminal(run: Path) -> None:
     """Chinese is typed and shown; backspace takes back a whole character that is two columns and three bytes wide."""
     terminal, its = pty.openpty()
     env = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TERM": "xterm"}
-    words = ["-m", "tetrad", "chat", str(run / "sft"), "--max-new", "5", "--reward", str(run / "reward")]
+    words = ["-m", "tetrad", "chat", str(run / "sft"), "--max-new-tokens", "5", "--reward", str(run / "reward")]
     process = subprocess.Popen([sys.executable, *words], stdin=its, stdout=its, stderr=its, env=env)
     os.close(its)
     screen = Screen(terminal)

@@ -126,13 +126,13 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TokenStor
     return folder / "s.jsonl", store
 
 
-@pytest.mark.parametrize("on_long", ["cut", "drop"])
-def test_over_long_records(tmp_path: Path, on_long: str, untouched: tuple[Path, TokenStore]) -> None:
+@pytest.mark.parametrize("overlong", ["cut", "drop"])
+def test_over_long_records(tmp_path: Path, overlong: str, untouched: tuple[Path, TokenStore]) -> None:
     """A record that fits keeps its end token; a cut one has no end that is not its own; the counters add up."""
     limit = 40
     form = TEMPLATES["chatml"]
     path, whole_store = untouched
-    store, counts = stored(tmp_path / "t", path, form, max_tokens=limit, on_long=on_long)
+    store, counts = stored(tmp_path / "t", path, form, max_tokens=limit, overlong=overlong)
     long = [i for i in range(RECORDS) if whole_store.lengths[i] > limit]
     assert counts.kept == RECORDS == len(store) + counts.dropped
     assert counts.long == len(long) == counts.cut + counts.dropped and counts.longest == whole_store.lengths.max()

@@ -90,7 +90,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_tokens_follow_the_exact_distribution(setting: dict[str, Any]) -> None:
     """The first token, and the second after the commonest first one, which the penalties have to know."""
-    request = toys.request(PROMPT, copies=REPLIES, ends=(), max_new=2, **setting)
+    request = toys.request(PROMPT, copies=REPLIES, ends=(), max_new_tokens=2, **setting)
     replies = [list(reply.ids) for reply in generate(FUSED, [request], toys.CPU, 512)]
     first = [ids[0] for ids in replies]
     assert chi_square(first, exact(PROMPT, [], **setting)) < 4
@@ -116,7 +116,10 @@ def pool() -> list[Request]:
     """Requests of every kind."""
     chance, found = random.Random(0), []
     for number in range(40):
-        how: dict[str, Any] = {"max_new": chance.randrange(1, 12), "temperature": chance.choice([0.0, 0.7, 1.0, 1.5])}
+        how: dict[str, Any] = {
+            "max_new_tokens": chance.randrange(1, 12),
+            "temperature": chance.choice([0.0, 0.7, 1.0, 1.5]),
+        }
         how |= chance.choice([{}, {}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"repetition_penalty": 1.5}])
         how |= chance.choice([{}, {}, {"stop": ("w1", "w25")}, {"bias": {9: 4.0}}, {"top": 3}])
         prompt = toys.ids(chance.randrange(1, 30), number, high=60)

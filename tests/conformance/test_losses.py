@@ -56,12 +56,12 @@ def test_prompts_are_not_learned():
     assert targets[-1] == IGNORE
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 30, 64])
-def test_micro_batches_add_up(micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 30, 64])
+def test_micro_batches_add_up(micro_batch_tokens):
     """The loss is a mean over all label tokens, not a mean of the micro-batches' means."""
     documents = toys.documents(12)
     found = []
-    for size in (4096, micro_tokens):
+    for size in (4096, micro_batch_tokens):
         model = toys.causal(seed=1)
         optimizer = Optimizer(model, 1e-3, Optim())
         micros = language_micros(documents, size, toys.CPU)
@@ -111,21 +111,21 @@ SIZES = [4, 1, 2, 2, 1, 3]
 ANSWERS = [[toys.document(toys.ids(3 + 2 * i + j, 10 * i + j)) for j in range(n)] for i, n in enumerate(SIZES)]
 
 
-def reward_step(settings: Reward, micro_tokens: int, steps: int = 1):
+def reward_step(settings: Reward, micro_batch_tokens: int, steps: int = 1):
     latent = Latent(toys.scalar(seed=1), learn_rho=True)
     optimizer = Optimizer(latent, 1e-3, Optim())
-    micros = preference_micros(RECORDS, ANSWERS, micro_tokens, 2.0, 1.5, toys.CPU)
+    micros = preference_micros(RECORDS, ANSWERS, micro_batch_tokens, 2.0, 1.5, toys.CPU)
     terms = preference_terms(settings)
     stats = [update(latent, optimizer, micros, terms, toys.CPU, max_norm=1.0) for _ in range(steps)]
     return stats, weights(latent), len(micros)
 
 
 @pytest.mark.parametrize("loss", ["pairs", "plackett-luce"])
-@pytest.mark.parametrize("micro_tokens", [1, 40])
-def test_reward_micro_batches_add_up(loss, micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 40])
+def test_reward_micro_batches_add_up(loss, micro_batch_tokens):
     settings = Reward(comparison_loss=loss, center=0.01)
     whole, whole_weights, one = reward_step(settings, 4096, 3)
-    parts, parts_weights, many = reward_step(settings, micro_tokens, 3)
+    parts, parts_weights, many = reward_step(settings, micro_batch_tokens, 3)
     assert one == 1 < many
     for a, b in zip(whole, parts, strict=True):
         assert b.loss == pytest.approx(a.loss, rel=1e-5)

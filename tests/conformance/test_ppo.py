@@ -11,13 +11,13 @@ from tetrad.inference.completions import Completion
 from tetrad.objectives import ppo
 from tetrad.reward.model import score_tokens, trained
 from tetrad.rl.advantages import token_rewards, whitened
-from tetrad.rl.experience import mini_batches
+from tetrad.rl.experience import minibatches
 from tetrad.rl.models import Models
 from tetrad.rl.rollout import read_logprobs, read_values
 from tetrad.settings.ppo import Ppo
 from tetrad.train.ppo import actor_terms, learn
 
-S = Ppo(batch=12, max_new=10, epochs=2, mini_batches=3, actor_lr=1e-3, critic_lr=1e-3, steps=10)
+S = Ppo(batch_size=12, max_new_tokens=10, ppo_epochs=2, num_minibatches=3, actor_lr=1e-3, critic_lr=1e-3, steps=10)
 VOCAB = 12  # so few that one reply in twelve ends at each token
 ASKED = ppo_toys.questions(12, VOCAB)
 
@@ -47,8 +47,8 @@ def test_first_mini_batch(temperature, dropout):
     four.actor.model.dropout = dropout
     four.actor.train()
     made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, s, (0, 0)), s)
-    for micro_tokens in (32, 4096):
-        for micro in next(mini_batches(made, s, (0, 0), micro_tokens, toys.CPU)):
+    for micro_batch_tokens in (32, 4096):
+        for micro in next(minibatches(made, s, (0, 0), micro_batch_tokens, toys.CPU)):
             logprobs, _ = four.actor(micro.packed, "logprobs", s.temperature)
             assert (torch.exp(logprobs - micro.data.old_logprobs) - 1).abs().max() <= 1e-5
             terms = {term.name: term for term in actor_terms(s)(four.actor, micro)}
@@ -76,14 +76,14 @@ def test_dropout_is_off_in_all_four():
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 40, 4096])
-def test_kl_to_the_reference_starts_at_exactly_nothing(micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 40, 4096])
+def test_kl_to_the_reference_starts_at_exactly_nothing(micro_batch_tokens):
     four = some_models()
-    made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S, micro_tokens)
+    made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S, micro_batch_tokens)
     assert made.logprobs.abs().max() > 0
     assert torch.equal(made.logprobs, made.ref_logprobs)
-    learn(replace(four, micro_tokens=micro_tokens), made, S, (0, 0))
-    after, _ = ppo_toys.experience(four, made.rollout, S, micro_tokens)
+    learn(replace(four, micro_batch_tokens=micro_batch_tokens), made, S, (0, 0))
+    after, _ = ppo_toys.experience(four, made.rollout, S, micro_batch_tokens)
     assert not torch.equal(after.logprobs, made.logprobs)
     assert torch.equal(after.ref_logprobs, made.ref_logprobs)
 
@@ -103,17 +103,17 @@ def test_layout_of_a_rollout():
     four = some_models()
     rollout = ppo_toys.sampled(four, ASKED, S, (0, 0))
     lengths = [len(sample.reply_ids) for sample in rollout.samples]
-    assert min(lengths) < max(lengths) == rollout.mask_BT.shape[1] == S.max_new
+    assert min(lengths) < max(lengths) == rollout.mask_BT.shape[1] == S.max_new_tokens
     assert rollout.mask_BT.sum(1).tolist() == lengths
-    for sample, document, ended, question in zip(
-        rollout.samples, rollout.documents, rollout.ended_B.tolist(), ASKED, strict=True
+    for sample, document, finished, question in zip(
+        rollout.samples, rollout.documents, rollout.finished_B.tolist(), ASKED, strict=True
     ):
         assert sample.prompt_ids == question.ids
         assert document.ids[document.train].tolist() == list(sample.reply_ids)
         assert tuple(document.ids.tolist()) == question.ids + sample.reply_ids
-        assert ended == (sample.reply_ids[-1] == toys.EOS)
+        assert finished == (sample.reply_ids[-1] == toys.EOS)
         assert toys.EOS not in sample.reply_ids[:-1]
-    assert 0 < rollout.ended_B.sum() < len(ASKED)
+    assert 0 < rollout.finished_B.sum() < len(ASKED)
 
 
 def test_values_stand_before_their_tokens():
@@ -135,7 +135,7 @@ def test_values_stand_before_their_tokens():
 def test_score_lands_on_the_last_token_and_moves_with_the_end():
     four = some_models(other=True)
     rollout = ppo_toys.sampled(four, ASKED, S, (0, 0))
-    made, rewards = ppo_toys.experience(four, rollout, replace(S, kl_coefficient=0.0, missing_eos_penalty=0.0))
+    made, rewards = ppo_toys.experience(four, rollout, replace(S, kl_coef=0.0, missing_eos_penalty=0.0))
     scores = torch.tensor(four.reward(rollout.samples)).float()
     last = torch.tensor([len(sample.reply_ids) - 1 for sample in rollout.samples])
     assert len(last.unique()) > 2
@@ -148,7 +148,7 @@ def test_score_lands_on_the_last_token_and_moves_with_the_end():
 
 def test_the_end_is_terminal():
     """With gamma = lambda = 1 every return is the sum of the rewards that are left: nothing is bootstrapped."""
-    s = replace(S, gamma=1.0, lam=1.0)
+    s = replace(S, gamma=1.0, gae_lambda=1.0)
     four = some_models(other=True)
     made, rewards = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, s, (0, 0)), s)
     left = rewards.flip(1).cumsum(1).flip(1)
@@ -160,18 +160,18 @@ def test_missing_end_is_paid_after_the_clip():
     four = some_models()
     rollout = ppo_toys.sampled(four, ASKED, S, (0, 0))
     zeros = torch.zeros_like(rollout.sampled_BT)
-    s = replace(S, score_clip=5.0, missing_eos_penalty=1.5)
+    s = replace(S, reward_clip=5.0, missing_eos_penalty=1.5)
     for score, end in ((100.0, 5.0), (-100.0, -5.0), (2.0, 2.0)):
         paid = token_rewards(s, torch.full((12,), score), zeros, zeros, rollout, 0.1).sum(1)
-        assert torch.equal(paid, torch.where(rollout.ended_B, end, end - 1.5))
-    off = token_rewards(replace(s, score_clip=0.0), torch.full((12,), 100.0), zeros, zeros, rollout, 0.1).sum(1)
-    assert torch.equal(off, torch.where(rollout.ended_B, 100.0, 98.5))
+        assert torch.equal(paid, torch.where(rollout.finished_B, end, end - 1.5))
+    off = token_rewards(replace(s, reward_clip=0.0), torch.full((12,), 100.0), zeros, zeros, rollout, 0.1).sum(1)
+    assert torch.equal(off, torch.where(rollout.finished_B, 100.0, 98.5))
 
 
 def test_kl_coefficient_has_an_effect():
     found = {}
     for beta in (0.0, 1.0):
-        s = replace(S, kl_coefficient=beta)
+        s = replace(S, kl_coef=beta)
         four = some_models(s, other=True)
         made, _ = ppo_toys.iterate(four, ASKED, s, (0, 0))
         assert (made.logprobs - made.ref_logprobs).abs().max() > 0.1
@@ -198,9 +198,9 @@ def test_end_token_counts_when_it_is_also_the_pad():
     for pad in (toys.PAD, toys.EOS):
         four = some_models(pad=pad)
         made, learned = ppo_toys.iterate(four, ASKED, S, (0, 0))
-        ended = made.rollout.ended_B
+        finished = made.rollout.finished_B
         last = made.rollout.mask_BT.sum(1) - 1
-        assert made.logprobs[ended, last[ended]].abs().min() > 0
+        assert made.logprobs[finished, last[finished]].abs().min() > 0
         found.append((made, learned, weights(four.actor)))
     assert torch.equal(found[0][0].logprobs, found[1][0].logprobs)
     assert found[0][1] == found[1][1]
@@ -209,12 +209,12 @@ def test_end_token_counts_when_it_is_also_the_pad():
 
 @pytest.mark.parametrize("mini", [1, 3])
 def test_micro_batch_size_changes_rounding_only(mini):
-    s = replace(S, mini_batches=mini, entropy_bonus=0.01)
+    s = replace(S, num_minibatches=mini, entropy_coef=0.01)
     found = []
-    for micro_tokens in (4096, 48, 1):
+    for micro_batch_tokens in (4096, 48, 1):
         four = some_models(s, other=True)
         made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, s, (0, 0)), s)
-        learned = learn(replace(four, micro_tokens=micro_tokens), made, s, (0, 0))
+        learned = learn(replace(four, micro_batch_tokens=micro_batch_tokens), made, s, (0, 0))
         found.append((learned, weights(four.actor), weights(four.critic)))
     for learned, actor, critic in found[1:]:
         assert relative(actor, found[0][1]) <= 1e-5
@@ -228,11 +228,11 @@ def test_epochs_read_every_row_once_in_fresh_order():
     made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S)
 
     def parts(key: tuple[int, int]) -> list[tuple[str, ...]]:
-        found = mini_batches(made, S, key, 4096, toys.CPU)
+        found = minibatches(made, S, key, 4096, toys.CPU)
         return [tuple(place for micro in micros for place in micro.packed.where) for micros in found]
 
     first = parts((0, 0))
-    assert len(first) == S.epochs * S.mini_batches
+    assert len(first) == S.ppo_epochs * S.num_minibatches
     assert {len(part) for part in first} == {4}
     for epoch in (first[:3], first[3:]):
         assert sorted(place for part in epoch for place in part) == sorted(str(i) for i in range(12))
@@ -253,7 +253,7 @@ def test_micro_batches_carry_their_own_numbers():
         "advantages": made.advantages,
         "returns": made.returns,
     }
-    for micros in mini_batches(made, S, (0, 0), 64, toys.CPU):
+    for micros in minibatches(made, S, (0, 0), 64, toys.CPU):
         for micro in micros:
             rows = [int(place) for place in micro.packed.where]
             for name, whole in arrays.items():
@@ -294,21 +294,21 @@ def test_replies_are_scored_as_sampled():
     assert reward([plain]) != reward([replace(plain, reply_ids=(7, 8, 9, toys.EOS))])
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 23, 4096])
-def test_score_does_not_depend_on_batch_or_packing(micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 23, 4096])
+def test_score_does_not_depend_on_batch_or_packing(micro_batch_tokens):
     model = toys.scalar(seed=2)
     documents = toys.documents(17)
     expected = [score_tokens(model, [document], toys.CPU, 4096)[0] for document in documents]
     assert len({round(score, 3) for score in expected}) > 10
-    assert score_tokens(model, documents, toys.CPU, micro_tokens) == pytest.approx(expected, abs=1e-5)
-    backwards = score_tokens(model, documents[::-1], toys.CPU, micro_tokens)
+    assert score_tokens(model, documents, toys.CPU, micro_batch_tokens) == pytest.approx(expected, abs=1e-5)
+    backwards = score_tokens(model, documents[::-1], toys.CPU, micro_batch_tokens)
     assert backwards[::-1] == pytest.approx(expected, abs=1e-5)
 
 
 def test_entropy_bonus_has_an_effect():
     found = []
     for bonus in (0.0, 0.5):
-        s = replace(S, entropy_bonus=bonus, actor_lr=5e-3)
+        s = replace(S, entropy_coef=bonus, actor_lr=5e-3)
         four = some_models(s)
         made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, s, (0, 0)), s)
         learn(four, made, s, (0, 0))
@@ -320,6 +320,6 @@ def test_entropy_bonus_has_an_effect():
 def test_kl_is_summed_over_tokens():
     four = some_models(other=True)
     made, rewards = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S, beta=1.0)
-    scores = torch.tensor(four.reward(made.rollout.samples)).float().clamp(-5, 5) - (~made.rollout.ended_B).float()
+    scores = torch.tensor(four.reward(made.rollout.samples)).float().clamp(-5, 5) - (~made.rollout.finished_B).float()
     kl = ppo.kl_tokens(made.logprobs, made.ref_logprobs, made.rollout.mask_BT).sum(1)
     torch.testing.assert_close(rewards.sum(1), scores - kl, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from tetrad.objectives import ppo
 from tetrad.reward.model import trained
 from tetrad.reward.sources import RewardSource, RewardSources, named
 from tetrad.rl.advantages import RunningStd, token_rewards
-from tetrad.rl.experience import mini_batches
+from tetrad.rl.experience import minibatches
 from tetrad.rl.models import EMA, ActorCritic, Models, _shared
 from tetrad.rl.prompts import PtxBatch
 from tetrad.settings.common import Optim
@@ -22,7 +22,7 @@ from tetrad.train.ppo import actor_terms, learn
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import Microbatch
 
-S = Ppo(batch=12, max_new=10, epochs=2, mini_batches=3, actor_lr=1e-3, critic_lr=1e-3, steps=10)
+S = Ppo(batch_size=12, max_new_tokens=10, ppo_epochs=2, num_minibatches=3, actor_lr=1e-3, critic_lr=1e-3, steps=10)
 VOCAB = 12
 ASKED = ppo_toys.questions(12, VOCAB)
 
@@ -66,11 +66,11 @@ def test_shared_trunk_learns_both_in_one_step():
     """Actor and critic read one trunk; its gradient is the policy's plus the coefficient times the value's."""
     found = {}
     for coefficient in (0.0, 0.5):
-        s = replace(S, critic="shared", value_coefficient=coefficient, max_norm=0.0)
+        s = replace(S, critic="shared", value_coef=coefficient, max_grad_norm=0.0)
         four = shared_models(s)
         assert four.critic.model is four.actor.model
         made, _ = ppo_toys.experience(four, rolled(four, s), s)
-        (micro,) = next(mini_batches(made, s, (0, 0), 4096, toys.CPU))
+        (micro,) = next(minibatches(made, s, (0, 0), 4096, toys.CPU))
         terms = {t.name: t for t in actor_terms(s)(four.both, micro)}
         assert terms["value_loss"].coefficient == coefficient
         before = weights(four.actor)
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_a_shared_trunk_has_the_head_alone_beside_the_actor():
 
 def test_warm_up_learns_whole_returns():
     """lambda is 1 then, so that a wrong value says nothing about its own target."""
-    s = replace(S, critic_warmup=1, lam=0.5, kl_coefficient=0.3)
+    s = replace(S, critic_warmup=1, gae_lambda=0.5, kl_coef=0.3)
     four = some_models(s)
     rollout = rolled(four, s)
     for step, whole in ((0, True), (1, False)):
@@ -114,10 +114,10 @@ def test_warm_up_learns_whole_returns():
 def test_a_cut_reply_goes_on_in_its_value_where_asked():
     four = some_models()
     rollout = rolled(four)
-    cut = ~rollout.ended_B
+    cut = ~rollout.finished_B
     assert 0 < int(cut.sum()) < len(cut)
     plain, rewards = ppo_toys.experience(four, rollout, S)
-    found, _ = ppo_toys.experience(four, rollout, replace(S, cut_value=True))
+    found, _ = ppo_toys.experience(four, rollout, replace(S, bootstrap_truncated=True))
     last = rollout.mask_BT.sum(1) - 1
     returns = [made.returns.gather(1, last[:, None])[:, 0] for made in (plain, found)]
     last_reward = rewards.gather(1, last[:, None])[:, 0]
@@ -129,7 +129,7 @@ def test_a_cut_reply_goes_on_in_its_value_where_asked():
 def test_an_update_stops_when_the_policy_has_moved():
     """The critic goes on."""
     for limit, updates in ((0.0, 6), (1e9, 6), (1e-12, 2)):
-        s = replace(S, stop_kl=limit)
+        s = replace(S, early_stop_kl=limit)
         four = some_models(s)
         made, _ = ppo_toys.experience(four, rolled(four, s), s)
         learned = learn(four, made, s, (0, 0))
@@ -138,17 +138,17 @@ def test_an_update_stops_when_the_policy_has_moved():
 
 
 def test_reduction_by_sequence_is_the_mean_of_the_replies_means():
-    s = replace(S, mini_batches=1, epochs=1, reduction="sequence")
+    s = replace(S, num_minibatches=1, ppo_epochs=1, reduction="sequence")
     four = some_models(s)
     made, _ = ppo_toys.experience(four, rolled(four, s), s)
     mask = made.rollout.mask_BT
     learned = {}
-    for micro_tokens in (4096, 40):
+    for micro_batch_tokens in (4096, 40):
         losses = []
-        for micros in mini_batches(made, s, (0, 0), micro_tokens, toys.CPU):
+        for micros in minibatches(made, s, (0, 0), micro_batch_tokens, toys.CPU):
             terms = [{t.name: float(t.sum.detach()) for t in actor_terms(s)(four.actor, m)} for m in micros]
             losses.append(sum(t["policy_loss"] for t in terms) / sum(m.counts["losses"] for m in micros))
-        learned[micro_tokens] = losses[0]
+        learned[micro_batch_tokens] = losses[0]
     expected = torch.where(mask, -made.advantages, 0).sum(1) / mask.sum(1)  # the ratio is 1
     assert learned[4096] == pytest.approx(float(expected.mean()), abs=1e-6)
     assert learned[40] == pytest.approx(learned[4096], abs=1e-6)
@@ -183,9 +183,9 @@ def test_running_spread_is_that_of_all_scores():
 def test_running_scaling_divides_before_the_clip():
     four = some_models()
     rollout, zeros = rolled(four), torch.zeros_like(rolled(four).sampled_BT)
-    made, rewards = ppo_toys.experience(four, rollout, replace(S, reward_scaling="running", kl_coefficient=0.0))
+    made, rewards = ppo_toys.experience(four, rollout, replace(S, reward_scaling="running", kl_coef=0.0))
     unit = made.scores.std(correction=0)
-    expected = (made.scores / unit).clamp(-5, 5) - (~rollout.ended_B).float()
+    expected = (made.scores / unit).clamp(-5, 5) - (~rollout.finished_B).float()
     torch.testing.assert_close(rewards.sum(1), expected, rtol=1e-5, atol=1e-6)
     paid = token_rewards(replace(S, rewards=("f.py:f",)), torch.full((12,), 100.0), zeros, zeros, rollout, 0.0)
     assert float(paid.sum(1).max()) == 100  # a function's own scale is not cut
@@ -211,14 +211,14 @@ def test_no_two_sources_of_a_reward_share_a_name():
 
 
 def test_several_replies_to_a_prompt_are_learned_from_once_each():
-    s = replace(S, batch=4, replies=3)
+    s = replace(S, batch_size=4, samples_per_prompt=3)
     four = some_models(s)
     repeated = [question for question in ASKED[:4] for _ in range(3)]
     rollout = ppo_toys.sampled(four, repeated, s, (0, 0))
     texts = {sample.reply_ids for sample in rollout.samples[:3]}
     assert len(texts) == 3
     made, _ = ppo_toys.experience(four, rollout, s)
-    parts = [[len(micro.packed.where) for micro in micros] for micros in mini_batches(made, s, (0, 0), 9999, toys.CPU)]
+    parts = [[len(micro.packed.where) for micro in micros] for micros in minibatches(made, s, (0, 0), 9999, toys.CPU)]
     assert parts == [[4]] * 6
 
 
@@ -259,11 +259,11 @@ def test_moving_average_follows_the_actor():
 
 
 def test_ratio_max_is_the_largest_of_all_micro_batches():
-    s = replace(S, mini_batches=1, epochs=2, actor_lr=5e-3)
+    s = replace(S, num_minibatches=1, ppo_epochs=2, actor_lr=5e-3)
     found = []
-    for micro_tokens in (4096, 30):
+    for micro_batch_tokens in (4096, 30):
         four = some_models(s)
         made, _ = ppo_toys.experience(four, rolled(four, s), s)
-        found.append(learn(replace(four, micro_tokens=micro_tokens), made, s, (0, 0)))
+        found.append(learn(replace(four, micro_batch_tokens=micro_batch_tokens), made, s, (0, 0)))
     assert found[0]["ratio_max"] > found[0]["ratio"]
     assert found[1]["ratio_max"] == pytest.approx(found[0]["ratio_max"], rel=1e-4)

@@ -46,7 +46,13 @@ def replies(
     asked = [draw.choice(ASKED) + draw.choice(ASKED) for _ in range(count)]
     prompts.write_text("".join(json.dumps({"Instruction": text}) + "\n" for text in asked))
     said = StringIO()
-    given = {"model": str(run / form), "reward": str(run / judge), "prompts": str(prompts), "max_new": 12, **settings}
+    given = {
+        "model": str(run / form),
+        "reward": str(run / judge),
+        "prompts": str(prompts),
+        "max_new_tokens": 12,
+        **settings,
+    }
     generate_file(Generate(**given, out=str(out / "replies.jsonl")), Console(out=said, err=StringIO()))
     scored = ScoreFile(model=str(run / judge), data=str(out / "replies.jsonl"), out=str(out / "scores.jsonl"))
     score_file(scored, Console(out=StringIO(), err=StringIO()))
@@ -67,7 +73,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         {},
         {"form": "chat"},
         {"judge": "judge"},
-        {"stop": ("a", "\n"), "max_new": 2},
+        {"stop": ("a", "\n"), "max_new_tokens": 2},
         {"temperature": 1.5, "best_of": 2},
     ],
     ids=str,
@@ -76,7 +82,7 @@ def test_generate_scores_what_score_scores(run: Path, tmp_path: Path, settings: 
     found = replies(run, tmp_path, **settings)
     broken = [record for record in found if "\ufffd" in record["reply"]]
     assert len(found) == REPLIES and len(broken) > REPLIES / 20  # so that half characters would be seen
-    assert len({record["ended"] for record in found}) == 2
+    assert len({record["finished"] for record in found}) == 2
     assert max(abs(record["score"] - record["again"]) for record in found) < 1e-6
 
 
@@ -90,6 +96,6 @@ def test_replies_that_are_no_utf8_are_counted(run: Path, tmp_path: Path) -> None
 
 def test_best_of_n_prefers_what_can_be_written(run: Path, tmp_path: Path) -> None:
     """Of eight replies to a prompt nearly always one is text: then that one is taken, whatever the others' scores."""
-    alone = sum("\ufffd" in record["reply"] for record in replies(run, tmp_path, count=100, max_new=2))
-    best = sum("\ufffd" in record["reply"] for record in replies(run, tmp_path, count=100, max_new=2, best_of=8))
+    alone = sum("\ufffd" in record["reply"] for record in replies(run, tmp_path, count=100, max_new_tokens=2))
+    best = sum("\ufffd" in record["reply"] for record in replies(run, tmp_path, count=100, max_new_tokens=2, best_of=8))
     assert alone > 50 and best < 20

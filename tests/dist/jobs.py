@@ -92,7 +92,7 @@ def own_rows(rollout: Rollout) -> Rollout:
         tuple(rollout.samples[i] for i in rows),
         tuple(rollout.documents[i] for i in rows),
         rollout.mask_BT[index],
-        rollout.ended_B[index],
+        rollout.finished_B[index],
         rollout.sampled_BT[index],
     )
 
@@ -103,7 +103,7 @@ def four(s: Ppo) -> ppo_toys.Models:
     return ppo_toys.four_models(s, *models, reward, toys.causal(seed=3, vocab_size=12))
 
 
-PPO = Ppo(batch=BATCH, max_new=6, epochs=2, actor_lr=1e-3, critic_lr=1e-3, steps=10, reward_scaling="whiten")
+PPO = Ppo(batch_size=BATCH, max_new_tokens=6, ppo_epochs=2, actor_lr=1e-3, critic_lr=1e-3, steps=10, reward_scaling="whiten")
 
 
 def ppo(s: Ppo = PPO) -> Found:
@@ -115,7 +115,7 @@ def ppo(s: Ppo = PPO) -> Found:
     for step in range(STEPS):
         rollout = own_rows(ppo_toys.sampled(writers, asked, s, (SEED, step)))
         made, _ = ppo_toys.experience(models, rollout, s, 64)
-        learned = learn(replace(models, micro_tokens=64), made, s, (SEED, step))
+        learned = learn(replace(models, micro_batch_tokens=64), made, s, (SEED, step))
         figures.append([learned[name] for name in sorted(learned)])
         whitened.append(made.advantages)
     found = {"figures": torch.tensor(figures, dtype=torch.float64), "weights": weights(models.actor, models.critic)}
@@ -131,9 +131,9 @@ def ppo_sampled(s: Ppo = PPO) -> Found:
         mine, numbers = collectives.share(asked), collectives.share(range(BATCH))
         rollout = ppo_toys.sampled(models, mine, s, (SEED, step), numbers)
         made, _ = ppo_toys.experience(models, rollout, s, 64)
-        learn(replace(models, micro_tokens=64), made, s, (SEED, step))
+        learn(replace(models, micro_batch_tokens=64), made, s, (SEED, step))
         for ids in collectives.gather([sample.reply_ids for sample in rollout.samples]):
-            replies.append(torch.tensor([*ids, *[-1] * (s.max_new - len(ids))]))
+            replies.append(torch.tensor([*ids, *[-1] * (s.max_new_tokens - len(ids))]))
     return {"replies": torch.stack(replies), "weights": weights(models.actor, models.critic)}
 
 

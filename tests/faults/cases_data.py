@@ -12,9 +12,7 @@ from faults.bad_inputs import Case, world, write
 
 ROW = '{"prompt": "p", "completion": "c"}\n'
 GOOD = ROW * 3
-RECIPE = (
-    '[tokenizer]\ntext = ["t.txt"]\nvocab_size = 300\n[pretrain]\ntext = ["t.txt"]\nrow_tokens = 8\nbatch_tokens = 8\n'
-)
+RECIPE = '[tokenizer]\ntext = ["t.txt"]\nvocab_size = 300\n[pretrain]\ntext = ["t.txt"]\nsequence_length = 8\nbatch_tokens = 8\n'
 SFT, PPO = '[sft]\ndata = ["f.jsonl"]\n', '[ppo]\nprompts = ["f.jsonl"]\nrewards = ["judge.py:x"]\ncritic = "actor"\n'
 REWARD = '[reward]\ndata = ["f.jsonl"]\nscore_scale = [1, 5]\n'
 Make = Callable[[Path], object]
@@ -156,13 +154,13 @@ def twice(folder: Path) -> None:
     (folder / "g.jsonl").symlink_to("f.jsonl")
 
 
-def held_out(folder: Path) -> None:
+def validation(folder: Path) -> None:
     write(folder / "f.jsonl", GOOD + line(prompt="other", completion="c"))
     write(folder / "h.jsonl", line(prompt="new", completion="c") + ROW)
 
 
 LONG = line(prompt="x" * 100, completion="y" * 100)
-OVERLAP = '[sft]\ndata = ["f.jsonl"]\nheld_out = ["h.jsonl"]\n'
+OVERLAP = '[sft]\ndata = ["f.jsonl"]\nvalidation = ["h.jsonl"]\n'
 LEGAL = [  # what is printed shows the text that was read
     ("crlf", ROW.replace("\n", "\r\n") * 2, "p<|sep|><|sep|>⟦c<|endoftext|>⟧"),
     ("blank in the middle", ROW + "\n" + ROW, "f.jsonl  2     2     0        1"),
@@ -206,11 +204,11 @@ CASES = [
     Case("run no scale", in_run(file(line(input="q", output="a", score=2) + line(input="q", output="b", score=4.5)), REWARD.replace("score_scale = [1, 5]\n", "")), "run r.toml", "E-DATA-SCALE", "score_scale = [2, 4.5]"),
     Case("check no scale", in_run(file(line(input="q", output="a", score=2)), REWARD.replace("score_scale = [1, 5]\n", "")), "check r.toml", "E-DATA-SCALE", "score_scale = [2, 2]"),
     Case("run off the scale", in_run(file(line(input="q", output="a", score=9)), REWARD), "run r.toml", "E-DATA-NUMBER", "outside the scale 1 to 5"),
-    Case("run held out", in_run(held_out, OVERLAP), "sft r.toml", "E-CONF-MISSING", "pretrain, which is not done"),
-    Case("check held out", in_run(held_out, OVERLAP), "check r.toml", "E-DATA-OVERLAP", "h.jsonl:2: 1 of 2 records of sft.held_out"),
-    Case("run held out preferences", in_run(lambda f: (write(f / "f.jsonl", FINE * 2), write(f / "h.jsonl", FINE)), REWARD + 'held_out = ["h.jsonl"]\n'), "run r.toml", "E-DATA-OVERLAP", "1 of 1 held-out records"),
+    Case("run held out", in_run(validation, OVERLAP), "sft r.toml", "E-CONF-MISSING", "pretrain, which is not done"),
+    Case("check held out", in_run(validation, OVERLAP), "check r.toml", "E-DATA-OVERLAP", "h.jsonl:2: 1 of 2 records of sft.validation"),
+    Case("run held out preferences", in_run(lambda f: (write(f / "f.jsonl", FINE * 2), write(f / "h.jsonl", FINE)), REWARD + 'validation = ["h.jsonl"]\n'), "run r.toml", "E-DATA-OVERLAP", "1 of 1 held-out records"),
     Case("run over-long", from_run(ROW + LONG * 7), "run r.toml", "E-DATA-LONG", "f.jsonl:2: 7 of 8 records are too long"),
-    Case("run all over-long", from_run(LONG * 8), "run r.toml --sft.on-long drop", "E-DATA-LONG", "8 of 8 records"),
+    Case("run all over-long", from_run(LONG * 8), "run r.toml --sft.overlong drop", "E-DATA-LONG", "8 of 8 records"),
     Case("check over-long", from_run(ROW + LONG * 7), "check r.toml", "E-DATA-LONG", "f.jsonl:2: 7 of 8 records are too long"),
     Case("check over-long file", from_run(ROW + LONG * 7), "check f.jsonl --tokenizer runs/tiny/pretrain/model --max-tokens 30", "E-DATA-LONG", "7 of 8"),
     Case("check hub offline", lambda folder: None, "check hf://me/nothing", "E-DATA-HUB", "hf://me/nothing"),

@@ -11,10 +11,10 @@ from faults.bad_inputs import Case, world, write
 from tetrad import storage
 
 Change = Callable[[Path], object]
-GENERATE = "generate hf --instruction a --template instruction --max-new 2"
+GENERATE = "generate hf --instruction a --template instruction --max-new-tokens 2"
 TRAIN = '[model]\nfrom = "hf"\n[sft]\ndata = ["sft.jsonl"]\n[run]\nout = "new"\n'
 RESUME = "run recipe.toml --ppo.steps 40"
-SFT = "generate runs/tiny/sft --instruction a --max-new 2"
+SFT = "generate runs/tiny/sft --instruction a --max-new-tokens 2"
 
 
 # Model folders
@@ -449,7 +449,7 @@ CASES += [
     Case(
         "referee-reward",
         world,
-        "run recipe.toml --ppo.steps 40 --evaluate.referee runs/tiny/reward",
+        "run recipe.toml --ppo.steps 40 --evaluate.external-lm runs/tiny/reward",
         "E-CKPT-ROLE",
         "reward model",
     ),

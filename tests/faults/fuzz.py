@@ -87,7 +87,7 @@ def recipe(folder: Path) -> Target:
         path.write_bytes(content)
         return read(path)
 
-    small = b'name = "a"\nseed = 1\n[ppo]\nprompts = ["p"]\nbatch = 10\nmini_batches = 5\n'
+    small = b'name = "a"\nseed = 1\n[ppo]\nprompts = ["p"]\nbatch_size = 10\nnum_minibatches = 5\n'
     dotted = b'sft.data = ["a", \'b\']\nsft.lr = 1e-3\nrun = { out = "x", keep = 3 }\n[model]\nfrom = """m"""\n'
     return Target([RECIPE.encode(), small, dotted], take, "toml")
 

@@ -109,7 +109,7 @@ ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
 @pytest.mark.timeout(60 * KILLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    "words", [("--ppo.critic", "shared", "--ppo.ema", "0.9"), ADAPTERS], ids=["shared", "adapters"]
+    "words", [("--ppo.critic", "shared", "--ppo.ema-decay", "0.9"), ADAPTERS], ids=["shared", "adapters"]
 )
 def test_killed_ppo_goes_on_with_little_memory_too(tmp_path: Path, words: tuple[str, ...]) -> None:
     """A shared trunk with a moving average; adapters on one base."""

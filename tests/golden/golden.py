@@ -13,6 +13,7 @@ in their last bits: both must be frozen on one.
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,16 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ("reviews-en", "reviews-zh")
 STAGES = ("pretrain", "sft", "reward", "ppo")
 PROMPTS = 8
-RENAMED: Mapping[str, str] = {}  # names that changed since the older freeze: what it says, what is said now
+RENAMED: Mapping[str, str] = {  # words in names that changed since the older freeze: what it says, what is said now
+    "ended": "finished",
+    "held_out": "validation",
+    "held_out_loss": "eval_loss",
+    "held_out_perplexity": "eval_perplexity",
+    "held_out_tokens": "eval_tokens",
+    "referee_nll": "external_nll",
+    "train_high": "train_score_p999",
+}
+_WORD = re.compile(r"\w+")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
 Frozen = dict[str, dict[str, Any]]
@@ -107,7 +117,8 @@ def freeze(example: str, folder: Path) -> Frozen:
 def renamed(value: Any) -> Any:
     """The same tree under the names of today."""
     if isinstance(value, dict):
-        return {RENAMED.get(key, key): renamed(part) for key, part in value.items()}
+        now = {_WORD.sub(lambda word: RENAMED.get(word[0], word[0]), key): key for key in value}
+        return {new: renamed(value[old]) for new, old in now.items()}
     return [renamed(part) for part in value] if isinstance(value, list) else value
 
 

@@ -22,8 +22,17 @@ from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn
 
-S = Ppo(batch=64, max_new=32, steps=1000, epochs=2, actor_lr=1e-3, critic_lr=3e-3, kl_coefficient=0.05, critic_warmup=3)
-ASKED = [EncodedPrompt((3, 4), Prompt(()))] * S.batch
+S = Ppo(
+    batch_size=64,
+    max_new_tokens=32,
+    steps=1000,
+    ppo_epochs=2,
+    actor_lr=1e-3,
+    critic_lr=3e-3,
+    kl_coef=0.05,
+    critic_warmup=3,
+)
+ASKED = [EncodedPrompt((3, 4), Prompt(()))] * S.batch_size
 
 
 def some_models(s: Ppo, seed: int, score: ppo_toys.Reward) -> Models:
@@ -34,11 +43,15 @@ def alarms(
     s: Ppo, seed: int, score: ppo_toys.Reward, steps: int, seen: float = 1e9
 ) -> tuple[dict[str, int], list[float]]:
     """Each alarm that was raised, with its first step; and the scores."""
-    four, watch, told = some_models(s, seed, score), Monitor(Alarms(), 0.0, s.critic_warmup, s.batch), dict[str, int]()
+    four, watch, told = (
+        some_models(s, seed, score),
+        Monitor(Alarms(), 0.0, s.critic_warmup, s.batch_size),
+        dict[str, int](),
+    )
     scores = []
     for step in range(steps):
         made, learned = ppo_toys.iterate(four, ASKED, s, (seed, step))
-        figures = step_metrics(made, s.kl_coefficient, toys.CPU, seen) | learned
+        figures = step_metrics(made, s.kl_coef, toys.CPU, seen) | learned
         for alarm in watch.look(step, figures):
             told.setdefault(alarm.figure, step)
         scores.append(figures["score"])
@@ -54,7 +67,7 @@ HACKS: Mapping[str, tuple[str, ppo_toys.Reward]] = {
     "length": ("length", ppo_toys.by_ids(lambda ids: len(ids) / 8)),
     "one token": ("distinct_2", ppo_toys.by_ids(lambda ids: float(ids.count(20)))),
     "repetition": ("distinct_2", ppo_toys.by_ids(repeats)),
-    "no end": ("ended", ppo_toys.by_ids(lambda ids: 3.0 * (ids[-1] != toys.EOS))),
+    "no end": ("finished", ppo_toys.by_ids(lambda ids: 3.0 * (ids[-1] != toys.EOS))),
     "out of range": ("unseen_scores", ppo_toys.by_ids(ppo_toys.liked)),
     "collapse": ("entropy", ppo_toys.by_ids(lambda ids: 9.0 * ids.count(20) / len(ids))),
 }
@@ -63,8 +76,8 @@ HACKS: Mapping[str, tuple[str, ppo_toys.Reward]] = {
 @pytest.mark.parametrize("hack", HACKS)
 def test_a_planted_hack_is_told_within_ten_steps(hack: str) -> None:
     figure, score = HACKS[hack]
-    free = {"kl_coefficient": 0.0, "missing_eos_penalty": 0.0, "critic_warmup": 0, "score_clip": 0.0}
-    s = replace(S, actor_lr=1e-2, epochs=4, **free)
+    free = {"kl_coef": 0.0, "missing_eos_penalty": 0.0, "critic_warmup": 0, "reward_clip": 0.0}
+    s = replace(S, actor_lr=1e-2, ppo_epochs=4, **free)
     told, _ = alarms(s, 0, score, steps=10, seen=3.0)
     assert figure in told
 

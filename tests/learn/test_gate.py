@@ -47,14 +47,14 @@ vocab_size = 420
 [pretrain]
 text = ["text.txt"]
 tokens = 131_072
-row_tokens = 64
+sequence_length = 64
 batch_tokens = 2048
 optimizer = "muon"
 lr = 6e-3
 [sft]
 data = ["sft.jsonl"]
 epochs = 1
-batch = 32
+batch_size = 32
 lr = 2e-3
 """
 JUDGE = """\
@@ -63,13 +63,13 @@ name = "judge"
 from = "runs/policy/sft"
 [reward]
 data = ["train.jsonl"]
-held_out = ["held_out.jsonl"]
+validation = ["validation.jsonl"]
 test = ["test.jsonl"]
 score_scale = [1, 5]
-batch = 32
+batch_size = 32
 lr = 3e-3
 normalise = 128
-normalise_max_new = 40
+normalise_max_new_tokens = 40
 """
 
 
@@ -135,7 +135,7 @@ def judged(
 ) -> str:
     """The gate's line after training on pairs that `better` orders (or on these records)."""
     planted.write(home / "train.jsonl", records or pairs(2400, 10 + seed, better))
-    for name, count, draw in (("held_out", 200, 1000), ("test", 300, 2000)):
+    for name, count, draw in (("validation", 200, 1000), ("test", 300, 2000)):
         planted.write(home / f"{name}.jsonl", pairs(count, draw + seed, held or better))
     said = trained(home, "judge", "--seed", str(seed), *extra)
     figures = json.loads((home / "runs/judge/reward/model/manifest.json").read_text())["figures"]

@@ -43,13 +43,13 @@ def test_finds_the_enumerated_optimum(seed):
     """pi_ref exp(r / beta) / Z is what reward - beta KL is maximal at."""
     beta = 1.0
     s = Ppo(
-        batch=128,
-        max_new=2,
+        batch_size=128,
+        max_new_tokens=2,
         steps=40,
         actor_lr=3e-3,
         critic_lr=1e-2,
-        kl_coefficient=beta,
-        score_clip=0.0,
+        kl_coef=beta,
+        reward_clip=0.0,
         missing_eos_penalty=0.0,
     )
     shape = {"vocab_size": WORDS, "layers": 1, "tied": False, "eos_ids": (WORDS,)}  # no token ends a reply
@@ -66,7 +66,7 @@ def test_finds_the_enumerated_optimum(seed):
 
     assert distance(beta) > 0.1
     for step in range(s.steps):
-        made, _ = ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
+        made, _ = ppo_toys.iterate(four, asked(s.batch_size), s, (seed, step))
         assert made.rollout.mask_BT.all()
     assert distance(beta) <= 0.05
     assert min(distance(beta / 2), distance(beta * 2)) > 3 * distance(beta)  # it is this beta's optimum
@@ -92,7 +92,9 @@ def nats(made: PPOBatch) -> float:
     return float(ppo.kl_tokens(made.logprobs, made.ref_logprobs, made.rollout.mask_BT, "k3").sum(1).mean())
 
 
-LEARNS = Ppo(batch=64, max_new=4, steps=60, actor_lr=3e-3, critic_lr=3e-3, kl_coefficient=0.02, missing_eos_penalty=0.0)
+LEARNS = Ppo(
+    batch_size=64, max_new_tokens=4, steps=60, actor_lr=3e-3, critic_lr=3e-3, kl_coef=0.02, missing_eos_penalty=0.0
+)
 
 
 @pytest.mark.parametrize("seed", toys.SEEDS)
@@ -102,8 +104,8 @@ def test_learns_a_rule(seed):
     four = some_models(LEARNS, seed, rule(liked))
     assert 0.03 <= share_right(four, LEARNS, seed, liked) <= 0.17
     for step in range(LEARNS.steps):
-        made, _ = ppo_toys.iterate(four, asked(LEARNS.batch), LEARNS, (seed, step))
-        if sum(four.reward(made.rollout.samples)) >= 0.97 * LEARNS.batch:
+        made, _ = ppo_toys.iterate(four, asked(LEARNS.batch_size), LEARNS, (seed, step))
+        if sum(four.reward(made.rollout.samples)) >= 0.97 * LEARNS.batch_size:
             break
     assert share_right(four, LEARNS, seed, liked) >= 0.9
 
@@ -120,7 +122,7 @@ def test_the_sign_of_the_reward_decides(seed, sign):
     before = share_right(four, s, seed, LIKED)
     assert 0.3 <= before <= 0.8
     for step in range(s.steps):
-        ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
+        ppo_toys.iterate(four, asked(s.batch_size), s, (seed, step))
     after = share_right(four, s, seed, LIKED)
     assert after > 0.9 if sign > 0 else after < 0.1
 
@@ -131,7 +133,7 @@ def test_no_learning_rate_no_change(seed):
     four = some_models(s, seed, rule(LIKED))
     before = [deepcopy(model.state_dict()) for model in (four.actor, four.critic)]
     for step in range(3):
-        _, learned = ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
+        _, learned = ppo_toys.iterate(four, asked(s.batch_size), s, (seed, step))
         assert learned["actor_grad_norm"] > 0
         assert learned["critic_grad_norm"] > 0
     for model, kept in zip((four.actor, four.critic), before, strict=True):
@@ -143,9 +145,9 @@ def test_a_huge_price_holds_it_back(seed):
     """Less than 0.05 nats a reply at every step, where a low price lets it go far."""
     found = {}
     for beta in (0.02, 100.0):
-        s = replace(LEARNS, kl_coefficient=beta, steps=20, epochs=1, actor_lr=5e-4)
+        s = replace(LEARNS, kl_coef=beta, steps=20, ppo_epochs=1, actor_lr=5e-4)
         four = some_models(s, seed, rule(LIKED))
-        way = [nats(ppo_toys.iterate(four, asked(s.batch), s, (seed, step))[0]) for step in range(s.steps)]
+        way = [nats(ppo_toys.iterate(four, asked(s.batch_size), s, (seed, step))[0]) for step in range(s.steps)]
         found[beta] = max(way)
     assert found[100.0] < 0.05
     assert found[0.02] > 0.1
@@ -155,24 +157,24 @@ def test_a_huge_price_holds_it_back(seed):
 def test_gains_what_best_of_16_gains_at_its_kl(seed):
     """log 16 - 15/16 = 1.84 nats is what best-of-16 costs (Stiennon et al. 2020): below that, at least 80 % of it."""
     s = Ppo(
-        batch=128,
-        max_new=32,
+        batch_size=128,
+        max_new_tokens=32,
         steps=36,
         actor_lr=2e-3,
         critic_lr=3e-3,
-        kl_coefficient=0.75,
+        kl_coef=0.75,
         critic_warmup=3,
-        score_clip=0.0,
+        reward_clip=0.0,
         missing_eos_penalty=0.0,
     )
     models = deepcopy(ppo_toys.speaker()), toys.scalar(seed + 100)
     four = ppo_toys.four_models(s, *models, ppo_toys.by_ids(ppo_toys.liked))
-    rollouts = [ppo_toys.sampled(four, asked(s.batch), s, (seed, 900 + k)) for k in range(8)]
+    rollouts = [ppo_toys.sampled(four, asked(s.batch_size), s, (seed, 900 + k)) for k in range(8)]
     scores = torch.tensor([score for rollout in rollouts for score in four.reward(rollout.samples)]).view(-1, 16)
     best = float(scores.amax(1).mean() - scores.mean())
     way = []
     for step in range(s.steps):
-        made, _ = ppo_toys.iterate(four, asked(s.batch), s, (seed, step))
+        made, _ = ppo_toys.iterate(four, asked(s.batch_size), s, (seed, step))
         way.append((nats(made), float(made.scores.mean() - scores.mean())))
     kl, gain = (sum(column) / 8 for column in zip(*way[-8:], strict=True))
     assert kl <= 1.84

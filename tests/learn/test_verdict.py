@@ -29,9 +29,9 @@ pytestmark = pytest.mark.learn
 
 GREEDY = [  # a good SFT model, and PPO that nothing holds back; no limit of the gate, an alarm or a guard is touched
     *("--sft.epochs", "8", "--sft.lr", "1e-2", "--reward.data", '["scores.jsonl"]', "--reward.epochs", "8"),
-    *("--reward.normalise-max-new", "40", "--ppo.max-new", "40", "--evaluate.max-new", "40"),
-    *("--ppo.steps", "20", "--ppo.batch", "16", "--ppo.epochs", "4", "--ppo.actor-lr", "5e-3"),
-    *("--ppo.kl-target", "0", "--ppo.kl-coefficient", "0", "--evaluate.samples", "24"),
+    *("--reward.normalise-max-new-tokens", "40", "--ppo.max-new-tokens", "40", "--evaluate.max-new-tokens", "40"),
+    *("--ppo.steps", "20", "--ppo.batch-size", "16", "--ppo.ppo-epochs", "4", "--ppo.actor-lr", "5e-3"),
+    *("--ppo.kl-target", "0", "--ppo.kl-coef", "0", "--evaluate.samples", "24"),
 ]
 
 
@@ -44,7 +44,7 @@ def plant_length(folder: Path) -> None:
         json.dumps({"Instruction": "Go on.", "Input": "the film", "output": text, "score": (len(text.split()) - 6) / 3})
         for text in answers
     ]
-    (folder / "held_out.jsonl").write_text("\n".join(lines[:60]))
+    (folder / "validation.jsonl").write_text("\n".join(lines[:60]))
     (folder / "scores.jsonl").write_text("\n".join(lines[60:]))
 
 
@@ -80,8 +80,8 @@ def test_a_reward_that_follows_length_is_not_to_be_trusted(tmp_path: Path, capsy
     assert (chain.home / "evaluate/report/report.json").is_file()
 
 
-S = Ppo(batch=64, max_new=32, epochs=2, actor_lr=1e-3, critic_lr=3e-3, kl_coefficient=0.05, critic_warmup=3)
-ASKED = [EncodedPrompt((3, 4), Prompt(()))] * S.batch
+S = Ppo(batch_size=64, max_new_tokens=32, ppo_epochs=2, actor_lr=1e-3, critic_lr=3e-3, kl_coef=0.05, critic_warmup=3)
+ASKED = [EncodedPrompt((3, 4), Prompt(()))] * S.batch_size
 
 
 def judge(ids: Sequence[int]) -> float:
@@ -97,7 +97,7 @@ def concluded(seed: int, steps: int, reward: ppo_toys.Reward) -> Verdict:
     for step in range(steps):
         ppo_toys.iterate(four, ASKED, s, (seed, step))
     after = ppo_toys.sampled(four, ASKED, s, (seed, 20_000))
-    sft, ppo = ({"kl": 0.0, **reply_figures(r.samples, r.ended_B.tolist())} for r in (before, after))
+    sft, ppo = ({"kl": 0.0, **reply_figures(r.samples, r.finished_B.tolist())} for r in (before, after))
     scores, others = ([judge(sample.reply_ids) for sample in r.samples] for r in (after, before))
     gains = {("ppo", "sft"): {"judge": Difference.of(scores, others)}}
     gains["sft", "ppo"] = {"judge": Difference.of(others, scores)}

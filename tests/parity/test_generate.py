@@ -34,14 +34,15 @@ def model_of(family: str, ends: tuple[int, ...] = (toys.EOS,)) -> CausalLM:
 
 def greedy(model: CausalLM, slots: int) -> list[Response]:
     requests = [
-        toys.request(p, i, max_new=NEW, temperature=0.0, ends=model.config.eos_ids) for i, p in enumerate(PROMPTS)
+        toys.request(p, i, max_new_tokens=NEW, temperature=0.0, ends=model.config.eos_ids)
+        for i, p in enumerate(PROMPTS)
     ]
     return generate(model, requests, toys.CPU, slots)
 
 
 def sampled(model: CausalLM, slots: int, chosen: list[int] | None = None, **how: Any) -> list[Response]:
     numbers = list(range(24)) if chosen is None else chosen
-    return generate(model, [toys.request(PROMPTS[i], i, max_new=NEW, **how) for i in numbers], toys.CPU, slots)
+    return generate(model, [toys.request(PROMPTS[i], i, max_new_tokens=NEW, **how) for i in numbers], toys.CPU, slots)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
@@ -61,7 +62,7 @@ def test_greedy_is_theirs(tmp_path: Path, family: str) -> None:
     for slots in (1, 8, 64):
         replies = greedy(model, slots)
         assert [list(reply.ids) for reply in replies] == expected
-        assert [reply.ended for reply in replies] == [ids[-1] in ends for ids in expected]
+        assert [reply.finished for reply in replies] == [ids[-1] in ends for ids in expected]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])

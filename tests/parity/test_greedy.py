@@ -103,7 +103,7 @@ def compare(ours: CausalLM, peer: Any, asked: Sequence[tuple[int, ...]]) -> None
     expected, fused = theirs(peer, asked), Fused(ours, torch.float32)
     ends = ours.config.eos_ids
     for slots in (1, 32):
-        requests = [toys.request(p, i, max_new=NEW, temperature=0.0, ends=ends) for i, p in enumerate(asked)]
+        requests = [toys.request(p, i, max_new_tokens=NEW, temperature=0.0, ends=ends) for i, p in enumerate(asked)]
         replies = generate(fused, requests, toys.CPU, slots)
         ties = sum(parted(peer, p, want, reply.ids) for p, want, reply in zip(asked, expected, replies, strict=True))
         print(f"{len(asked)} prompts, {slots} slots, {sum(map(len, expected))} tokens: {ties} part at a tie")

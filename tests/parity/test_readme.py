@@ -54,8 +54,8 @@ def test_greedy_tokens(run: Path, stage: str, capsys: pytest.CaptureFixture[str]
             prompt = inputs["input_ids"].shape[1]
             expected = words.decode(output[prompt:], skip_special_tokens=True)
             longest = 60 - prompt
-            assert tetrad.generate(ours, [(instruction, extra)], max_new=longest, temperature=0.0) == [expected]
-            given = ["--instruction", instruction, "--input", extra, "--greedy", "--max-new", str(longest)]
+            assert tetrad.generate(ours, [(instruction, extra)], max_new_tokens=longest, temperature=0.0) == [expected]
+            given = ["--instruction", instruction, "--input", extra, "--greedy", "--max-new-tokens", str(longest)]
             assert main(["generate", str(run / stage), *given]) == 0
             assert capsys.readouterr().out == expected + "\n"
         ids = ours.form.prompt(ours.tokenizer, asked(instruction, extra).turns)

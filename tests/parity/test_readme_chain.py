@@ -22,12 +22,12 @@ RECIPE = """
 name = "reviews-en-quick"
 model = { hidden_size = 32, layers = 2, heads = 4, kv_heads = 2, max_positions = 512 }
 tokenizer = { text = ["text.txt"], vocab_size = 500 }
-pretrain = { text = ["text.txt"], tokens = 2048, row_tokens = 32, batch_tokens = 256 }
-sft = { data = ["sft.jsonl"], batch = 16, epochs = 1 }
-reward = { data = ["ranked.jsonl", "scores.jsonl"], held_out = ["held_out.jsonl"], score_scale = [1, 5], batch = 16, \
-normalise = 16, normalise_max_new = 8 }
-ppo = { prompts = ["sft.jsonl"], steps = 2, batch = 8, max_new = 8, epochs = 1 }
-evaluate = { prompts = ["held_out.jsonl"], judges = ["judge.py:size"], samples = 8, best_of = 2, max_new = 8, \
+pretrain = { text = ["text.txt"], tokens = 2048, sequence_length = 32, batch_tokens = 256 }
+sft = { data = ["sft.jsonl"], batch_size = 16, epochs = 1 }
+reward = { data = ["ranked.jsonl", "scores.jsonl"], validation = ["validation.jsonl"], score_scale = [1, 5], \
+batch_size = 16, normalise = 16, normalise_max_new_tokens = 8 }
+ppo = { prompts = ["sft.jsonl"], steps = 2, batch_size = 8, max_new_tokens = 8, ppo_epochs = 1 }
+evaluate = { prompts = ["validation.jsonl"], judges = ["judge.py:size"], samples = 8, best_of = 2, max_new_tokens = 8, \
 side_by_side = 1 }
 """
 JUDGE = "def size(samples):\n    return [len(sample['text']) for sample in samples]\n"
@@ -52,7 +52,7 @@ def write_data(folder: Path) -> None:
     lines("ranked.jsonl", [{"input": text(), "choices": choices} for choices in ranked])
     scored = [(value, word) for value, word in ((4.5, "good"), (1.5, "bad")) for _ in range(32)]
     lines("scores.jsonl", [{**prompt, "Input": text(), "output": f"{w} {text()}", "score": v} for v, w in scored])
-    lines("held_out.jsonl", [{**prompt, "Input": text(), "output": f"{w} {text()}", "score": v} for v, w in scored])
+    lines("validation.jsonl", [{**prompt, "Input": text(), "output": f"{w} {text()}", "score": v} for v, w in scored])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,16 @@ def run_python_block(word: str) -> tuple[dict[str, object], str]:
 def test_python_lines_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     _, printed = run_python_block("tetrad")
-    words = ["generate", "runs/reviews-en-quick/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--max-new", "40"]
+    words = [
+        "generate",
+        "runs/reviews-en-quick/ppo",
+        "--instruction",
+        INSTRUCTION,
+        "--input",
+        INPUT,
+        "--max-new-tokens",
+        "40",
+    ]
     assert main([*words, "--out", "one.jsonl"]) == 0
     assert printed == f"{[json.loads(Path('one.jsonl').read_text(encoding='utf-8'))['reply']]}\n"
 
@@ -108,7 +117,7 @@ def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch
     assert ids[: len(prompt)] == prompt
     assert len(prompt) < len(ids) <= 30
     words = ["generate", "runs/reviews-en-quick/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--greedy"]
-    words += ["--max-new", str(30 - len(prompt)), "--out", "answers.jsonl"]
+    words += ["--max-new-tokens", str(30 - len(prompt)), "--out", "answers.jsonl"]
     assert main(words) == 0
     (answer,) = map(json.loads, Path("answers.jsonl").read_text(encoding="utf-8").splitlines())
     reply = names["tokenizer"].decode(ids[len(prompt) :], skip_special_tokens=True)  # type: ignore[attr-defined]
@@ -148,7 +157,7 @@ def test_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 "score",
                 "runs/reviews-en-quick/reward",
                 "--data",
-                "examples/reviews-en/held_out.jsonl",
+                "examples/reviews-en/validation.jsonl",
                 "--out",
                 "scores.out.jsonl",
             ]

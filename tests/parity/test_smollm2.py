@@ -86,10 +86,12 @@ def test_greedy(folder: Path, ours: CausalLM, theirs: Any) -> None:
     tokenizer = Tokenizer.load(folder)
     prompts = [TEMPLATES["chatml"].prompt(tokenizer, [Turn("user", question)]) for question in QUESTIONS]
     ends = ours.config.eos_ids
-    replies = generate(ours, [toys.request(p, max_new=32, temperature=0.0, ends=ends) for p in prompts], toys.CPU, 3)
+    replies = generate(
+        ours, [toys.request(p, max_new_tokens=32, temperature=0.0, ends=ends) for p in prompts], toys.CPU, 3
+    )
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = torch.tensor([prompt])
         out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
         assert list(reply.ids) == out[0, len(prompt) :].tolist()
     assert "Paris" in tokenizer.decode(replies[0].ids)
-    assert any(reply.ended for reply in replies)
+    assert any(reply.finished for reply in replies)

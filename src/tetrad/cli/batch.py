@@ -48,7 +48,7 @@ def generate_file(settings: Generate, console: Console) -> None:
     judge = load_reward(settings.reward, settings.template) if settings.reward else None
     if settings.prompts:
         counts, limit = Counts(), model.model.config.max_positions
-        questions = read_questions(given, model.form, model.tokenizer, counts, limit, settings.max_new)
+        questions = read_questions(given, model.form, model.tokenizer, counts, limit, settings.max_new_tokens)
     else:
         questions = [question(model, asked(settings.instruction, settings.input, where="--instruction"))]
         records = [{"Instruction": settings.instruction, **({"Input": settings.input} if settings.input else {})}]
@@ -74,8 +74,10 @@ def score_file(settings: ScoreFile, console: Console) -> None:
     given = sources([settings.data], rename=renamed(settings.rename))
     prompts, records = read_prompts(given, Counts()), _records(given.paths)
     judge = load_reward(settings.model, settings.template)
-    texts, ended = zip(*(_answer(r, p.where, given.rename) for r, p in zip(records, prompts, strict=True)), strict=True)
-    samples = [Completion((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, ended, strict=True)]
+    texts, finished = zip(
+        *(_answer(r, p.where, given.rename) for r, p in zip(records, prompts, strict=True)), strict=True
+    )
+    samples = [Completion((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, finished, strict=True)]
     documents = written(judge.form, judge.tokenizer, samples)
     scores: list[float] = []
 
@@ -134,7 +136,7 @@ def _with_replies(
         found = _best(model, judge, questions, settings)
         for number, ((answer, score), record) in enumerate(zip(found, records, strict=True), start=1):
             tokens += len(answer.reply.ids)
-            new: Fields = {"reply": answer.sample.text, "tokens": len(answer.reply.ids), "ended": answer.ended}
+            new: Fields = {"reply": answer.sample.text, "tokens": len(answer.reply.ids), "finished": answer.finished}
             if settings.top_logprobs:
                 new["logprobs"] = _logprobs(model.tokenizer, answer.reply)
             invalid += [answer.sample.where] * (not answer.sample.valid_utf8)
@@ -191,7 +193,7 @@ def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str,
         if fields.get(name) is not None:
             if not isinstance(fields[name], str):
                 raise UserError("E-DATA-TYPE", f'"{name}" must be text', where=where, hint="write the answer as text")
-            return fields[name], name != "reply" or fields.get("ended") is not False
+            return fields[name], name != "reply" or fields.get("finished", fields.get("ended")) is not False
     last = {name.lower(): value for name, value in (fields.get("messages") or [{}])[-1].items()}
     if last.get("role") == "assistant":
         return last["content"], True

@@ -112,8 +112,8 @@ def reply(talk: Talk, turns: tuple[Turn, ...]) -> Generated | None:
         if room < 1:
             what = f"the conversation has {len(asked.ids)} tokens, the model reads {len(asked.ids) + room}"
             raise UserError("E-DATA-LONG", what, where="chat", hint="/new, or a shorter line")
-        settings = replace(settings, max_new=min(settings.max_new, room))
-        engine = Engine(model.fused, model.at, 1, len(asked.ids) + settings.max_new, model.tokenizer)
+        settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
+        engine = Engine(model.fused, model.at, 1, len(asked.ids) + settings.max_new_tokens, model.tokenizer)
         engine.add(request(model, asked, settings, talk.asked))
         talk.asked += 1
         for event in engine.events():
@@ -129,7 +129,7 @@ def reply(talk: Talk, turns: tuple[Turn, ...]) -> Generated | None:
         ids, logprobs = tuple(event.token for event in said), tuple(event.logprob for event in said)
         return answer(model, asked, Response(ids, logprobs, "cancelled", "".join(event.text for event in said)))
     found = answer(model, asked, whole) if (whole := said[-1].reply) else None
-    console.say("" if found and found.ended else f" [cut after {settings.max_new} tokens]")
+    console.say("" if found and found.finished else f" [cut after {settings.max_new_tokens} tokens]")
     return found
 
 

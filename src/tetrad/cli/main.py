@@ -18,7 +18,7 @@ from tetrad.errors import EXIT_LOST, EXIT_STOPPED, Stopped, UserError
 
 T = TypeVar("T")
 _LENGTH = "the number and length of the records"
-_LOWER = {"generate": "--slots, then --max-new", "chat": "--max-new"}
+_LOWER = {"generate": "--max-num-seqs, then --max-new-tokens", "chat": "--max-new-tokens"}
 """What takes less memory, for those that have no recipe."""
 _EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
             7 the run folder is in use, 8 a process of several was lost, 75 stopped on request (run the same command to

@@ -107,30 +107,30 @@ def steps_for(n: float, batch: int, epochs: float) -> int:
 
 
 class Rows:
-    """Rows of `row_tokens` tokens for pre-training, cut from the documents of an epoch laid end to end.
+    """Rows of `sequence_length` tokens for pre-training, cut from the documents of an epoch laid end to end.
 
     Each epoch's stream is a permutation of its own (of the documents that the mixture gives it); what is left after
     its last whole row is not read in that epoch. per_epoch, left_out: rows and tokens left of the first epoch.
     """
 
-    def __init__(self, store: TokenStore, row_tokens: int, seed: int, mixture: Mixture | None = None) -> None:
+    def __init__(self, store: TokenStore, sequence_length: int, seed: int, mixture: Mixture | None = None) -> None:
         """Errors: E-DATA-EMPTY where the text is shorter than one row."""
-        self.store, self.row_tokens, self.seed = store, row_tokens, seed
+        self.store, self.sequence_length, self.seed = store, sequence_length, seed
         self._mixture = mixture or whole(len(store))
         self._ends = [0]  # rows before each epoch that was entered
         self._epoch, self._documents, self._starts = -1, np.zeros(0, np.int64), np.zeros(1, np.int64)
         self._enter(0)
-        self.per_epoch, self.left_out = divmod(int(self._starts[-1]), row_tokens)
+        self.per_epoch, self.left_out = divmod(int(self._starts[-1]), sequence_length)
         if not self.per_epoch:
-            what = f"the first epoch has {int(self._starts[-1])} tokens, less than one row of {row_tokens}"
-            hint = "give more text, lower row_tokens, or raise the weights"
+            what = f"the first epoch has {int(self._starts[-1])} tokens, less than one row of {sequence_length}"
+            hint = "give more text, lower sequence_length, or raise the weights"
             raise UserError("E-DATA-EMPTY", what, where=store.where(0), hint=hint)
 
     def row(self, k: int) -> list[Tokens]:
-        """The pieces of documents in row k, together `row_tokens` tokens, all of them labels of what precedes them in
-        the same piece. A piece that continues a document from another row starts afresh."""
+        """The pieces of documents in row k, together `sequence_length` tokens, all of them labels of what precedes them
+        in the same piece. A piece that continues a document from another row starts afresh."""
         index = k - self._find(k)
-        at, end = index * self.row_tokens, (index + 1) * self.row_tokens
+        at, end = index * self.sequence_length, (index + 1) * self.sequence_length
         number = int(np.searchsorted(self._starts, at, side="right")) - 1
         pieces = []
         while at < end:
@@ -155,20 +155,20 @@ class Rows:
         self._starts = np.zeros(len(self._documents) + 1, np.int64)
         np.cumsum(self.store.lengths[self._documents], out=self._starts[1:])
         if epoch == len(self._ends) - 1:
-            self._ends.append(self._ends[-1] + int(self._starts[-1]) // self.row_tokens)
+            self._ends.append(self._ends[-1] + int(self._starts[-1]) // self.sequence_length)
 
 
-def micro_batches(documents: Sequence[Tokens], micro_tokens: int) -> list[list[int]]:
-    """Indices in order, in groups of at most `micro_tokens` tokens; a longer document alone."""
-    return groups_of([len(document.ids) for document in documents], micro_tokens)
+def micro_batches(documents: Sequence[Tokens], micro_batch_tokens: int) -> list[list[int]]:
+    """Indices in order, in groups of at most `micro_batch_tokens` tokens; a longer document alone."""
+    return groups_of([len(document.ids) for document in documents], micro_batch_tokens)
 
 
-def groups_of(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+def groups_of(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
     """The same for any lengths."""
     groups: list[list[int]] = []
     tokens = 0
     for index, length in enumerate(lengths):
-        if not groups or tokens + length > micro_tokens:
+        if not groups or tokens + length > micro_batch_tokens:
             groups.append([])
             tokens = 0
         groups[-1].append(index)

@@ -154,9 +154,9 @@ def content_key(record: Record) -> bytes:
     return hashlib.sha256(repr((type(record).__name__, prompt and prompt.turns, content)).encode()).digest()[:8]
 
 
-def refuse_overlap(train: Iterable[Record], held_out: Iterable[Record]) -> None:
+def refuse_overlap(train: Iterable[Record], validation: Iterable[Record]) -> None:
     """Errors: E-DATA-OVERLAP where a held-out record is also trained on. Memory: 8 bytes a training record."""
-    held = [(int.from_bytes(content_key(record), "little"), record.where) for record in held_out]
+    held = [(int.from_bytes(content_key(record), "little"), record.where) for record in validation]
     if not held:
         return
     seen = np.fromiter((int.from_bytes(content_key(record), "little") for record in train), np.uint64)

@@ -56,7 +56,7 @@ class Encoding:
     train_on_prompt: bool = False
     last_only: bool = False
     max_tokens: int = 0
-    on_long: OnLong = "refuse"
+    overlong: OnLong = "refuse"
 
     def key(self, given: DataFiles) -> str:
         """A hash of it, and of the names that fields are given."""
@@ -71,7 +71,7 @@ class Encoding:
         found = conversations_of(span, given, counts)
         how = {"train_on_prompt": self.train_on_prompt, "last_only": self.last_only}
         made = learned(tokenize(self.template, tokenizer, found, **how, counts=counts), counts)
-        return fit(made, self.max_tokens, self.on_long, counts) if self.max_tokens else made
+        return fit(made, self.max_tokens, self.overlong, counts) if self.max_tokens else made
 
 
 @cache
@@ -190,7 +190,7 @@ def build(
     for job in jobs:
         counts.add(storage.read_manifest(job.folder)["counts"])
     refuse_none_learned(counts.excluded, counts.read, str(given.paths[0]))
-    refuse_long(counts, encoding.max_tokens, encoding.on_long)
+    refuse_long(counts, encoding.max_tokens, encoding.overlong)
     names = {job.folder.name for job in jobs}
     for old in folder.iterdir():
         if old.name not in names:

@@ -14,7 +14,7 @@ from tetrad.types import Conversation, Document, Prompt, Tokens
 
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 1 << 20
-OnLong = Literal["refuse", "cut", "drop"]
+OnLong = Literal["refuse", "truncate", "drop"]
 Cut = tuple[list[Piece], str]  # a record's pieces and its place
 
 
@@ -50,14 +50,14 @@ def tokenize_documents(
 def fit(
     stream: Iterable[Tokens],
     max_tokens: int,
-    on_long: OnLong,
+    overlong: OnLong,
     counts: Counts,
     *,
     side: Literal["left", "right"] = "right",
 ) -> Iterator[Tokens]:
     """Records of at most `max_tokens` tokens.
 
-    on_long: longer ones are refused (left out here; `refuse_long` raises once all are seen), cut (tokens of `side` go)
+    overlong: longer ones are refused (left out here; `refuse_long` raises once all are seen), cut (tokens of `side` go)
     or dropped; all are counted. A cut record that has nothing left to learn from, though it had, is dropped.
     """
     for tokens in stream:
@@ -67,14 +67,14 @@ def fit(
             continue
         counts.long += 1
         counts.longest, counts.first_long = max(counts.longest, length), counts.first_long or tokens.where
-        if on_long == "cut":
+        if overlong == "truncate":
             part = slice(0, max_tokens) if side == "right" else slice(length - max_tokens, length)
             short = Tokens(tokens.ids[part], tokens.train[part], tokens.where)
             if short.train.any() or not tokens.train.any():
                 counts.cut += 1
                 yield short
                 continue
-        counts.dropped += on_long != "refuse"
+        counts.dropped += overlong != "refuse"
 
 
 def learned(stream: Iterable[Tokens], counts: Counts) -> Iterator[Tokens]:
@@ -86,12 +86,14 @@ def learned(stream: Iterable[Tokens], counts: Counts) -> Iterator[Tokens]:
             counts.excluded += 1
 
 
-def refuse_long(counts: Counts, max_tokens: int, on_long: OnLong) -> None:
+def refuse_long(counts: Counts, max_tokens: int, overlong: OnLong) -> None:
     """Errors: E-DATA-LONG where over-long records are refused, or nothing is left without them."""
-    if counts.long and (on_long == "refuse" or counts.dropped == counts.kept):
+    if counts.long and (overlong == "refuse" or counts.dropped == counts.kept):
         seen = f"{counts.long} of {counts.kept} records are too long"
         what = f"{seen}: the longest has {counts.longest} tokens, the limit is {max_tokens}"
-        hint = 'raise max_tokens, or set on_long = "cut" or "drop"' if on_long == "refuse" else "raise max_tokens"
+        hint = (
+            'raise max_tokens, or set overlong = "truncate" or "drop"' if overlong == "refuse" else "raise max_tokens"
+        )
         raise UserError("E-DATA-LONG", what, where=counts.first_long, hint=hint)
 
 

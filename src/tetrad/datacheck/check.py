@@ -39,8 +39,8 @@ def check_recipe(recipe: Recipe, settings: Check, console: Console) -> None:
     rooms = {
         "sft": recipe.sft.max_tokens or limit,
         "reward": recipe.reward.max_tokens or limit,
-        "ppo": min(recipe.ppo.max_prompt or limit, limit - recipe.ppo.max_new),
-        "evaluate": limit - recipe.evaluate.max_new,
+        "ppo": min(recipe.ppo.max_prompt or limit, limit - recipe.ppo.max_new_tokens),
+        "evaluate": limit - recipe.evaluate.max_new_tokens,
     }
     base = _encoder(recipe, folder)
     readings = []
@@ -134,9 +134,9 @@ def examine(
 ) -> tuple[Report, UserError | None]:
     """All sections, and the error that training would stop at first."""
     by_name = {reading.setting: reading for reading in readings}
-    on_long = {name: _on_long(recipe, name) for name in by_name}
-    error = first_error(readings, encoder, on_long, None if recipe is None else recipe.reward.score_scale)
-    sections = [files(readings, on_long), lengths(readings, encoder, on_long)]
+    overlong = {name: _on_long(recipe, name) for name in by_name}
+    error = first_error(readings, encoder, overlong, None if recipe is None else recipe.reward.score_scale)
+    sections = [files(readings, overlong), lengths(readings, encoder, overlong)]
     sections += [texts.scripts(readings), *duplicates.sections(readings)]
     sections.append(texts.prompts(readings))
     sections += [judgements.section(r) for r in readings if r.kind == "preferences" and r.records]
@@ -156,11 +156,11 @@ def examine(
 
 def _on_long(recipe: Recipe | None, setting: str) -> str:
     table = getattr(recipe, setting.partition(".")[0], None) if recipe else None
-    return str(getattr(table, "on_long", "refuse"))
+    return str(getattr(table, "overlong", "refuse"))
 
 
 def first_error(
-    readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str, str], scale: Sequence[float] | None
+    readings: Sequence[Reading], encoder: Encoder, overlong: Mapping[str, str], scale: Sequence[float] | None
 ) -> UserError | None:
     """Bad rows and files in their order, then what concerns all records of a setting."""
     found = [e for r in readings for f in r.files for e in [*(e for e, _ in f.refused[:1]), f.failed] if e]
@@ -170,12 +170,12 @@ def first_error(
         more = f" ({total - 1} more in the report)" if total > 1 else ""
         return UserError(first.code, first.what.rstrip(".") + more, where=first.where, hint=first.hint)
     for reading in readings:
-        if reading.long and on_long[reading.setting] == "refuse":
+        if reading.long and overlong[reading.setting] == "refuse":
             what = (
                 f"{reading.long} of {len(reading.lengths)} records are too long: the longest has {max(reading.lengths)}"
             )
             what += f" tokens, the limit is {encoder.limit or 'the model'}" if encoder.limit else " tokens"
-            hint = 'raise max_tokens, or set on_long = "cut" or "drop"'
+            hint = 'raise max_tokens, or set overlong = "truncate" or "drop"'
             return UserError("E-DATA-LONG", what, where=reading.first_long, hint=hint)
         if reading.kind == "preferences" and scale is not None:
             try:
@@ -185,7 +185,7 @@ def first_error(
     return None
 
 
-def files(readings: Sequence[Reading], on_long: Mapping[str, str]) -> Section:
+def files(readings: Sequence[Reading], overlong: Mapping[str, str]) -> Section:
     """What became of each file's rows, how they were read, and each bad row with its reason and the way out."""
     rows, forms, bad, noticed, figures = [], [], [], list[Finding](), {}
     for reading in readings:
@@ -212,7 +212,7 @@ def files(readings: Sequence[Reading], on_long: Mapping[str, str]) -> Section:
     return Section("files", "Files", figures, tuple(tables), (), tuple(noticed))
 
 
-def lengths(readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str, str]) -> Section:
+def lengths(readings: Sequence[Reading], encoder: Encoder, overlong: Mapping[str, str]) -> Section:
     """Lengths of the records, what is over-long, and the share of tokens that the loss reads."""
     unit = "characters" if encoder.stand_in else "tokens"
     rows, plots, noticed, figures = [], list[Plot](), list[Finding](), {}
@@ -233,11 +233,17 @@ def lengths(readings: Sequence[Reading], encoder: Encoder, on_long: Mapping[str,
         }
         plots.append(histogram(f"{reading.setting}: length of a record", unit, reading.lengths))
         if reading.long:
-            does = {"cut": "will be cut", "drop": "will be dropped"}.get(on_long[reading.setting], "stop the training")
+            does = {"truncate": "will be cut", "drop": "will be dropped"}.get(
+                overlong[reading.setting], "stop the training"
+            )
             text = f"{reading.setting}: {reading.long} of {n} records are too long and {does}"
-            level = "error" if on_long[reading.setting] == "refuse" else "warning"
+            level = "error" if overlong[reading.setting] == "refuse" else "warning"
             table = reading.setting.partition(".")[0]
-            fix = f'split them, or set {table}.on_long = "drop" or "cut"' if table in ("sft", "reward", "ppo") else ""
+            fix = (
+                f'split them, or set {table}.overlong = "drop" or "truncate"'
+                if table in ("sft", "reward", "ppo")
+                else ""
+            )
             noticed.append(Finding(level, "length", text, reading.first_long, fix))
     columns = ("setting", "records", "median", "95 %", "99 %", "longest", "over-long", "tokens", "trained")
     return Section(

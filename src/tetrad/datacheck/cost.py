@@ -2,9 +2,9 @@
 
 Trained weights cost 12 bytes a parameter (float32 weights and Adam's two moments), frozen ones 4; adapters cost as much
 for their own few parameters, on one frozen base. What a forward keeps for its backward is counted layer by layer for
-`run.micro_tokens`; gradients, 4 bytes a trained parameter, take its place as the backward proceeds. While replies are
-sampled the weights are laid out once more, with a cache of keys and values (`benchmarks/memory.py` compares with
-measured peaks). Work is 6 floating-point operations a trained
+`run.micro_batch_tokens`; gradients, 4 bytes a trained parameter, take its place as the backward proceeds. While
+responses are sampled the weights are laid out once more, with a cache of keys and values (`benchmarks/memory.py`
+compares with measured peaks). Work is 6 floating-point operations a trained
 parameter and token (2 where nothing is learned; Kaplan et al. 2020), at a measured share of this machine's speed of
 matrix products: it tells minutes from hours.
 """
@@ -31,7 +31,7 @@ TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes a parameter
 BASE = 305 << 20  # bytes of a process with torch in it
 COMPILED = 145 << 20  # what oneDNN compiles, where it trains
 SHARE = 0.6  # of the speed of large products that a whole step reaches
-_TESTS = ("reward.held_out", "reward.test")
+_TESTS = ("reward.validation", "reward.test")
 DECODED = 0.2  # of it that sampling reaches, token by token
 
 
@@ -62,10 +62,10 @@ def parameters(config: DecoderConfig) -> int:
     return c.layers * layer + c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tied else 2)
 
 
-def kept_bytes(config: DecoderConfig, micro_tokens: int) -> int:
+def kept_bytes(config: DecoderConfig, micro_batch_tokens: int) -> int:
     """What one micro-batch keeps for its backward, float32: inputs of norms, projections, attention, feed-forward."""
     width = 8 * config.hidden_size + 3 * config.heads * config.head_dim + 3 * config.ff
-    return 4 * micro_tokens * (config.layers * width + 4 * config.hidden_size)
+    return 4 * micro_batch_tokens * (config.layers * width + 4 * config.hidden_size)
 
 
 def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
@@ -83,7 +83,7 @@ def memory(stage: StageCost, config: DecoderConfig, recipe: Recipe) -> int:
     trained = n * stage.trained + adapter_parameters(config, recipe.lora) * stage.adapters
     weights = TRAINED * trained + n * stage.frozen * FROZEN
     sampling = n * FROZEN + (stage.slots + 1) * stage.positions * cache if stage.sampled else 0
-    micro = min(recipe.run.micro_tokens, stage.batch or recipe.run.micro_tokens)
+    micro = min(recipe.run.micro_batch_tokens, stage.batch or recipe.run.micro_batch_tokens)
     return int(_base() + weights + sampling + max(kept_bytes(config, micro), GRADIENT * trained))
 
 
@@ -101,7 +101,7 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
         s = recipe.pretrain
         found.append(StageCost("pretrain", 1, 0, s.tokens or r.tokens, batch=s.batch_tokens))
     if (r := readings.get("sft.data")) and r.tokens:
-        on, batch = recipe.sft.adapters, recipe.sft.batch * r.tokens // len(r.lengths)
+        on, batch = recipe.sft.adapters, recipe.sft.batch_size * r.tokens // len(r.lengths)
         found.append(StageCost("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
     if (r := readings.get("reward.data")) and r.tokens:
         found.append(_reward(recipe, r, sum(readings[n].tokens for n in _TESTS if n in readings)))
@@ -111,7 +111,7 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
 
 
 def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
-    s, members = recipe.reward, recipe.reward.seeds
+    s, members = recipe.reward, recipe.reward.ensemble_size
     best = members if s.patience and not s.adapters else 0  # the weights that did best on held-out records
     trained, frozen = (0, 2) if s.adapters else (members, 1 + best)  # one more writes replies to set the scale
     return StageCost(
@@ -120,31 +120,31 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
         frozen,
         tokens=members * r.tokens * s.epochs,
         read=members * held,
-        sampled=s.normalise * s.normalise_max_new / 2,
+        sampled=s.normalise * s.normalise_max_new_tokens / 2,
         adapters=members if s.adapters else 0,
-        slots=min(s.normalise, recipe.sampling.slots),
-        positions=s.normalise_max_new + max(r.lengths),
-        batch=s.batch * r.tokens // len(r.lengths),
+        slots=min(s.normalise, recipe.sampling.max_num_seqs),
+        positions=s.normalise_max_new_tokens + max(r.lengths),
+        batch=s.batch_size * r.tokens // len(r.lengths),
     )
 
 
 def _ppo(recipe: Recipe, r: Reading) -> StageCost:
     s = recipe.ppo
-    batch, long = s.batch * s.replies, r.tokens / len(r.lengths) + s.max_new * 0.6
-    judges = recipe.reward.seeds if model_pays(s.rewards) else 0
+    batch, long = s.batch_size * s.samples_per_prompt, r.tokens / len(r.lengths) + s.max_new_tokens * 0.6
+    judges = recipe.reward.ensemble_size if model_pays(s.rewards) else 0
     learners = 1 if s.critic == "shared" else 2
-    trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema))
+    trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema_decay))
     return StageCost(
         "ppo",
         trained,
         frozen,
-        tokens=learners * s.steps * batch * long * s.epochs,
+        tokens=learners * s.steps * batch * long * s.ppo_epochs,
         read=4 * s.steps * batch * long,
-        sampled=s.steps * batch * s.max_new * 0.6,
+        sampled=s.steps * batch * s.max_new_tokens * 0.6,
         adapters=learners + bool(judges) / 4 if s.adapters else 0,  # the reward model's is not trained
-        slots=min(batch, recipe.sampling.slots),
-        positions=s.max_new + max(r.lengths),
-        batch=int(batch / s.mini_batches * (max(r.lengths) + s.max_new)),
+        slots=min(batch, recipe.sampling.max_num_seqs),
+        positions=s.max_new_tokens + max(r.lengths),
+        batch=int(batch / s.num_minibatches * (max(r.lengths) + s.max_new_tokens)),
     )
 
 

@@ -23,11 +23,11 @@ MOST = 200_000  # records compared nearly
 SHORTEST = 20  # letters; shorter texts are alike by chance
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 PAIRS = (
-    ("pretrain.text", "pretrain.held_out"),
-    ("sft.data", "sft.held_out"),
-    ("reward.data", "reward.held_out"),
+    ("pretrain.text", "pretrain.validation"),
+    ("sft.data", "sft.validation"),
+    ("reward.data", "reward.validation"),
     ("reward.data", "reward.test"),
-    ("reward.held_out", "reward.test"),
+    ("reward.validation", "reward.test"),
     ("ppo.prompts", "evaluate.prompts"),
 )
 REFUSED = PAIRS[1:4]  # where training stops at a record that stands on both sides

@@ -13,10 +13,10 @@ from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table, share
 from tetrad.types import Score
 
-FEW = {"sft.data": 100, "reward.data": 200, "reward.held_out": 50, "ppo.prompts": 50, "evaluate.prompts": 30}
+FEW = {"sft.data": 100, "reward.data": 200, "reward.validation": 50, "ppo.prompts": 50, "evaluate.prompts": 30}
 MOST_EPOCHS = 16.0  # repeated text teaches nearly like new text up to 4 times, hardly after 16 (Muennighoff 2023)
 LEAST_LEARNED = 0.05  # of the tokens of SFT
-MOST_LONGER = 0.2  # of the answers to learn from that do not fit into max_new
+MOST_LONGER = 0.2  # of the answers to learn from that do not fit into max_new_tokens
 
 
 def section(recipe: Recipe, readings: Mapping[str, Reading], *, guessed: bool) -> Section:
@@ -67,16 +67,14 @@ def _learned(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Findin
 
 
 def _cut_off(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
-    """Responses are like the answers of SFT, or else those that the reward model reads: do they fit into max_new?"""
+    """Responses are like the answers of SFT, or else of the reward model: do they fit into max_new_tokens?"""
     like = next((r for n in ("sft.data", "reward.data") if (r := readings.get(n)) and r.answer_lengths), None)
-    for name, most in (("ppo", recipe.ppo.max_new), ("evaluate", recipe.evaluate.max_new)):
+    for name, most in (("ppo", recipe.ppo.max_new_tokens), ("evaluate", recipe.evaluate.max_new_tokens)):
         longer = float((np.asarray(like.answer_lengths) > most).mean()) if like and f"{name}.prompts" in readings else 0
         if like and longer > MOST_LONGER:
-            text = (
-                f"{longer:.0%} of the answers of {like.setting} are longer than {name}.max_new = {most}: replies will"
-            )
-            fix = f"{name}.max_new = {_quantiles(like.answer_lengths)['p95']}, or learn from shorter answers"
-            yield Finding("warning", "answer length", f"{text} be cut off before they end", fix=fix)
+            text = f"{longer:.0%} of the answers of {like.setting} are longer than {name}.max_new_tokens = {most}:"
+            fix = f"{name}.max_new_tokens = {_quantiles(like.answer_lengths)['p95']}, or learn from shorter answers"
+            yield Finding("warning", "answer length", f"{text} replies will be cut off before they end", fix=fix)
 
 
 def _judges(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
@@ -89,10 +87,10 @@ def _judges(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding
 
 def _validation(_: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
     for setting, level in (("reward.data", "warning"), ("sft.data", "note"), ("pretrain.text", "note")):
-        held_out = setting.partition(".")[0] + ".held_out"
-        if setting in readings and held_out not in readings:
+        validation = setting.partition(".")[0] + ".validation"
+        if setting in readings and validation not in readings:
             text = f"{setting} has no validation files: nothing will say how well it was learned"
-            yield Finding(level, "validation", text, fix=f'{held_out} = ["FILE"], a tenth of the records set apart')
+            yield Finding(level, "validation", text, fix=f'{validation} = ["FILE"], a tenth of the records set apart')
 
 
 def _few(_: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:

@@ -144,13 +144,13 @@ class Watchdog:
         for rank in set(range(self.size)) - {self.rank}:
             key = f"tetrad/beat/{rank}"
             known = self._own.check([key])
-            beat, inside, ended, host, process = json.loads(self._own.get(key)) if known else _UNKNOWN
+            beat, inside, finished, host, process = json.loads(self._own.get(key)) if known else _UNKNOWN
             if self._heard.setdefault(rank, (beat, now))[0] != beat:
                 self._heard[rank] = beat, now
             who = f"rank {rank} ({host}, process {process})" if known else f"rank {rank}"
             silent = now - self._heard[rank][1] >= limit
-            if ended or silent:
-                state = "has ended" if ended else "no longer answers"
+            if finished or silent:
+                state = "has ended" if finished else "no longer answers"
                 late[f"{who} {state}"] = _Late(host, process, silent=silent and known, gone=True)
             elif inside and inside != mine:
                 late[f"{who} waits in {inside}"] = _Late(host, process)

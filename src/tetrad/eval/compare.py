@@ -49,7 +49,7 @@ class Answers:
     """One system's answers to the prompts. kl: nats a reply against the SFT model."""
 
     samples: tuple[Completion, ...]
-    ended: tuple[bool, ...]
+    finished: tuple[bool, ...]
     kl: float
 
 
@@ -74,9 +74,9 @@ def _run(ctx: StageContext, device: Device) -> None:
     tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
     sft = frozen(read_policy(folder, tokenizer, form)).to(device.place)
     limit = sft.config.max_positions
-    questions = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new)
+    questions = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new_tokens)
     questions = [questions[i] for i in order(seed, 0, len(questions))[: s.samples]]
-    names = named(s.judges, ["reward", "kl", "referee_nll", *reply_figures((), ())])
+    names = named(s.judges, ["reward", "kl", "external_nll", *reply_figures((), ())])
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
@@ -105,8 +105,8 @@ def answers_of_all(
 ) -> dict[str, Answers]:
     """One answer a question from the SFT model, from best-of-N where there is a reward, from PPO where there is one."""
     s, key = ctx.recipe.evaluate, (ctx.recipe.seed, "evaluate", 0)
-    micro_tokens = ctx.recipe.run.micro_tokens
-    sampling = replace(ctx.recipe.sampling, max_new=s.max_new)
+    micro_batch_tokens = ctx.recipe.run.micro_batch_tokens
+    sampling = replace(ctx.recipe.sampling, max_new_tokens=s.max_new_tokens)
     copies = max(1, s.best_of if reward else 1)
     repeated = [question for question in questions for _ in range(copies)]
     with phase("answers of sft"):
@@ -126,15 +126,15 @@ def answers_of_all(
         with phase("answers of ppo"):
             rollout = roll_out(actor, questions, range(len(questions)), key, sampling, tokenizer, device)
         heat = sampling.temperature or 1.0
-        new, old = (reply_logprobs(m, rollout.documents, micro_tokens, device, heat) for m in (actor, sft))
+        new, old = (reply_logprobs(m, rollout.documents, micro_batch_tokens, device, heat) for m in (actor, sft))
         kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
         systems["ppo"] = _chosen(rollout, list(range(len(questions))), kl)
     return systems
 
 
 def _chosen(rollout: Rollout, rows: list[int], kl: float) -> Answers:
-    ended = rollout.ended_B.tolist()
-    return Answers(tuple(rollout.samples[i] for i in rows), tuple(ended[i] for i in rows), kl)
+    finished = rollout.finished_B.tolist()
+    return Answers(tuple(rollout.samples[i] for i in rows), tuple(finished[i] for i in rows), kl)
 
 
 def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scores:
@@ -147,13 +147,13 @@ def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scor
 
 def figures(answers: Answers, scores: Scores, sft: Scores, referee: Referee | None, seed: int) -> dict[str, Any]:
     """Means with intervals; "gain" is the paired difference to the SFT model's answers. scores: of the answers."""
-    found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.ended)}
+    found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.finished)}
     for name in scores:
         own, before = (torch.tensor(s[name], dtype=torch.float64) for s in (scores, sft))
         found[name] = _interval(own, seed)
         found[f"{name}_gain"] = _interval(own - before, seed)
     if referee:
-        found["referee_nll"] = referee(answers)
+        found["external_nll"] = referee(answers)
     return found
 
 
@@ -189,11 +189,11 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
 
     def nll(answers: Answers) -> float | None:
         documents, end = [], tokenizer.document_end
-        for sample, ended in zip(answers.samples, answers.ended, strict=True):
+        for sample, finished in zip(answers.samples, answers.finished, strict=True):
             asked = [end, *tokenizer.encode(sample.asked)]
-            ids = np.asarray(asked + tokenizer.encode(sample.text) + [end] * ended, np.int32)
+            ids = np.asarray(asked + tokenizer.encode(sample.text) + [end] * finished, np.int32)
             documents.append(Tokens(ids, np.arange(len(ids)) >= len(asked)))
-        logprobs = np.concatenate(reply_logprobs(model, documents, ctx.recipe.run.micro_tokens, device))
+        logprobs = np.concatenate(reply_logprobs(model, documents, ctx.recipe.run.micro_batch_tokens, device))
         return float(-logprobs.mean()) if len(logprobs) else None
 
     return nll

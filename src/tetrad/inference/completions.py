@@ -38,7 +38,7 @@ class Completion:
     turns: tuple[Turn, ...]
     text: str
     where: str = ""
-    ended: bool = True
+    finished: bool = True
     valid_utf8: bool = True
 
     @property
@@ -68,7 +68,7 @@ def complete(
     for question, group in groupby(zip(questions, numbers, strict=True), itemgetter(0)):
         keys = tuple((*key, number) for _, number in group)
         requests.append(Request(question.ids, sampling, keys, model.config.eos_ids))
-    replies = generate(model, requests, device, sampling.slots)
+    replies = generate(model, requests, device, sampling.max_num_seqs)
     return [(sampled(q, reply, tokenizer), reply) for q, reply in zip(questions, replies, strict=True)]
 
 
@@ -76,7 +76,7 @@ def sampled(question: EncodedPrompt, reply: Response, tokenizer: Tokenizer) -> C
     """The reply beside its prompt, and what it says."""
     text, prompt = tokenizer.decode(reply.ids), question.prompt
     valid = tokenizer.is_utf8(reply.ids, text)
-    return Completion(question.ids, reply.ids, prompt.turns, text, prompt.where, reply.ended, valid)
+    return Completion(question.ids, reply.ids, prompt.turns, text, prompt.where, reply.finished, valid)
 
 
 def best(samples: Sequence[Completion], scores: Sequence[float]) -> int:
@@ -91,9 +91,9 @@ def read_questions(
     counts: Counts,
     limit: int,
     room: int,
-    on_long: OnLong = "refuse",
+    overlong: OnLong = "refuse",
 ) -> list[EncodedPrompt]:
-    """The prompts of record files. limit: the model's positions; room: tokens that the reply needs; on_long: what to
+    """The prompts of record files. limit: the model's positions; room: tokens that the reply needs; overlong: what to
     do with a prompt that leaves too little, where cut takes tokens of its beginning.
 
     Errors: E-DATA-*; E-DATA-LONG names the first prompt that leaves too little room; E-DATA-EMPTY.
@@ -102,14 +102,14 @@ def read_questions(
     found = []
     for prompt, tokens in zip(prompts, tokenize(form, tokenizer, prompts, counts=counts), strict=True):
         long = len(tokens.ids) > most
-        if long and (on_long == "refuse" or most < 1):
+        if long and (overlong == "refuse" or most < 1):
             what = f"the prompt has {len(tokens.ids)} tokens; {most} fit beside a reply of {room}"
-            raise UserError("E-DATA-LONG", what, where=prompt.where, hint="shorten it, or lower max_new")
-        counts.cut += long and on_long == "cut"
-        counts.dropped += long and on_long == "drop"
-        if not (long and on_long == "drop"):
+            raise UserError("E-DATA-LONG", what, where=prompt.where, hint="shorten it, or lower max_new_tokens")
+        counts.cut += long and overlong == "truncate"
+        counts.dropped += long and overlong == "drop"
+        if not (long and overlong == "drop"):
             found.append(EncodedPrompt(tuple(tokens.ids[-most:].tolist()), prompt))
     if not found:
         what = f"no prompt leaves room for a reply of {room} tokens"
-        raise UserError("E-DATA-EMPTY", what, hint="shorten the prompts, or lower max_new")
+        raise UserError("E-DATA-EMPTY", what, hint="shorten the prompts, or lower max_new_tokens")
     return found

@@ -91,7 +91,7 @@ class _Row:
     def begin(self, tokenizer: Tokenizer | None) -> None:
         """What is needed from now on; rows that wait hold nothing."""
         s, key = self.request.sampling, self.request.keys[self.copy]
-        self.uniforms = noise(key, s.max_new).tolist() if s.temperature else [0.0] * s.max_new
+        self.uniforms = noise(key, s.max_new_tokens).tolist() if s.temperature else [0.0] * s.max_new_tokens
         self.stream = TextStream(tokenizer, self.request.stop) if tokenizer else None
 
     def reply(self, reason: str) -> Response:
@@ -144,10 +144,11 @@ class Engine:
             raise ValueError("stop texts need a tokenizer")
         if not request.ids:
             raise UserError("E-DATA-BLANK", "the prompt has no tokens", hint="ask something")
-        s, needed = request.sampling, len(request.ids) + request.sampling.max_new
+        s, needed = request.sampling, len(request.ids) + request.sampling.max_new_tokens
         if needed > self.positions:
-            what = f"the longest prompt and {s.max_new} new tokens need {needed} positions, there are {self.positions}"
-            raise UserError("E-DATA-LONG", what, hint="shorten the prompt or max_new")
+            need = f"the longest prompt and {s.max_new_tokens} new tokens need {needed} positions"
+            what = f"{need}, there are {self.positions}"
+            raise UserError("E-DATA-LONG", what, hint="shorten the prompt or max_new_tokens")
         self._tickets += 1
         self._waiting += [_Row(request, self._tickets, copy) for copy in range(len(request.keys))]
         return self._tickets
@@ -309,7 +310,7 @@ def _cache(model: Fused, slots: int, positions: int, device: Device) -> Cache:
         what = (
             f"a cache of {slots} slots with {positions} positions needs {needed >> 20} MiB, {free >> 20} MiB are free"
         )
-        raise UserError("E-MEM-FULL", what, hint="lower slots or max_new")
+        raise UserError("E-MEM-FULL", what, hint="lower max_num_seqs or max_new_tokens")
     return Cache(model.config, slots + 1, positions, model.dtype, device.place)
 
 
@@ -323,7 +324,7 @@ def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], 
     text, reason = "", ""
     if token in request.ends:
         reason = "end"
-    elif len(row.ids) == request.sampling.max_new:
+    elif len(row.ids) == request.sampling.max_new_tokens:
         reason = "length"
     if row.stream:
         text = row.stream.push(token)
@@ -335,9 +336,9 @@ def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], 
     return Event(row.ticket, row.copy, token, logprob, text, row.reply(reason) if reason else None)
 
 
-def noise(key: Key, max_new: int) -> np.ndarray:
-    """A reply's uniform numbers [max_new], float32: its own, whatever is sampled beside it."""
-    return generator_for(*key).random(max_new, dtype=np.float32)
+def noise(key: Key, max_new_tokens: int) -> np.ndarray:
+    """A reply's uniform numbers [max_new_tokens], float32: its own, whatever is sampled beside it."""
+    return generator_for(*key).random(max_new_tokens, dtype=np.float32)
 
 
 def generate(
@@ -353,7 +354,7 @@ def generate(
     """
     if not requests:
         return []
-    positions = padded(max(len(r.ids) + r.sampling.max_new for r in requests), device.place)
+    positions = padded(max(len(r.ids) + r.sampling.max_new_tokens for r in requests), device.place)
     fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
     engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
     tickets = [engine.add(request) for request in requests]

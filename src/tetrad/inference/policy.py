@@ -79,9 +79,9 @@ class Generated:
     reply: Response
 
     @property
-    def ended(self) -> bool:
+    def finished(self) -> bool:
         """False where it was cut at its longest length."""
-        return self.reply.ended
+        return self.reply.finished
 
 
 def load(folder: str | Path, template: str = "") -> Policy:
@@ -141,7 +141,7 @@ def answered(
 def cache_shape(questions: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1) -> tuple[int, int]:
     """Slots beside the cache's spare one, and positions of each: the longest prompt with the longest reply."""
     longest = max((len(question.ids) for question in questions), default=1)
-    return min(settings.slots, max(1, copies * len(questions))), longest + settings.max_new
+    return min(settings.max_num_seqs, max(1, copies * len(questions))), longest + settings.max_new_tokens
 
 
 def cache_need(model: Policy, slots: int, positions: int) -> str:
@@ -161,15 +161,15 @@ def answer(model: Policy, question: EncodedPrompt, reply: Response) -> Generated
     """The reply beside its prompt."""
     prompt, valid = question.prompt, model.tokenizer.is_utf8(reply.ids, reply.text)
     return Generated(
-        Completion(question.ids, reply.ids, prompt.turns, reply.text, prompt.where, reply.ended, valid), reply
+        Completion(question.ids, reply.ids, prompt.turns, reply.text, prompt.where, reply.finished, valid), reply
     )
 
 
 def generate(model: Policy, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
     """Texts that answer these prompts, each an Instruction or (Instruction, Input): those of `tetrad generate`.
 
-    settings: of `tetrad generate --help`, as `max_new`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`, `stop`,
-    `seed`. Errors: E-CONF-*, E-DATA-LONG, E-MODEL-TEMPLATE.
+    settings: of `tetrad generate --help`, as `max_new_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`,
+    `stop`, `seed`. Errors: E-CONF-*, E-DATA-LONG, E-MODEL-TEMPLATE.
     """
     if "template" in settings:
         raise UserError("E-CONF-CONFLICT", "the template was chosen by `load`", where="template")

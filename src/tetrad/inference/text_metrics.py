@@ -38,13 +38,13 @@ def commonest_word(texts: Sequence[str]) -> tuple[str, float]:
     return word, count / len(texts)
 
 
-def reply_figures(samples: Sequence[Completion], ended: Sequence[bool]) -> dict[str, float]:
+def reply_figures(samples: Sequence[Completion], finished: Sequence[bool]) -> dict[str, float]:
     """Mean length in tokens, share that ended by itself, that is not valid UTF-8, distinct-2, share of answers with the
     commonest word."""
     n = max(1, len(samples))
     return {
         "length": sum(len(s.reply_ids) for s in samples) / n,
-        "ended": sum(ended) / n,
+        "finished": sum(finished) / n,
         "invalid_utf8": sum(not s.valid_utf8 for s in samples) / n,
         "distinct_2": distinct_2([s.reply_ids for s in samples]),
         "commonest_word": commonest_word([s.text for s in samples])[1],

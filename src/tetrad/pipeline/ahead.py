@@ -35,7 +35,7 @@ def read_ahead(recipe: Recipe, stages: Collection[str], keys: Collection[str], m
             continue
         refuse_no_scale(_records(what, given, recipe), recipe.reward.score_scale)
     if "reward.data" in held:
-        tests = [held[name] for name in ("reward.held_out", "reward.test") if name in held]
+        tests = [held[name] for name in ("reward.validation", "reward.test") if name in held]
         apart = (record for given in tests for record in _records("preferences", given, recipe))
         refuse_overlap(_records("preferences", held["reward.data"], recipe), apart)
     storage.write_file(memory, json.dumps(sorted(passed | set(keys))[-200:]).encode())

@@ -30,7 +30,7 @@ from tetrad.training import checkpoint
 from tetrad.training.context import StageContext
 
 StageFunction = Callable[[StageContext], None]
-_LOWER = "run.micro_tokens, then the longest text (max_tokens, max_new), then the model"
+_LOWER = "run.micro_batch_tokens, then the longest text (max_tokens, max_new_tokens), then the model"
 
 
 def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str, StageFunction] | None = None) -> None:

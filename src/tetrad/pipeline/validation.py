@@ -19,7 +19,7 @@ from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Knob, is_function, k
 from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
 
-PATHS = ("model.from", "reward.from", "evaluate.referee")
+PATHS = ("model.from", "reward.from", "evaluate.external_lm")
 """The settings that name a folder that is there."""
 _NAME = re.compile(r"[^\W.][\w.+-]{0,99}")
 _SEARCH = 10_000
@@ -89,9 +89,9 @@ def check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
 
 
 def _check_divisors(recipe: Recipe, places: Mapping[str, str]) -> None:
-    pairs = [("ppo.batch", "ppo.mini_batches")]
-    pairs += [("pretrain.batch_tokens", "pretrain.row_tokens")] if recipe.pretrain.text else []
-    pairs += [("ptx.batch_tokens", "ptx.row_tokens")] if recipe.ptx.text else []
+    pairs = [("ppo.batch_size", "ppo.num_minibatches")]
+    pairs += [("pretrain.batch_tokens", "pretrain.sequence_length")] if recipe.pretrain.text else []
+    pairs += [("ptx.batch_tokens", "ptx.sequence_length")] if recipe.ptx.text else []
     model = recipe.model
     if not model.from_:
         pairs += [("model.hidden_size", "model.heads"), ("model.heads", "model.kv_heads")]
@@ -123,13 +123,13 @@ def _check_lengths(recipe: Recipe, places: Mapping[str, str]) -> None:
     """Nothing may be longer than the model, a new one or that of a folder."""
     m = recipe.model
     longest, whose = _positions(m.from_) if m.from_ else (m.max_positions, "model.max_positions")
-    named = [("pretrain.row_tokens", bool(recipe.pretrain.text)), ("sft.max_tokens", bool(recipe.sft.data))]
+    named = [("pretrain.sequence_length", bool(recipe.pretrain.text)), ("sft.max_tokens", bool(recipe.sft.data))]
     named += [("reward.max_tokens", bool(recipe.reward.data) and not recipe.reward.from_)]
-    named += [("ptx.row_tokens", bool(recipe.ptx.text))]
-    named += [("ppo.max_prompt", bool(recipe.ppo.prompts)), ("ppo.max_new", bool(recipe.ppo.prompts))]
-    named += [("evaluate.max_new", bool(recipe.evaluate.prompts))]
+    named += [("ptx.sequence_length", bool(recipe.ptx.text))]
+    named += [("ppo.max_prompt", bool(recipe.ppo.prompts)), ("ppo.max_new_tokens", bool(recipe.ppo.prompts))]
+    named += [("evaluate.max_new_tokens", bool(recipe.evaluate.prompts))]
     for name, used in named:
-        extra = recipe.ppo.max_new if name == "ppo.max_prompt" and recipe.ppo.max_prompt else 0
+        extra = recipe.ppo.max_new_tokens if name == "ppo.max_prompt" and recipe.ppo.max_prompt else 0
         if used:
             _check_length(name, _get(recipe, name), extra, longest, whose, places)
     if recipe.reward.data and recipe.reward.from_:
@@ -143,7 +143,7 @@ def _check_lengths(recipe: Recipe, places: Mapping[str, str]) -> None:
 
 def _check_length(name: str, value: int, extra: int, longest: int, whose: str, places: Mapping[str, str]) -> None:
     if longest and value + extra > longest:
-        whole = f"{name} = {value}" + (f" and ppo.max_new = {extra}" if extra else "")
+        whole = f"{name} = {value}" + (f" and ppo.max_new_tokens = {extra}" if extra else "")
         what = f"{whole} tokens are more than {whose} = {longest}"
         hint = f"lower {name}" + (f", or raise {whose} before pre-training" if whose.startswith("model.") else "")
         raise UserError("E-CONF-RANGE", what, where=places.get(name, ""), hint=hint)
@@ -176,10 +176,16 @@ def _check_adapters(recipe: Recipe, places: Mapping[str, str]) -> None:
         what = "ppo.adapters = true needs a reward model that is an adapter, and reward.adapters is false"
         where, hint = places.get("ppo.adapters", ""), "write adapters = true in [reward] too"
         raise UserError("E-CONF-CONFLICT", what, where=where, hint=hint)
-    if (ppo.adapters and ppo.doubt) or (read and reward.seeds > 1):
-        what = "ppo.adapters = true reads one reward model, and reward.seeds or ppo.doubt asks for an ensemble"
-        where = places.get("ppo.adapters", places.get("ppo.doubt", ""))
-        raise UserError("E-CONF-CONFLICT", what, where=where, hint="write seeds = 1 and doubt = 0, or adapters = false")
+    if (ppo.adapters and ppo.uncertainty_penalty) or (read and reward.ensemble_size > 1):
+        asks = "reward.ensemble_size or ppo.uncertainty_penalty asks for an ensemble"
+        what = f"ppo.adapters = true reads one reward model, and {asks}"
+        where = places.get("ppo.adapters", places.get("ppo.uncertainty_penalty", ""))
+        raise UserError(
+            "E-CONF-CONFLICT",
+            what,
+            where=where,
+            hint="write ensemble_size = 1 and uncertainty_penalty = 0, or adapters = false",
+        )
     if reward.data and reward.adapters and reward.from_:
         what = "reward.adapters = true trains on the SFT model, and reward.from names another"
         raise UserError("E-CONF-CONFLICT", what, where=places.get("reward.from", ""), hint="remove one of them")
@@ -193,7 +199,7 @@ def _check_ppo(recipe: Recipe, places: Mapping[str, str]) -> None:
     if twice := next((entry for entry in ppo.rewards if ppo.rewards.count(entry) > 1), ""):
         what = f'ppo.rewards has "{twice}" twice'
         raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.rewards", ""), hint="give it one larger weight")
-    replies = ppo.batch * ppo.replies
+    replies = ppo.batch_size * ppo.samples_per_prompt
     if ppo.kl_target and replies >= 5 * ppo.kl_horizon:
         what = (
             f"ppo.kl_horizon = {ppo.kl_horizon:g} is too short for {replies} replies an iteration: beta could reach 0"
@@ -211,10 +217,10 @@ def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
         what = f"reward.score_scale = [{scale[0]:g}, {scale[1]:g}] must go from the lowest to the highest score"
         hint = f"write score_scale = [{min(scale):g}, {max(scale):g}]" if scale[0] > scale[1] else "give two numbers"
         raise UserError("E-CONF-RANGE", what, where=places.get("reward.score_scale", ""), hint=hint)
-    if recipe.reward.test and not recipe.reward.held_out:
+    if recipe.reward.test and not recipe.reward.validation:
         what = "reward.test has no held-out records beside it, on which the temperature is fitted"
         where = places.get("reward.test", "")
-        raise UserError("E-CONF-MISSING", what, where=where, hint='add held_out = ["FILE"] to [reward]')
+        raise UserError("E-CONF-MISSING", what, where=where, hint='add validation = ["FILE"] to [reward]')
     if recipe.model.from_ and recipe.tokenizer.text:
         what = "model.from brings its own tokenizer, and [tokenizer] learns another"
         hint = "remove [tokenizer] text, or model.from"
@@ -236,9 +242,9 @@ def _check_pairs(recipe: Recipe, places: Mapping[str, str]) -> None:
     if recipe.run.dtype == "bfloat16" and recipe.run.device == "cpu":
         what = "bfloat16 on a CPU is several times slower than float32 and not offered"
         raise UserError("E-CONF-DTYPE", what, where=places.get("run.dtype", ""), hint='set dtype = "float32"')
-    if recipe.ppo.kl_target and not recipe.ppo.kl_coefficient:
-        what = "ppo.kl_target adapts kl_coefficient, which starts at 0 and would stay there"
-        hint = "write kl_coefficient = 0.05, or kl_target = 0"
+    if recipe.ppo.kl_target and not recipe.ppo.kl_coef:
+        what = "ppo.kl_target adapts kl_coef, which starts at 0 and would stay there"
+        hint = "write kl_coef = 0.05, or kl_target = 0"
         raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.kl_target", ""), hint=hint)
 
 

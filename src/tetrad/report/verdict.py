@@ -111,14 +111,14 @@ def alarm_faults(spans: Sequence[AlarmSpan]) -> list[str]:
 
 def failed_guards(system: Mapping[str, Any], sft: Mapping[str, Any], s: Evaluate) -> list[str]:
     """What speaks against a system whatever its scores, in words; both have the figures that evaluate reports."""
-    (shortest, longest), nll = s.length_range, sft.get("referee_nll")
+    (shortest, longest), nll = s.length_range, sft.get("external_nll")
     bounds = (
         ("kl", -math.inf, s.max_kl, "max_kl"),
         ("length", shortest * sft["length"], longest * sft["length"], "length_range"),
-        ("ended", s.min_finished * sft["ended"], math.inf, "min_finished"),
+        ("finished", s.min_finished * sft["finished"], math.inf, "min_finished"),
         ("distinct_2", s.min_distinct_2 * sft["distinct_2"], math.inf, "min_distinct_2"),
         ("commonest_word", 0.0, sft["commonest_word"] + s.max_common_word, "max_common_word"),
-        ("referee_nll", -math.inf, math.inf if nll is None else nll + math.log(s.max_perplexity), "max_perplexity"),
+        ("external_nll", -math.inf, math.inf if nll is None else nll + math.log(s.max_perplexity), "max_perplexity"),
     )
     return [
         f"{figure} is {value:.3g}, SFT's {sft[figure]:.3g} (evaluate.{setting} = {shown(getattr(s, setting))})"

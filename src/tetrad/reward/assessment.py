@@ -43,10 +43,10 @@ def normalise(ctx: StageContext, judge: RewardModel) -> dict[str, float]:
     folder = first_parent(ctx, *POLICY)
     tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
     actor = frozen(read_policy(folder, tokenizer, form)).to(device.place)
-    files = ctx.files(s.held_out or s.data)
-    questions = read_questions(files, form, tokenizer, Counts(), actor.config.max_positions, s.normalise_max_new)
+    files = ctx.files(s.validation or s.data)
+    questions = read_questions(files, form, tokenizer, Counts(), actor.config.max_positions, s.normalise_max_new_tokens)
     chosen = [questions[i] for i in order(seed, 0, len(questions))[: s.normalise]]
-    sampling = Sampling(max_new=s.normalise_max_new, slots=ctx.recipe.sampling.slots)
+    sampling = Sampling(max_new_tokens=s.normalise_max_new_tokens, max_num_seqs=ctx.recipe.sampling.max_num_seqs)
     used, fresh = (
         [s for s, _ in complete(actor, chosen, range(len(chosen)), (seed, name, 0), sampling, tokenizer, device)]
         for name in ("normalise", "fresh")
@@ -97,8 +97,8 @@ def assess(
     """
     gap, test = ctx.recipe.reward.pair_gap, tests[1]
     scored = [judge.scores(e.tokens) for e in tests]
-    held_out, pairs = (Pairs.of(e, torch.from_numpy(r.mean(0)), gap) for e, r in zip(tests, scored, strict=True))
-    temperature = held_out.temperature()
+    validation, pairs = (Pairs.of(e, torch.from_numpy(r.mean(0)), gap) for e, r in zip(tests, scored, strict=True))
+    temperature = validation.temperature()
     figures = {"temperature": temperature, **pairs.figures(temperature)}
     lengths = torch.tensor([float(len(sample.text)) for sample in test.samples()])
     of_length = _accuracy(Pairs.of(test, lengths, gap))

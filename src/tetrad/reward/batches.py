@@ -41,18 +41,18 @@ class Examples:
     def documents(self, i: int) -> tuple[Tokens, ...]:
         return self.tokens[self.first[i] : self.first[i + 1]]
 
-    def fitted(self, limit: int, on_long: str, counts: Counts) -> "Examples":
+    def fitted(self, limit: int, overlong: str, counts: Counts) -> "Examples":
         """Documents of at most `limit` tokens: longer ones are refused, cut on the left, or dropped with their record.
 
         Errors: E-DATA-LONG, E-DATA-EMPTY.
         """
         longest = [max(len(t.ids) for t in self.documents(i)) for i in range(len(self.records))]
         long = [i for i, length in enumerate(longest) if length > limit]
-        if long and on_long == "refuse":
+        if long and overlong == "refuse":
             what = f"{len(long)} of {len(longest)} records are longer than {limit} tokens, up to {max(longest)}"
-            hint = 'raise reward.max_tokens, or set reward.on_long = "cut" or "drop"'
+            hint = 'raise reward.max_tokens, or set reward.overlong = "truncate" or "drop"'
             raise UserError("E-DATA-LONG", what, where=self.records[long[0]].where, hint=hint)
-        if on_long == "drop" and long:
+        if overlong == "drop" and long:
             counts.dropped += len(long)
             kept = sorted(set(range(len(longest))) - set(long))
             if not kept:
@@ -156,7 +156,7 @@ def _labels(lists: Sequence[Comparison], winners: Tensor, losers: Tensor) -> Ten
 def preference_micros(
     records: Sequence[Record],
     documents: Sequence[Sequence[Tokens]],
-    micro_tokens: int,
+    micro_batch_tokens: int,
     zero: float,
     unit: float,
     device: Device,
@@ -164,11 +164,11 @@ def preference_micros(
     shared_prefix: str = "auto",
     keys: Sequence[int] = (),
 ) -> list[Microbatch]:
-    """Micro-batches of whole records, of at most `micro_tokens` tokens that are computed. Counts: "comparisons" with an
-    order, and "scores". shared_prefix: the setting of that name. keys: of each record's dropout."""
+    """Micro-batches of whole records, of at most `micro_batch_tokens` tokens that are computed. Counts: "comparisons"
+    with an order, and "scores". shared_prefix: the setting of that name. keys: of each record's dropout."""
     prefixes = [_prefix(answers, shared_prefix, device) for answers in documents]
     micros = []
-    for group in groups_of([_computed(*each) for each in zip(documents, prefixes, strict=True)], micro_tokens):
+    for group in groups_of([_computed(*each) for each in zip(documents, prefixes, strict=True)], micro_batch_tokens):
         chosen = [records[i] for i in group]
         own = [keys[i] for i in group] if keys else ()
         packed = device.put(pack_groups([documents[i] for i in group], [prefixes[i] for i in group], own))

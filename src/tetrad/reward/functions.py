@@ -41,7 +41,7 @@ def python_function(spec: str) -> Reward:
     """`file.py:name`: a list of dicts in, one finite number each out.
 
     A dict has "text" (the reply), "input" (the Input or last user turn), "prompt" (all that was asked), "ids" (the
-    reply's tokens as they were sampled) and "ended" (false where it was cut).
+    reply's tokens as they were sampled) and "finished" (false where it was cut).
 
     Errors: E-CONF-FUNCTION where it can't be loaded, E-NUM-REWARD where what it returns isn't that.
     """
@@ -114,7 +114,7 @@ _NO_REDIRECT = urllib.request.build_opener(_Stay)
 
 def _told(samples: Sequence[Completion]) -> list[dict[str, Any]]:
     return [
-        {"prompt": s.prompt, "input": s.asked, "text": s.text, "ids": list(s.reply_ids), "ended": s.ended}
+        {"prompt": s.prompt, "input": s.asked, "text": s.text, "ids": list(s.reply_ids), "finished": s.finished}
         for s in samples
     ]
 

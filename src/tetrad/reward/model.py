@@ -58,11 +58,11 @@ class RewardModel:
     form: Template
     device: Device
     folder: Path
-    micro_tokens: int = Run().micro_tokens
+    micro_batch_tokens: int = Run().micro_batch_tokens
 
     def scores(self, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Every member's number for every document, [members, documents]. Errors: E-DATA-LONG."""
-        return member_scores(self.members, documents, self.device, self.micro_tokens)
+        return member_scores(self.members, documents, self.device, self.micro_batch_tokens)
 
     def of_texts(self, samples: Sequence[Completion]) -> list[float]:
         """Mean rewards of the members, from the texts; what is over-long is cut on the left."""
@@ -89,19 +89,21 @@ def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Completion])
     end = form.end_id(tokenizer)
     documents = []
     for head, body, sample in zip(heads, bodies, samples, strict=True):
-        ids = np.array([*head.ids.tolist(), *body, *([end] if sample.ended else [])], np.int32)
+        ids = np.array([*head.ids.tolist(), *body, *([end] if sample.finished else [])], np.int32)
         documents.append(Tokens(ids, np.zeros(len(ids), np.bool_), head.where))
     return documents
 
 
 @torch.no_grad()
-def score_tokens(model: ScalarModel, documents: Sequence[Tokens], device: Device, micro_tokens: int) -> list[float]:
+def score_tokens(
+    model: ScalarModel, documents: Sequence[Tokens], device: Device, micro_batch_tokens: int
+) -> list[float]:
     """The model's number at the last token of each document."""
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
     ordered = [documents[i] for i in by_length]
     found = np.zeros(len(documents))
     model.eval()
-    for group in counted("scoring", micro_batches(ordered, micro_tokens), len(ordered), len):
+    for group in counted("scoring", micro_batches(ordered, micro_batch_tokens), len(ordered), len):
         with device.compute():
             scores = model(device.put(pack([ordered[i] for i in group])), "scores")
         found[[by_length[i] for i in group]] = scores.double().cpu().numpy()
@@ -109,7 +111,7 @@ def score_tokens(model: ScalarModel, documents: Sequence[Tokens], device: Device
 
 
 def member_scores(
-    members: Sequence[ScalarModel], documents: Sequence[Tokens], device: Device, micro_tokens: int
+    members: Sequence[ScalarModel], documents: Sequence[Tokens], device: Device, micro_batch_tokens: int
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Every member's number for every document, [members, documents]. Errors: E-DATA-LONG."""
     limit = members[0].config.max_positions
@@ -117,24 +119,25 @@ def member_scores(
         if len(document.ids) > limit:
             what = f"prompt and answer have {len(document.ids)} tokens, the reward model reads {limit}"
             raise UserError("E-DATA-LONG", what, where=document.where, hint="shorten the answer")
-    return np.array([score_tokens(member, documents, device, micro_tokens) for member in members])
+    return np.array([score_tokens(member, documents, device, micro_batch_tokens) for member in members])
 
 
 def trained(
     members: Sequence[ScalarModel],
     device: Device,
-    micro_tokens: int,
+    micro_batch_tokens: int,
     read: Callable[[Sequence[Completion]], list[Tokens]] = joined,
-    doubt: float = 0.0,
+    uncertainty_penalty: float = 0.0,
 ) -> Reward:
-    """A reward model: the mean of its members, less `doubt` times their standard deviation (Coste et al. 2024).
+    """A reward model: the mean of its members, less `uncertainty_penalty` times their standard deviation (Coste et al.
+    2024).
 
     read: how samples become documents; by the sampled ids themselves, or by `written`.
     """
 
     def reward(samples: Sequence[Completion]) -> list[float]:
-        scores = member_scores(members, read(samples), device, micro_tokens)
-        found: list[float] = (scores.mean(0) - doubt * scores.std(0)).tolist()
+        scores = member_scores(members, read(samples), device, micro_batch_tokens)
+        found: list[float] = (scores.mean(0) - uncertainty_penalty * scores.std(0)).tolist()
         return found
 
     return reward
@@ -171,7 +174,11 @@ def rate(judge: RewardModel, documents: Sequence[Tokens]) -> np.ndarray[Any, np.
 
 
 def reward_model(
-    ctx: StageContext, folder: Path, device: Device, tokenizer: Tokenizer | None = None, doubt: float = 0.0
+    ctx: StageContext,
+    folder: Path,
+    device: Device,
+    tokenizer: Tokenizer | None = None,
+    uncertainty_penalty: float = 0.0,
 ) -> Reward:
     """A finished reward model; see `scoring.trained`. tokenizer: of the policy that it trains, whose sampled ids it
     reads; without one it reads what is written."""
@@ -180,7 +187,7 @@ def reward_model(
         read = reader(ctx, folder, tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
     else:
         read = text_reader(ctx, folder)
-    return trained(members, device, ctx.recipe.run.micro_tokens, read, doubt)
+    return trained(members, device, ctx.recipe.run.micro_batch_tokens, read, uncertainty_penalty)
 
 
 def reader(

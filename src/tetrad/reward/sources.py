@@ -73,9 +73,9 @@ def reward_sources(
     found = {}
     for name, entry, weight in zip(named(told), told, weights, strict=True):
         if entry == REWARD_MODEL:
-            reward = model or reward_model(ctx, ctx.parents["reward"], device, tokenizer, s.doubt)
+            reward = model or reward_model(ctx, ctx.parents["reward"], device, tokenizer, s.uncertainty_penalty)
         else:
             reward = python_function(entry) if is_function(entry) else endpoint(entry)
         cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which cuts what it has divided
-        found[name] = RewardSource(reward, weight, s.score_clip if cuts else 0.0)
+        found[name] = RewardSource(reward, weight, s.reward_clip if cuts else 0.0)
     return RewardSources(found)

@@ -59,8 +59,8 @@ def token_rewards(
     """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a truncated
     response."""
     clips = s.reward_scaling == "running" or not s.rewards  # a reward model among `rewards` is cut before it is weighed
-    clip = s.score_clip if clips and s.score_clip else None
-    scores = ppo.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.ended_B, s.missing_eos_penalty)
+    clip = s.reward_clip if clips and s.reward_clip else None
+    scores = ppo.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.finished_B, s.missing_eos_penalty)
     kl = ppo.kl_tokens(logprobs, ref_logprobs, rollout.mask_BT)
     return ppo.shape_rewards(scores, kl, rollout.mask_BT, beta)
 

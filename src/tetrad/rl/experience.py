@@ -47,18 +47,18 @@ class PPOTokens:
     weights: Tensor
 
 
-def mini_batches(
-    ppo_batch: PPOBatch, s: Ppo, key: tuple[int, int], micro_tokens: int, device: Device
+def minibatches(
+    ppo_batch: PPOBatch, s: Ppo, key: tuple[int, int], micro_batch_tokens: int, device: Device
 ) -> Iterator[list[Microbatch]]:
-    """Each epoch's batch in a fresh permutation, in `mini_batches` equal parts; this rank's rows as micro-batches."""
+    """Each epoch's batch in a fresh permutation, in `num_minibatches` equal parts; this rank's micro-batches."""
     rollout = ppo_batch.rollout
     batch = len(rollout.documents) * collectives.size()
-    row_of = {number: row for row, number in enumerate(places(batch // s.replies, s.replies))}
-    for epoch in range(s.epochs):
+    row_of = {number: row for row, number in enumerate(places(batch // s.samples_per_prompt, s.samples_per_prompt))}
+    for epoch in range(s.ppo_epochs):
         shuffled = generator_for(key[0], "mini-batches", key[1], epoch).permutation(batch)
-        for part in range(s.mini_batches):
-            chosen = sorted(row_of[n] for n in shuffled[part :: s.mini_batches].tolist() if n in row_of)
-            groups = micro_batches([rollout.documents[i] for i in chosen], micro_tokens)
+        for part in range(s.num_minibatches):
+            chosen = sorted(row_of[n] for n in shuffled[part :: s.num_minibatches].tolist() if n in row_of)
+            groups = micro_batches([rollout.documents[i] for i in chosen], micro_batch_tokens)
             yield [_micro(ppo_batch, [chosen[i] for i in group], s, device) for group in groups]
 
 

@@ -60,14 +60,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _opening(step: int, figures: Mapping[str, float], s: Ppo) -> list[str]:
-    f, cut = figures, (1 - figures["ended"]) * 100
+    f, cut = figures, (1 - figures["finished"]) * 100
     parts = {name: value for name, value in f.items() if name.startswith(("score_", "judge_")) and name != "score_std"}
     told = "".join(f"; {name} {value:+.3f}" for name, value in parts.items())
     known = f"; the critic explains {f['explained_variance']:.0%} of the returns" if "explained_variance" in f else ""
     return [
         f"step {step} of {s.steps}",
-        f"1. The actor answered {s.batch} prompts{f' {s.replies} times each' if s.replies > 1 else ''}, at temperature "
-        f"{s.temperature:g}: {f['length']:.1f} tokens a reply, {cut:.0f} % cut at {s.max_new}.",
+        f"1. The actor answered {s.batch_size} prompts"
+        f"{f' {s.samples_per_prompt} times each' if s.samples_per_prompt > 1 else ''}, at temperature "
+        f"{s.temperature:g}: {f['length']:.1f} tokens a reply, {cut:.0f} % cut at {s.max_new_tokens}.",
         f"2. The reward gave {f['score']:+.3f} a reply (standard deviation {f['score_std']:.3f}){told}.",
         f"3. Actor, reference and critic read the replies: KL {f['kl']:.3f} nats a reply (k3 {f['kl_k3']:.3f}){known}.",
         f"4. At each token reward = -beta KL with beta = {f['beta']:.4g}; {_added(s)} at the last one.",
@@ -78,18 +79,18 @@ def _added(s: Ppo) -> str:
     """How the score becomes a reward."""
     running = s.reward_scaling == "running"
     how = ", divided by the standard deviation of all so far" if running else ""
-    how += f", cut at {s.score_clip:g} either way" if s.score_clip and (running or not s.rewards) else ""
+    how += f", cut at {s.reward_clip:g} either way" if s.reward_clip and (running or not s.rewards) else ""
     whole = "all rewards of the batch are divided by their standard deviation, after the score is added"
     return whole if s.reward_scaling == "whiten" else f"the score{how}{',' if how else ''} is added"
 
 
 def _reply(record: Mapping[str, Any], figures: Mapping[str, float], s: Ppo, console: Console) -> None:
     tokens = record["tokens"]
-    end = "ended by itself" if record["ended"] else f"cut, so {s.missing_eos_penalty:g} is taken off"
+    end = "ended by itself" if record["finished"] else f"cut, so {s.missing_eos_penalty:g} is taken off"
     console.say(f"\nprompt: {record['prompt']}\nreply:  {record['text']}  (score {record['score']:+.3f}, {end})")
     rows = [_row(*cells) for cells in zip(*(tokens[key] for key in _KEYS), strict=True)]
     console.table("token by token", _TABLE, rows)
-    after = record["after"] if s.cut_value and not record["ended"] else None
+    after = record["after"] if s.bootstrap_truncated and not record["finished"] else None
     for text in _worked(tokens, figures, s, warming=record["step"] < s.critic_warmup, after=after):
         console.say(text)
 
@@ -103,7 +104,7 @@ def _worked(
 ) -> list[str]:
     """The arithmetic of the first and the last token, written out. Whitened rewards have no such line. after: the value
     after a reply that was cut and goes on in it."""
-    lam, v, r, g = 1.0 if warming else s.lam, tokens["value"], tokens["reward"], tokens["return"]
+    lam, v, r, g = 1.0 if warming else s.gae_lambda, tokens["value"], tokens["reward"], tokens["return"]
     kl = tokens["kl"][0]
     found = []
     if s.reward_scaling != "whiten" and len(r) > 1:
@@ -130,12 +131,13 @@ def _worked(
 
 
 def _learning(f: Mapping[str, float], s: Ppo) -> list[str]:
-    found = [f"\n5. {s.epochs} epochs of {s.mini_batches} mini-batches:"]
+    found = [f"\n5. {s.ppo_epochs} epochs of {s.num_minibatches} mini-batches:"]
     if "policy_loss" in f:
         found.append(
             f"   the actor made {f['actor_updates']:.0f} steps at {f['actor_lr']:.3g}: loss {f['policy_loss']:+.4f}, "
             f"ratio {f['ratio']:.4f} (largest {f['ratio_max']:.3f}), {f['clip_fraction']:.1%} of tokens clipped at "
-            f"1 +- {s.clip:g}, KL from the old policy {f['approx_kl']:.5f} nats a token, entropy {f['entropy']:.3f}"
+            f"1 +- {s.clip_range:g}, KL from the old policy {f['approx_kl']:.5f} nats a token, "
+            f"entropy {f['entropy']:.3f}"
         )
     else:
         found.append("   the actor is frozen while the critic warms up")

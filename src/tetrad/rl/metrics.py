@@ -57,7 +57,7 @@ def texts_of_step(rollout: Rollout) -> dict[str, float]:
     """The responses of all ranks together: a share of different pairs is no mean of shares."""
     own = [(sample.reply_ids, sample.text) for sample in rollout.samples]
     samples = [Completion((), tuple(ids), (), text) for ids, text in collectives.gather(own)]
-    return reply_figures(samples, collectives.gather(rollout.ended_B.tolist()))
+    return reply_figures(samples, collectives.gather(rollout.finished_B.tolist()))
 
 
 def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:

@@ -79,8 +79,8 @@ class EMA:
 @dataclass(frozen=True)
 class Models:
     """Who is updated: actor and critic. reference: the actor before PPO; reward: completions in, scores out. both:
-    actor and critic on one trunk, with actor_optimizer for the two. train_high: what a thousandth of the reward model's
-    training answers got at least. micro_tokens: of what a model reads at once."""
+    actor and critic on one trunk, with actor_optimizer for the two. train_score_p999: what a thousandth of the
+    reward model's training answers got at least. micro_batch_tokens: of what a model reads at once."""
 
     actor: CausalLM
     critic: ScalarModel
@@ -90,10 +90,10 @@ class Models:
     critic_optimizer: Optimizer | None
     tokenizer: Tokenizer
     device: Device
-    micro_tokens: int
+    micro_batch_tokens: int
     both: ActorCritic | None = None
     ema: EMA | None = None
-    train_high: float = math.inf
+    train_score_p999: float = math.inf
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on exactly; the frozen models are read from their own stages."""
@@ -142,10 +142,10 @@ def load_models(ctx: StageContext) -> Models:
         None if both else Optimizer(critic, s.critic_lr, optim),
         tokenizer,
         device,
-        ctx.recipe.run.micro_tokens,
+        ctx.recipe.run.micro_batch_tokens,
         both,
-        EMA(actor, s.ema) if s.ema else None,
-        figures_of(ctx.parents["reward"]).get("train_high", math.inf) if used else math.inf,
+        EMA(actor, s.ema_decay) if s.ema_decay else None,
+        figures_of(ctx.parents["reward"]).get("train_score_p999", math.inf) if used else math.inf,
     )
 
 
@@ -177,7 +177,7 @@ def _on_one_base(
     if model_pays(s.rewards) or s.critic == "reward":
         judge = on_reward_base(ctx, base)
         read = reader(ctx, ctx.parents["reward"], tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
-        reward = trained([judge.requires_grad_(False)], device, ctx.recipe.run.micro_tokens, read)
+        reward = trained([judge.requires_grad_(False)], device, ctx.recipe.run.micro_batch_tokens, read)
         if s.critic == "reward":
             critic = on_reward_base(ctx, base)
     if s.critic == "actor":

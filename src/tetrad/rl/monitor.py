@@ -40,13 +40,13 @@ class _Rule:
 
 
 _RULES = (
-    _Rule("kl", True, False, "the actor is far from the reference: raise ppo.kl_coefficient or lower ppo.actor_lr"),
+    _Rule("kl", True, False, "the actor is far from the reference: raise ppo.kl_coef or lower ppo.actor_lr"),
     _Rule("negative_kl", True, False, "log-probabilities of sampler and training differ: a temperature, or a bug"),
     _Rule("length", True, True, "replies grow: the reward may pay for length"),
-    _Rule("ended", False, True, "replies no longer end: raise ppo.missing_eos_penalty or ppo.max_new"),
-    _Rule("entropy", False, True, "the actor collapses onto few replies: lower ppo.actor_lr, raise ppo.entropy_bonus"),
+    _Rule("finished", False, True, "replies no longer end: raise ppo.missing_eos_penalty or ppo.max_new_tokens"),
+    _Rule("entropy", False, True, "the actor collapses onto few replies: lower ppo.actor_lr, raise ppo.entropy_coef"),
     _Rule("distinct_2", False, True, "replies repeat themselves: the reward may pay for a phrase"),
-    _Rule("clip_fraction", True, False, "the updates are too large: lower ppo.actor_lr or ppo.epochs"),
+    _Rule("clip_fraction", True, False, "the updates are too large: lower ppo.actor_lr or ppo.ppo_epochs"),
     _Rule("explained_variance", True, False, "the critic doesn't follow: raise ppo.critic_lr or ppo.critic_warmup"),
     _Rule("unseen_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled", True),
     _Rule("score_std", False, False, "the reward tells no replies apart"),
@@ -185,11 +185,15 @@ def _moved(windows: Sequence[Sequence[float]]) -> float:
 
 _IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("kl_horizon", lambda r: not r.ppo.kl_target, "beta is fixed: no kl_target is set"),
-    ("value_coefficient", lambda r: r.ppo.critic != "shared", "the critic has a trunk of its own"),
-    ("doubt", lambda r: r.reward.data != () and r.reward.seeds == 1, "the reward model is no ensemble"),
-    ("doubt", lambda r: not model_pays(r.ppo.rewards), "no reward model pays"),
+    ("value_coef", lambda r: r.ppo.critic != "shared", "the critic has a trunk of its own"),
     (
-        "score_clip",
+        "uncertainty_penalty",
+        lambda r: r.reward.data != () and r.reward.ensemble_size == 1,
+        "the reward model is no ensemble",
+    ),
+    ("uncertainty_penalty", lambda r: not model_pays(r.ppo.rewards), "no reward model pays"),
+    (
+        "reward_clip",
         lambda r: not model_pays(r.ppo.rewards) and r.ppo.reward_scaling != "running",
         "no reward model pays",
     ),
@@ -219,6 +223,6 @@ def idle(recipe: Recipe) -> list[str]:
     plain = Ppo()
     changed = {name for name, _, _ in _IDLE if getattr(recipe.ppo, name) != getattr(plain, name)}
     found = [f"ppo.{name} has no effect: {why}" for name, holds, why in _IDLE if name in changed and holds(recipe)]
-    if recipe.ppo.kl_coefficient == 0:
-        found.append("ppo.kl_coefficient = 0: nothing holds the actor near the SFT model")
+    if recipe.ppo.kl_coef == 0:
+        found.append("ppo.kl_coef = 0: nothing holds the actor near the SFT model")
     return found

@@ -39,16 +39,16 @@ class Prompts:
 def read_ppo_prompts(ctx: StageContext, models: Models) -> Prompts:
     """Errors: E-DATA-*; E-CONF-DIVIDE where processes can't have equal shares of a batch."""
     s, counts = ctx.recipe.ppo, Counts()
-    if s.batch % collectives.size():
-        what = f"batch = {s.batch} can't be shared by {collectives.size()} processes"
-        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch", hint=f"use a multiple of {collectives.size()}")
+    if s.batch_size % collectives.size():
+        what = f"batch = {s.batch_size} can't be shared by {collectives.size()} processes"
+        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch_size", hint=f"use a multiple of {collectives.size()}")
     template = template_for(ctx, first_parent(ctx, *POLICY))
-    limit = min(s.max_prompt + s.max_new if s.max_prompt else math.inf, models.actor.config.max_positions)
+    limit = min(s.max_prompt + s.max_new_tokens if s.max_prompt else math.inf, models.actor.config.max_positions)
     files = ctx.files(s.prompts, s.weights)
-    prompts = read_questions(files, template, models.tokenizer, counts, int(limit), s.max_new, s.on_long)
+    prompts = read_questions(files, template, models.tokenizer, counts, int(limit), s.max_new_tokens, s.overlong)
     report_counts(ctx, counts, len(prompts))
     mixture = files.mixture(each.prompt.where for each in prompts)
-    return Prompts(prompts, mixture, ctx.recipe.seed, s.batch, s.replies)
+    return Prompts(prompts, mixture, ctx.recipe.seed, s.batch_size, s.samples_per_prompt)
 
 
 PtxBatches = Callable[[int], list[Microbatch]]
@@ -69,13 +69,13 @@ def ptx_batches(ctx: StageContext, device: Device) -> PtxBatches:
     if not s.text:
         return lambda _: []
     tokens = prepared(ctx, ptx)
-    rows = Rows(tokens.store, s.row_tokens, ctx.recipe.seed, tokens.mixture)
-    size = s.batch_tokens // s.row_tokens
+    rows = Rows(tokens.store, s.sequence_length, ctx.recipe.seed, tokens.mixture)
+    size = s.batch_tokens // s.sequence_length
 
     def batch(update: int) -> list[Microbatch]:
         own = collectives.share(range(update * size, (update + 1) * size))
         pieces = [piece for row in own for piece in rows.row(row)]
-        micros = language_micros(pieces, ctx.recipe.run.micro_tokens, device)
-        return [Microbatch(m.packed, {"ptx_tokens": m.counts["tokens"]}, PtxBatch(s.coefficient)) for m in micros]
+        micros = language_micros(pieces, ctx.recipe.run.micro_batch_tokens, device)
+        return [Microbatch(m.packed, {"ptx_tokens": m.counts["tokens"]}, PtxBatch(s.coef)) for m in micros]
 
     return batch

@@ -27,13 +27,13 @@ from tetrad.types import Packed, Tokens
 class Rollout:
     """samples: prompt and reply of each row. documents: the same as one document whose labels are the reply's tokens.
 
-    mask_BT: reply tokens; ended_B: the reply ends with an end token; sampled_BT: the sampler's own log-probabilities.
+    mask_BT: response tokens; finished_B: it ends with an end token; sampled_BT: the sampler's own log-probabilities.
     """
 
     samples: tuple[Completion, ...]
     documents: tuple[Tokens, ...]
     mask_BT: Tensor
-    ended_B: Tensor
+    finished_B: Tensor
     sampled_BT: Tensor
 
 
@@ -55,8 +55,8 @@ def roll_out(
     lengths = torch.tensor([len(sample.reply_ids) for sample, _ in pairs])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     sampled = torch.tensor([p for _, reply in pairs for p in reply.logprobs])
-    ended = torch.tensor([sample.ended for sample, _ in pairs])
-    return Rollout(tuple(sample for sample, _ in pairs), tuple(documents), mask, ended, spread(sampled, mask))
+    finished = torch.tensor([sample.finished for sample, _ in pairs])
+    return Rollout(tuple(sample for sample, _ in pairs), tuple(documents), mask, finished, spread(sampled, mask))
 
 
 def places(prompts: int, copies: int) -> list[int]:
@@ -69,18 +69,20 @@ def spread(flat_N: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.zeros(mask_BT.shape, dtype=flat_N.dtype).masked_scatter_(mask_BT, flat_N.cpu())
 
 
-def packs(documents: Sequence[Tokens], micro_tokens: int, device: Device) -> list[tuple[list[int], Packed]]:
+def packs(documents: Sequence[Tokens], micro_batch_tokens: int, device: Device) -> list[tuple[list[int], Packed]]:
     """Row numbers and micro-batch, for rows in order: the same packing for every model that reads them."""
-    groups = micro_batches(documents, micro_tokens)
+    groups = micro_batches(documents, micro_batch_tokens)
     return [(group, device.put(pack([documents[i] for i in group]))) for group in groups]
 
 
 @torch.no_grad()
-def read_logprobs(model: CausalLM, rollout: Rollout, micro_tokens: int, device: Device, temperature: float) -> Tensor:
+def read_logprobs(
+    model: CausalLM, rollout: Rollout, micro_batch_tokens: int, device: Device, temperature: float
+) -> Tensor:
     """Log-probabilities of the reply tokens, [B, T]."""
     model.eval()
     parts = []
-    parts_of = packs(rollout.documents, micro_tokens, device)
+    parts_of = packs(rollout.documents, micro_batch_tokens, device)
     for _, packed in counted("reading", parts_of, len(parts_of)):
         with device.compute():
             parts.append(model(packed, "logprobs", temperature)[0])
@@ -88,11 +90,13 @@ def read_logprobs(model: CausalLM, rollout: Rollout, micro_tokens: int, device: 
 
 
 @torch.no_grad()
-def read_values(critic: ScalarModel, rollout: Rollout, micro_tokens: int, device: Device) -> tuple[Tensor, Tensor]:
+def read_values(
+    critic: ScalarModel, rollout: Rollout, micro_batch_tokens: int, device: Device
+) -> tuple[Tensor, Tensor]:
     """The critic's value before each reply token, [B, T], and after the last one, [B]."""
     critic.eval()
     before, after = [], []
-    parts_of = packs(rollout.documents, micro_tokens, device)
+    parts_of = packs(rollout.documents, micro_batch_tokens, device)
     for group, packed in counted("reading", parts_of, len(parts_of)):
         with device.compute():
             both = critic(packed, "both")

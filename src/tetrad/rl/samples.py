@@ -37,7 +37,7 @@ class Samples:
     def show(self, keep: Callable[[dict[str, Any]], None], step: int, made: PPOBatch) -> None:
         """On the terminal and in samples.jsonl."""
         say = self.ctx.console.say
-        numbers = places(self.ctx.recipe.ppo.batch, self.ctx.recipe.ppo.replies)[:SHOWN]
+        numbers = places(self.ctx.recipe.ppo.batch_size, self.ctx.recipe.ppo.samples_per_prompt)[:SHOWN]
         own = [(n, made.rollout.samples[i].asked, self._record(step, i, made)) for i, n in enumerate(numbers)]
         for _, asked, record in sorted(collectives.gather(own), key=itemgetter(0))[
             :SHOWN
@@ -51,7 +51,7 @@ class Samples:
 
     def _greedy(self, model: CausalLM) -> list[str]:
         model.eval()
-        sampling = Sampling(temperature=0.0, max_new=self.ctx.recipe.ppo.max_new)
+        sampling = Sampling(temperature=0.0, max_new_tokens=self.ctx.recipe.ppo.max_new_tokens)
         ends = model.config.eos_ids
         requests = [Request(q.ids, sampling, ((0, "greedy", 0, n),), ends) for n, q in enumerate(self.fixed)]
         return [
@@ -72,7 +72,7 @@ class Samples:
             "score": float(made.scores[row]),
             "parts": {name: part[row] for name, part in made.parts.items()},
             "kl": float(kl[row].sum()),
-            "ended": sample.ended,
+            "finished": sample.finished,
             "after": float(made.bootstrap[row]),
             "tokens": dict(zip(COLUMNS, (list(sample.reply_ids), pieces, *numbers), strict=True)),
         }

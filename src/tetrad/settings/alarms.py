@@ -21,7 +21,7 @@ class Alarms:
     """Nats below 0 of the mean KL a reply: the sampler and the log-probabilities disagree."""
     length: Limits = unkeyed((1.5, 2.0))
     """Multiples of the length of replies at the start."""
-    ended: Limits = unkeyed((0.7, 0.4))
+    finished: Limits = unkeyed((0.7, 0.4))
     """Share of ended replies, against the start."""
     entropy: Limits = unkeyed((0.3, 0.1))
     """Entropy a token, against the start."""

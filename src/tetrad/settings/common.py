@@ -25,7 +25,7 @@ class Run:
     """Seconds that a process waits for another one that does not arrive, before all end."""
     workers: Whole = unkeyed(0)
     """Processes that read and tokenise; 0 is one a core."""
-    micro_tokens: Count = unkeyed(4096)
+    micro_batch_tokens: Count = unkeyed(4096)
     """Tokens of one forward and backward: memory and speed; results differ by rounding."""
     save_every: Whole = unkeyed(0)
     """Steps between checkpoints; 0 picks about ten a stage."""
@@ -57,7 +57,7 @@ class Optim:
     """AdamW: added to the root (PPO has its own, `ppo.adam_eps`)."""
     weight_decay: NotNegative = 0.0
     """Decoupled decay of matrices, per step and unit of learning rate (norms and biases have none)."""
-    max_norm: NotNegative = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Gradients are scaled to at most this global norm; 0 turns it off."""
     muon_momentum: Below1 = 0.95
     """Muon: momentum."""
@@ -81,7 +81,7 @@ class Sampling:
     """Taken from the logit of each token that the reply has; below 0 repeats are rewarded."""
     frequency_penalty: float = 0.0
     """The same, once for each time that the reply has it."""
-    max_new: Count = 256
+    max_new_tokens: Count = 256
     """Longest reply, in tokens."""
-    slots: Count = unkeyed(64)
+    max_num_seqs: Count = unkeyed(64)
     """Responses sampled at once."""

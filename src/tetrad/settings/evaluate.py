@@ -11,13 +11,13 @@ class Evaluate:
     """Files of held-out prompts."""
     judges: Functions = ()
     """Python functions `file.py:name`: dicts with text, input, prompt in, a number each out. Only the file is keyed."""
-    referee: str = ""
+    external_lm: str = ""
     """A language model trained apart ("runs/other/pretrain"): the replies' nats a token under it are reported."""
     samples: Count = 256
     """Prompts that are answered (the first of a fixed shuffle)."""
     best_of: Whole = 16
     """Responses among which best-of-N picks by reward; 0 is off."""
-    max_new: Count = 64
+    max_new_tokens: Count = 64
     """Longest reply, in tokens."""
     side_by_side: Whole = 4
     """Prompts whose answers are printed."""

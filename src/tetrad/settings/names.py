@@ -15,11 +15,22 @@ from tetrad.settings.base import Knob
 _SECRET_KEY = re.compile(r"api_?key|(^|_)token$|passw|secret|credential|private_?key", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\b(sk-[\w-]{16,}|hf_\w{20,}|gh[pousr]_\w{20,}|AKIA[A-Z0-9]{16})")
 _OTHER_NAMES = {
-    "learningrate": "lr", "batchsize": "batch", "numepochs": "epochs", "numsteps": "steps", "maxsteps": "steps",
-    "maxlength": "max_tokens", "maxseqlen": "max_tokens", "maxnewtokens": "max_new", "maxlen": "max_new",
-    "klcoef": "kl_coefficient", "beta": "kl_coefficient", "numlayers": "layers", "numheads": "heads",
-    "cliprange": "clip", "lambda": "lam", "warmupratio": "warmup", "outputdir": "out", "files": "data",
+    "learningrate": "lr", "numepochs": "epochs", "numsteps": "steps", "maxsteps": "steps",
+    "maxlength": "max_tokens", "maxseqlen": "max_tokens", "maxlen": "max_new_tokens",
+    "beta": "kl_coef", "numlayers": "layers", "numheads": "heads", "lambda": "gae_lambda",
+    "warmupratio": "warmup", "outputdir": "out", "files": "data",
 }  # fmt: skip
+_RENAMED = {
+    "held_out": "validation", "row_tokens": "sequence_length", "on_long": "overlong", "batch": "batch_size",
+    "seeds": "ensemble_size", "smoothing": "label_smoothing", "normalise_max_new": "normalise_max_new_tokens",
+    "replies": "samples_per_prompt", "max_new": "max_new_tokens", "epochs": "ppo_epochs",
+    "mini_batches": "num_minibatches", "clip": "clip_range", "value_clip": "value_clip_range",
+    "score_clip": "reward_clip", "lam": "gae_lambda", "max_norm": "max_grad_norm", "doubt": "uncertainty_penalty",
+    "stop_kl": "early_stop_kl", "cut_value": "bootstrap_truncated", "kl_coefficient": "kl_coef",
+    "value_coefficient": "value_coef", "entropy_bonus": "entropy_coef", "ema": "ema_decay", "coefficient": "coef",
+    "referee": "external_lm", "ended": "finished", "micro_tokens": "micro_batch_tokens", "slots": "max_num_seqs",
+}  # fmt: skip
+"""Names of an earlier version."""
 
 
 def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
@@ -27,7 +38,10 @@ def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
     if _SECRET_KEY.search(name.rpartition(".")[2].replace("-", "_")):
         return secret(name, where)
     near = nearest(name, known)
-    table = name.rpartition(".")[0]
+    table, dot, key = name.rpartition(".")
+    now = _RENAMED.get(key.replace("-", "_"), "")
+    if table + dot + now in known:
+        return UserError("E-CONF-UNKNOWN", f"unknown setting {name}.", where=where, hint=f"{key} is now {now}")
     siblings = [knob.rpartition(".")[2] for knob in known if knob.rpartition(".")[0] == table]
     hint = f"did you mean {' or '.join(near)}?" if near else ""
     hint = hint or (f"[{table}] has {', '.join(siblings)}" if table and siblings else "")

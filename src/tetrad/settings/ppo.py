@@ -38,21 +38,21 @@ class Ppo:
     """One frozen base for the four roles: actor, critic and reward model are adapters on it (see [lora])."""
     steps: Count = 100
     """Iterations: sample, score, update."""
-    batch: Count = 64
+    batch_size: Count = 64
     """Prompts of an iteration, on all machines together."""
-    replies: Count = 1
+    samples_per_prompt: Count = 1
     """Responses to each prompt of an iteration."""
-    max_new: Count = 64
+    max_new_tokens: Count = 64
     """Longest reply, in tokens; a longer one is cut and pays `missing_eos_penalty`."""
     max_prompt: Whole = 0
-    """Longest prompt, in tokens; 0 is what the model leaves beside `max_new`."""
-    on_long: Literal["refuse", "cut", "drop"] = "refuse"
+    """Longest prompt, in tokens; 0 is what the model leaves beside `max_new_tokens`."""
+    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
     """What to do with a longer prompt; cut (on the left) and drop are counted."""
     temperature: Positive = 1.0
     """Of sampling, actor and reference alike."""
-    epochs: Count = 4
+    ppo_epochs: Count = 4
     """Times an iteration's replies are learned from."""
-    mini_batches: Count = 1
+    num_minibatches: Count = 1
     """Optimizer steps an epoch; `batch` must divide by it."""
     actor_lr: Rate = 1e-5
     """Learning rate of the actor."""
@@ -63,11 +63,11 @@ class Ppo:
     critic_warmup: Whole = 0
     """First iterations in which the actor is frozen and the critic learns whole returns (lambda 1, unclipped): value
     pre-training (Yuan et al. 2025)."""
-    value_coefficient: NotNegative = 0.1
+    value_coef: NotNegative = 0.1
     """Weight of the value loss where actor and critic share a trunk."""
     adam_eps: Positive = 1e-5
     """AdamW: added to the root, for actor and critic."""
-    kl_coefficient: NotNegative = 0.05
+    kl_coef: NotNegative = 0.05
     """beta, the price of a nat of KL to the reference; the start of it when adaptive."""
     kl_target: NotNegative = 0.0
     """Nats a reply that an adaptive beta aims at; 0 keeps beta fixed."""
@@ -75,40 +75,41 @@ class Ppo:
     """Responses over which an adaptive beta moves."""
     gamma: Share = 1.0
     """Discount."""
-    lam: Share = 0.95
+    gae_lambda: Share = 0.95
     """lambda of generalised advantage estimation."""
-    cut_value: bool = False
+    bootstrap_truncated: bool = False
     """A reply that was cut goes on in the critic's value after its last token; else its end is terminal too."""
     reduction: Literal["token", "sequence"] = "token"
     """A batch's losses are the mean over its tokens, or over its replies of each one's mean."""
-    clip: Positive = 0.2
+    clip_range: Positive = 0.2
     """Range of the policy ratio, 1 - clip to 1 + clip."""
     dual_clip: NotNegative = 0.0
     """Above 1: a token's loss is at most this many times its negative advantage (Ye et al. 2020); 0 is off."""
-    stop_kl: NotNegative = 0.0
+    early_stop_kl: NotNegative = 0.0
     """The actor, and what learns with it (a shared critic, text of [ptx]), learns no more from an iteration once its
     approximate KL from the old policy is above this, in nats a token; 0 is off."""
-    value_clip: NotNegative = 0.2
+    value_clip_range: NotNegative = 0.2
     """Range of the value around the old one; 0 is off."""
-    score_clip: NotNegative = 5.0
+    reward_clip: NotNegative = 5.0
     """The reward model's scores, and scaled ones, are cut to this many standard deviations; 0 is off."""
-    doubt: NotNegative = 0.0
-    """Of an ensemble (`reward.seeds`): standard deviations of its members' scores that are taken off their mean."""
+    uncertainty_penalty: NotNegative = 0.0
+    """Of an ensemble (`reward.ensemble_size`): standard deviations of its members' scores taken off
+    their mean."""
     missing_eos_penalty: NotNegative = 1.0
     """Taken from the score of a cut reply, in standard deviations, after the clip."""
     reward_scaling: Literal["none", "running", "whiten"] = "none"
     """running: scores are divided by the standard deviation of all so far, then clipped; whiten: the rewards of all
     tokens by their own in the batch (the mean stays)."""
-    entropy_bonus: NotNegative = 0.0
+    entropy_coef: NotNegative = 0.0
     """Weight of the entropy, the mean over tokens, in the actor's loss."""
-    ema: Below1 = 0.0
+    ema_decay: Below1 = 0.0
     """The result is the moving average of the actor's trained weights (of adapters, each of their two matrices) over
     iterations with this decay; 0 is the actor itself."""
-    max_norm: NotNegative = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Gradients of actor and critic are scaled to at most this norm; 0 turns it off."""
     eval_every: Whole = unkeyed(20)
     """Iterations between samples on the log; 0 shows those of the last."""
 
     def sampling(self, slots: int) -> Sampling:
         """How responses are sampled. slots: at once."""
-        return Sampling(temperature=self.temperature, max_new=self.max_new, slots=slots)
+        return Sampling(temperature=self.temperature, max_new_tokens=self.max_new_tokens, max_num_seqs=slots)

@@ -13,14 +13,14 @@ class Pretrain:
     """Files of documents: txt (one a paragraph between blank lines) or jsonl with `text`."""
     weights: Weights = ()
     """How often an epoch reads the records of each entry of `text`, as [1, 0.5]; empty reads all once."""
-    held_out: Files = ()
+    validation: Files = ()
     """Documents for the held-out perplexity; never trained on."""
     tokens: Whole = 0
     """Tokens to train on; 0 is one epoch."""
-    row_tokens: Count = 512
+    sequence_length: Count = 512
     """Tokens of a row; a document longer than it continues in the next row."""
     batch_tokens: Count = 16_384
-    """Tokens of an optimizer step, on all machines together; a multiple of `row_tokens`."""
+    """Tokens of an optimizer step, on all machines together; a multiple of `sequence_length`."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices, AdamW on embeddings, head, norms and biases."""
     lr: Rate = 1e-3

@@ -10,9 +10,9 @@ class Ptx:
 
     text: Files = ()
     """Files of documents, as in [pretrain]."""
-    coefficient: NotNegative = 1.0
+    coef: NotNegative = 1.0
     """Weight of the loss, in nats a token, beside the policy's."""
-    row_tokens: Count = 128
+    sequence_length: Count = 128
     """Length of a row of packed documents."""
     batch_tokens: Count = 1024
     """Tokens of an optimizer step, on all machines together."""

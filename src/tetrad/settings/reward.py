@@ -27,17 +27,17 @@ class Reward:
     """Files of comparisons and scores."""
     weights: Weights = ()
     """How often an epoch reads the records of each entry of `data`, as [1, 0.5]; empty reads all once."""
-    held_out: Files = ()
+    validation: Files = ()
     """Records for the temperature, the prompts of the normalisation, and the report; never trained on."""
     test: Files = ()
-    """Records read once, at the end, for the reported figures; `held_out` where none are given."""
+    """Records read once, at the end, for the reported figures; `validation` where none are given."""
     from_: str = ""
     """A folder to start from ("from" in TOML); the SFT model where empty."""
     score_scale: tuple[float, float] | tuple[()] = ()
     """Lowest and highest possible score, as [1, 5]; needed as soon as a record has a score."""
     comparison_loss: Literal["pairs", "plackett-luce"] = "pairs"
     """pairs: all pairs of a list, averaged (Ouyang et al. 2022), less the margin; plackett-luce: the whole order."""
-    smoothing: BelowHalf = 0.0
+    label_smoothing: BelowHalf = 0.0
     """How likely each stated order of a pair is taken to be wrong; 0 takes people, or their votes, at their word."""
     score_loss: Literal["gaussian", "mse", "bce"] = "gaussian"
     """gaussian: squared error in standard deviations of the training scores; mse, bce: the share of score_scale as a
@@ -62,7 +62,7 @@ class Reward:
     """Share of the input tokens whose embedding is zeroed while the reward model trains."""
     max_tokens: Whole = 0
     """Longest prompt with answer; 0 is the model's."""
-    on_long: Literal["refuse", "cut", "drop"] = "refuse"
+    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
     """What to do with a longer one; cut (from the left) and drop are counted."""
     shared_prefix: Literal["auto", "always", "never"] = unkeyed("auto")
     """Whether a list's answers are computed from one prompt, on a CPU; auto: where that is faster. Numbers change by
@@ -71,9 +71,9 @@ class Reward:
     """Train low-rank adapters (see [lora]) and the head on the frozen SFT model; `ppo.adapters` needs it."""
     epochs: Positive = 1.0
     """Times the records are read."""
-    batch: Count = 32
+    batch_size: Count = 32
     """Records of an optimizer step, on all machines together."""
-    seeds: Count = 1
+    ensemble_size: Count = 1
     """Reward models from as many seeds, averaged; the first is the folder's own, how far they differ is told."""
     patience: Whole = 3
     """Of ten looks at held-out records, those without a gain after which training stops; 0 never stops. The weights of
@@ -90,7 +90,7 @@ class Reward:
     """How the learning rate falls afterwards."""
     normalise: Count = 256
     """Responses of the SFT model on which the output gets mean 0 and standard deviation 1."""
-    normalise_max_new: Count = 64
+    normalise_max_new_tokens: Count = 64
     """Longest of those replies, in tokens."""
     probes: Whole = 256
     """Answers of the test records that are changed and scored again, to see what moves the reward; 0 leaves it out."""

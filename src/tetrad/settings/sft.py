@@ -13,7 +13,7 @@ class Sft:
     """Files of Instruction, messages or prompt/completion records."""
     weights: Weights = ()
     """How often an epoch reads the records of each entry of `data`, as [1, 0.5]; empty reads all once."""
-    held_out: Files = ()
+    validation: Files = ()
     """Records for the held-out loss; never trained on."""
     template: TemplateName = ""
     """How a conversation becomes text; empty is the folder's own way, and `instruction` where it has none."""
@@ -27,13 +27,13 @@ class Sft:
     """Read the prompt's tokens in the loss too."""
     max_tokens: Whole = 0
     """Longest record; 0 is the model's."""
-    on_long: Literal["refuse", "cut", "drop"] = "refuse"
+    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
     """What to do with a longer record; cut and drop are counted."""
     adapters: bool = False
     """Train low-rank adapters (see [lora]); the result has them merged, and beside it in `adapter`."""
     epochs: Positive = 1.0
     """Times the records are read."""
-    batch: Count = 32
+    batch_size: Count = 32
     """Records of an optimizer step, on all machines together."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices, AdamW on the rest."""

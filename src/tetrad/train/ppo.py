@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tetrad.objectives import ppo
 from tetrad.reward import gate
 from tetrad.rl.advantages import KLController, RunningStd, token_rewards, whitened
-from tetrad.rl.experience import PPOBatch, PPOTokens, mini_batches
+from tetrad.rl.experience import PPOBatch, PPOTokens, minibatches
 from tetrad.rl.metrics import step_metrics, update_metrics
 from tetrad.rl.models import ActorCritic, Models, actor_of, critic_of, load_models, save_models
 from tetrad.rl.monitor import Monitor, judges_of, notes_of, say_idle
@@ -29,7 +29,7 @@ from tetrad.training.optimizer import lr_factor
 from tetrad.training.stage import start
 from tetrad.training.step import MAX, Loss, Metric, Microbatch, StepStats, Term, Terms, update
 
-SHOWN = ("score", "kl", "length", "ended")  # in the bar
+SHOWN = ("score", "kl", "length", "finished")  # in the bar
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def run(ctx: StageContext) -> None:
     say_idle(ctx)
     failures = gate.before_ppo(ctx, [each.prompt for each in prompts.prompts])
     ptx, judges = ptx_batches(ctx, models.device), judges_of(ctx)
-    kl = KLController(s.kl_coefficient, s.kl_target, s.kl_horizon)
-    monitor = Monitor(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch * s.replies)
+    kl = KLController(s.kl_coef, s.kl_target, s.kl_horizon)
+    monitor = Monitor(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch_size * s.samples_per_prompt)
     state = PPOState(kl, monitor, RunningStd())
     samples = Samples(ctx, models, prompts.prompts)
     with (
@@ -65,7 +65,7 @@ def run(ctx: StageContext) -> None:
         ctx.console.progress("ppo", s.steps, stage.step) as bar,
     ):
         for step in stage.steps():
-            sampling = s.sampling(ctx.recipe.sampling.slots)
+            sampling = s.sampling(ctx.recipe.sampling.max_num_seqs)
             key = (seed, "rollout", step)
             rollout = roll_out(models.actor, *prompts.batch(step), key, sampling, models.tokenizer, models.device)
             batch = make_batch(models, rollout, s, state, step)
@@ -73,16 +73,16 @@ def run(ctx: StageContext) -> None:
                 gate.check_scale(ctx, batch.parts)
             judged = {name: judge(rollout.samples) for name, judge in judges.items()}
             losses = learn(models, batch, s, (seed, step), ptx)
-            metrics = step_metrics(batch, kl.beta, models.device, models.train_high, judged) | losses
+            metrics = step_metrics(batch, kl.beta, models.device, models.train_score_p999, judged) | losses
             if step >= s.critic_warmup:  # before, the actor can't move and its KL is nothing
-                kl.update(metrics["kl"], s.batch * s.replies)
+                kl.update(metrics["kl"], s.batch_size * s.samples_per_prompt)
             if models.ema:
                 models.ema.update()
             metrics |= monitor.check(ctx, step, metrics)
             stage.log(step, **metrics)
             if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0) or monitor.broken:
                 samples.show(stage.sample, step, batch)
-            speed = stage.timing(step, metrics["length"] * s.batch * s.replies)
+            speed = stage.timing(step, metrics["length"] * s.batch_size * s.samples_per_prompt)
             bar.advance(1, **{name: metrics[name] for name in SHOWN}, **speed)
             monitor.stop()
         save_models(ctx, stage, models, notes_of(failures, monitor))
@@ -90,7 +90,7 @@ def run(ctx: StageContext) -> None:
 
 def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: int) -> PPOBatch:
     """Scores, what three models read in the responses, rewards, advantages and returns."""
-    device, mask, read = models.device, rollout.mask_BT, (rollout, models.micro_tokens, models.device)
+    device, mask, read = models.device, rollout.mask_BT, (rollout, models.micro_batch_tokens, models.device)
     parts = models.reward.parts(rollout.samples)
     scores = torch.tensor(models.reward.total(parts), dtype=torch.float32)
     logprobs = read_logprobs(models.actor, *read, s.temperature)
@@ -100,8 +100,8 @@ def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: 
     rewards = token_rewards(s, scores / unit, logprobs, ref_logprobs, rollout, state.kl.beta)
     if s.reward_scaling == "whiten":
         rewards = whitened(rewards, mask, device, shift_mean=False)
-    bootstrap = torch.where(rollout.ended_B, 0, bootstrap) if s.cut_value else torch.zeros_like(scores)
-    lam = 1.0 if step < s.critic_warmup else s.lam
+    bootstrap = torch.where(rollout.finished_B, 0, bootstrap) if s.bootstrap_truncated else torch.zeros_like(scores)
+    lam = 1.0 if step < s.critic_warmup else s.gae_lambda
     advantages, returns = ppo.gae(rewards, values, mask, s.gamma, lam, bootstrap)
     advantages = whitened(advantages, mask, device, shift_mean=True)
     return PPOBatch(rollout, parts, scores, logprobs, ref_logprobs, values, bootstrap, rewards, advantages, returns)
@@ -111,29 +111,31 @@ def learn(
     models: Models, batch: PPOBatch, s: Ppo, key: tuple[int, int], ptx: PtxBatches = lambda _: []
 ) -> dict[str, float]:
     """Epochs of mini-batches: one step of the actor and one of the critic each. key: seed and iteration."""
-    step, per_step = key[1], s.epochs * s.mini_batches
+    step, per_step = key[1], s.ppo_epochs * s.num_minibatches
     factor = lr_factor(step, s.steps, 0.0, s.schedule)
     warming = step < s.critic_warmup
-    value_clip = 0.0 if warming else s.value_clip  # while the critic warms up it may move freely
+    value_clip_range = 0.0 if warming else s.value_clip_range  # while the critic warms up it may move freely
     steps: list[tuple[str, StepStats]] = []
     actor_learns = not warming
 
     def train(who: str, model: nn.Module, micros: list[Microbatch], terms: Terms) -> StepStats:
         optimizer = models.critic_optimizer if model is models.critic else models.actor_optimizer
         assert optimizer
-        steps.append((who, update(model, optimizer, micros, terms, models.device, factor=factor, max_norm=s.max_norm)))
+        steps.append(
+            (who, update(model, optimizer, micros, terms, models.device, factor=factor, max_norm=s.max_grad_norm))
+        )
         return steps[-1][1]
 
     models.freeze_actor(warming)
-    for number, micros in enumerate(mini_batches(batch, s, key, models.micro_tokens, models.device)):
+    for number, micros in enumerate(minibatches(batch, s, key, models.micro_batch_tokens, models.device)):
         if actor_learns:
             text = ptx(step * per_step + number)
             stats = train("actor", models.both or models.actor, micros + text, actor_terms(s))
-            actor_learns = not s.stop_kl or stats.terms["approx_kl"] <= s.stop_kl
+            actor_learns = not s.early_stop_kl or stats.terms["approx_kl"] <= s.early_stop_kl
         elif warming and models.both:
-            train("critic", models.both, micros, critic_terms(value_clip))
+            train("critic", models.both, micros, critic_terms(value_clip_range))
         if models.critic_optimizer:
-            train("critic", models.critic, micros, critic_terms(value_clip))
+            train("critic", models.critic, micros, critic_terms(value_clip_range))
     models.freeze_actor(False)
     rates = {"critic_lr": s.critic_lr * factor} | ({} if warming else {"actor_lr": s.actor_lr * factor})
     return update_metrics(steps) | rates
@@ -150,18 +152,18 @@ def actor_terms(s: Ppo) -> Terms:
         hidden, tokens = actor.model(micro.packed), cast(PPOTokens, micro.data)
         logprobs, entropy = actor.read(hidden, micro.packed, "logprobs", s.temperature)
         shared = (
-            value_terms(model.critic.read(hidden, micro.packed, "values"), tokens, s.value_clip, s.value_coefficient)
+            value_terms(model.critic.read(hidden, micro.packed, "values"), tokens, s.value_clip_range, s.value_coef)
             if isinstance(model, ActorCritic)
             else []
         )
-        return [*policy_terms(logprobs, tokens, s), entropy_term(entropy, s.entropy_bonus), *shared]
+        return [*policy_terms(logprobs, tokens, s), entropy_term(entropy, s.entropy_coef), *shared]
 
     return terms
 
 
 def policy_terms(logprobs: Tensor, tokens: PPOTokens, s: Ppo) -> list[Term]:
     """ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))."""
-    every, clip = torch.ones_like(logprobs, dtype=torch.bool), s.clip
+    every, clip = torch.ones_like(logprobs, dtype=torch.bool), s.clip_range
     old, advantages = tokens.old_logprobs, tokens.advantages
     sums = ppo.policy_loss_sum(logprobs, old, advantages, every, clip, clip, s.dual_clip or None, tokens.weights)
     return [

@@ -20,37 +20,43 @@ from tetrad.training.batches import language_micros
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer, lr_factor
 from tetrad.training.prepare import documents
-from tetrad.training.stage import Weights, finish, held_out_figures, prepared, start
+from tetrad.training.stage import Weights, finish, prepared, start, validation_metrics
 from tetrad.training.step import language_terms, update
 from tetrad.types import Tokens
 
 
 def run(ctx: StageContext) -> None:
-    s, micro_tokens = ctx.recipe.pretrain, ctx.recipe.run.micro_tokens
+    s, micro_batch_tokens = ctx.recipe.pretrain, ctx.recipe.run.micro_batch_tokens
     device = choose(ctx.recipe.run)
     found = prepared(ctx, documents)
     tokenizer = found.tokenizer
-    rows = Rows(found.store, s.row_tokens, ctx.recipe.seed, found.mixture)
-    batch = s.batch_tokens // s.row_tokens
-    steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.row_tokens) / s.batch_tokens))
+    rows = Rows(found.store, s.sequence_length, ctx.recipe.seed, found.mixture)
+    batch = s.batch_tokens // s.sequence_length
+    steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.sequence_length) / s.batch_tokens))
     model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
     model.to(device.place)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
-    held_out = _held_out(ctx, tokenizer)
+    validation = _held_out(ctx, tokenizer)
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("pretrain", steps, stage.step) as bar:
             for step in stage.steps():
                 wanted = collectives.share(range(step * batch, (step + 1) * batch))
                 pieces = [piece for row in wanted for piece in rows.row(row)]
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
-                micros = language_micros(pieces, micro_tokens, device)
+                micros = language_micros(pieces, micro_batch_tokens, device)
                 model.train()
                 stats = update(
-                    model, optimizer, micros, language_terms, device, factor=factor, max_norm=ctx.recipe.optim.max_norm
+                    model,
+                    optimizer,
+                    micros,
+                    language_terms,
+                    device,
+                    factor=factor,
+                    max_norm=ctx.recipe.optim.max_grad_norm,
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
                 bar.advance(1, loss=stats.loss, **stage.timing(step, stats.tokens))
-        finish(ctx, stage, model, tokenizer, None, held_out_figures(ctx, model, held_out, device))
+        finish(ctx, stage, model, tokenizer, None, validation_metrics(ctx, model, validation, device))
 
 
 def _new_model(ctx: StageContext, tokenizer: Tokenizer) -> CausalLM:
@@ -78,9 +84,9 @@ def _new_model(ctx: StageContext, tokenizer: Tokenizer) -> CausalLM:
 def _held_out(ctx: StageContext, tokenizer: Tokenizer) -> list[Tokens]:
     """The held-out documents in pieces of a row at most: longer contexts were never trained."""
     s = ctx.recipe.pretrain
-    held_out = tokenize_documents(tokenizer, read_documents(ctx.files(s.held_out)))
+    validation = tokenize_documents(tokenizer, read_documents(ctx.files(s.validation)))
     return [
-        Tokens(tokens.ids[at : at + s.row_tokens], tokens.train[at : at + s.row_tokens], tokens.where)
-        for tokens in held_out
-        for at in range(0, len(tokens.ids), s.row_tokens)
+        Tokens(tokens.ids[at : at + s.sequence_length], tokens.train[at : at + s.sequence_length], tokens.where)
+        for tokens in validation
+        for at in range(0, len(tokens.ids), s.sequence_length)
     ]

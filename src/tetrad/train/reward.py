@@ -81,8 +81,8 @@ def run(ctx: StageContext) -> None:
     longest, counts = s.max_tokens or models[0].config.max_positions, Counts()
     examples = read_examples(ctx, s.data, form, tokenizer, longest, counts)
     report_counts(ctx, counts, len(examples.records))
-    refuse_overlap(examples.records, read_preferences(ctx.files((*s.held_out, *s.test)), s.score_scale))
-    files = [f for f in (s.held_out, s.test or s.held_out) if f]
+    refuse_overlap(examples.records, read_preferences(ctx.files((*s.validation, *s.test)), s.score_scale))
+    files = [f for f in (s.validation, s.test or s.validation) if f]
     tests = [read_examples(ctx, f, form, tokenizer, longest, Counts()) for f in files]
     baselines = {spec.rpartition(":")[2]: python_function(spec) for spec in s.baselines}
     lessons = Lessons(ctx, examples, tests[0] if tests else None, device)
@@ -94,10 +94,10 @@ def run(ctx: StageContext) -> None:
     with start(ctx, device, lessons.steps, parts) as stage:
         train(ctx, stage, lessons, members, best)
         best.put_back()
-        judge = RewardModel(models, tokenizer, form, device, folder, ctx.recipe.run.micro_tokens)
+        judge = RewardModel(models, tokenizer, form, device, folder, ctx.recipe.run.micro_batch_tokens)
         told = report_annotators(ctx, members[0].latent, lessons) if lessons.numbers else {}
         figures, evaluation = normalise(ctx, judge), Json()
-        figures["train_high"] = highest_seen(judge, examples)
+        figures["train_score_p999"] = highest_seen(judge, examples)
         if tests:
             found, evaluation = assess(ctx, judge, tests, baselines)
             figures |= found
@@ -123,7 +123,7 @@ def train(
             bar.advance(1, loss=sum(one.loss for one in stats) / len(stats), **speed)
             if best.patience and lessons.looks(step):
                 with bar.look():
-                    best.see(lessons.held_out_loss(members))
+                    best.see(lessons.eval_loss(members))
             if best.enough:
                 ctx.console.say(f"reward     stops after {step + 1} steps: held-out records gain no more")
                 stage.enough()
@@ -149,22 +149,22 @@ def exported(models: Sequence[ScalarModel], tokenizer: Tokenizer) -> tuple[list[
 def seeds(ctx: StageContext) -> list[int]:
     """One a member; the first is the recipe's own."""
     own = ctx.recipe.seed
-    return [own, *(seed_for(own, "member", k) for k in range(1, ctx.recipe.reward.seeds))]
+    return [own, *(seed_for(own, "member", k) for k in range(1, ctx.recipe.reward.ensemble_size))]
 
 
 class Lessons:
     """What every member learns from, and how: the training records, the order of batches, the losses."""
 
-    def __init__(self, ctx: StageContext, examples: Examples, held_out: Examples | None, device: Device) -> None:
+    def __init__(self, ctx: StageContext, examples: Examples, validation: Examples | None, device: Device) -> None:
         self.s, self.optim, self.run = ctx.recipe.reward, ctx.recipe.optim, ctx.recipe.run
         self.examples, self.device = examples, device
         self.zero, self.unit = score_unit(self.s, examples.records)
         self.numbers = numbers_of(examples.records) if self.s.annotators else {}
         self.mixture = ctx.files(self.s.data, self.s.weights).mixture(record.where for record in examples.records)
-        self.steps = steps_for(epoch_size(self.mixture), self.s.batch, self.s.epochs)
+        self.steps = steps_for(epoch_size(self.mixture), self.s.batch_size, self.s.epochs)
         self.terms = preference_terms(self.s)
-        self._held_out = held_out and self._micros(
-            held_out, order(ctx.recipe.seed, 0, len(held_out.records))[:MOST_HELD_OUT].tolist()
+        self._held_out = validation and self._micros(
+            validation, order(ctx.recipe.seed, 0, len(validation.records))[:MOST_HELD_OUT].tolist()
         )
 
     def member(self, model: ScalarModel, seed: int) -> Member:
@@ -179,12 +179,12 @@ class Lessons:
 
     def learn(self, member: Member, step: int) -> StepStats:
         """One optimizer step of one member."""
-        wanted = collectives.share(batch_indices(member.seed, self.mixture, self.s.batch, step).tolist())
-        keys = [seed_for(member.seed, "dropout", step, place) for place in collectives.share(range(self.s.batch))]
+        wanted = collectives.share(batch_indices(member.seed, self.mixture, self.s.batch_size, step).tolist())
+        keys = [seed_for(member.seed, "dropout", step, place) for place in collectives.share(range(self.s.batch_size))]
         factor = lr_factor(step, self.steps, self.s.warmup, self.s.schedule)
         member.latent.train()
         micros = self._micros(self.examples, wanted, keys)
-        how = {"factor": factor, "max_norm": self.optim.max_norm}
+        how = {"factor": factor, "max_norm": self.optim.max_grad_norm}
         return update(member.latent, member.optimizer, micros, self.terms, self.device, **how)
 
     def figures(self, stats: Sequence[StepStats]) -> dict[str, float]:
@@ -199,7 +199,7 @@ class Lessons:
         """Whether held-out records are looked at after this step."""
         return (step + 1) % math.ceil(self.steps / LOOKS) == 0
 
-    def held_out_loss(self, members: Sequence[Member]) -> float:
+    def eval_loss(self, members: Sequence[Member]) -> float:
         """The mean over members, without dropout. Rank 0's for all: a bit apart, some would stop and others not."""
         losses = [measured(m.latent.eval(), self._held_out or [], self.terms, self.device) for m in members]
         return collectives.first(sum(losses) / len(losses))
@@ -208,7 +208,7 @@ class Lessons:
         records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
         # A shared prefix has no label after it but in the first answer, and every label counts here.
         shared = "never" if self.s.token_weight else self.s.shared_prefix
-        how = (self.run.micro_tokens, self.zero, self.unit, self.device, self.numbers, shared, keys)
+        how = (self.run.micro_batch_tokens, self.zero, self.unit, self.device, self.numbers, shared, keys)
         return preference_micros(records, documents, *how)
 
 
@@ -263,7 +263,7 @@ def _comparison_loss(s: Reward, latent: Latent, found: PreferenceTargets, r_D: T
     """Summed over lists: the mean over a list's pairs, or the whole order; who gave it may have it the wrong way."""
     scaled, who = r_D * latent.log_rho.exp(), latent.annotators
     if s.comparison_loss == "pairs" or not len(found.ranked_N):  # without lists, a sum of no pairs
-        labels = found.labels_P * (1 - s.smoothing) + (1 - found.labels_P) * s.smoothing
+        labels = found.labels_P * (1 - s.label_smoothing) + (1 - found.labels_P) * s.label_smoothing
         pairs = (found.winners_P, found.losers_P, found.weights_P, found.margins_P, labels)
         return preference.pair_loss_sum(scaled, *pairs, who.competence(found.by_P) if who else None)
     ranked = scaled[found.ranked_N]
@@ -286,7 +286,9 @@ def _score_losses(s: Reward, latent: Latent, found: PreferenceTargets, rewards_N
 def report_annotators(ctx: StageContext, latent: Latent, lessons: Lessons) -> Json:
     """Says who is how reliable; annotators.json has it all, with the records that look flipped."""
     examples = lessons.examples
-    rewards = torch.tensor(score_tokens(latent.reward, examples.tokens, lessons.device, ctx.recipe.run.micro_tokens))
+    rewards = torch.tensor(
+        score_tokens(latent.reward, examples.tokens, lessons.device, ctx.recipe.run.micro_batch_tokens)
+    )
     found = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
     scaled = rewards * latent.log_rho.detach().exp().cpu()
     reliabilities, suspects = judged(examples.records, found, scaled, lessons.numbers)
@@ -311,9 +313,9 @@ def score_unit(s: Reward, records: Sequence[Record]) -> tuple[float, float]:
 def read_examples(
     ctx: StageContext, files: Sequence[str], form: Template, tokenizer: Tokenizer, longest: int, counts: Counts
 ) -> Examples:
-    """The records of these files and their documents; over-long ones as `on_long` says, whole records at a time."""
+    """The records of these files and their documents; over-long ones as `overlong` says, whole records at a time."""
     s = ctx.recipe.reward
     records = read_preferences(ctx.files(files), s.score_scale, counts)
     conversations = (conversation for record in records for conversation in answers(record))
     documents = list(tokenize(form, tokenizer, conversations, closed=False, counts=counts))
-    return Examples.of(records, documents).fitted(longest, s.on_long, counts)
+    return Examples.of(records, documents).fitted(longest, s.overlong, counts)

@@ -19,13 +19,13 @@ from tetrad.training.batches import language_micros
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer, lr_factor
 from tetrad.training.prepare import conversations, first_parent
-from tetrad.training.stage import Weights, finish, held_out_figures, prepared, report_counts, start
+from tetrad.training.stage import Weights, finish, prepared, report_counts, start, validation_metrics
 from tetrad.training.step import language_terms, update
 from tetrad.types import Tokens
 
 
 def run(ctx: StageContext) -> None:
-    s, micro_tokens = ctx.recipe.sft, ctx.recipe.run.micro_tokens
+    s, micro_batch_tokens = ctx.recipe.sft, ctx.recipe.run.micro_batch_tokens
     device = choose(ctx.recipe.run)
     folder = first_parent(ctx, "pretrain", "base")
     found = prepared(ctx, conversations)
@@ -38,22 +38,28 @@ def run(ctx: StageContext) -> None:
     model.to(device.place)
     if s.adapters:
         adapters.adapt(ctx, model, ctx.recipe.seed)
-    held_out = _held_out(ctx, form, tokenizer, model)
-    steps = steps_for(epoch_size(found.mixture), s.batch, s.epochs)
+    validation = _held_out(ctx, form, tokenizer, model)
+    steps = steps_for(epoch_size(found.mixture), s.batch_size, s.epochs)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("sft", steps, stage.step) as bar:
             for step in stage.steps():
-                wanted = collectives.share(batch_indices(ctx.recipe.seed, found.mixture, s.batch, step).tolist())
-                micros = language_micros([store[i] for i in wanted], micro_tokens, device)
+                wanted = collectives.share(batch_indices(ctx.recipe.seed, found.mixture, s.batch_size, step).tolist())
+                micros = language_micros([store[i] for i in wanted], micro_batch_tokens, device)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
                 model.train()
                 stats = update(
-                    model, optimizer, micros, language_terms, device, factor=factor, max_norm=ctx.recipe.optim.max_norm
+                    model,
+                    optimizer,
+                    micros,
+                    language_terms,
+                    device,
+                    factor=factor,
+                    max_norm=ctx.recipe.optim.max_grad_norm,
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
                 bar.advance(1, loss=stats.loss, **stage.timing(step, stats.tokens))
-        figures = held_out_figures(ctx, model, held_out, device)
+        figures = validation_metrics(ctx, model, validation, device)
         adapters.keep(ctx, model, folder)
         finish(ctx, stage, merged(model), tokenizer, form, figures)
 
@@ -61,12 +67,12 @@ def run(ctx: StageContext) -> None:
 def _held_out(ctx: StageContext, form: Template, tokenizer: Tokenizer, model: CausalLM) -> list[Tokens]:
     s, counts = ctx.recipe.sft, Counts()
     limit = s.max_tokens or model.config.max_positions
-    read = read_conversations(ctx.files(s.held_out), counts)
+    read = read_conversations(ctx.files(s.validation), counts)
     stream = tokenize(
         form, tokenizer, read, train_on_prompt=s.train_on_prompt, last_only=s.train_turns == "last", counts=counts
     )
-    found = list(fit(stream, limit, s.on_long, counts))
-    refuse_long(counts, limit, s.on_long)
+    found = list(fit(stream, limit, s.overlong, counts))
+    refuse_long(counts, limit, s.overlong)
     if found:
         report_counts(ctx, counts, len(found), "held-out ")
     return found

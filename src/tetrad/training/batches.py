@@ -14,21 +14,23 @@ from tetrad.training.step import Microbatch
 from tetrad.types import IGNORE, Tokens
 
 
-def language_micros(documents: Sequence[Tokens], micro_tokens: int, device: Device) -> list[Microbatch]:
-    """Micro-batches of at most `micro_tokens` tokens; their count "tokens" is the number of targets."""
+def language_micros(documents: Sequence[Tokens], micro_batch_tokens: int, device: Device) -> list[Microbatch]:
+    """Micro-batches of at most `micro_batch_tokens` tokens; their count "tokens" is the number of targets."""
     found = []
-    for group in micro_batches(documents, micro_tokens):
+    for group in micro_batches(documents, micro_batch_tokens):
         packed = pack([documents[i] for i in group])
         found.append(Microbatch(device.put(packed), {"tokens": float((packed.targets_T != IGNORE).sum())}))
     return found
 
 
 @torch.no_grad()
-def mean_nll(model: CausalLM, documents: Sequence[Tokens], micro_tokens: int, device: Device) -> tuple[float, int]:
+def mean_nll(
+    model: CausalLM, documents: Sequence[Tokens], micro_batch_tokens: int, device: Device
+) -> tuple[float, int]:
     """Nats a target token, and the number of targets."""
     model.eval()
     nats = tokens = 0.0
-    micros = language_micros(documents, micro_tokens, device)
+    micros = language_micros(documents, micro_batch_tokens, device)
     for micro in counted("held-out documents", micros, len(documents), lambda m: len(m.packed.bounds) - 1):
         with device.compute():
             nats += float(model(micro.packed, "nll"))
@@ -38,12 +40,12 @@ def mean_nll(model: CausalLM, documents: Sequence[Tokens], micro_tokens: int, de
 
 @torch.no_grad()
 def reply_logprobs(
-    model: CausalLM, documents: Sequence[Tokens], micro_tokens: int, device: Device, temperature: float = 1.0
+    model: CausalLM, documents: Sequence[Tokens], micro_batch_tokens: int, device: Device, temperature: float = 1.0
 ) -> list[np.ndarray]:
     """Log-probabilities of each document's labels, one float32 array a document."""
     model.eval()
     found: list[np.ndarray] = []
-    for group in counted("reading", micro_batches(documents, micro_tokens), len(documents), len):
+    for group in counted("reading", micro_batches(documents, micro_batch_tokens), len(documents), len):
         packed = device.put(pack([documents[i] for i in group]))
         with device.compute():
             logprobs, _ = model(packed, "logprobs", temperature)

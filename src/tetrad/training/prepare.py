@@ -50,7 +50,7 @@ def conversations(ctx: StageContext) -> Prepared:
     limit = s.max_tokens or read_config(folder).max_positions
     form = choose(folder, s.template, s.separator, own=False)
     last_only = s.train_turns == "last"
-    encoding = Encoding(tokenizer.text, tokenizer.eos_ids, form, s.train_on_prompt, last_only, limit, s.on_long)
+    encoding = Encoding(tokenizer.text, tokenizer.eos_ids, form, s.train_on_prompt, last_only, limit, s.overlong)
     return _tokens(ctx, "sft.data", s.weights, encoding, tokenizer)
 
 
@@ -82,8 +82,8 @@ def _tokens(
 def check_sft(ctx: StageContext) -> None:
     """Tokens, and no held-out record among those trained on. Errors: E-DATA-*, E-MODEL-*, E-IO-*."""
     s = ctx.recipe.sft
-    if s.held_out:
-        refuse_overlap(*(read_conversations(ctx.files(files)) for files in (s.data, s.held_out)))
+    if s.validation:
+        refuse_overlap(*(read_conversations(ctx.files(files)) for files in (s.data, s.validation)))
     conversations(ctx)
 
 

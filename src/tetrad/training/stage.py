@@ -106,7 +106,12 @@ def start(
 def _conditions(run: common.Run, device: Device) -> dict[str, Json]:
     """What a checkpoint notes beside the recipe: numbers may differ in their last digits where one of these does."""
     kind, dtype = device.place.type, str(device.dtype)
-    return {"device": kind, "dtype": dtype, "processes": collectives.size(), "micro_tokens": run.micro_tokens}
+    return {
+        "device": kind,
+        "dtype": dtype,
+        "processes": collectives.size(),
+        "micro_batch_tokens": run.micro_batch_tokens,
+    }
 
 
 def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
@@ -195,16 +200,16 @@ def template_for(ctx: StageContext, folder: Path) -> Template:
     return choose(folder, ctx.recipe.sft.template, ctx.recipe.sft.separator, own=True)
 
 
-def held_out_figures(
+def validation_metrics(
     ctx: StageContext, model: CausalLM, documents: Sequence[Tokens], device: Device
 ) -> dict[str, float]:
     """Loss and perplexity of a language model on documents that it never trained on; nothing without any."""
     if not documents:
         return {}
-    loss, tokens = mean_nll(model, documents, ctx.recipe.run.micro_tokens, device)
+    loss, tokens = mean_nll(model, documents, ctx.recipe.run.micro_batch_tokens, device)
     said = f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}, {tokens} tokens"
     ctx.console.say(f"{ctx.folder.name:<10} {said}")
-    return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "held_out_tokens": float(tokens)}
+    return {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_tokens": float(tokens)}
 
 
 def report_counts(ctx: StageContext, counts: Counts, kept: int, which: str = "") -> None:

@@ -28,7 +28,7 @@ PROMPTS: Lines = [
     {"Instruction": "Go on.", "Output": "was warm", "Score": 3.5, "reply": "x", "given_reply": "y"},
     {"prompt": "slow", "completion": "but moving"},
 ]
-NEW = ("reply", "tokens", "ended")
+NEW = ("reply", "tokens", "finished")
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def read(name: str) -> Lines:
 def generated(run: Path, **settings: Any) -> tuple[str, str]:
     """What was said, and the progress."""
     out, err = StringIO(), StringIO()
-    given = {"model": str(run / "sft"), "max_new": 8, **settings}
+    given = {"model": str(run / "sft"), "max_new_tokens": 8, **settings}
     generate_file(Generate(**given), Console(out=out, err=err))
     return out.getvalue(), err.getvalue()
 
@@ -77,7 +77,7 @@ def test_a_file_of_prompts(run: Path, here: Path) -> None:
     assert "generate 5/5" in progress
     assert [{k: v for k, v in r.items() if k not in NEW} for r in records[:3]] == PROMPTS[:3]
     for record in records:
-        assert isinstance(record["reply"], str) and isinstance(record["ended"], bool) and 1 <= record["tokens"] <= 8
+        assert isinstance(record["reply"], str) and isinstance(record["finished"], bool) and 1 <= record["tokens"] <= 8
         assert list(record)[-3:] == list(NEW)
     assert len({record["reply"] for record in records}) == 5
 
@@ -122,7 +122,7 @@ def test_the_batch_changes_nothing(run: Path, here: Path, monkeypatch: pytest.Mo
     assert before[0] != before[1]
     monkeypatch.setattr(batch, "SCORES_AT_ONCE", 6)
     for slots in (1, 4):
-        assert (replies(every | {"slots": slots}), replies(best | {"slots": slots})) == before
+        assert (replies(every | {"max_num_seqs": slots}), replies(best | {"max_num_seqs": slots})) == before
     assert replies(every | {"seed": 4}) != before[0]
 
 
@@ -160,7 +160,7 @@ def test_every_form_is_scored_as_it_was_trained_on(run: Path, here: Path) -> Non
     """Prompt and answer in any form give the reward model's number for the same ids."""
     forms: Lines = [
         {"Instruction": "Go on.", "Input": "the plot", "Output": "is warm"},
-        {"instruction": "Go on.", "INPUT": "the plot", "reply": "is warm", "output": "is not", "ended": True},
+        {"instruction": "Go on.", "INPUT": "the plot", "reply": "is warm", "output": "is not", "finished": True},
         {"messages": [
             {"role": "system", "content": "Go on."},
             {"role": "user", "content": "the plot"},
@@ -170,7 +170,7 @@ def test_every_form_is_scored_as_it_was_trained_on(run: Path, here: Path) -> Non
          "reply": "is warm"},
         {"input": "a film", "output": "is warm"},
         {"prompt": "a film", "completion": "is warm", "score": 4},
-        {"Instruction": "a film", "reply": "", "ended": False},
+        {"Instruction": "a film", "reply": "", "finished": False},
     ]  # fmt: skip
     write("s.jsonl", forms)
     assert scored(run, "s.jsonl", "o.jsonl").startswith("7 scores, mean ")
@@ -276,9 +276,9 @@ def test_a_parquet_file_keeps_its_columns(run: Path, here: Path) -> None:
 
 
 def test_a_prompt_without_room_is_named(run: Path, here: Path) -> None:
-    error = refused(generated, run, prompts="p.jsonl", max_new=95, out="a.jsonl")
+    error = refused(generated, run, prompts="p.jsonl", max_new_tokens=95, out="a.jsonl")
     assert (error.code, error.where) == ("E-DATA-LONG", "p.jsonl:1")
-    assert refused(generated, run, instruction="x", max_new=95).code == "E-DATA-LONG"
+    assert refused(generated, run, instruction="x", max_new_tokens=95).code == "E-DATA-LONG"
     assert not Path("a.jsonl").exists()
 
 
@@ -310,13 +310,13 @@ def test_template_of_a_base_model(run: Path, here: Path) -> None:
 
 
 def test_stop_texts_and_penalties(run: Path, here: Path) -> None:
-    asked = {"instruction": "Go on.", "input": "the plot", "out": "a.jsonl", "max_new": 40, "seed": 4}
+    asked = {"instruction": "Go on.", "input": "the plot", "out": "a.jsonl", "max_new_tokens": 40, "seed": 4}
     generated(run, **asked)
     (whole,) = read("a.jsonl")
     stop = whole["reply"][3:6]
     generated(run, **asked, stop=("never", stop))
     (cut,) = read("a.jsonl")
-    assert cut["reply"] == whole["reply"][: whole["reply"].index(stop)] and cut["ended"] is True
+    assert cut["reply"] == whole["reply"][: whole["reply"].index(stop)] and cut["finished"] is True
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         generated(run, **asked, **{name: 20.0})
         (varied,) = read("a.jsonl")

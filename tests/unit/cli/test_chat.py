@@ -32,7 +32,7 @@ def talk(run: Path, monkeypatch: pytest.MonkeyPatch) -> Talk:
         raw = lines.encode() if isinstance(lines, str) else lines
         monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(raw), encoding="utf-8"))
         out = StringIO()
-        chat(use.Chat(model=str(run / stage), **{"max_new": 6, **settings}), Console(out=out, err=StringIO()))
+        chat(use.Chat(model=str(run / stage), **{"max_new_tokens": 6, **settings}), Console(out=out, err=StringIO()))
         said = out.getvalue().splitlines(keepends=False) if "\n" in out.getvalue() else []
         return said[1 if stage == "chat" else 2 :]
 
@@ -84,14 +84,14 @@ def test_it_says_once_what_it_cannot_do(run: Path, monkeypatch: pytest.MonkeyPat
     for stage, count in (("sft", 1), ("chat", 0)):
         monkeypatch.setattr(sys, "stdin", StringIO("a\nb\n"))
         out = StringIO()
-        chat(use.Chat(model=str(run / stage), max_new=2), Console(out=out, err=StringIO()))
+        chat(use.Chat(model=str(run / stage), max_new_tokens=2), Console(out=out, err=StringIO()))
         assert out.getvalue().count("does not remember") == count
 
 
 def test_the_reply_is_that_of_generate(talk: Talk, run: Path) -> None:
     model = load(run / "sft")
     asked = question(model, Prompt((Turn("user", "the plot"),)))
-    (first,) = answers(model, [asked], 0, use.Sample(max_new=6, seed=9))
+    (first,) = answers(model, [asked], 0, use.Sample(max_new_tokens=6, seed=9))
     assert talk("sft", "the plot\n", seed=9) == [printable(first.sample.text) + " [cut after 6 tokens]"]
 
 
@@ -125,7 +125,7 @@ def test_help_lists_the_commands_that_there_are(
 
 def test_a_full_memory_can_be_emptied(talk: Talk, seen: Seen, run: Path) -> None:
     """A reply takes what room there is; without room the line is not sent and the conversation goes on."""
-    said = talk("chat", "plot " * 20 + "\n" + "plot " * 40 + "\n/new\nslow\n", max_new=50)
+    said = talk("chat", "plot " * 20 + "\n" + "plot " * 40 + "\n/new\nslow\n", max_new_tokens=50)
     assert len(seen) == 2
     assert any("[E-DATA-LONG]" in line and "/new" in line for line in said)
     model = load(run / "chat")
@@ -194,10 +194,10 @@ def test_a_reply_is_shown_while_it_is_written(run: Path, monkeypatch: pytest.Mon
             pieces.append(text)
             return len(text)
 
-    chat(use.Chat(model=str(run / "sft"), max_new=40, seed=3), Console(out=Shown(), err=StringIO()))
+    chat(use.Chat(model=str(run / "sft"), max_new_tokens=40, seed=3), Console(out=Shown(), err=StringIO()))
     model = load(run / "sft")
     asked = question(model, Prompt((Turn("user", "这部电影"),)))
-    (whole,) = answers(model, [asked], 0, use.Sample(max_new=40, seed=3))
+    (whole,) = answers(model, [asked], 0, use.Sample(max_new_tokens=40, seed=3))
     body = pieces[2:-1]
     assert "".join(body) == printable(whole.sample.text) and len(body) == len(whole.sample.reply_ids)
 
@@ -205,7 +205,7 @@ def test_a_reply_is_shown_while_it_is_written(run: Path, monkeypatch: pytest.Mon
 def test_score(talk: Talk, run: Path) -> None:
     model, judge = load(run / "chat"), load_reward(run / "reward")
     said = talk("chat", "/score\nthe plot\n/score\n", reward=str(run / "reward"))
-    found = answers(model, [question(model, Prompt((Turn("user", "the plot"),)))], 0, use.Sample(max_new=6))
+    found = answers(model, [question(model, Prompt((Turn("user", "the plot"),)))], 0, use.Sample(max_new_tokens=6))
     assert said[0] == "There is no reply yet."
     assert said[-1] == f"score {rate_samples(judge, [found[0].sample])[0]:+.3f}"
     assert talk("chat", "/score\n")[0].startswith("There is no /score")

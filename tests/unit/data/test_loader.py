@@ -69,16 +69,16 @@ def store(tmp_path_factory):
     return TokenStore([folder])
 
 
-@pytest.mark.parametrize("row_tokens", [1, 4, 7, 32, 189])
-def test_rows_are_the_permuted_documents_end_to_end(store, row_tokens):
-    rows = Rows(store, row_tokens, seed=3)
-    assert (rows.per_epoch, rows.left_out) == divmod(store.total, row_tokens)
+@pytest.mark.parametrize("sequence_length", [1, 4, 7, 32, 189])
+def test_rows_are_the_permuted_documents_end_to_end(store, sequence_length):
+    rows = Rows(store, sequence_length, seed=3)
+    assert (rows.per_epoch, rows.left_out) == divmod(store.total, sequence_length)
     for epoch in range(3):
         stream = np.concatenate([store[int(i)].ids for i in order(3, epoch, len(store))])
         found = [rows.row(epoch * rows.per_epoch + k) for k in range(rows.per_epoch)]
         ids = np.concatenate([piece.ids for row in found for piece in row])
-        assert ids.tolist() == stream[: rows.per_epoch * row_tokens].tolist()
-        assert all(sum(len(p.ids) for p in row) == row_tokens for row in found)
+        assert ids.tolist() == stream[: rows.per_epoch * sequence_length].tolist()
+        assert all(sum(len(p.ids) for p in row) == sequence_length for row in found)
 
 
 def test_a_piece_is_of_one_document_and_all_trained(store):
@@ -171,10 +171,10 @@ def test_rows_of_a_mixture(store):
 
 
 @given(st.lists(st.integers(1, 12), max_size=20), st.integers(1, 15))
-def test_micro_batches(lengths, micro_tokens):
+def test_micro_batches(lengths, micro_batch_tokens):
     documents = [Tokens(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in lengths]
-    groups = micro_batches(documents, micro_tokens)
+    groups = micro_batches(documents, micro_batch_tokens)
     assert [i for group in groups for i in group] == list(range(len(lengths)))
     sizes = [[lengths[i] for i in group] for group in groups]
-    assert all(sum(size) <= micro_tokens or len(size) == 1 for size in sizes)
-    assert all(sum(a) + b[0] > micro_tokens for a, b in pairwise(sizes))  # no group is cut early
+    assert all(sum(size) <= micro_batch_tokens or len(size) == 1 for size in sizes)
+    assert all(sum(a) + b[0] > micro_batch_tokens for a, b in pairwise(sizes))  # no group is cut early

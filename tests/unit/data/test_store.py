@@ -231,15 +231,15 @@ def test_the_names_of_fields_are_part_of_the_key(tmp_path):
 
 def test_workers_end_with_their_parent(tmp_path, many, monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: 0)
-    ended = []
-    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or (_ for _ in ()).throw(SystemExit))
+    finished = []
+    monkeypatch.setattr(os, "_exit", lambda code: finished.append(code) or (_ for _ in ()).throw(SystemExit))
     monkeypatch.setattr(store_file.signal, "signal", lambda *_: None)
     monkeypatch.setattr(
         store_file.threading, "Thread", lambda target, daemon: type("T", (), {"start": staticmethod(target)})
     )
     with pytest.raises(SystemExit):
         store_file._begin_worker(123, CHAT)
-    assert ended == [1]
+    assert finished == [1]
 
 
 def test_open_files_do_not_grow_with_the_number_of_parts(tmp_path):

@@ -67,10 +67,10 @@ def test_documents_end_and_control_strings_are_counted():
 LONG = [record([1] * n, where=f"f:{n}") for n in (3, 9, 4, 7, 5)]
 
 
-def fitted(limit, on_long):
+def fitted(limit, overlong):
     counts = Counts(read=5, kept=5)
-    found = list(fit(LONG, limit, on_long, counts))
-    refuse_long(counts, limit, on_long)
+    found = list(fit(LONG, limit, overlong, counts))
+    refuse_long(counts, limit, overlong)
     return found
 
 
@@ -82,23 +82,23 @@ def test_fit_refuses_once_all_are_seen():
 
 def test_fit_cuts_and_drops_with_counts():
     counts = Counts()
-    assert [len(t.ids) for t in fit(LONG, 5, "cut", counts)] == [3, 5, 4, 5, 5]
+    assert [len(t.ids) for t in fit(LONG, 5, "truncate", counts)] == [3, 5, 4, 5, 5]
     assert (counts.cut, counts.dropped) == (2, 0)
     counts = Counts()
     assert [len(t.ids) for t in fit(LONG, 5, "drop", counts)] == [3, 4, 5]
     assert (counts.cut, counts.dropped) == (0, 2)
     with pytest.raises(UserError, match=r"E-DATA-LONG. f:3: 5 of 5"):
         fitted(2, "drop")
-    assert len(fitted(2, "cut")) == 5
+    assert len(fitted(2, "truncate")) == 5
 
 
 def test_fit_cuts_the_side_that_is_asked_for():
     long = record(range(6), [False] * 4 + [True] * 2)
-    (left,) = fit([long], 3, "cut", Counts(), side="left")
+    (left,) = fit([long], 3, "truncate", Counts(), side="left")
     assert left.ids.tolist() == [3, 4, 5] and left.train.tolist() == [False, True, True]
     counts = Counts()
     short = record([1], where="g:1")
-    assert list(fit([long, short], 3, "cut", counts)) == [short]  # nothing of the answer is left
+    assert list(fit([long, short], 3, "truncate", counts)) == [short]  # nothing of the answer is left
     assert (counts.cut, counts.dropped) == (0, 1)
-    (prompt,) = fit([record(range(6), [False] * 6)], 3, "cut", Counts())
+    (prompt,) = fit([record(range(6), [False] * 6)], 3, "truncate", Counts())
     assert prompt.ids.tolist() == [0, 1, 2]

@@ -62,7 +62,7 @@ def test_clean_data_is_not_accused(tmp_path: Path, checked: Checked) -> None:
     planted.write(tmp_path / "t.jsonl", rows[600:])
     planted.write(tmp_path / "s.jsonl", planted.instructions(300, 1))
     planted.write(tmp_path / "p.jsonl", [{"input": prompt} for prompt in planted.prompts(200, 2)])
-    text = '[sft]\ndata = ["s.jsonl"]\n[reward]\ndata = ["r.jsonl"]\nheld_out = ["t.jsonl"]\n'
+    text = '[sft]\ndata = ["s.jsonl"]\n[reward]\ndata = ["r.jsonl"]\nvalidation = ["t.jsonl"]\n'
     text += '[ppo]\nprompts = ["p.jsonl"]\n[evaluate]\nprompts = ["e.jsonl"]\njudges = ["judge.py:length"]\n'
     planted.write(
         tmp_path / "e.jsonl",
@@ -117,9 +117,9 @@ def test_leaked_rows_are_found(tmp_path: Path, checked: Checked) -> None:
     planted.write(tmp_path / "a.jsonl", train)
     planted.write(tmp_path / "b.jsonl", held)
     report = checked(
-        '[sft]\ndata = ["a.jsonl"]\nheld_out = ["b.jsonl"]\n', error=r"E-DATA-OVERLAP\S+ \S+b.jsonl:101: 10 of 400"
+        '[sft]\ndata = ["a.jsonl"]\nvalidation = ["b.jsonl"]\n', error=r"E-DATA-OVERLAP\S+ \S+b.jsonl:101: 10 of 400"
     )
-    counted = figures(report, "leakage")["sft.held_out in sft.data"]
+    counted = figures(report, "leakage")["sft.validation in sft.data"]
     assert (counted["exact"], counted["records"]) == (10, 400) and 9 <= counted["near"] <= 10
     assert len(found(report, "leakage", "error")) == 1
 

@@ -76,11 +76,11 @@ def test_check_opens_with_them(checked: Checked) -> None:
         {"input": p, "output": planted.answer(draw, good=True), "score": 1 + i % 3} for i, p in enumerate("ab" * 150)
     ]
     write("s.jsonl", scores)
-    text = '[sft]\ndata = ["a.jsonl"]\nheld_out = ["b.jsonl"]\n'
+    text = '[sft]\ndata = ["a.jsonl"]\nvalidation = ["b.jsonl"]\n'
     report = checked(text + '[reward]\ndata = ["s.jsonl"]\nscore_scale = [0, 10]\n')
     lines = report["said"].splitlines()
     assert lines[0].startswith("what matters most (")
-    assert lines[1].startswith(" 1. error: 5 of 105 records of sft.held_out are in sft.data too")
+    assert lines[1].startswith(" 1. error: 5 of 105 records of sft.validation are in sft.data too")
     assert lines[1].endswith("(first: b.jsonl:101)") and lines[2].startswith(
         "    Fix: remove them from the training data"
     )
@@ -97,7 +97,7 @@ def test_check_opens_with_them(checked: Checked) -> None:
 def test_nothing_is_said_where_there_is_nothing(checked: Checked) -> None:
     write("s.jsonl", planted.instructions(300, 1))
     write("t.jsonl", planted.instructions(60, 2))
-    report = checked('[sft]\ndata = ["s.jsonl"]\nheld_out = ["t.jsonl"]\n')
+    report = checked('[sft]\ndata = ["s.jsonl"]\nvalidation = ["t.jsonl"]\n')
     assert report["said"].startswith("nothing that needs your attention\n")
     assert "Nothing that needs your attention" in report["html"]
 
@@ -123,18 +123,18 @@ def test_answers_longer_than_max_new_are_said(checked: Checked) -> None:
     write("s.jsonl", planted.instructions(200))
     write("p.jsonl", planted.instructions(200, 3))
     text = '[sft]\ndata = ["s.jsonl"]\n[ppo]\nprompts = ["p.jsonl"]\n'
-    report = checked(text + "max_new = 16\n")
+    report = checked(text + "max_new_tokens = 16\n")
     (finding,) = of(report, "answer length")
-    assert finding["text"].startswith("100% of the answers of sft.data are longer than ppo.max_new = 16")
+    assert finding["text"].startswith("100% of the answers of sft.data are longer than ppo.max_new_tokens = 16")
     p95 = report["sections"]["recipe"]["figures"]["sft.data"]["answer"]["p95"]
-    assert finding["fix"].startswith(f"ppo.max_new = {p95},")
-    assert not of(checked(text + "max_new = 200\n"), "answer length")
+    assert finding["fix"].startswith(f"ppo.max_new_tokens = {p95},")
+    assert not of(checked(text + "max_new_tokens = 200\n"), "answer length")
 
 
 @pytest.mark.parametrize(("tokens", "level"), [(2_000_000, "warning"), (8000, ""), (2048, "note")])
 def test_epochs_of_pretraining_are_said(checked: Checked, tokens: int, level: str) -> None:
     Path("t.txt").write_text("\n\n".join(row["Output"] for row in planted.instructions(200)))
-    report = checked(f'[pretrain]\ntext = ["t.txt"]\ntokens = {tokens}\nrow_tokens = 64\nbatch_tokens = 1024\n')
+    report = checked(f'[pretrain]\ntext = ["t.txt"]\ntokens = {tokens}\nsequence_length = 64\nbatch_tokens = 1024\n')
     assert [finding["level"] for finding in of(report, "epochs")] == ([level] if level else [])
     figures = report["sections"]["recipe"]["figures"]["pretrain.text"]
     assert figures["epochs"] == pytest.approx(tokens / figures["tokens"])
@@ -147,7 +147,7 @@ def test_no_judge_and_no_validation_are_said(checked: Checked) -> None:
     text = '[reward]\ndata = ["r.jsonl"]\n[ppo]\nprompts = ["p.jsonl"]\n'
     report = checked(text)
     assert "[evaluate]" in of(report, "judge")[0]["fix"]
-    assert of(report, "validation")[0]["fix"].startswith('reward.held_out = ["')
+    assert of(report, "validation")[0]["fix"].startswith('reward.validation = ["')
     report = checked(text + '[evaluate]\nprompts = ["r.jsonl"]\n')
     assert of(report, "judge")[0]["fix"].startswith("evaluate.judges = [")
     report = checked(text + '[evaluate]\nprompts = ["r.jsonl"]\njudges = ["judge.py:length"]\n')
@@ -169,7 +169,7 @@ def test_memory_that_is_not_there_is_said(checked: Checked, monkeypatch: pytest.
     assert not of(checked(text), "memory")
     monkeypatch.setattr(cost, "machine_memory", lambda: 300 << 20)
     (finding,) = of(checked(text), "memory")
-    assert "sft" in finding["text"] and "0.3 GiB" in finding["text"] and "micro_tokens" in finding["fix"]
+    assert "sft" in finding["text"] and "0.3 GiB" in finding["text"] and "micro_batch_tokens" in finding["fix"]
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_said(checked: Checked) -> None:

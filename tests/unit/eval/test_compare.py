@@ -19,7 +19,10 @@ def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
     prompt = Prompt((Turn("instruction", "Go on."),))
     questions = [EncodedPrompt((5, 6, number), prompt) for number in range(7, 47)]
     recipe = SimpleNamespace(
-        seed=0, sampling=Sampling(), evaluate=Evaluate(max_new=2, best_of=8), run=SimpleNamespace(micro_tokens=1000)
+        seed=0,
+        sampling=Sampling(),
+        evaluate=Evaluate(max_new_tokens=2, best_of=8),
+        run=SimpleNamespace(micro_batch_tokens=1000),
     )
     seen: list[Completion] = []
 

@@ -440,7 +440,7 @@ def test_likeness_is_a_mean_over_characters_and_knows_where_a_line_starts(judge:
 
 
 def test_likeness_prefers_held_out_lines_to_the_same_characters_shuffled(judge: ModuleType) -> None:
-    real = judge.quatrains(judge.held_out())
+    real = judge.quatrains(judge.validation())
     draw = random.Random(0)
     shuffled = [judge.refilled(text, judge.shuffled("".join(judge.lines_of(text)), draw)) for text in real]
     assert [sorted(text) for text in shuffled] == [sorted(text) for text in real]
@@ -455,14 +455,14 @@ def test_figures_tell_real_poems_from_spoiled_ones(judge: ModuleType) -> None:
     assert real["form"] > shuffled["form"] + 1 and real["exact"] > shuffled["exact"]
     assert real["likeness"] > shuffled["likeness"] and len(found) == 4
     assert found["any characters"]["likeness"] < found["characters of any poem"]["likeness"]
-    fitted_on = judge.likeness([five(text) for text in judge.quatrains(judge.held_out())])
+    fitted_on = judge.likeness([five(text) for text in judge.quatrains(judge.validation())])
     assert real["likeness"] < judge.mean(fitted_on) - 0.5  # a poem is never judged by a model that has read it
 
 
 def test_agreement_leaves_out_a_rhyme_with_itself(judge: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = "云水花月山，松竹石雪{}。天日夜春雨，草木人心{}。"
     poems = [kept.format(*two) for two in ("山间", "关闲", "风空", "山风", "山山")]
-    monkeypatch.setattr(judge, "held_out", lambda: poems)
+    monkeypatch.setattr(judge, "validation", lambda: poems)
     assert judge.agreement()["poems"] == 3 / 4
     assert 0 < judge.agreement()["pairs"] < 1
 
@@ -483,9 +483,9 @@ def test_recipes_name_files_that_fetch_makes_and_never_train_on_held_out(fetch: 
     tables = ("tokenizer", "pretrain", "sft", "ppo", "evaluate")
     trained = {file for t in tables for key in ("text", "data") for file in recipe[t].get(key, ())}
     trained |= set(recipe["ppo"]["prompts"])
-    held_out = {file for t in tables for file in recipe[t].get("held_out", ())} | set(recipe["evaluate"]["prompts"])
-    assert {file.removeprefix("data/") for file in trained | held_out} <= made
-    assert not trained & held_out
+    validation = {file for t in tables for file in recipe[t].get("validation", ())} | set(recipe["evaluate"]["prompts"])
+    assert {file.removeprefix("data/") for file in trained | validation} <= made
+    assert not trained & validation
     assert not {file for file in trained if "test" in file or "valid" in file}
 
 

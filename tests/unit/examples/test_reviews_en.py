@@ -110,12 +110,12 @@ def test_no_sentence_is_in_two_splits_or_twice_in_one(fetch: ModuleType) -> None
     assert ranked and all(scored.values())
     assert len(everything) == len(set(everything)) == 400
 
-    train, held_out = {*scored["train"], *ranked}, {*scored["valid"], *scored["test"]}
+    train, validation = {*scored["train"], *ranked}, {*scored["valid"], *scored["test"]}
     assert {whole(r, r["Output"]) for r in records(files, "sft.train.jsonl")} <= train
     assert {whole(r, r["Output"]) for r in records(files, "sft.valid.jsonl")} <= set(scored["valid"])
     assert set(files["reviews.txt"].strip().split("\n\n")) == train
     held_out_texts = {*files["valid.txt"].strip().split("\n\n"), *files["human.txt"].strip().split("\n\n")}
-    assert held_out <= held_out_texts
+    assert validation <= held_out_texts
     assert not held_out_texts & (train | set(files["wiki.txt"].strip().split("\n\n")))
 
 
@@ -344,10 +344,10 @@ def test_recipes_name_files_that_fetch_makes_and_never_train_on_held_out(fetch: 
     tables = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
     trained = {file for t in tables for key in ("text", "data") for file in recipe[t].get(key, ())}
     trained |= set(recipe["ppo"]["prompts"])
-    held_out = {file for t in tables for key in ("held_out", "test") for file in recipe[t].get(key, ())}
-    held_out |= set(recipe["evaluate"]["prompts"])
-    assert {file.removeprefix("data/") for file in trained | held_out} <= made
-    assert not trained & held_out
+    validation = {file for t in tables for key in ("validation", "test") for file in recipe[t].get(key, ())}
+    validation |= set(recipe["evaluate"]["prompts"])
+    assert {file.removeprefix("data/") for file in trained | validation} <= made
+    assert not trained & validation
     assert not {file for file in trained if ".test." in file or ".valid." in file}
     judges = (judge.rpartition(":")[2] for judge in recipe["evaluate"]["judges"])
     assert all(f"def {function}(" in (HERE / "judge.py").read_text() for function in judges)

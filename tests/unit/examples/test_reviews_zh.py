@@ -348,10 +348,10 @@ def test_recipes_name_files_that_fetch_makes_and_never_train_on_held_out(fetch: 
     tables = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
     trained = {file for t in tables for key in ("text", "data") for file in recipe[t].get(key, ())}
     trained |= set(recipe["ppo"]["prompts"])
-    held_out = {file for t in tables for key in ("held_out", "test") for file in recipe[t].get(key, ())}
-    held_out |= set(recipe["evaluate"]["prompts"])
-    assert {file.removeprefix("data/") for file in trained | held_out} <= made
-    assert not trained & held_out
+    validation = {file for t in tables for key in ("validation", "test") for file in recipe[t].get(key, ())}
+    validation |= set(recipe["evaluate"]["prompts"])
+    assert {file.removeprefix("data/") for file in trained | validation} <= made
+    assert not trained & validation
     assert not {file for file in trained if ".test." in file or "valid" in file}
     functions = {spec.rpartition(":")[2] for spec in recipe["evaluate"]["judges"] + recipe["reward"]["baselines"]}
     assert functions == {"linear", "baseline"}

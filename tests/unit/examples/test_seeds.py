@@ -26,7 +26,7 @@ def gain(mean: float, low: float) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": mean + 0.1}
 
 
-SFT = {"distinct_2": 0.8, "length": 20.0, "ended": 0.95, "referee_nll": 5.0}
+SFT = {"distinct_2": 0.8, "length": 20.0, "finished": 0.95, "external_nll": 5.0}
 PPO = SFT | {"kl": 7.0, "commonest_word": 0.2, "distinct_2": 0.68, "ridge_gain": gain(0.9, 0.61)}
 REPORT: dict[str, Any] = {
     "stages": {"reward": {"spearman": 0.62, "pair_accuracy": 0.765, "ece": 0.02}},
@@ -49,8 +49,8 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("systems.ppo.distinct_2", 0.67, "distinct-2"),
     ("systems.ppo.length", 14.9, "length"),
     ("systems.ppo.length", 25.1, "length"),
-    ("systems.ppo.ended", 0.94, "share ended"),
-    ("systems.ppo.referee_nll", 5.0 + math.log(1.51), "perplexity"),
+    ("systems.ppo.finished", 0.94, "share ended"),
+    ("systems.ppo.external_nll", 5.0 + math.log(1.51), "perplexity"),
     ("systems.ppo.kl", 7.01, "KL"),
     ("alarms", 1, "alarms"),
 ]

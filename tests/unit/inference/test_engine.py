@@ -19,7 +19,7 @@ PROMPTS = [toys.ids(1 + i % 5, i) for i in range(9)]
 
 
 def replies(model=None, prompts=PROMPTS, slots=64, **how):
-    requests = [toys.request(prompt, i, **{"max_new": 6, **how}) for i, prompt in enumerate(prompts)]
+    requests = [toys.request(prompt, i, **{"max_new_tokens": 6, **how}) for i, prompt in enumerate(prompts)]
     return generate(model or toys.causal(seed=1), requests, toys.CPU, slots)
 
 
@@ -44,24 +44,24 @@ def test_replies_end_at_an_end_token_or_at_their_longest():
     found = replies(ends=ends)
     assert {reply.reason for reply in found} == {"end", "length"}
     for reply in found:
-        assert reply.ended == (reply.reason == "end") == (reply.ids[-1] in ends)
+        assert reply.finished == (reply.reason == "end") == (reply.ids[-1] in ends)
         assert not set(reply.ids[:-1]) & set(ends)
-        assert reply.ended or len(reply.ids) == 6
+        assert reply.finished or len(reply.ids) == 6
         assert len(reply.logprobs) == len(reply.ids)
 
 
 @pytest.mark.parametrize("ends", [(), (999,)])
 def test_without_an_end_token_all_are_longest(ends):
-    assert {(len(reply.ids), reply.ended) for reply in replies(ends=ends)} == {(6, False)}
+    assert {(len(reply.ids), reply.finished) for reply in replies(ends=ends)} == {(6, False)}
 
 
 def test_every_token_ends():
-    assert {(len(reply.ids), reply.ended) for reply in replies(ends=tuple(range(40)))} == {(1, True)}
+    assert {(len(reply.ids), reply.finished) for reply in replies(ends=tuple(range(40)))} == {(1, True)}
 
 
 @pytest.mark.parametrize("slots", [1, 2, 64])
 def test_one_token(slots):
-    found = replies(max_new=1, slots=slots)
+    found = replies(max_new_tokens=1, slots=slots)
     assert [reply.ids for reply in found] == [reply.ids[:1] for reply in replies()]
 
 
@@ -108,14 +108,14 @@ def test_weights_are_left_alone():
 def test_a_prompt_is_computed_once_for_its_replies(slots):
     """However few slots there are; and each reply is the one that it would be alone."""
     model = toys.causal(seed=1)
-    requests = [toys.request(prompt, i, copies=1 + i % 5, max_new=6) for i, prompt in enumerate(PROMPTS)]
+    requests = [toys.request(prompt, i, copies=1 + i % 5, max_new_tokens=6) for i, prompt in enumerate(PROMPTS)]
     worker = engine(slots, model=model)
     tickets = [worker.add(request) for request in requests]
     found = finished(worker.events())
     assert worker.prefilled == sum(map(len, PROMPTS))
     for ticket, request in zip(tickets, requests, strict=True):
         for copy, key in enumerate(request.keys):
-            alone = toys.request(request.ids, max_new=6)
+            alone = toys.request(request.ids, max_new_tokens=6)
             (expected,) = generate(model, [replace(alone, keys=(key,))], toys.CPU, 1)
             assert found[ticket, copy].ids == expected.ids
 
@@ -124,7 +124,7 @@ def test_long_prompts_do_not_come_all_at_once(monkeypatch):
     monkeypatch.setattr(module, "PREFILL_TOKENS", 8)
     worker = engine(slots=9, positions=20)
     for i, prompt in enumerate([toys.ids(9, 1), *PROMPTS]):
-        worker.add(toys.request(prompt, i, max_new=6, ends=()))
+        worker.add(toys.request(prompt, i, max_new_tokens=6, ends=()))
     met = [len({e.ticket for e in worker.advance()}) for _ in range(4)]
     assert met == [1, 4, 5, 8]  # 9 tokens alone; 1 + 2 + 3, for 4 more is too much; 4; 5 + 1 + 2
     assert sum(bool(e.reply) for e in worker.events()) == 10
@@ -133,7 +133,7 @@ def test_long_prompts_do_not_come_all_at_once(monkeypatch):
 def test_events_tell_each_token_as_it_comes():
     tokenizer = toys.tokenizer()
     worker = engine(tokenizer=tokenizer)
-    ticket = worker.add(toys.request(PROMPTS[3], copies=2, max_new=5, ends=(), top=2))
+    ticket = worker.add(toys.request(PROMPTS[3], copies=2, max_new_tokens=5, ends=(), top=2))
     said = {0: [], 1: []}
     for number, events in enumerate(iter(worker.advance, [])):
         assert {(e.ticket, e.copy) for e in events} == {(ticket, 0), (ticket, 1)}
@@ -155,12 +155,12 @@ def test_events_tell_each_token_as_it_comes():
 def test_stop_texts_end_a_reply():
     tokenizer = toys.tokenizer()
     model = toys.causal(seed=1)
-    whole = generate(model, [toys.request(PROMPTS[2], max_new=8, ends=())], toys.CPU, 1, tokenizer)[0]
+    whole = generate(model, [toys.request(PROMPTS[2], max_new_tokens=8, ends=())], toys.CPU, 1, tokenizer)[0]
     words = whole.text.split()
     stop = f"{words[3]} {words[4][:2]}"
-    request = toys.request(PROMPTS[2], max_new=8, ends=(), stop=("nothing", stop))
+    request = toys.request(PROMPTS[2], max_new_tokens=8, ends=(), stop=("nothing", stop))
     found = generate(model, [request], toys.CPU, 1, tokenizer)[0]
-    assert (found.reason, found.ended) == ("stop", True)
+    assert (found.reason, found.finished) == ("stop", True)
     assert found.text == whole.text[: whole.text.index(stop)]
     assert found.ids == whole.ids[: len(found.ids)]
     assert stop in tokenizer.decode(found.ids) and stop not in tokenizer.decode(found.ids[:-1])
@@ -168,9 +168,9 @@ def test_stop_texts_end_a_reply():
 
 def test_bias_and_penalties_belong_to_their_request():
     model = toys.causal(seed=1)
-    plain = [toys.request(p, i, max_new=6, ends=()) for i, p in enumerate(PROMPTS)]
-    odd = toys.request(PROMPTS[0], 99, max_new=6, ends=(), bias={17: 100.0})
-    varied = toys.request(PROMPTS[1], 98, max_new=20, ends=(), temperature=0.0, presence_penalty=50.0)
+    plain = [toys.request(p, i, max_new_tokens=6, ends=()) for i, p in enumerate(PROMPTS)]
+    odd = toys.request(PROMPTS[0], 99, max_new_tokens=6, ends=(), bias={17: 100.0})
+    varied = toys.request(PROMPTS[1], 98, max_new_tokens=20, ends=(), temperature=0.0, presence_penalty=50.0)
     found = generate(model, [*plain[:4], odd, varied, *plain[4:]], toys.CPU, 4)
     assert found[4].ids == (17,) * 6
     assert len(set(found[5].ids)) == 20
@@ -179,17 +179,17 @@ def test_bias_and_penalties_belong_to_their_request():
 
 def test_cancelled_replies_leave_at_once():
     worker = engine(slots=2)
-    first = worker.add(toys.request(PROMPTS[0], 0, copies=3, max_new=20, ends=()))
-    second = worker.add(toys.request(PROMPTS[1], 1, max_new=4, ends=()))
+    first = worker.add(toys.request(PROMPTS[0], 0, copies=3, max_new_tokens=20, ends=()))
+    second = worker.add(toys.request(PROMPTS[1], 1, max_new_tokens=4, ends=()))
     for _ in range(3):
         worker.advance()
     gone = worker.cancel(first)
     assert [len(reply.ids) for reply in gone] == [3, 3, 0]  # the third waited
-    assert {reply.reason for reply in gone} == {"cancelled"} and not gone[0].ended
+    assert {reply.reason for reply in gone} == {"cancelled"} and not gone[0].finished
     assert worker.cancel(first) == [] == worker.cancel(77)
     events = list(worker.events())
     assert {e.ticket for e in events} == {second} and len(events) == 4
-    assert finished(events)[second, 0].ids == replies(prompts=PROMPTS[:2], max_new=4, ends=())[1].ids
+    assert finished(events)[second, 0].ids == replies(prompts=PROMPTS[:2], max_new_tokens=4, ends=())[1].ids
 
 
 def test_requests_may_come_while_others_grow():
@@ -197,7 +197,7 @@ def test_requests_may_come_while_others_grow():
     model = toys.causal(seed=1)
     found = {}
     for i, prompt in enumerate(PROMPTS):
-        worker.add(toys.request(prompt, i, max_new=6))
+        worker.add(toys.request(prompt, i, max_new_tokens=6))
         found |= finished(worker.advance())
     found |= finished(worker.events())
     assert [found[i + 1, 0].ids for i in range(9)] == [reply.ids for reply in replies(model)]
@@ -212,13 +212,13 @@ def test_rounded(count, expected):
 def test_requests_that_cannot_be_served():
     worker = engine()
     with pytest.raises(UserError) as raised:
-        worker.add(toys.request([], max_new=3))
+        worker.add(toys.request([], max_new_tokens=3))
     assert raised.value.code == "E-DATA-BLANK"
     with pytest.raises(ValueError, match="tokenizer"):
-        worker.add(toys.request([5], max_new=3, stop=("x",)))
+        worker.add(toys.request([5], max_new_tokens=3, stop=("x",)))
     short = Engine(Fused(toys.causal(), torch.float32, 10), toys.CPU, 1, 99)
     with pytest.raises(UserError, match="there are 10"):
-        short.add(toys.request(toys.ids(8), max_new=3))
+        short.add(toys.request(toys.ids(8), max_new_tokens=3))
     assert not worker.busy
 
 
@@ -235,7 +235,7 @@ def test_a_model_that_says_nan_is_an_error(temperature):
 
 @pytest.mark.parametrize("sampling", [{"temperature": 1e-38}, {"temperature": 1e4}, {"frequency_penalty": 1e30}])
 def test_extreme_settings_sample_on(sampling):
-    found = replies(max_new=9, ends=(), **sampling)
+    found = replies(max_new_tokens=9, ends=(), **sampling)
     assert {len(reply.ids) for reply in found} == {9}
 
 
@@ -244,7 +244,7 @@ def test_an_error_loses_no_request(monkeypatch):
     expected = [reply.ids for reply in replies(slots=4)]
     worker = engine(slots=4, positions=20)
     for i, prompt in enumerate(PROMPTS):
-        worker.add(toys.request(prompt, i, max_new=6))
+        worker.add(toys.request(prompt, i, max_new_tokens=6))
     plain, calls = worker.model.logits, iter(range(99))
 
     def failing(hidden):
@@ -266,9 +266,9 @@ def test_an_error_loses_no_request(monkeypatch):
 def test_a_late_request_waits_a_few_steps_only():
     worker = engine(slots=16)
     for i in range(15):
-        worker.add(toys.request(PROMPTS[3], i, max_new=30, ends=()))
+        worker.add(toys.request(PROMPTS[3], i, max_new_tokens=30, ends=()))
     worker.advance()
-    late = worker.add(toys.request(PROMPTS[1], 99, max_new=2, ends=()))
+    late = worker.add(toys.request(PROMPTS[1], 99, max_new_tokens=2, ends=()))
     steps = next(n for n in range(99) if late in {event.ticket for event in worker.advance()})
     assert steps < module.MOST_LATE
 
@@ -276,8 +276,8 @@ def test_a_late_request_waits_a_few_steps_only():
 def test_no_event_follows_a_cancel():
     """Also of the step in which it is cancelled."""
     worker = engine(slots=4)
-    first = worker.add(toys.request(PROMPTS[0], 0, copies=3, max_new=9, ends=()))
-    worker.add(toys.request(PROMPTS[1], 1, max_new=5, ends=()))
+    first = worker.add(toys.request(PROMPTS[0], 0, copies=3, max_new_tokens=9, ends=()))
+    worker.add(toys.request(PROMPTS[1], 1, max_new_tokens=5, ends=()))
     seen = []
     for event in worker.events():
         seen.append(event.ticket)
@@ -289,7 +289,7 @@ def test_no_event_follows_a_cancel():
 
 def test_an_engine_that_is_let_go_frees_its_cache():
     worker = engine()
-    worker.add(toys.request(PROMPTS[0], max_new=3))
+    worker.add(toys.request(PROMPTS[0], max_new_tokens=3))
     list(worker.events())
     cache = weakref.ref(worker.cache)
     del worker

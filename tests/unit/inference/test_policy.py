@@ -108,7 +108,7 @@ def test_ends(run: Path) -> None:
 
 def test_replies_follow_from_seed_number_and_copy(run: Path) -> None:
     """Not from the questions beside, the copies beside, or the longest length."""
-    model, settings = load(run / "sft"), use.Sample(max_new=12, seed=5)
+    model, settings = load(run / "sft"), use.Sample(max_new_tokens=12, seed=5)
     four = questions(model, "the plot", "a film", "这部电影", "slow")
     found = answers(model, four, 0, settings, copies=3)
     ids = [answer.sample.reply_ids for answer in found]
@@ -116,7 +116,7 @@ def test_replies_follow_from_seed_number_and_copy(run: Path) -> None:
     assert [answer.sample.where for answer in found[::3]] == ["the plot", "a film", "这部电影", "slow"]
     assert [a.sample.reply_ids for a in answers(model, four[2:], 2, settings, copies=3)] == ids[6:]
     assert [a.sample.reply_ids for a in answers(model, four, 0, settings)] == ids[::3]
-    short = answers(model, four, 0, replace(settings, max_new=4), copies=3)
+    short = answers(model, four, 0, replace(settings, max_new_tokens=4), copies=3)
     assert [a.sample.reply_ids for a in short] == [i[:4] for i in ids]
     other = answers(model, four, 0, replace(settings, seed=6), copies=3)
     assert all(a.sample.reply_ids != i for a, i in zip(other, ids, strict=True))
@@ -124,7 +124,7 @@ def test_replies_follow_from_seed_number_and_copy(run: Path) -> None:
 
 def test_public_names(run: Path) -> None:
     model = tetrad.load(run / "sft")
-    texts = tetrad.generate(model, ["Go on.", ("Go on.", "the plot")], max_new=8, temperature=0.0)
+    texts = tetrad.generate(model, ["Go on.", ("Go on.", "the plot")], max_new_tokens=8, temperature=0.0)
     ids = model.form.prompt(model.tokenizer, (Turn("instruction", "Go on."), Turn("input", "the plot")))
     first = []
     for _ in range(8):
@@ -135,8 +135,8 @@ def test_public_names(run: Path) -> None:
     assert texts[1] == model.tokenizer.decode(first)
     assert texts[0] != texts[1]
     assert tetrad.generate(model, []) == []
-    assert tetrad.generate(model, ["x"], max_new=5) == tetrad.generate(model, ["x"], max_new=5)
-    assert tetrad.generate(model, ["x"], max_new=5) != tetrad.generate(model, ["x"], max_new=5, seed=1)
+    assert tetrad.generate(model, ["x"], max_new_tokens=5) == tetrad.generate(model, ["x"], max_new_tokens=5)
+    assert tetrad.generate(model, ["x"], max_new_tokens=5) != tetrad.generate(model, ["x"], max_new_tokens=5, seed=1)
     assert {"load", "generate", "forward"} <= set(dir(tetrad))
     with pytest.raises(AttributeError, match="nothing"):
         tetrad.nothing  # noqa: B018
@@ -146,7 +146,9 @@ def test_public_names(run: Path) -> None:
 
 def test_too_long(run: Path) -> None:
     model = load(run / "sft")
-    assert code_of(answers, model, questions(model, "plot " * 90), 0, use.Sample(max_new=8)).code == "E-DATA-LONG"
+    assert (
+        code_of(answers, model, questions(model, "plot " * 90), 0, use.Sample(max_new_tokens=8)).code == "E-DATA-LONG"
+    )
 
 
 def test_broken_text(run: Path) -> None:
@@ -169,11 +171,11 @@ def test_written_documents_are_those_of_training(run: Path) -> None:
 def test_rewards_read_what_is_written(run: Path, form: str, reward: str) -> None:
     """Whoever wrote it: cut replies without an end token, ended ones with it; a stop text ends one too."""
     model, judge = load(run / form), load_reward(run / reward)
-    settings = use.Sample(max_new=20, stop=("w", "th"), temperature=0.8)
+    settings = use.Sample(max_new_tokens=20, stop=("w", "th"), temperature=0.8)
     found = [answer.sample for answer in answers(model, questions(model, *["the plot"] * 64), 0, settings)]
-    assert {sample.ended for sample in found} == {True, False}
+    assert {sample.finished for sample in found} == {True, False}
     prompts, texts = [Prompt(sample.turns) for sample in found], [sample.text for sample in found]
-    documents = written(judge, prompts, texts, [sample.ended for sample in found])
+    documents = written(judge, prompts, texts, [sample.finished for sample in found])
     assert rate_samples(judge, found) == rate(judge, documents)
     again = [document.ids.tolist() for document in documents]
     assert again != [[*sample.prompt_ids, *sample.reply_ids] for sample in found]  # so the test would notice
@@ -182,7 +184,7 @@ def test_rewards_read_what_is_written(run: Path, form: str, reward: str) -> None
 BYTES = {
     "plain": (b"warm", True),
     "chinese": ("这部电影".encode(), True),
-    "a character cut by max_new": ("电影".encode()[:-1], False),
+    "a character cut by max_new_tokens": ("电影".encode()[:-1], False),
     "an emoji cut": ("a🎬".encode()[:-1], False),
     "half an emoji in the middle": ("🎬".encode()[:2] + b"b", False),
     "a lone continuation byte": (b"a\x80b", False),
@@ -228,11 +230,11 @@ def test_bytes_behind_a_stop_text_are_not_written(run: Path) -> None:
 
 def test_public_generate_takes_the_settings_of_the_command(run: Path) -> None:
     model = load(run / "sft")
-    greedy = generate(model, ["the plot"], max_new=9, greedy=True)
-    assert greedy == generate(model, ["the plot"], max_new=9, temperature=0.0, seed=5)
-    assert greedy != generate(model, ["the plot"], max_new=9)
+    greedy = generate(model, ["the plot"], max_new_tokens=9, greedy=True)
+    assert greedy == generate(model, ["the plot"], max_new_tokens=9, temperature=0.0, seed=5)
+    assert greedy != generate(model, ["the plot"], max_new_tokens=9)
     stop = greedy[0][2]
-    assert generate(model, ["the plot"], max_new=9, greedy=True, stop=(stop,))[0] == greedy[0].partition(stop)[0]
+    assert generate(model, ["the plot"], max_new_tokens=9, greedy=True, stop=(stop,))[0] == greedy[0].partition(stop)[0]
     for wrong, code in (
         ({"greedy": True, "temperature": 0.5}, "E-CONF-CONFLICT"),
         ({"template": "chatml"}, "E-CONF-CONFLICT"),
@@ -361,7 +363,7 @@ CHANGES: tuple[tuple[Change, ...], ...] = (
 def test_a_changed_model_answers_as_its_fresh_copy(run: Path, changes: tuple[Change, ...]) -> None:
     """Bit for bit: the sampler's weights are made of the model's, and must not be older than they are."""
     model = load(run / "sft")
-    asked_for, settings = questions(model, "the plot", "a film"), use.Sample(max_new=8)
+    asked_for, settings = questions(model, "the plot", "a film"), use.Sample(max_new_tokens=8)
     before = [answer.reply for answer in answers(model, asked_for, 0, settings)]
     for change in changes:
         change(model.model)
@@ -376,7 +378,7 @@ def test_a_model_answers_where_its_weights_are(run: Path) -> None:
     """Not where they were when it was opened: a module moves with `.to`."""
     model = load(run / "sft")
     moved = replace(model, device=Device(torch.device("meta"), torch.float32))
-    assert generate(moved, ["the plot"], max_new=5) == generate(model, ["the plot"], max_new=5)
+    assert generate(moved, ["the plot"], max_new_tokens=5) == generate(model, ["the plot"], max_new_tokens=5)
 
 
 def test_one_bit_is_enough_and_nothing_is_made_twice(run: Path) -> None:

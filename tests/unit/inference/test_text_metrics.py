@@ -41,4 +41,4 @@ def test_reply_figures() -> None:
         Completion((1,), (2, 3, 4, 5), (), "lovely\ufffd", valid_utf8=False),
     ]
     found = reply_figures(samples, [True, False])
-    assert found == {"length": 3, "ended": 0.5, "invalid_utf8": 0.5, "distinct_2": 3 / 4, "commonest_word": 1}
+    assert found == {"length": 3, "finished": 0.5, "invalid_utf8": 0.5, "distinct_2": 3 / 4, "commonest_word": 1}

@@ -122,9 +122,9 @@ def test_pieces_are_all_rows_in_few_sizes(most: int, monkeypatch: pytest.MonkeyP
 
 SIZES = """\
 import ctypes, torch
-from tetrad.objectives import product
+from tetrad.kernels import onednn
 
-product._IN_TRAINING = True
+onednn._IN_TRAINING = True
 
 def held():
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -134,7 +134,7 @@ def held():
 weight, rows, seen = torch.randn(64, 32), torch.randn(8192, 32), []
 with torch.no_grad():
     for size in range(64, 8192, 16):
-        product.linear(rows[:size], weight)
+        onednn.linear(rows[:size], weight)
         seen.append(held())
 print(seen[200], seen[-1])
 """

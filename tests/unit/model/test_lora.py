@@ -87,7 +87,7 @@ def test_sampling_reads_the_adapters():
     base = toys.causal(seed=1).requires_grad_(False)
     model = on(base)
     filled(model)
-    requests = [toys.request([3, 4, 5 + i], number=i, max_new=12) for i in range(4)]
+    requests = [toys.request([3, 4, 5 + i], number=i, max_new_tokens=12) for i in range(4)]
     ours, plain = (generate(m, requests, toys.CPU, 4) for m in (model, merged(model)))
     assert [reply.ids for reply in ours] == [reply.ids for reply in plain]
     assert [reply.ids for reply in generate(Fused(base, torch.float32), requests, toys.CPU, 4)] != [r.ids for r in ours]

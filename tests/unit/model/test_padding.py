@@ -127,7 +127,7 @@ def test_prompts_leave_nothing_in_the_cache_beyond_their_own() -> None:
     model = toys.causal()
     engine = Engine(Fused(model, torch.float32), toys.CPU, 3, 32)
     for number, length in enumerate((5, 9, 3)):
-        engine.add(toys.request(toys.ids(length, number), number, max_new=4))
+        engine.add(toys.request(toys.ids(length, number), number, max_new_tokens=4))
     engine.advance()
     assert engine.prefilled == 17
     filled = engine.cache.kv.any(-1).any(3).all(0).all(0)  # [slots, positions]

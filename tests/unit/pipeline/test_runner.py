@@ -125,7 +125,7 @@ def test_parents(shop: Workshop) -> None:
 
 
 CHANGES = [
-    (["--ppo.kl-coefficient", "0.1"], ["ppo", "evaluate"]),
+    (["--ppo.kl-coef", "0.1"], ["ppo", "evaluate"]),
     (["--reward.lr", "1e-4"], ["reward", "ppo", "evaluate"]),
     (["--sft.template", "chatml"], ["sft", "reward", "ppo", "evaluate"]),
     (["--evaluate.best-of", "4"], ["evaluate"]),
@@ -135,7 +135,7 @@ CHANGES = [
     (["--run.dtype", "bfloat16"], ALL[1:]),
     (["--seed", "1"], ALL[1:]),
     (["--tokenizer.vocab-size", "300"], ALL),
-    (["--run.log-every", "3", "--run.save-every", "7", "--run.micro-tokens", "64", "--ppo.eval-every", "2"], []),
+    (["--run.log-every", "3", "--run.save-every", "7", "--run.micro-batch-tokens", "64", "--ppo.eval-every", "2"], []),
 ]
 
 
@@ -274,13 +274,15 @@ def test_status_of_a_stale_stage_says_why(shop: Workshop) -> None:
     place = shop.home / "ppo/lineage.json"
     made = json.loads(place.read_text())
     del made["settings"]["ppo.steps"]
-    made["settings"]["ppo.batch"] = 9
+    made["settings"]["ppo.batch_size"] = 9
     place.write_text(json.dumps({**made, "key": "other"}))
     (shop.home / "ppo/model/manifest.json").unlink()
     (shop.home / "ppo/checkpoints/step-000004").mkdir(parents=True)
     shop.write("data/prompts.jsonl", "other")
     assert shop.status() == ["done"] * 4 + ["stale", "stale"]
-    assert "ppo.steps is new; ppo.batch was 9, is 64; ppo.prompts changed; at step 4" in " ".join(shop.said.split())
+    assert "ppo.steps is new; ppo.batch_size was 9, is 64; ppo.prompts changed; at step 4" in " ".join(
+        shop.said.split()
+    )
     assert "its lineage is unknown" in shop.said
 
 

@@ -60,7 +60,7 @@ def test_a_failing_call_leaves_the_old_card_or_the_new_one(fault: str, tmp_path:
 
 
 def test_what_ppo_notes_is_read_back() -> None:
-    figures = outcome.notes(["length pays"], [AlarmSpan("kl", 2, 3, 9), AlarmSpan("ended", 1, 0, 1)])
+    figures = outcome.notes(["length pays"], [AlarmSpan("kl", 2, 3, 9), AlarmSpan("finished", 1, 0, 1)])
     assert outcome.faults(figures) == [
         "gate: length pays",
         "alarm kl: at its second limit, first at step 3, last at step 9",

@@ -104,8 +104,15 @@ def test_alarms_count_at_their_second_limit() -> None:
     assert alarm_faults(spans) == ["alarm length: at its second limit, first at step 12, last at step 19"]
 
 
-SOUND = {"kl": 5.9, "length": 21.8, "ended": 0.996, "distinct_2": 0.77, "commonest_word": 0.22, "referee_nll": 5.41}
-PLAIN = {"kl": 0.0, "length": 21.1, "ended": 0.996, "distinct_2": 0.855, "commonest_word": 0.07, "referee_nll": 5.64}
+SOUND = {"kl": 5.9, "length": 21.8, "finished": 0.996, "distinct_2": 0.77, "commonest_word": 0.22, "external_nll": 5.41}
+PLAIN = {
+    "kl": 0.0,
+    "length": 21.1,
+    "finished": 0.996,
+    "distinct_2": 0.855,
+    "commonest_word": 0.07,
+    "external_nll": 5.64,
+}
 
 
 def test_the_examples_pass_the_guards() -> None:
@@ -120,10 +127,10 @@ def test_the_examples_pass_the_guards() -> None:
         ({"kl": 20.1}, "kl is 20.1, SFT's 0 (evaluate.max_kl = 20.0)"),
         ({"length": 32.0}, "length is 32, SFT's 21.1 (evaluate.length_range = [0.5, 1.5])"),
         ({"length": 10.0}, "length is 10"),
-        ({"ended": 0.6}, "ended is 0.6"),
+        ({"finished": 0.6}, "finished is 0.6"),
         ({"distinct_2": 0.59}, "distinct_2 is 0.59"),
         ({"commonest_word": 0.6}, "commonest_word is 0.6"),
-        ({"referee_nll": 6.1}, "referee_nll is 6.1, SFT's 5.64 (evaluate.max_perplexity = 1.5)"),
+        ({"external_nll": 6.1}, "external_nll is 6.1, SFT's 5.64 (evaluate.max_perplexity = 1.5)"),
     ],
 )
 def test_each_guard(fault: dict[str, float], said: str) -> None:
@@ -136,9 +143,9 @@ def test_each_guard(fault: dict[str, float], said: str) -> None:
 
 
 def test_what_was_not_measured_fails_no_guard() -> None:
-    without = {name: value for name, value in SOUND.items() if name != "referee_nll"}
+    without = {name: value for name, value in SOUND.items() if name != "external_nll"}
     assert failed_guards(without, PLAIN, Evaluate()) == []
-    assert failed_guards({**SOUND, "referee_nll": 99.0}, {**PLAIN, "referee_nll": None}, Evaluate()) == []
+    assert failed_guards({**SOUND, "external_nll": 99.0}, {**PLAIN, "external_nll": None}, Evaluate()) == []
 
 
 def test_quantiles_of_t() -> None:

@@ -61,11 +61,11 @@ def test_judgements_of_one_kind(records):
     assert len(found.scored_S) == (1 if isinstance(records[0], Score) else 0)
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 20, 4096])
-def test_micro_batches_hold_whole_records(micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 4096])
+def test_micro_batches_hold_whole_records(micro_batch_tokens):
     documents = [EXAMPLES.documents(i) for i in range(5)]
-    micros = preference_micros(RECORDS, documents, micro_tokens, 3.0, 2.0, toys.CPU)
-    assert len(micros) == {1: 5, 20: 4, 4096: 1}[micro_tokens]
+    micros = preference_micros(RECORDS, documents, micro_batch_tokens, 3.0, 2.0, toys.CPU)
+    assert len(micros) == {1: 5, 20: 4, 4096: 1}[micro_batch_tokens]
     assert sum(micro.counts["comparisons"] for micro in micros) == 2  # a list of equals doesn't count
     assert sum(micro.counts["scores"] for micro in micros) == 2
     ids = torch.cat([micro.packed.ids_T for micro in micros])
@@ -90,7 +90,7 @@ def test_long_records():
     assert dropped.tokens == tokens[2:3]
     assert dropped.first == (0, 1)
     assert counts.dropped == 2
-    cut = examples.fitted(6, "cut", counts)
+    cut = examples.fitted(6, "truncate", counts)
     assert cut.records == records
     assert [len(t.ids) for t in cut.tokens] == [5, 6, 4, 5, 6]
     assert cut.tokens[1].ids.tolist() == tokens[1].ids[-6:].tolist()  # the answer's end is what the head reads
@@ -106,8 +106,8 @@ ANSWERED = [
 ]
 
 
-def shared(setting, micro_tokens=4096, device=toys.CPU):
-    return preference_micros(RECORDS, ANSWERED, micro_tokens, 3.0, 2.0, device, shared_prefix=setting)
+def shared(setting, micro_batch_tokens=4096, device=toys.CPU):
+    return preference_micros(RECORDS, ANSWERED, micro_batch_tokens, 3.0, 2.0, device, shared_prefix=setting)
 
 
 def test_a_prompt_is_shared_where_that_pays():

@@ -57,8 +57,8 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_samples_go_out_and_scores_come_back() -> None:
     with server((200, b'{"scores": [1, -0.5]}')) as (url, asked):
         assert endpoint(url)(SAMPLES) == [1.0, -0.5]
-    first = {"prompt": "1 + 1?", "input": "1 + 1?", "text": "二", "ids": [7, 1], "ended": True}
-    assert asked == [{"samples": [first, {"prompt": "", "input": "", "text": "", "ids": [8], "ended": False}]}]
+    first = {"prompt": "1 + 1?", "input": "1 + 1?", "text": "二", "ids": [7, 1], "finished": True}
+    assert asked == [{"samples": [first, {"prompt": "", "input": "", "text": "", "ids": [8], "finished": False}]}]
 
 
 def test_a_moments_trouble_is_waited_out() -> None:

@@ -40,7 +40,13 @@ def test_what_was_asked():
 
 
 def test_a_python_function(tmp_path):
-    told = {"prompt": "Do it.\nthis", "input": "this", "text": "done", "ids": list(SAMPLES[0].reply_ids), "ended": True}
+    told = {
+        "prompt": "Do it.\nthis",
+        "input": "this",
+        "text": "done",
+        "ids": list(SAMPLES[0].reply_ids),
+        "finished": True,
+    }
     body = f"def f(samples):\n    assert samples[0] == {told!r}\n"
     reward = python_function(function(tmp_path, body + "    return [len(s['text']) for s in samples]\n"))
     assert reward(SAMPLES) == [4.0, 2.0, 2.0]

@@ -18,7 +18,7 @@ from tiny import Chain
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     found = Chain(tmp_path_factory.mktemp("chain"))
-    found.run("--ppo.critic-warmup", "2", "--ppo.eval-every", "3", "--ppo.replies", "2")
+    found.run("--ppo.critic-warmup", "2", "--ppo.eval-every", "3", "--ppo.samples-per-prompt", "2")
     return found
 
 
@@ -52,21 +52,21 @@ def test_the_arithmetic_adds_up(chain: Chain, step: int) -> None:
 
 def test_how_the_score_is_added_is_told() -> None:
     assert _added(Ppo()) == "the score, cut at 5 either way, is added"
-    assert _added(Ppo(score_clip=0.0)) == _added(Ppo(rewards=("f.py:f",))) == "the score is added"
-    assert "so far, cut at 3 either way" in _added(Ppo(reward_scaling="running", score_clip=3.0, rewards=("f.py:f",)))
+    assert _added(Ppo(reward_clip=0.0)) == _added(Ppo(rewards=("f.py:f",))) == "the score is added"
+    assert "so far, cut at 3 either way" in _added(Ppo(reward_scaling="running", reward_clip=3.0, rewards=("f.py:f",)))
     assert "divided by their standard deviation" in _added(Ppo(reward_scaling="whiten"))
 
 
 def test_a_row_a_token(chain: Chain) -> None:
     text = said(chain.home / "ppo")
     table = text[text.index("token by token") : text.index("first token")].splitlines()[2:]
-    assert len(table) == 8  # max_new of the recipe, from which no reply of this model ends early
+    assert len(table) == 8  # max_new_tokens of the recipe, from which no reply of this model ends early
     assert all(len(re.findall(r"[+-]\d+\.\d{3}", line)) == 7 for line in table)
 
 
 def test_a_cut_reply_goes_on_in_the_critics_value(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
-    chain.run("--ppo.cut-value", "true")
+    chain.run("--ppo.bootstrap-truncated", "true")
     text = said(chain.home, step=7)
     assert "the reply was cut" in text and "nothing comes after it" not in text
     (row,) = re.findall(rf"gamma V_after - V = {NUMBER} \+ {NUMBER} \* {NUMBER} - {NUMBER} = {NUMBER}", text)

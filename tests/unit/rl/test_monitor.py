@@ -19,7 +19,7 @@ from tetrad.settings.ppo import Ppo
 HEALTHY = {
     "kl": 3.0,
     "length": 20.0,
-    "ended": 0.95,
+    "finished": 0.95,
     "entropy": 3.0,
     "distinct_2": 0.8,
     "clip_fraction": 0.1,
@@ -31,7 +31,7 @@ CASES = [
     ("kl", {"kl": 21.0}, {"kl": 51.0}),
     ("negative_kl", {"kl": -0.6}, {"kl": -2.5}),
     ("length", {"length": 31.0}, {"length": 41.0}),
-    ("ended", {"ended": 0.6}, {"ended": 0.3}),
+    ("finished", {"finished": 0.6}, {"finished": 0.3}),
     ("entropy", {"entropy": 0.8}, {"entropy": 0.2}),
     ("distinct_2", {"distinct_2": 0.3}, {"distinct_2": 0.1}),
     ("clip_fraction", {"clip_fraction": 0.5}, {"clip_fraction": 0.8}),
@@ -128,7 +128,7 @@ def test_an_alarm_is_said_once_and_stops_under_strict(capsys: pytest.CaptureFixt
 
 
 def test_what_began_at_nothing_can_not_fall() -> None:
-    found, never = Monitor(Alarms(), 0.0, warmup=2), {"ended": 0.0, "distinct_2": 0.0}
+    found, never = Monitor(Alarms(), 0.0, warmup=2), {"finished": 0.0, "distinct_2": 0.0}
     assert [levels(found, step, **never) for step in range(6)] == [{}] * 6
     assert levels(found, 6, **never, length=31.0) == {"length": 1}
 
@@ -187,11 +187,11 @@ def test_other_judges_after_a_stop_are_watched_anew() -> None:
     ("settings", "name"),
     [
         ({"kl_horizon": 9.0}, "kl_horizon"),
-        ({"value_coefficient": 0.5}, "value_coefficient"),
+        ({"value_coef": 0.5}, "value_coef"),
         ({"critic_warmup": 100, "actor_lr": 1e-4}, "actor_lr"),
-        ({"kl_coefficient": 0.0}, "kl_coefficient"),
-        ({"rewards": ("f.py:f",), "score_clip": 3.0}, "score_clip"),
-        ({"rewards": ("f.py:f",), "doubt": 1.0}, "doubt"),
+        ({"kl_coef": 0.0}, "kl_coef"),
+        ({"rewards": ("f.py:f",), "reward_clip": 3.0}, "reward_clip"),
+        ({"rewards": ("f.py:f",), "uncertainty_penalty": 1.0}, "uncertainty_penalty"),
     ],
 )
 def test_settings_without_an_effect_are_told(settings: dict[str, Any], name: str) -> None:

@@ -22,7 +22,7 @@ ASKED = [EncodedPrompt(tuple(toys.ids(2 + i % 3, i)), Prompt((Turn("user", f"q{i
 def rolled(asked=ASKED, numbers=None, key=(0, "rollout", 0), **sampling):
     model = toys.causal(seed=1, eos_ids=(1, 5, 9, 13))
     places = range(len(asked)) if numbers is None else numbers
-    return roll_out(model, asked, places, key, Sampling(max_new=7, **sampling), TOKENIZER, toys.CPU)
+    return roll_out(model, asked, places, key, Sampling(max_new_tokens=7, **sampling), TOKENIZER, toys.CPU)
 
 
 def test_spread():
@@ -44,7 +44,7 @@ def test_a_row_is_its_prompt_and_reply():
         assert document.where == sample.where == f"p:{i}"
         assert sample.text == TOKENIZER.decode(sample.reply_ids)
         assert sample.turns == ASKED[i].prompt.turns
-        assert bool(rollout.ended_B[i]) == (sample.reply_ids[-1] in (1, 5, 9, 13))
+        assert bool(rollout.finished_B[i]) == (sample.reply_ids[-1] in (1, 5, 9, 13))
     assert not rollout.sampled_BT[~rollout.mask_BT].any()
     assert (rollout.sampled_BT[rollout.mask_BT] < 0).all()
 
@@ -55,16 +55,16 @@ def test_a_prompt_keeps_its_random_numbers():
     for rank in range(2):
         part = rolled(ASKED[rank::2], range(rank, 8, 2))
         assert [s.reply_ids for s in part.samples] == [s.reply_ids for s in whole.samples[rank::2]]
-    assert [s.reply_ids for s in rolled(slots=2).samples] == [s.reply_ids for s in whole.samples]
+    assert [s.reply_ids for s in rolled(max_num_seqs=2).samples] == [s.reply_ids for s in whole.samples]
     for key in ((1, "rollout", 0), (0, "evaluate", 0), (0, "rollout", 1)):
         assert [s.reply_ids for s in rolled(key=key).samples] != [s.reply_ids for s in whole.samples]
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 30, 4096])
-def test_read_back_in_place(micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 30, 4096])
+def test_read_back_in_place(micro_batch_tokens):
     rollout, model, critic = rolled(), toys.causal(seed=4), toys.scalar(seed=5)
-    logprobs = read_logprobs(model, rollout, micro_tokens, toys.CPU, 1.0)
-    values, after = read_values(critic, rollout, micro_tokens, toys.CPU)
+    logprobs = read_logprobs(model, rollout, micro_batch_tokens, toys.CPU, 1.0)
+    values, after = read_values(critic, rollout, micro_batch_tokens, toys.CPU)
     assert logprobs.shape == values.shape == rollout.mask_BT.shape
     for i, document in enumerate(rollout.documents):
         n, first = int(document.train.sum()), int((~document.train).sum())
@@ -111,17 +111,17 @@ def test_long_prompts_lose_their_beginning_or_go(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a b c d e f g h"}\n{"prompt": "a"}\n')
     form, whole = TEMPLATES["instruction"], {}
-    for way, limit in (("refuse", 128), ("cut", 12), ("drop", 12)):
+    for way, limit in (("refuse", 128), ("truncate", 12), ("drop", 12)):
         counts = Counts()
         whole[way] = read_questions([path], form, TOKENIZER, counts, limit, 6, way)
-        assert (counts.cut, counts.dropped) == (way == "cut", way == "drop")
+        assert (counts.cut, counts.dropped) == (way == "truncate", way == "drop")
     long, short = whole["refuse"]
     assert len(long.ids) > 6 >= len(short.ids)
-    assert [q.ids for q in whole["cut"]] == [long.ids[-6:], short.ids]
+    assert [q.ids for q in whole["truncate"]] == [long.ids[-6:], short.ids]
     assert [q.ids for q in whole["drop"]] == [short.ids]
     with pytest.raises(UserError, match="E-DATA-LONG"):
         read_questions([path], form, TOKENIZER, Counts(), 12, 6)
     with pytest.raises(UserError, match="E-DATA-EMPTY"):
         read_questions([path], form, TOKENIZER, Counts(), 7, 6, "drop")
     with pytest.raises(UserError, match="E-DATA-LONG"):
-        read_questions([path], form, TOKENIZER, Counts(), 6, 6, "cut")  # nothing of a prompt would be left
+        read_questions([path], form, TOKENIZER, Counts(), 6, 6, "truncate")  # nothing of a prompt would be left

@@ -24,4 +24,4 @@ def test_names_flags_and_limits() -> None:
     assert all_knobs["ppo.actor_lr"].wanted == "a number, above 0 and at most 1"
     assert all_knobs["sft.data"].wanted == "a list of files"
     assert all_knobs["sft.train_turns"].wanted == '"all" or "last"'
-    assert not all_knobs["run.micro_tokens"].keyed and all_knobs["run.dtype"].keyed
+    assert not all_knobs["run.micro_batch_tokens"].keyed and all_knobs["run.dtype"].keyed

@@ -56,10 +56,10 @@ def test_the_reward_is_normalised_on_replies_to_its_held_out_prompts(chain: Chai
     folder = chain.home / "sft" / "model"
     actor, tokenizer = read_causal(folder), Tokenizer.load(folder)
     device = Device(torch.device("cpu"), torch.float32)
-    files = [chain.path.parent / "held_out.jsonl"]
+    files = [chain.path.parent / "validation.jsonl"]
     questions = read_questions(files, template("instruction"), tokenizer, Counts(), 64, 8)
     chosen = [questions[i] for i in order(3, 0, len(questions))[:16]]
-    sampling = Sampling(max_new=8)
+    sampling = Sampling(max_new_tokens=8)
     rollout = roll_out(actor, chosen, range(16), (3, "normalise", 0), sampling, tokenizer, device)
     scores = np.array(trained(read_members(chain.home / "reward" / "model"), device, 512)(rollout.samples))
     assert scores.mean() == pytest.approx(0, abs=1e-4)
@@ -79,17 +79,17 @@ def test_the_report_holds_the_systems_against_each_other(chain: Chain) -> None:
 
 def test_test_records_need_held_out_ones(chain: Chain) -> None:
     with pytest.raises(UserError, match="E-CONF-MISSING"):
-        chain.run("--reward.held-out", "[]", "--reward.test", '["held_out.jsonl"]')
+        chain.run("--reward.validation", "[]", "--reward.test", '["validation.jsonl"]')
 
 
 def test_a_change_redoes_what_depends_on_it(chain: Chain) -> None:
     assert chain.run() == []
-    assert chain.run("--run.micro-tokens", "100", "--run.log-every", "3") == []
-    assert chain.run("--ppo.kl-coefficient", "0.2") == ["ppo", "evaluate"]
+    assert chain.run("--run.micro-batch-tokens", "100", "--run.log-every", "3") == []
+    assert chain.run("--ppo.kl-coef", "0.2") == ["ppo", "evaluate"]
     assert len(list((chain.home / "old").iterdir())) == 2
     scores = chain.path.parent / "scores.jsonl"
     scores.write_text(scores.read_text().replace("1.0}\n", "0.5}\n", 1))
-    assert chain.run("--ppo.kl-coefficient", "0.2") == ["reward", "ppo", "evaluate"]
+    assert chain.run("--ppo.kl-coef", "0.2") == ["reward", "ppo", "evaluate"]
 
 
 def test_annotators_are_told(chain: Chain) -> None:

@@ -15,14 +15,14 @@ from tetrad.rl.samples import COLUMNS
 from tiny import Chain
 
 ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
-PTX = ("--ptx.text", '["text.txt"]', "--ptx.row-tokens", "32", "--ptx.batch-tokens", "64")
+PTX = ("--ptx.text", '["text.txt"]', "--ptx.sequence-length", "32", "--ptx.batch-tokens", "64")
 OPTIONS = {
     "shared": ("--ppo.critic", "shared", "--ppo.critic-warmup", "2"),
-    "average": ("--ppo.ema", "0.5", "--ppo.reward-scaling", "running"),
-    "replies": ("--ppo.replies", "2", "--ppo.reduction", "sequence"),
+    "average": ("--ppo.ema-decay", "0.5", "--ppo.reward-scaling", "running"),
+    "replies": ("--ppo.samples-per-prompt", "2", "--ppo.reduction", "sequence"),
     "text": PTX,
     "adapters": ADAPTERS,
-    "adapters, shared": (*ADAPTERS, "--ppo.critic", "shared", "--ppo.ema", "0.5"),
+    "adapters, shared": (*ADAPTERS, "--ppo.critic", "shared", "--ppo.ema-decay", "0.5"),
     "adapters, actor": (*ADAPTERS, "--ppo.critic", "actor", "--sft.adapters", "true"),
 }
 
@@ -72,7 +72,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_average_is_the_result_and_the_actor_is_kept(chain: Chain) -> None:
     chain.run()
     plain = read_tensors(chain.home / "ppo/model/model.safetensors")
-    chain.run("--ppo.ema", "0.5")
+    chain.run("--ppo.ema-decay", "0.5")
     model = chain.home / "ppo/model"
     average, last = read_tensors(model / "model.safetensors"), read_tensors(model / "last.safetensors")
     assert all(torch.equal(last[name], tensor) for name, tensor in plain.items())
@@ -82,7 +82,7 @@ def test_the_average_is_the_result_and_the_actor_is_kept(chain: Chain) -> None:
 @pytest.mark.parametrize("words", [(), ADAPTERS, (*ADAPTERS, "--ppo.critic", "shared"), ("--ppo.critic", "shared")])
 def test_what_is_kept_beside_the_result_are_whole_models(chain: Chain, words: tuple[str, ...]) -> None:
     """Plain weights by a model's own names; a critic on the actor's trunk has the actor's, not its average's."""
-    chain.run(*words, "--ppo.ema", "0.5")
+    chain.run(*words, "--ppo.ema-decay", "0.5")
     model = chain.home / "ppo/model"
     average, last, critic = (read_tensors(model / f"{name}.safetensors") for name in ("model", "last", "critic"))
     assert last.keys() == average.keys()
@@ -107,14 +107,14 @@ def test_beta_waits_for_the_actor(chain: Chain) -> None:
 def test_the_reward_model_written_out_pays_as_by_default(chain: Chain, scaling: str) -> None:
     found = []
     for words in ((), ("--ppo.rewards", '["reward"]')):
-        chain.run(*words, "--ppo.reward-scaling", scaling, "--ppo.score-clip", "0.1")
+        chain.run(*words, "--ppo.reward-scaling", scaling, "--ppo.reward-clip", "0.1")
         found.append([line["reward"] for line in chain.lines("ppo")])
     assert found[0] == found[1]
 
 
 def test_the_reward_model_among_others_is_cut_and_then_weighed(chain: Chain) -> None:
     words = ("--ppo.rewards", '["reward"]', "--ppo.reward-weights", "[2]", "--ppo.missing-eos-penalty", "0")
-    chain.run(*words, "--ppo.score-clip", "0.1", "--ppo.kl-coefficient", "0", "--ppo.kl-target", "0")
+    chain.run(*words, "--ppo.reward-clip", "0.1", "--ppo.kl-coef", "0", "--ppo.kl-target", "0")
     scores = [line["reward"] for line in chain.lines("ppo")]
     assert 0.1 < max(map(abs, scores)) <= 0.2
 
@@ -168,7 +168,7 @@ def test_every_number_of_a_sampled_token_is_kept(chain: Chain) -> None:
         torch.testing.assert_close(tokens["kl"], tokens["logprob"] - tokens["reference"], rtol=1e-3, atol=1e-3)
         assert float(tokens["kl"].sum()) == pytest.approx(line["kl"], abs=1e-3)
         rewards = -beta[line["step"]] * tokens["kl"]
-        rewards[-1] += min(max(line["score"], -5.0), 5.0) - (not line["ended"])
+        rewards[-1] += min(max(line["score"], -5.0), 5.0) - (not line["finished"])
         torch.testing.assert_close(tokens["reward"], rewards, rtol=1e-3, atol=1e-3)
         mask = torch.ones(1, len(rewards), dtype=torch.bool)
         _, returns = ppo.gae(tokens["reward"][None], tokens["value"][None], mask, 1.0, 0.95)
@@ -178,7 +178,7 @@ def test_every_number_of_a_sampled_token_is_kept(chain: Chain) -> None:
 
 def test_greedy_replies_stand_beside_the_sft_models(chain: Chain) -> None:
     """Before is the SFT model's at every step; after some steps at a high rate now is another."""
-    chain.run("--ppo.actor-lr", "0.01", "--ppo.kl-coefficient", "0", "--ppo.kl-target", "0")
+    chain.run("--ppo.actor-lr", "0.01", "--ppo.kl-coef", "0", "--ppo.kl-target", "0")
     lines = [json.loads(line) for line in (chain.home / "ppo/samples.jsonl").read_text().splitlines()]
     first, last = ([x for x in lines if "greedy" in x and x["step"] == step] for step in (0, 7))
     assert [x["before"] for x in first] == [x["before"] for x in last]
@@ -198,8 +198,8 @@ def test_long_prompts_are_refused_cut_or_dropped(chain: Chain, capsys: pytest.Ca
     with pytest.raises(UserError) as caught:
         chain.run("--ppo.max-prompt", "6")
     assert caught.value.code == "E-DATA-LONG"
-    for way in ("cut", "drop"):
-        assert "ppo" in chain.run("--ppo.max-prompt", "12", "--ppo.on-long", way)
+    for way in ("truncate", "drop"):
+        assert "ppo" in chain.run("--ppo.max-prompt", "12", "--ppo.overlong", way)
 
 
 def test_adapters_leave_the_reference_what_the_sft_model_is(chain: Chain) -> None:

@@ -17,7 +17,7 @@ from tetrad.console import Console
 from tetrad.pipeline import recipe, runner
 
 STEPS, BATCH = 300, 4
-MODEL = ("--model.hidden_size", "64", "--model.layers", "2", "--model.ff", "512", "--model.max_positions", "512")
+MODEL = ("--model.hidden-size", "64", "--model.layers", "2", "--model.ff", "512", "--model.max-positions", "512")
 WORDS = (*tiny.GOOD, *tiny.BAD, *tiny.THINGS)
 
 
@@ -53,7 +53,7 @@ def test_memory_of_sft_is_flat(tmp_path: Path) -> None:
     path, ragged, runs = tiny.write_tiny(tmp_path / "data"), tmp_path / "ragged.jsonl", tmp_path / "runs"
     write_ragged(ragged)
     given = {"run.out": runs, "run.save_every": 10_000, "pretrain.tokens": 1024, "sft.data": ragged}
-    given |= {"sft.batch": BATCH, "sft.epochs": 1}
+    given |= {"sft.batch_size": BATCH, "sft.epochs": 1}
     words = [str(path), *MODEL, *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
     for stage in ("tokenizer", "pretrain"):
         runner.run(recipe.read(path, words[1:]), Console(out=StringIO(), err=StringIO()), only=stage)

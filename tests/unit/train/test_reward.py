@@ -56,9 +56,9 @@ def test_smoothing_and_votes_are_the_label() -> None:
     voted = [Comparison(PROMPT, ("a", "b"), (1.0, 2.0), votes=(7.0, 3.0))]
     for records, settings, label in (
         (pair, {}, 1.0),
-        (pair, {"smoothing": 0.1}, 0.9),
+        (pair, {"label_smoothing": 0.1}, 0.9),
         (voted, {}, 0.7),
-        (voted, {"smoothing": 0.1}, 0.66),
+        (voted, {"label_smoothing": 0.1}, 0.66),
     ):
         found, r = loss_of(records, **settings)
         wanted = preference.bt_loss(r[:1], r[1:], label=torch.tensor([label]))
@@ -144,7 +144,7 @@ def test_training_stops_where_held_out_records_gain_no_more(chain: Chain) -> Non
 
 
 def test_an_ensemble_is_averaged_and_its_doubt_subtracted(chain: Chain) -> None:
-    chain.run("--reward.seeds", "3", "--ppo.doubt", "1")
+    chain.run("--reward.ensemble-size", "3", "--ppo.uncertainty-penalty", "1")
     folder = chain.home / "reward" / "model"
     members = read_members(folder)
     assert len(members) == 3 and (folder / "member-3.safetensors").is_file()
@@ -157,16 +157,16 @@ def test_an_ensemble_is_averaged_and_its_doubt_subtracted(chain: Chain) -> None:
     scores = member_scores(members, documents, toys.CPU, 64)
     assert scores.std(0).min() > 1e-3
     assert trained(members, toys.CPU, 64)(samples) == pytest.approx(scores.mean(0).tolist(), abs=1e-5)
-    wary = trained(members, toys.CPU, 64, doubt=2.0)(samples)
+    wary = trained(members, toys.CPU, 64, uncertainty_penalty=2.0)(samples)
     assert wary == pytest.approx((scores.mean(0) - 2 * scores.std(0)).tolist(), abs=1e-5)
     assert len(load_reward(folder).members) == 3
     doubted = chain.lines("ppo")
-    chain.run("--reward.seeds", "3")
+    chain.run("--reward.ensemble-size", "3")
     assert chain.lines("ppo")[0]["score"] > doubted[0]["score"]
 
 
 def test_the_first_member_is_what_it_is_alone(chain: Chain) -> None:
-    chain.run("--reward.seeds", "2", "--reward.patience", "0")
+    chain.run("--reward.ensemble-size", "2", "--reward.patience", "0")
     first = read_tensors(chain.home / "reward" / "model" / "model.safetensors")
     chain.run("--reward.patience", "0")
     alone = read_tensors(chain.home / "reward" / "model" / "model.safetensors")

@@ -111,6 +111,6 @@ def test_every_stage_that_trains_is_listed() -> None:
 
 
 def test_parts_of_ppo_follow_the_recipe() -> None:
-    shared = replace(Recipe(), ppo=Ppo(critic="shared", ema=0.9))
+    shared = replace(Recipe(), ppo=Ppo(critic="shared", ema_decay=0.9))
     assert REGISTRY["ppo"].parts(shared) == ("actor", "actor_optimizer", "critic", "average")
     assert "critic_optimizer" in REGISTRY["ppo"].parts(Recipe())

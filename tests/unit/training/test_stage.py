@@ -43,11 +43,11 @@ def test_a_reward_model_reads_sampled_ids_in_training_and_the_text_elsewhere(tmp
     folders = {name: served.write_model(tmp_path / name, reward=name == "reward") for name in ("sft", "reward")}
     parents = {name: folder / "model" for name, folder in folders.items()}
     ctx: Any = SimpleNamespace(
-        parents=parents, recipe=SimpleNamespace(sft=Sft(), run=SimpleNamespace(micro_tokens=1000))
+        parents=parents, recipe=SimpleNamespace(sft=Sft(), run=SimpleNamespace(micro_batch_tokens=1000))
     )
     words, form, turns = served.tokenizer(), TEMPLATES["instruction"], (Turn("instruction", "Go on."),)
     ids = tuple(token for letter in "the plot" for token in words.encode(letter))  # not as the tokenizer cuts it
-    samples = [Completion(tuple(form.prompt(words, turns)), ids, turns, "the plot", ended=False)]
+    samples = [Completion(tuple(form.prompt(words, turns)), ids, turns, "the plot", finished=False)]
     (member,) = read_members(parents["reward"])
     read = {"ids": joined(samples), "text": written(form, words, samples)}
     scores = {name: score_tokens(member, documents, toys.CPU, 1000) for name, documents in read.items()}
