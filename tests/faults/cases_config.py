@@ -103,7 +103,7 @@ RECIPES: list[tuple[str, str, str, str]] = [
     ("seed-2-70", f"seed = {2**70}\n", "E-CONF-RANGE", "below 2^63"),
     ("choice", '[ppo]\ncritic = "rewrad"\n', "E-CONF-RANGE", 'did you mean "reward"?'),
     ("files-text", '[sft]\ndata = "a.jsonl"\n', "E-CONF-TYPE", 'write data = ["a.jsonl"]'),
-    ("mini-batches", "[ppo]\nbatch_size = 10\nnum_minibatches = 4\n", "E-CONF-DIVIDE", "batch = 8 or 12"),
+    ("mini-batches", "[ppo]\nbatch_size = 10\nnum_minibatches = 4\n", "E-CONF-DIVIDE", "batch_size = 8 or 12"),
     ("mini-batches-huge", "[ppo]\nbatch_size = 999999999999989\nnum_minibatches = 4\n", "E-CONF-DIVIDE", "r.toml:2"),
     ("heads", "[model]\nhidden_size = 100\nheads = 3\n", "E-CONF-DIVIDE", "r.toml:2"),
     ("kv-heads", "[model]\nheads = 4\nkv_heads = 3\n", "E-CONF-DIVIDE", "r.toml:2"),
