@@ -27,9 +27,9 @@ READERS: dict[str, Callable[[list[Path]], Any]] = {
 }
 CHINESE = {
     "预训练": "pre-training",
-    "奖励:排序": "reward: ranked",
-    "奖励:成对": "reward: pair",
-    "奖励:打分": "reward: score",
+    "奖励：排序": "reward: ranked",
+    "奖励：成对": "reward: pair",
+    "奖励：打分": "reward: score",
 }
 CHINESE |= {"PPO、评估": "PPO, evaluate"}
 
