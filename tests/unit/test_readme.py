@@ -14,9 +14,11 @@ from tetrad.data import records
 from tetrad.pipeline import recipe
 from tetrad.registry import STAGES
 from tetrad.types import Comparison, Score
+from tiny import write_tiny
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
+RECIPES = ("docs/recipe.md", "docs/zh/recipe.md")
 READERS: dict[str, Callable[[list[Path]], Any]] = {
     "pre-training": lambda paths: list(records.read_documents(paths)),
     "SFT": lambda paths: list(records.read_conversations(paths)),
@@ -51,19 +53,29 @@ def table_records() -> list[tuple[str, str, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_read(name: str, tmp_path: Path) -> None:
     (block,) = blocks(name, "toml")
     path = tmp_path / "recipe.toml"
     path.write_text(block, encoding="utf-8")
     read = recipe.read(path, ["--ppo.actor-lr", "1e-6", "--ppo.steps", "100"])
-    assert (read.name, read.ppo.actor_lr, read.ppo.steps, read.reward.score_scale) == (
-        "reviews",
-        1e-6,
-        100,
-        (-4.0, 4.0),
-    )
+    values = (read.name, read.ppo.actor_lr, read.ppo.steps, read.reward.score_scale)
+    assert values == ("reviews", 1e-6, 100, (-4.0, 4.0))
     assert read.evaluate.judges[0].endswith("judge.py:ridge")
+
+
+def test_ten_lines_are_a_recipe(tmp_path: Path) -> None:
+    """README's, as it is but for its sizes, from an empty folder to PPO."""
+    (block,) = blocks("README.md", "toml")
+    assert len(block.splitlines()) == 10
+    write_tiny(tmp_path)
+    for name, of in (("texts.txt", "text.txt"), ("sft.jsonl", "sft.jsonl"), ("ranked.jsonl", "ranked.jsonl")):
+        (tmp_path / of).rename(tmp_path / name)
+    (tmp_path / "ten.toml").write_text(block, encoding="utf-8")
+    small = "--model.hidden-size 32 --model.layers 1 --ppo.steps 1 --ppo.batch-size 4 --ppo.max-new-tokens 4"
+    words = ["run", str(tmp_path / "ten.toml"), "--run.out", str(tmp_path / "runs"), *small.split()]
+    assert main([*words, "--reward.normalise", "4", "--reward.normalise-max-new-tokens", "4"]) == 0
+    assert (tmp_path / "runs/ten/ppo/model/manifest.json").is_file()
 
 
 def test_tables_hold_every_form() -> None:
@@ -86,8 +98,9 @@ def test_both_say_the_same() -> None:
     for language in ("bash", "python"):
         english, chinese = (re.sub(r"<.*?>|#.*", "", "\n".join(blocks(name, language))) for name in READMES)
         assert english == chinese
-    english, chinese = (re.sub(r"#.*", "", blocks(name, "toml")[0]) for name in READMES)
-    assert [line.rstrip() for line in english.splitlines()] == [line.rstrip() for line in chinese.splitlines()]
+    for pages in (READMES, RECIPES):
+        english, chinese = (re.sub(r"#.*", "", blocks(name, "toml")[0]) for name in pages)
+        assert [line.rstrip() for line in english.splitlines()] == [line.rstrip() for line in chinese.splitlines()]
     first = (re.findall(r"^\| `(tetrad .*?)` \|", text_of(name), re.MULTILINE) for name in READMES)
     assert len({tuple(commands) for commands in first}) == 1
 
