@@ -30,7 +30,7 @@ from tetrad.inference.model_folder import model_folder
 from tetrad.pipeline import recipe, runner
 from tetrad.reward.batches import Examples
 from tetrad.reward.evaluation import Pairs
-from tetrad.train.reward import Lessons
+from tetrad.train.reward import RewardTrainer
 from tetrad.types import Prompt, Score, Tokens, Turn
 
 DATA = Path(__file__).parent.parent / "examples/reviews-en/data"
@@ -117,15 +117,15 @@ def train(policy: str, records: Mapping[str, Sequence[Row]], seed: int, **settin
         path.write_text(COMMON.format(**given) + "".join(f"{name} = {value}\n" for name, value in settings.items()))
         seconds = 0.0
 
-        def timed(lessons: Lessons, *given: Any) -> Any:
+        def timed(trainer: RewardTrainer, *given: Any) -> Any:
             nonlocal seconds
             began = time.process_time()
-            stats = learn(lessons, *given)
+            stats = learn(trainer, *given)
             seconds += time.process_time() - began
             return stats
 
-        learn = Lessons.learn
-        with mock.patch.object(Lessons, "learn", timed):
+        learn = RewardTrainer.learn
+        with mock.patch.object(RewardTrainer, "learn", timed):
             runner.run(recipe.read(path, []), Console())
         home = Path(folder, "runs/reward/reward")
         metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]

@@ -10,11 +10,14 @@ import os
 import re
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 FILE_BUDGET, FUNCTION_BUDGET, TOTAL_BUDGET = 300, 40, 14_100
+FOLDER_BUDGET, NAMES_BUDGET, PPO_BUDGET = 14, 25, 15
+PRIVATE = {"found", "told", "made", "how", "said", "asked"}  # say nothing of what they hold
 SILENT_TOKENS = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -50,6 +53,20 @@ def functions(tree: ast.Module) -> Iterator[Function]:
 def function_lines(function: Function, lines: set[int]) -> int:
     """Code lines from `def` to the end, inner functions included, decorators not."""
     return len(lines.intersection(range(function.lineno, (function.end_lineno or function.lineno) + 1)))
+
+
+def bound(function: Function) -> set[str]:
+    """The names that a function binds, its arguments too, those of inner functions not."""
+    names: set[str] = set()
+    nodes: list[ast.AST] = [function.args, *function.body]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        nodes += () if isinstance(node, Function) else ast.iter_child_nodes(node)
+    return names
 
 
 # --- what a call is ---
@@ -190,10 +207,16 @@ SKIPPED_FOLDERS = {"runs", "dist", "build", "__pycache__"}
 
 @dataclass(frozen=True)
 class Figures:
-    """Code lines: of each file, and of each function as `file:line name`."""
+    """Code lines: of each file, and of each function as `file:line name`, whose bound names are counted too."""
 
     files: dict[str, int]
     functions: dict[str, int]
+    names: dict[str, int]
+
+    @property
+    def folders(self) -> dict[str, int]:
+        """Modules in each folder; __init__ is none."""
+        return dict(Counter(str(Path(name).parent) for name in self.files if not name.endswith("__init__.py")))
 
 
 def read_source(path: Path, name: str, figures: Figures) -> Iterator[str]:
@@ -209,6 +232,12 @@ def read_source(path: Path, name: str, figures: Figures) -> Iterator[str]:
         figures.functions[f"{name}:{function.lineno} {function.name}"] = size
         if size > FUNCTION_BUDGET:
             yield f"{name}:{function.lineno}: {function.name} has {size} lines of code, over {FUNCTION_BUDGET}"
+        names = bound(function)
+        figures.names[f"{name}:{function.lineno} {function.name}"] = len(names)
+        if len(names) > NAMES_BUDGET:
+            yield f"{name}:{function.lineno}: {function.name} binds {len(names)} names, over {NAMES_BUDGET}"
+        for word in sorted(names & PRIVATE):
+            yield f"{name}:{function.lineno}: {function.name} binds `{word}`, which says nothing of what it holds"
     inner = name.removeprefix("src/tetrad/")
     for node in ast.walk(tree):
         for law in LAWS:
@@ -233,13 +262,33 @@ def foreign_texts(root: Path) -> Iterator[str]:
 
 def check(root: Path) -> tuple[Figures, list[str]]:
     """The figures of src/tetrad under `root`, and every breach."""
-    figures, breaches = Figures({}, {}), list[str]()
+    figures, breaches = Figures({}, {}, {}), list[str]()
     for path in sorted((root / "src" / "tetrad").rglob("*.py")):
         breaches += dict.fromkeys(read_source(path, path.relative_to(root).as_posix(), figures))
+    for folder, count in figures.folders.items():
+        if count > FOLDER_BUDGET:
+            breaches.append(f"{folder}: {count} files, over {FOLDER_BUDGET} a folder")
+    ppo = root / "src" / "tetrad" / "train" / "ppo.py"
+    if ppo.is_file() and len(modules := own_modules(ppo)) > PPO_BUDGET:
+        breaches.append(f"src/tetrad/train/ppo.py:1: imports {len(modules)} own modules, over {PPO_BUDGET}")
     total = sum(figures.files.values())
     if total > TOTAL_BUDGET:
         breaches.append(f"src: {total} lines of code, over {TOTAL_BUDGET}")
     return figures, [*breaches, *foreign_texts(root)]
+
+
+def own_modules(path: Path) -> set[str]:
+    """The modules of Tetrad that a file imports, or imports from."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tetrad")]
+    packages = {
+        str(folder.relative_to(path.parents[1].parent)).replace(os.sep, ".") for folder in path.parents[1].iterdir()
+    }
+    return {
+        f"{node.module}.{alias.name}" if node.module in packages else str(node.module)
+        for node in froms
+        for alias in node.names
+    }
 
 
 def largest(counts: dict[str, int], unit: str) -> str:
@@ -255,6 +304,8 @@ def main(root: Path) -> int:
     print(f"src: {total:,} lines of code in {len(figures.files)} files (budget {TOTAL_BUDGET:,})")
     print(largest(figures.files, f"files (budget {FILE_BUDGET})"))
     print(largest(figures.functions, f"functions (budget {FUNCTION_BUDGET})"))
+    print(largest(figures.folders, f"folders (budget {FOLDER_BUDGET} files)"))
+    print(largest(figures.names, f"numbers of names in a function (budget {NAMES_BUDGET})"))
     print("\n".join(breaches) if breaches else "no law is broken")
     return 1 if breaches else 0
 

@@ -146,8 +146,8 @@ FAULTS = (
     Fault(
         "15 centring draws the difference to 0, not the sum",
         "train/reward.py",
-        "sums = r_D[found.winners_P] + r_D[found.losers_P]",
-        "sums = r_D[found.winners_P] - r_D[found.losers_P]",
+        "sums = r_D[targets.winners_P] + r_D[targets.losers_P]",
+        "sums = r_D[targets.winners_P] - r_D[targets.losers_P]",
         "conformance/test_losses.py::test_reward_loss_by_hand",
     ),
     Fault(
@@ -307,8 +307,8 @@ FAULTS = (
     Fault(
         "34 the record of a token has its neighbour's value",
         "rl/samples.py",
-        "kl, made.values, made.rewards",
-        "kl, made.values.roll(1, 1), made.rewards",
+        "kl, batch.values, batch.rewards",
+        "kl, batch.values.roll(1, 1), batch.rewards",
         "unit/train/test_ppo_stage.py::test_every_number_of_a_sampled_token_is_kept",
     ),
     Fault(
@@ -476,7 +476,7 @@ FAULTS = (
     Fault(
         "a stop forgets the alarms",
         "rl/monitor.py",
-        'self.start, self.failing, self.told = kept["start"], kept["failing"], kept["told"]',
+        'self.start, self.failing, self.reported = kept["start"], kept["failing"], kept["told"]',
         "pass",
         "unit/rl/test_monitor.py::test_the_start_survives_a_stop",
     ),

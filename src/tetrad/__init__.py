@@ -1,6 +1,6 @@
-"""Tetrad: a causal language model the whole way, from text to PPO. Importing it imports no torch.
+"""Tetrad: a causal language model from raw text to PPO. Importing it does not import torch.
 
-`tetrad.load(folder)` opens a trained model, `tetrad.generate(model, prompts)` lets it answer, and
+`tetrad.load(folder)` opens a trained model, `tetrad.generate(model, prompts)` samples responses, and
 `tetrad.forward(model.model, input_ids, attention_mask, labels)` gives loss and logits as transformers does.
 """
 

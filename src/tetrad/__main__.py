@@ -1,4 +1,4 @@
-"""`tetrad` and `python -m tetrad`: the command line, for what trains in a process whose freed memory stays together."""
+"""`tetrad` and `python -m tetrad`: the command line; training runs in a process whose freed memory stays together."""
 
 import os
 import sys
@@ -24,11 +24,11 @@ def _glibc() -> bool:
 
 
 def _again(tunables: str) -> None:
-    """Starts this process anew with settings that glibc reads only as a process starts.
+    """Restarts this process with settings that glibc reads only at process start.
 
     torch asks for aligned memory. glibc cuts it out of a larger piece, and keeps what it cuts off in caches for small
-    requests: the piece that comes back is then too small for the same request. With tensors of ever-new sizes, and
-    oneDNN's compiled products among them, a process came to hold half as much again (benchmarks/rss.py).
+    requests: the piece that comes back is then too small for the same request. With tensors of ever-changing sizes,
+    and oneDNN's compiled products among them, a process grew by half as much again (benchmarks/rss.py).
     """
     os.execve(sys.executable, sys.orig_argv, {**os.environ, _TUNABLES: tunables})
 

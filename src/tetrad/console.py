@@ -1,8 +1,8 @@
-"""The one writer to the terminal: words and tables on stdout, progress on stderr.
+"""The only writer to the terminal: text and tables on stdout, progress on stderr.
 
-On a terminal progress is a bar with rate and time left; in a log it is plain lines. Steps have one after the first and
-then every `log_every`. Whatever else takes time is a phase: after two seconds a thread shows how far the innermost one
-is, in a log every ten seconds and in a stage of hours every minute, so that nothing ever looks hung.
+On a terminal progress is a bar with rate and time left; in a log it is plain lines. Steps get one after the first and
+then every `log_every`. Anything else that takes time is a phase: after two seconds a thread shows the progress of the
+innermost one, in a log every ten seconds and in a stage of hours every minute, so that nothing ever looks hung.
 """
 
 import sys
@@ -28,13 +28,13 @@ T = TypeVar("T")
 PHASE_SECONDS = 2.0  # a shorter phase is not shown
 LINE_SECONDS = (10.0, 60.0)  # between lines by time: at least, and at most
 _TICK_SECONDS = 0.25
-_RECENT = 10, 60.0, 4096  # steps and seconds that the rate is taken from, whichever are more, and most steps
+_RECENT = 10, 60.0, 4096  # steps and seconds that the rate is measured over, whichever are more, and the most steps
 _in_use: ContextVar["Console | None"] = ContextVar("console", default=None)
 
 
 class Console:
-    """Writes for people. Nothing here is read back by a program. quiet: for all processes of torchrun but the first.
-    outlives: of a run, which goes on where its words can't be written any more."""
+    """Writes for people. Nothing here is read back by a program. quiet: for all torchrun processes but the first.
+    outlives: for a run, which continues when its output can no longer be written."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Console:
         self._out.flush()
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table; numbers are shown with four digits. Plain columns in a log."""
+        """A table; numbers are shown with four significant digits. Plain columns in a log."""
         cells = [[_text(cell) for cell in row] for row in rows]
         if self._out.isatty():
             drawn = Table(title=Text(title), title_justify="left")
@@ -83,7 +83,7 @@ class Console:
         self.say("\n".join([title, *("  " + line.rstrip() for line in lines)]))
 
     def marked(self, title: str, runs: Iterable[tuple[str, bool]]) -> None:
-        """Text of which some runs are marked: in colour on a terminal, between ⟦ and ⟧ in a log."""
+        """Text with some runs marked: in colour on a terminal, between ⟦ and ⟧ in a log."""
         if self._out.isatty():
             text = Text(title, style="bold")
             for run, mark in runs:
@@ -120,7 +120,7 @@ class Console:
             _in_use.reset(token)
 
     def progress(self, label: str, total: int, start: int = 0, *, looks: int = 0) -> "Progress":
-        """Progress of `total` steps, of which `start` were done before and between which so many looks are to come."""
+        """Progress of `total` steps, `start` of them already done. looks: validation passes still to come."""
         return Progress(self, label, total, start, self.log_every, looks)
 
     @property
@@ -130,7 +130,7 @@ class Console:
         return ": ".join(item.place for item, inner in within if not inner or inner.label != item.label)
 
     def tick(self) -> None:
-        """Shows the innermost phase, if that is due."""
+        """Shows the innermost phase, if it is due."""
         with self._lock:
             now = time.monotonic()
             if not self._open or now - self._open[-1].began < PHASE_SECONDS:
@@ -200,9 +200,9 @@ class Console:
 
 
 class Progress:
-    """How far something is: steps of a stage, which are shown by their number, or a phase, which is shown by time.
+    """Progress of something: steps of a stage, shown by their number, or a phase, shown by time.
 
-    total: 0 where it is not known. every: steps between lines of a log, 0 for a phase.
+    total: 0 if unknown. every: steps between log lines, 0 for a phase.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Progress:
         self.task: bars.TaskID | None = None
         self._numbers: dict[str, float | str] = {}
         self._console, self._start, self._looks = console, start, looks
-        self._looked: list[float] = []  # seconds of each look
+        self._looked: list[float] = []  # seconds of each validation pass
         self._look_began: float | None = None
         self._marks = deque([(self.began, start)], _RECENT[2])
 
@@ -228,13 +228,13 @@ class Progress:
 
     @property
     def place(self) -> str:
-        """The label, and the number of what is done."""
+        """The label, and how much is done."""
         count = f"{self.done}/{self.total}" if self.total else str(self.done or "")
         return f"{self.label} {count}".rstrip()
 
     @property
     def numbers(self) -> str:
-        """What was last said beside the count."""
+        """What was last reported beside the count."""
         return "  ".join(f"{name} {_text(value)}" for name, value in self._numbers.items())
 
     def advance(self, n: int = 1, **numbers: float | str) -> None:
@@ -253,19 +253,19 @@ class Progress:
 
     @contextmanager
     def look(self) -> Iterator[None]:
-        """A look at held-out data between two steps: it is no part of their rate, but of the time left."""
+        """A validation pass between two steps: not part of their rate, but of the time left."""
         self._look_began = time.monotonic()
         yield
         self._looked.append(time.monotonic() - self._look_began)
         self._looks, self._look_began = self._looks - 1, None
 
     def pace(self) -> str:
-        """The rate of late, and the time left at that rate, looks included."""
+        """The recent rate, and the time left at that rate, validation passes included."""
         whole, steps = time.monotonic() - self.began, self.done - self._marks[0][1]
         if not steps:
             return _duration(whole)
         first, last, now = self._marks[0][0], self._marks[-1][0], self._clock()
-        each = max((last - first) / steps, (now - first) / (steps + 1), 1e-9)  # the step that runs may be a long one
+        each = max((last - first) / steps, (now - first) / (steps + 1), 1e-9)  # the current step may be a long one
         often, seldom = ("steps/s", "s/step") if self.every else ("a second", "s each")
         rate = f"{1 / each:.3g} {often}" if each < 1 else f"{each:.3g} {seldom}"
         if self.done >= self.total:
@@ -275,17 +275,17 @@ class Progress:
         return f"{rate}  {more}{_duration((self.total - self.done) * each + looks)} left"
 
     def _clock(self) -> float:
-        """Seconds without those of the looks."""
+        """Seconds without those of validation passes."""
         return (self._look_began or time.monotonic()) - sum(self._looked)
 
 
 def phase(label: str, total: int = 0) -> Progress:
-    """Something that may take long, on the console in use if there is one. `with phase("scoring", 400) as bar: ...`"""
+    """Something that may take long, on the console in use, if any. `with phase("scoring", 400) as bar: ...`"""
     return Progress(_in_use.get(), label, total)
 
 
 def counted(label: str, items: Iterable[T], total: int, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
-    """The items of a loop that is a phase. total: of their sizes; 0 where it is not known."""
+    """The items of a loop that is a phase. total: of their sizes; 0 if unknown."""
     with phase(label, total) as bar:
         for item in items:
             yield item

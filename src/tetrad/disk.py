@@ -1,4 +1,4 @@
-"""System calls on files, the few that storage uses, in one swappable object; and what their failures are called.
+"""The few system calls on files that storage uses, in one swappable object, and the errors for their failures.
 
 Tests put another object in `disk.calls` to fail, cut short or kill any one of them. An OSError becomes a UserError:
 E-IO-SPACE for a full disk, else E-IO-WRITE or E-IO-READ. Nothing outside `storage` uses this module to write.
@@ -56,7 +56,7 @@ def told(path: Path, code: str = "E-IO-WRITE") -> Iterator[None]:
 
 
 def write_all(descriptor: int, view: memoryview) -> None:
-    """Writes all of it, in as many calls as the system wants."""
+    """Writes all of it, in as many calls as the system needs."""
     while len(view):
         written = calls.write(descriptor, view)
         if written == 0:
@@ -89,7 +89,7 @@ def chunks(path: Path) -> Iterator[bytes]:
 def start_of(path: Path, limit: int) -> tuple[int, bytes]:
     """The size of a plain file and its first bytes, at most `limit`; a link is followed. Raises OSError.
 
-    For files that others made, which may be anything: a pipe or device is refused and never waited for.
+    For files from elsewhere, which may be anything: a pipe or device is refused and never waited for.
     """
     try:
         descriptor = calls.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,8 +1,8 @@
-"""The two ways a command ends early: a mistake that the user can mend, and a stop that the user asked for.
+"""The two ways a command ends early: a mistake that the user can fix, and a stop that the user requested.
 
 A `UserError` says what is wrong, where (`file:line`, a key, a tensor), and what to do. Its code is one of `CODES`, from
-which docs/errors.md is made; the code's family fixes the exit status. Errors are raised once, where the fault is known,
-and printed once, by the command line.
+which docs/errors.md is generated; the code's family sets the exit status. Errors are raised once, where the fault is
+known, and printed once, by the command line.
 """
 
 EXIT_STOPPED, EXIT_LOST = 75, 8
@@ -89,7 +89,7 @@ _PAGE = """\
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     code: one of CODES, else a ValueError. what: one sentence. where: `file:line`, key or tensor. hint: what to do.
     """
@@ -111,9 +111,9 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT ended what ran, and the same command goes on from there (exit 75).
+    """SIGTERM or SIGINT ended the run; the same command continues from there (exit 75).
 
-    A signal raises it anywhere, so no `except Exception` may take it for an error.
+    A signal raises it anywhere, so no `except Exception` may mistake it for an error.
     """
 
 

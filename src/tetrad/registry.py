@@ -1,7 +1,7 @@
-"""The stages, a row each in the order in which they run; with the tables beside them they are a recipe. No torch.
+"""The stages, one row each in the order they run; with the tables beside them they form a recipe. No torch.
 
 A new algorithm is a settings class, a module with `run(context)` and a row here: the pipeline, the command line, the
-checks before a run and checkpoints read these rows. Reading and writing a recipe's file is `tetrad.pipeline.recipe`'s.
+checks before a run and checkpoints read these rows. Recipe files are read and written by `tetrad.pipeline.recipe`.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,13 +25,13 @@ from tetrad.settings.tokenizer import Tokenizer
 FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from", "referee": "evaluate.external_lm"}
 """Roles of models that come from elsewhere, with the setting that names their folder."""
 POLICY = ("sft", "pretrain", "base")
-"""Roles of the model that answers, the latest first."""
+"""Roles of the policy model, the latest first."""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """What a stage is made from: the first of these roles that the recipe has. noun, add: for the error where it has
-    none; without a noun it may be missing. when: whether it is looked for."""
+    """What a stage starts from: the first of these roles that the recipe has. noun, add: for the error if it has none;
+    without a noun it is optional. when: whether it is needed."""
 
     roles: tuple[str, ...]
     noun: str = ""
@@ -42,9 +42,9 @@ class Parent:
 @dataclass(frozen=True)
 class Stage:
     """One stage. switch: the setting that turns it on. version: raised when its arithmetic changes, so that its results
-    are made anew. tables: the recipe's tables that it reads, its own first. module: its `run(context)`. prepare: what
-    is done without torch before that is imported, MODULE:FUNCTION. parts, values: what its checkpoints hold. seeded:
-    whether random numbers and the type of computing matter. template: whether it reads the template of the policy."""
+    are recomputed. tables: the recipe's tables that it reads, its own first. module: its `run(context)`. prepare: what
+    runs before torch is imported, MODULE:FUNCTION. parts, values: what its checkpoints hold. seeded:
+    whether random numbers and the compute type matter. template: whether it reads the template of the policy."""
 
     summary: str
     switch: str
@@ -60,7 +60,7 @@ class Stage:
     name: str = ""
 
     def keyed(self, recipe: "Recipe") -> list[str]:
-        """The tables that change its numbers; adapters' settings only where it has any, and so on."""
+        """The tables that change its numbers; adapter settings only if it has adapters, and so on."""
         own = getattr(recipe, self.name)
         counts = {
             "optim": True,
@@ -91,12 +91,12 @@ def _ppo_parts(recipe: "Recipe") -> tuple[str, ...]:
 
 @settings
 class Recipe:
-    """The whole way of a model, from text to PPO. Every table is optional; a stage runs when its files are given."""
+    """All stages of a model, from text to PPO. Every table is optional; a stage runs when its files are given."""
 
     name: str = ""
     """Name of the run: its folder is runs/<name>. Empty takes the recipe file's name."""
     seed: Seed = 0
-    """Start of all random numbers; the same seed, files and settings give the same models."""
+    """Seed of all random numbers; the same seed, files and settings give the same models."""
     model: Model = Model()
     tokenizer: Tokenizer = stage(
         Tokenizer(),

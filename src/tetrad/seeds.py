@@ -1,6 +1,6 @@
 """Random numbers as a function of (seed, purpose, numbers): nothing to save, nothing to replay, nothing shared.
 
-A run that resumes at step 400 asks for the numbers of step 400 and gets those of the run that was never stopped.
+A run that resumes at step 400 requests the numbers of step 400 and gets those of an uninterrupted run.
 """
 
 import hashlib
@@ -17,5 +17,5 @@ def seed_for(seed: int, purpose: str, *numbers: int) -> int:
 
 
 def generator_for(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A numpy generator of its own for one purpose (`"order"`, `"sampling"` ...) and step."""
+    """A separate numpy generator for one purpose (`"order"`, `"sampling"` ...) and step."""
     return np.random.Generator(np.random.Philox(seed_for(seed, purpose, *numbers)))

@@ -1,8 +1,8 @@
 """An orderly stop: SIGTERM and Ctrl-C are answered within a second, whatever the main thread is doing.
 
-Python runs a signal's handler between two bytecodes of the main thread, so a handler alone is silent while a step sits
-in one long call of C. A thread reads the signals from a pipe: it says what is waited for, unless that is over by then,
-and ends the process where a second Ctrl-C finds the main thread still in such a call; what is on disk stands a kill.
+Python runs a signal's handler between two bytecodes of the main thread, so a handler alone is silent while a step is
+inside one long C call. A thread reads the signals from a pipe: it reports what the stop waits for, unless that is over
+by then, and ends the process if a second Ctrl-C finds the main thread still in such a call; the disk survives a kill.
 """
 
 import math
@@ -17,24 +17,24 @@ from types import FrameType
 
 from tetrad.errors import Stopped
 
-_SAME_KEYPRESS_SECONDS = 0.3  # torchrun hands on the Ctrl-C that the terminal has already sent
+_SAME_KEYPRESS_SECONDS = 0.3  # torchrun forwards the Ctrl-C that the terminal has already sent
 _ANSWER_SECONDS = 0.5  # what ends sooner needs no answer
 _LAST_SECONDS = 1.0  # for the main thread to end after a second Ctrl-C
 
 also_told: list[Callable[[], None]] = []
-"""Who else hears, from a thread, that this process was asked to stop."""
+"""Callbacks, run from a thread, for when this process is requested to stop."""
 
 
 class Stop:
     """What SIGTERM and SIGINT do while `listening`.
 
-    until: what is waited for; where it is empty, the first signal ends what runs, by `end()`. lost: what a second
-    Ctrl-C costs, which is a KeyboardInterrupt at once. message: set while a step runs, which with `grace` (seconds) is
-    given up after that. wanted: a signal came. agree: True on all ranks if it is on one.
+    until: what the stop waits for; if empty, the first signal ends the work with `end()`. lost: what a second Ctrl-C,
+    an immediate KeyboardInterrupt, loses. message: set while a step runs, which is abandoned after `grace` seconds, if
+    that is set. wanted: a signal arrived. agree: True on all ranks if it is on one.
     """
 
     def __init__(self, say: Callable[[str], None], doing: Callable[[], str], end: Callable[[], BaseException]) -> None:
-        """say: shows a line, from any thread. doing: what runs, for the answer where nothing is waited for."""
+        """say: prints a line, from any thread. doing: what is running, for the answer if nothing is waited for."""
         self.say, self.doing, self.end = say, doing, end
         self.wanted, self.message, self.until, self.lost = False, "", "", ""
         self.agree: Callable[[bool], bool] = bool
@@ -61,7 +61,7 @@ class Stop:
             raise Stopped(self.message)
 
     def answer(self) -> str:
-        """What is said while the main thread has not ended yet."""
+        """The message while the main thread has not ended yet."""
         what = f"stopping {self.until}" if self.until else f"stopping as soon as what runs allows it ({self.doing()})"
         return f"{what}; a second Ctrl-C stops at once" + (f" and loses {self.lost}" if self.lost else "")
 
@@ -90,7 +90,7 @@ class Stop:
             os.close(reading)
 
     def _watch(self, pipe: int) -> None:
-        """Until the pipe is closed. Times are those at which something is due, if nothing ends before."""
+        """Runs until the pipe is closed. The times are when something is due, unless the process ends first."""
         first = interrupted = answer_due = end_due = math.inf
         while True:
             due = min(answer_due, end_due)

@@ -1,7 +1,7 @@
-"""The one module that writes into run folders: whole folders, whole files, lines of logs, and the lock.
+"""The only module that writes into run folders: whole folders, whole files, lines of logs, and the lock.
 
 A folder is written beside its place (`.tmp-<name>-<id>`), every file is flushed to the disk, `manifest.json` with the
-size and sha256 of each comes last, and one rename puts the whole in its place: at any kill or power cut there is the
+size and sha256 of each comes last, and one rename puts it all in place: after any kill or power cut there is the
 old folder or the new one, never half of one. Reading trusts nothing that the manifest doesn't vouch for, the manifest's
 own checksum included. Every system call goes through `disk.calls`, so that tests can fail or kill each of them.
 It knows nothing of tensors or of stages, and never opens a link or a path outside the folder it was given.
@@ -41,7 +41,7 @@ _READ_BY_LOADERS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".pkl", ".py
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder and those above it; each new name is flushed to the disk."""
+    """Creates the folder and its parents; each new name is flushed to the disk."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -54,11 +54,11 @@ def make_folder(path: Path) -> None:
 def write_folder(
     path: Path, files: Mapping[str, Content], meta: Mapping[str, Json], unlisted: Mapping[str, Content] | None = None
 ) -> None:
-    """Writes a whole folder, with a manifest {version, files, sha256, **meta}; one that is there is replaced.
+    """Writes a whole folder, with a manifest {version, files, sha256, **meta}; an existing one is replaced.
 
     Contents may be iterators of chunks, so that a model is never held twice. unlisted: files for people, which the
-    manifest doesn't vouch for, so that each can be written anew in a finished folder. Raises UserError E-IO-SPACE or
-    E-IO-WRITE; then what was at `path` is as before. Raises ValueError for a file name that no manifest may hold.
+    manifest doesn't vouch for, so that each can be rewritten in a finished folder. Raises UserError E-IO-SPACE or
+    E-IO-WRITE; then `path` is unchanged. Raises ValueError for a file name that no manifest may hold.
     """
     unlisted = unlisted or {}
     for name in (*files, *unlisted):
@@ -144,13 +144,13 @@ def _delete(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Deletes what nobody needs any more; what can't be deleted now is left to remove_leftovers."""
+    """Deletes what is no longer needed; what can't be deleted now is left to remove_leftovers."""
     with suppress(OSError):
         _delete(path)
 
 
 def remove_folder(path: Path) -> None:
-    """Deletes a folder so that no half of it is ever seen under its name. Nothing happens if it isn't there."""
+    """Deletes a folder so that it is never seen half deleted under its name. Does nothing if it doesn't exist."""
     if os.path.lexists(path):
         temp = _beside(path, "tmp")
         with disk.told(path):
@@ -161,7 +161,7 @@ def remove_folder(path: Path) -> None:
 def remove_leftovers(folder: Path) -> list[str]:
     """Clears what a killed writer left in `folder`; call it only with the run's lock held. Returns the names cleared.
 
-    A folder that was moved aside for a new one which never came is put back.
+    A folder that was moved aside for a new one that never arrived is put back.
     """
     leftovers = sorted(folder.glob(".tmp-*")) + sorted(folder.glob(".old-*")) if folder.is_dir() else []
     for path in leftovers:
@@ -175,7 +175,7 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def move_aside(path: Path, to: Path) -> Path:
-    """Renames `path` to `to`, or to `to`-2, -3 ... where that is taken, and returns the place."""
+    """Renames `path` to `to`, or to `to`-2, -3 ... if that is taken, and returns the new path."""
     make_folder(to.parent)
     place, number = to, 2
     while os.path.lexists(place):
@@ -188,11 +188,11 @@ def move_aside(path: Path, to: Path) -> Path:
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
-    """The folders `step-<number>` of a folder by ascending step number; the clock and the files' times play no part."""
+    """The folders `step-<number>` of a folder by ascending step number; clock and file times are ignored."""
     if not folder.is_dir():
         return {}
-    found = [(match, path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return dict(sorted((int(match[1]), path) for match, path in found))
+    matches = [(match, path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return dict(sorted((int(match[1]), path) for match, path in matches))
 
 
 def prune(folder: Path, keep: int, protect: Collection[int] = ()) -> None:
@@ -207,7 +207,7 @@ def prune(folder: Path, keep: int, protect: Collection[int] = ()) -> None:
 
 
 def json_of(raw: bytes, parts: int = 300_000) -> Any:
-    """The value of JSON that others wrote. Raises ValueError, also for what would fill the memory: more lists and
+    """The value of JSON from elsewhere. Raises ValueError, also for what would fill the memory: more lists and
     objects than `parts`, or ten times as many values. RecursionError for deep nesting."""
     if raw.count(b"[") + raw.count(b"{") > parts or raw.count(b",") > 10 * parts:
         raise ValueError("it has more parts than any in use")
@@ -276,7 +276,7 @@ def sha256_file(path: Path) -> str:
 
 
 def free_space_check(path: Path, needed_bytes: int) -> None:
-    """Raises E-IO-SPACE, with both figures, if the disk of `path` (which need not exist) has less room than that."""
+    """Raises E-IO-SPACE, with both numbers, if the disk of `path` (which need not exist) has less room than that."""
     free = disk.free_bytes(path)
     if free < needed_bytes:
         what = f"not enough disk space: needs {needed_bytes / 1e6:,.1f} MB, has {free / 1e6:,.1f} MB"
@@ -296,7 +296,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _render(manifest: Mapping[str, Json]) -> bytes:
-    """The bytes of a manifest: one spelling only, so that a changed bit anywhere shows; `sha256` is over the rest."""
+    """The bytes of a manifest: one canonical form, so that a changed bit anywhere shows; `sha256` covers the rest."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, sort_keys=True, allow_nan=False, indent=1).encode() + b"\n"
@@ -306,7 +306,7 @@ def _render(manifest: Mapping[str, Json]) -> bytes:
 
 
 class LineLog:
-    """A file of JSON lines that grows. A line that a kill cut in two is removed when the log is opened again."""
+    """An append-only file of JSON lines. A line cut short by a kill is removed when the log is opened again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -322,9 +322,9 @@ class LineLog:
         end = self._size
         while end:
             start = max(0, end - _TAIL)
-            found = os.pread(self._descriptor, end - start, start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
+            newline = os.pread(self._descriptor, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
             end = start
         return 0
 
@@ -363,15 +363,15 @@ class LineLog:
             disk.calls.fsync(self._descriptor)
 
     def close(self) -> None:
-        """What must survive was flushed by `sync`, so a failure here is nobody's loss."""
+        """What must survive was flushed by `sync`, so a failure here loses nothing."""
         with suppress(OSError):
             disk.calls.close(self._descriptor)
 
 
 class RunLock:
-    """One writer per run folder: a lock on a file, held by the kernel for the process, so that it dies with it.
+    """One writer per run folder: a lock on a file, held by the kernel for the process, so it ends with the process.
 
-    `note` says whose lock was taken over when the last holder died without leaving. Raises E-RUN-LOCKED on entering.
+    `note` says whose lock was taken over if the last holder died without releasing it. Raises E-RUN-LOCKED on entering.
     """
 
     def __init__(self, path: Path) -> None:

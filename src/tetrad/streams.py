@@ -1,4 +1,4 @@
-"""What is written to may be a poor terminal, or none: no text is more than its encoding holds, no stream is missing,
+"""Output may go to a limited terminal, or none: no text exceeds what its encoding can hold, no stream is missing,
 and a run of hours outlives the window that it was started in.
 """
 
@@ -14,10 +14,10 @@ _ESCAPES = "tetrad-escapes"
 
 
 def prepare() -> None:
-    """Mends the three standard streams of this process: characters that an output's encoding lacks are written as
-    \\uXXXX, which is JSON too, and a stream that was closed (`>&-`) is one that refuses to be written to, or has
-    nothing to read."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of a lost connection torch would print its own stack
+    """Repairs the three standard streams of this process: characters that an output's encoding lacks are written as
+    \\uXXXX, which is valid JSON too, and a closed stream (`>&-`) becomes one that refuses writes, or has nothing to
+    read."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else torch prints its own stack for a lost connection
     codecs.register_error(_ESCAPES, _escaped)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
@@ -29,7 +29,7 @@ def prepare() -> None:
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """What is written instead of characters that can't be; those beyond 16 bits as the pair that JSON asks for."""
+    """The replacement of characters that can't be encoded; those beyond 16 bits as JSON's surrogate pair."""
     assert isinstance(error, UnicodeEncodeError)
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)), error.end
@@ -41,7 +41,7 @@ class _Nowhere(io.TextIOBase):
 
 
 class _Guarded:
-    """An output that may fail. outlives: what is written afterwards is lost, and nobody is told."""
+    """An output that may fail. outlives: what is written afterwards is lost silently."""
 
     def __init__(self, stream: TextIO, outlives: bool) -> None:
         self._stream, self._outlives, self._gone = stream, outlives, False
@@ -58,7 +58,7 @@ class _Guarded:
         except (OSError, ValueError) as error:  # no reader, no room, no terminal; closed
             self._gone = True
             for name in ("stdout", "stderr"):
-                if getattr(sys, name) is self._stream:  # what it still holds would fail once more at exit
+                if getattr(sys, name) is self._stream:  # its buffered text would fail again at exit
                     setattr(sys, name, _Nowhere())
             if not self._outlives:
                 if isinstance(error, BrokenPipeError):
@@ -72,6 +72,6 @@ class _Guarded:
 
 
 def guarded(stream: TextIO, *, outlives: bool) -> TextIO:
-    """The stream; a failure raises E-IO-WRITE (BrokenPipeError where its reader has gone) or, for what outlives it,
-    nothing."""
+    """The stream; a failure raises E-IO-WRITE (BrokenPipeError if its reader has gone), or nothing for what outlives
+    it."""
     return cast(TextIO, _Guarded(stream, outlives))

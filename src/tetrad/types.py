@@ -1,6 +1,6 @@
-"""What flows through Tetrad, from a line of a file to a training step: small frozen dataclasses, no string-keyed bags.
+"""The data of Tetrad, from a line of a file to a training step: small frozen dataclasses, no string-keyed dicts.
 
-Arrays are numpy arrays while text becomes tokens and torch tensors from the device on; the classes do not care which.
+Arrays are numpy arrays during tokenisation and torch tensors on the device; the classes accept both.
 Shapes: T tokens of a packed micro-batch, B rows, D documents of a pack.
 """
 
@@ -25,7 +25,7 @@ class Turn:
 
 
 def lines(turns: Iterable[Turn]) -> str:
-    """All that turns say, a line a turn; silent ones are left out."""
+    """The text of all turns, one line per turn; empty ones are left out."""
     return "\n".join(turn.text for turn in turns if turn.text)
 
 
@@ -57,7 +57,7 @@ class Conversation:
 class Comparison:
     """Answers to one prompt in an order of preference: the lowest rank is best, equal ranks are ties.
 
-    votes: how many people preferred each answer, where that is what made the ranks.
+    votes: how many people preferred each answer, if the ranks come from that.
     """
 
     prompt: Prompt
@@ -71,7 +71,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One answer with a number on the declared scale. spread: the standard error of that number, where it is known."""
+    """One answer with a number on the declared scale. spread: the standard error of that number, if known."""
 
     prompt: Prompt
     answer: str
@@ -106,7 +106,7 @@ class Packed:
 
     ids_T; positions_T (from 0 in each document, or from its prefix's length); bounds: the D + 1 offsets; targets_T:
     the next token of the same document where it is a label, else IGNORE; where: the place of each document's record;
-    prefixes: what documents have in common and is stored once. keys_T: of each token's dropout, where there may be any.
+    prefixes: what documents have in common and is stored once. keys_T: each token's dropout key, if there is dropout.
     """
 
     ids_T: Array
@@ -122,9 +122,9 @@ class Packed:
 class Response:
     """One sampled answer, with the sampler's own log-probability of each id.
 
-    reason: "end" where the last id is an end token, "stop" at a stop text, "length" where the reply was cut at its
-    longest length, "cancelled". text: what was decoded, up to the stop text; empty where nobody asked for text.
-    top: for each id the likeliest ids there with their log-probabilities, where asked for.
+    reason: "end" if the last id is an end token, "stop" at a stop text, "length" if the response was cut at its maximum
+    length, "cancelled". text: what was decoded, up to the stop text; empty if no text was requested.
+    top: for each id the most likely ids there with their log-probabilities, if requested.
     """
 
     ids: tuple[int, ...]
@@ -135,5 +135,5 @@ class Response:
 
     @property
     def finished(self) -> bool:
-        """False where the reply was cut."""
+        """False if the response was cut."""
         return self.reason in ("end", "stop")

@@ -1,1 +1,1 @@
-"""The command line: the words of a command to what does it, and its exit code."""
+"""The command line: from a command's arguments to the function that runs it, and its exit code."""

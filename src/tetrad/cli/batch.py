@@ -1,7 +1,7 @@
-"""`tetrad generate` and `tetrad score`: records in, the same records with replies or scores out.
+"""`tetrad generate` and `tetrad score`: records in, the same records with responses or scores out.
 
-A record keeps all its fields; where it has one that is written here (reply, tokens, ended, logprobs, score), its own is
-kept as given_<name>. With `out` the file appears when it is whole, without it every line is printed when it is known.
+A record keeps all its fields; if it has one that is written here (reply, tokens, finished, logprobs, score), its own is
+kept as given_<name>. With `out` the file appears when complete, without it each line is printed when ready.
 """
 
 import json
@@ -33,11 +33,11 @@ from tetrad.types import Response
 Fields = dict[str, Any]
 SCORES_AT_ONCE = 128
 MOST_LINES = 50  # of progress
-_ANSWERS = ("reply", "output", "completion")  # `reply` is what generate writes, beside the answer that a record had
+_ANSWERS = ("reply", "output", "completion")  # `reply` is written by generate, beside the answer that a record had
 
 
 def generate_file(settings: Generate, console: Console) -> None:
-    """Answers one prompt or a file of prompts, with the best of N replies where a reward model is named.
+    """Answers one prompt or a file of prompts, with the best of N responses if a reward model is named.
 
     Errors: E-CONF-CONFLICT, E-DATA-*, E-MODEL-*, E-CKPT-*, E-IO-*.
     """
@@ -48,21 +48,21 @@ def generate_file(settings: Generate, console: Console) -> None:
     judge = load_reward(settings.reward, settings.template) if settings.reward else None
     if settings.prompts:
         counts, limit = Counts(), model.model.config.max_positions
-        questions = read_questions(given, model.form, model.tokenizer, counts, limit, settings.max_new_tokens)
+        prompts = read_questions(given, model.form, model.tokenizer, counts, limit, settings.max_new_tokens)
     else:
-        questions = [question(model, asked(settings.instruction, settings.input, where="--instruction"))]
+        prompts = [question(model, asked(settings.instruction, settings.input, where="--instruction"))]
         records = [{"Instruction": settings.instruction, **({"Input": settings.input} if settings.input else {})}]
         if not settings.out:
-            ((answer, _),) = _best(model, judge, questions, settings)
+            ((answer, _),) = _best(model, judge, prompts, settings)
             console.say(answer.sample.text)
             return
     if settings.out:
-        shape = cache_shape(questions, settings, settings.best_of)
+        shape = cache_shape(prompts, settings, settings.best_of)
         console.say(f"cache of keys and values: {cache_need(model, *shape)}")
     invalid: list[str] = []
-    _deliver(_with_replies(model, judge, questions, records, settings, console, invalid), settings.out, console)
+    _deliver(_with_replies(model, judge, prompts, records, settings, console, invalid), settings.out, console)
     if settings.out:
-        console.say(f"{_counted(len(questions))}: {settings.out}")
+        console.say(f"{_counted(len(prompts))}: {settings.out}")
         if invalid:
             is_not = f"{_counted(len(invalid))} {'are' if len(invalid) > 1 else 'is'} not valid UTF-8"
             console.say(f"note: {is_not}, wrong bytes are written as U+FFFD; the first answers {invalid[0]}")
@@ -99,15 +99,15 @@ def score_file(settings: ScoreFile, console: Console) -> None:
 
 
 def _best(
-    model: Policy, judge: RewardModel | None, questions: list[EncodedPrompt], settings: Generate
+    model: Policy, judge: RewardModel | None, prompts: list[EncodedPrompt], settings: Generate
 ) -> Iterator[tuple[Generated, float | None]]:
-    """One answer a question and its score; of several, the best."""
-    groups = answered(model, questions, settings, settings.best_of)
+    """One answer per prompt and its score; of several, the best."""
+    groups = answered(model, prompts, settings, settings.best_of)
     if judge is None:
         yield from ((group[0], None) for group in groups)
         return
     answers = _chosen(judge, groups, settings.best_of)
-    # Scored again beside those that `tetrad score` reads them with: a batch decides the last bits of a score.
+    # Scored again in the batches that `tetrad score` uses: the batch affects the last bits of a score.
     while part := list(islice(answers, SCORES_AT_ONCE)):
         yield from zip(part, rate_samples(judge, [answer.sample for answer in part]), strict=True)
 
@@ -124,51 +124,51 @@ def _chosen(judge: RewardModel, groups: Iterator[list[Generated]], size: int) ->
 def _with_replies(
     model: Policy,
     judge: RewardModel | None,
-    questions: list[EncodedPrompt],
+    prompts: list[EncodedPrompt],
     records: list[Fields],
     settings: Generate,
     console: Console,
     invalid: list[str],
 ) -> Iterator[Fields]:
-    """invalid: gets the places of prompts whose reply is not valid UTF-8."""
-    told, tokens, began = 0, 0, time.monotonic()
-    with console.progress("generate", len(questions)) as bar:
-        found = _best(model, judge, questions, settings)
-        for number, ((answer, score), record) in enumerate(zip(found, records, strict=True), start=1):
+    """invalid: receives the places of prompts whose response is not valid UTF-8."""
+    reported, tokens, began = 0, 0, time.monotonic()
+    with console.progress("generate", len(prompts)) as bar:
+        answers = _best(model, judge, prompts, settings)
+        for number, ((answer, score), record) in enumerate(zip(answers, records, strict=True), start=1):
             tokens += len(answer.reply.ids)
             new: Fields = {"reply": answer.sample.text, "tokens": len(answer.reply.ids), "finished": answer.finished}
             if settings.top_logprobs:
                 new["logprobs"] = _logprobs(model.tokenizer, answer.reply)
             invalid += [answer.sample.where] * (not answer.sample.valid_utf8)
             yield _extended(record, new if score is None else {**new, "score": score})
-            if number - told >= len(questions) / MOST_LINES or number == len(questions):
+            if number - reported >= len(prompts) / MOST_LINES or number == len(prompts):
                 pace = {"tokens/s": tokens / (time.monotonic() - began)}
-                bar.advance(number - told, **pace, **({"not UTF-8": len(invalid)} if invalid else {}))
-                told = number
+                bar.advance(number - reported, **pace, **({"not UTF-8": len(invalid)} if invalid else {}))
+                reported = number
 
 
 def _counted(answers: int) -> str:
     return f"{answers} answer{'s' * (answers > 1)}"
 
 
-def _logprobs(tokenizer: Tokenizer, reply: Response) -> list[Fields]:
-    """Each token with its log-probability and the likeliest ones in its place."""
+def _logprobs(tokenizer: Tokenizer, response: Response) -> list[Fields]:
+    """Each token with its log-probability and the most likely ones in its place."""
 
-    def told(token: int, logprob: float) -> Fields:
+    def entry(token: int, logprob: float) -> Fields:
         return {"id": token, "token": tokenizer.decode([token], keep_control=True), "logprob": round(logprob, 6)}
 
-    tokens = zip(reply.ids, reply.logprobs, reply.top, strict=True)
-    return [told(token, logprob) | {"top": [told(*one) for one in top]} for token, logprob, top in tokens]
+    tokens = zip(response.ids, response.logprobs, response.top, strict=True)
+    return [entry(token, logprob) | {"top": [entry(*one) for one in top]} for token, logprob, top in tokens]
 
 
 def _records(paths: Iterable[Path]) -> list[Fields]:
-    """The records of files, field by field as they stand there and as JSON can hold them. Errors: E-DATA-*."""
+    """The records of files, with their fields as they are and as JSON can hold them. Errors: E-DATA-*."""
     return [_writable(row) for path in paths for row in rows(path, Counts())]
 
 
 def _writable(row: Row) -> Fields:
     value = row.read()
-    fold(value, row.where)  # refuses what is no object
+    fold(value, row.where)  # refuses what is not an object
     try:
         return dict(plain(value))
     except RecursionError:
@@ -187,7 +187,7 @@ def _extended(record: Fields, new: Fields) -> Fields:
 
 
 def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str, bool]:
-    """The text to score, and whether it ends: only a reply that `generate` marked as cut does not."""
+    """The text to score, and whether it ends: only a response that `generate` marked as cut does not."""
     fields = {rename.get(name.lower(), name.lower()): value for name, value in record.items()}
     for name in _ANSWERS:
         if fields.get(name) is not None:
@@ -204,7 +204,7 @@ def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str,
 
 
 def _deliver(records: Iterable[Fields], out: str, console: Console) -> None:
-    """Each record as a line: into the file, which appears when all are known, or printed."""
+    """Each record as a line: into the file, which appears when all are done, or printed."""
     lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
     if out:
         write_file(Path(out), ((line + "\n").encode() for line in lines))
@@ -214,7 +214,7 @@ def _deliver(records: Iterable[Fields], out: str, console: Console) -> None:
 
 
 def _check_out(out: str, source: str) -> None:
-    """Before any work is done: the results must have a place of their own."""
+    """Before any work is done: the results need a separate file."""
     if out and os.path.isdir(out):
         raise UserError("E-IO-WRITE", "this is a folder", where=out, hint="name a file for the results")
     if out and source and os.path.exists(out) and os.path.exists(source) and os.path.samefile(out, source):

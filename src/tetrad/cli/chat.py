@@ -1,7 +1,7 @@
-"""`tetrad chat`: a conversation line by line in the terminal; a reply is shown as it is written, and Ctrl-C ends it.
+"""`tetrad chat`: a conversation line by line in the terminal; a response streams as it is written, and Ctrl-C ends it.
 
-Under `chatml` the conversation is remembered until /new. A model of the `instruction` template answers one question at
-a time: the line is the Instruction or, where a system message is given, the Input.
+With `chatml` the conversation is remembered until /new. A model with the `instruction` template answers one prompt at a
+time: the line is the Instruction or, if a system message is given, the Input.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from tetrad.types import Prompt, Response, Turn
 
 @dataclass
 class Talk:
-    """What was said. turns: with the system message; last: the last answer; asked: the number of questions."""
+    """The conversation. turns: with the system message; last: the last answer; asked: the number of prompts."""
 
     settings: Chat
     model: Policy
@@ -42,14 +42,14 @@ class Talk:
         return f"{forget}{'/score rates the last reply, ' if self.judge else ''}/help says this, /quit ends"
 
     def renew(self) -> None:
-        """Back to the beginning."""
+        """Starts a new conversation."""
         self.turns, self.last = [Turn("system", self.settings.system)] if self.settings.system else [], None
 
 
 def chat(settings: Chat, console: Console) -> None:
     """Talks until /quit, the end of the input, or Ctrl-C at the prompt. Errors: E-DATA-ENCODING, E-MODEL-*, E-CKPT-*.
 
-    What goes wrong with one line is said, and the conversation goes on.
+    An error in one line is reported, and the conversation continues.
     """
     check_text(settings.system, "--system")
     judge = load_reward(settings.reward, settings.template) if settings.reward else None
@@ -70,7 +70,7 @@ def chat(settings: Chat, console: Console) -> None:
 
 
 def respond(talk: Talk, line: str) -> None:
-    """What a line asks for: a command, or a reply."""
+    """Handles a line: a command, or a prompt."""
     word, console = line.strip(), talk.console
     if word == "/new" and talk.remembers:
         talk.renew()
@@ -89,7 +89,7 @@ def respond(talk: Talk, line: str) -> None:
 
 
 def read_line(console: Console) -> str | None:
-    """The next line; None where there is none."""
+    """The next line; None if there is none."""
     shown = "> " if sys.stdin.isatty() else ""
     try:
         return input(shown)
@@ -103,38 +103,38 @@ def read_line(console: Console) -> str | None:
 
 
 def reply(talk: Talk, turns: tuple[Turn, ...]) -> Generated | None:
-    """Shows the answer while it is written, until Ctrl-C; None where the conversation is too long, or nothing came."""
+    """Shows the answer while it is written, until Ctrl-C; None if the conversation is too long, or nothing came."""
     model, console, settings = talk.model, talk.console, talk.settings
-    said: list[Event] = []
+    events: list[Event] = []
     try:
-        asked = question(model, Prompt(turns, "chat"))
-        room = model.model.config.max_positions - len(asked.ids)
+        prompt = question(model, Prompt(turns, "chat"))
+        room = model.model.config.max_positions - len(prompt.ids)
         if room < 1:
-            what = f"the conversation has {len(asked.ids)} tokens, the model reads {len(asked.ids) + room}"
+            what = f"the conversation has {len(prompt.ids)} tokens, the model reads {len(prompt.ids) + room}"
             raise UserError("E-DATA-LONG", what, where="chat", hint="/new, or a shorter line")
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
-        engine = Engine(model.fused, model.at, 1, len(asked.ids) + settings.max_new_tokens, model.tokenizer)
-        engine.add(request(model, asked, settings, talk.asked))
+        engine = Engine(model.fused, model.at, 1, len(prompt.ids) + settings.max_new_tokens, model.tokenizer)
+        engine.add(request(model, prompt, settings, talk.asked))
         talk.asked += 1
         for event in engine.events():
-            said.append(event)
+            events.append(event)
             console.write(printable(event.text))
     except UserError as error:
         console.say(f"[{error.code}] {error.what}" + (f": {error.hint}" if error.hint else ""))
         return None
     except KeyboardInterrupt:
         console.say(" (stopped)")
-        if not said:
+        if not events:
             return None
-        ids, logprobs = tuple(event.token for event in said), tuple(event.logprob for event in said)
-        return answer(model, asked, Response(ids, logprobs, "cancelled", "".join(event.text for event in said)))
-    found = answer(model, asked, whole) if (whole := said[-1].reply) else None
-    console.say("" if found and found.finished else f" [cut after {settings.max_new_tokens} tokens]")
-    return found
+        ids, logprobs = tuple(event.token for event in events), tuple(event.logprob for event in events)
+        return answer(model, prompt, Response(ids, logprobs, "cancelled", "".join(event.text for event in events)))
+    generated = answer(model, prompt, whole) if (whole := events[-1].reply) else None
+    console.say("" if generated and generated.finished else f" [cut after {settings.max_new_tokens} tokens]")
+    return generated
 
 
 def score(talk: Talk, judge: RewardModel) -> str:
-    """What the reward model gives for the last answer."""
+    """The reward model's score of the last answer, as text."""
     if talk.last is None:
         return "There is no reply yet."
     try:
@@ -146,5 +146,5 @@ def score(talk: Talk, judge: RewardModel) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters that could command the terminal."""
+    """The text without control characters that could control the terminal."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)

@@ -1,4 +1,4 @@
-"""`tetrad doctor`: what the machine offers, and whether Tetrad's own functions give known answers on it.
+"""`tetrad doctor`: what the machine offers, and whether Tetrad's functions reproduce known answers on it.
 
 Returns data; printing is the command line's.
 """
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pydantic", "rich")
 
 @dataclass(frozen=True)
 class Row:
-    """One function: its cases, and the largest error of its outputs and of its gradients (None: the file has none)."""
+    """One function: its cases, and the largest error of its outputs and of its gradients (None: not in the file)."""
 
     function: str
     cases: int
@@ -73,11 +73,11 @@ def _row(function: str, cases: list[Case], path: str) -> Row:
         for case in cases:
             for answer in ANSWERS[function]:
                 try:
-                    found = _errors(answer, case, dtype)
+                    measured = _errors(answer, case, dtype)
                 except (KeyError, TypeError, RuntimeError, IndexError, ValueError) as fault:
                     what = f"the case does not fit {function}: {fault}"
                     raise UserError("E-DATA-FORMAT", what, where=f"{path}:{case.name}") from fault
-                errors[:] = map(max, errors, found)
+                errors[:] = map(max, errors, measured)
     ok = all(
         error <= limit
         for dtype, errors in worst.items()
@@ -111,12 +111,12 @@ def _input(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _error(ours: Tensor, theirs: Any) -> float:
-    found, wanted = ours.detach().double().numpy(), np.asarray(theirs, dtype=np.float64)
-    if found.shape != wanted.shape:
+    actual, expected = ours.detach().double().numpy(), np.asarray(theirs, dtype=np.float64)
+    if actual.shape != expected.shape:
         return float("inf")
     with np.errstate(invalid="ignore"):
-        gaps = np.abs(found - wanted) / np.maximum(1, np.abs(wanted))
-    gaps = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0, gaps)
+        gaps = np.abs(actual - expected) / np.maximum(1, np.abs(expected))
+    gaps = np.where((actual == expected) | (np.isnan(actual) & np.isnan(expected)), 0, gaps)
     return float(np.nan_to_num(gaps, nan=np.inf).max(initial=0))
 
 

@@ -1,9 +1,9 @@
-"""Known-answer files: how they are read, and which of Tetrad's functions answers for each name in them.
+"""Known-answer files: how they are read, and which of Tetrad's functions computes each name in them.
 
 A file is an npz without pickles. `manifest` is JSON: a list of {name, fn, inputs, outputs, none}; the arrays are called
 `<name>|in|<input>` and `<name>|out|<output>`, and an input named in `none` is None. An output `grad_x` is the gradient
-of `loss` with respect to the input x. Some functions have two answers: the one that people read and the one that
-training uses (chunked heads, sums over ranks); both are held to the file.
+of `loss` with respect to the input x. Some functions have two implementations: a readable one and the one that
+training uses (chunked heads, sums over ranks); both are checked against the file.
 """
 
 import json
@@ -130,7 +130,7 @@ def _gae(x: Inputs) -> dict[str, Tensor]:
 
 
 def _whiten_of_ranks(x: Inputs) -> dict[str, Tensor]:
-    """As two ranks do it: their moments are added, twice, the second time about the mean."""
+    """As on two ranks: their moments are summed twice, the second time about the mean."""
     sides = [(x["x"][part::2], x["mask"][part::2]) for part in (0, 1)]
     mean, _ = ppo.mean_variance(sum((ppo.moments(*side) for side in sides), torch.zeros(3)))
     total = sum((ppo.moments(*side, mean) for side in sides), torch.zeros(3))
@@ -150,7 +150,7 @@ def _value_loss(x: Inputs) -> dict[str, Tensor]:
 
 
 def _attended(queries: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
-    """One head, in the width of the widest, as models have but one: zeros change only the scale of the scores."""
+    """One head, in the width of the widest, as models have only one: zeros change only the scale of the scores."""
     own, wide = queries.shape[1], max(queries.shape[1], values.shape[1])
     queries, keys, padded = (torch.nn.functional.pad(x, (0, wide - x.shape[1])) for x in (queries, keys, values))
     scaled = queries * math.sqrt(wide / own)
@@ -189,7 +189,7 @@ def _identity(logits: Tensor) -> Tensor:
 
 
 def _direct(output: str, function: Callable[..., Tensor], names: str) -> AnswerFunction:
-    """For a function that takes the file's inputs in this order and has one output."""
+    """For a function with the file's inputs in this order and one output."""
     return lambda x: {output: function(*(x[name] for name in names.split()))}
 
 

@@ -1,6 +1,6 @@
-"""The command line: one verb a word, exit codes, and the one place where an error is printed.
+"""The command line: one verb per command, exit codes, and the only place where an error is printed.
 
-Imports are made where they are used, so that `--help` costs little and only what trains or samples imports torch.
+Imports are local, so that `--help` is quick and only commands that train or sample import torch.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from tetrad.errors import EXIT_LOST, EXIT_STOPPED, Stopped, UserError
 T = TypeVar("T")
 _LENGTH = "the number and length of the records"
 _LOWER = {"generate": "--max-num-seqs, then --max-new-tokens", "chat": "--max-new-tokens"}
-"""What takes less memory, for those that have no recipe."""
+"""What reduces memory, for commands without a recipe."""
 _EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
             7 the run folder is in use, 8 a process of several was lost, 75 stopped on request (run the same command to
             resume), 130 interrupted"""
@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = [word for word in given if word != "--debug"]
     try:
         return _dispatch(given)
-    except BrokenPipeError:  # the reader of our output has gone (`tetrad status | head`)
+    except BrokenPipeError:  # the reader of our output is gone (`tetrad status | head`)
         sys.stdout = io.StringIO()  # so that nothing is flushed into the closed pipe at exit
         return 141
     except BaseException as error:
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _report(error: BaseException) -> int:
-    """Prints an error, unless another process of this run ended first and has said why; the exit code of the first."""
+    """Prints an error, unless another process of this run ended first and reported it; the exit code of the first."""
     message, code = _told(error)
     if _several():
         from tetrad.distributed import watchdog
@@ -58,7 +58,7 @@ def _report(error: BaseException) -> int:
 
 
 def _note(text: str) -> None:
-    """A line on stderr, where that can be written to."""
+    """A line on stderr, if that can be written to."""
     streams.guarded(sys.stderr, outlives=True).write(text + "\n")
 
 
@@ -82,13 +82,13 @@ def _told(error: BaseException) -> tuple[str, int]:
             frames = traceback.extract_tb(error.__traceback__)
             place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
             fault = f"{type(error).__name__}: {error}"
-            told = f"error[internal] {place}: {fault} Fix: this is a fault of Tetrad; --debug shows where"
-            return _printable(told), 1
+            message = f"error[internal] {place}: {fault} Fix: this is a fault of Tetrad; --debug shows where"
+            return _printable(message), 1
     raise error
 
 
 def _printable(text: str) -> str:
-    """On one line, and without characters that command a terminal: names and data are foreign text."""
+    """On one line, and without characters that control a terminal: names and data are foreign text."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -120,7 +120,7 @@ def _dispatch(words: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """One command. settings: the class of its own settings; those without work on a recipe, and read these tables."""
+    """One command. settings: the class of its own settings; commands without one read these tables of a recipe."""
 
     argument: str
     summary: str
@@ -184,7 +184,7 @@ def _recipe(verb: str, words: list[str]) -> int:
     path = words.pop(-1 if words[0].startswith("--") else 0)
     from tetrad.pipeline.recipe import read
 
-    recipe = read(path, words)  # before the rest is imported: a mistake in it is told in half the time
+    recipe = read(path, words)  # before the rest is imported: a mistake in it is reported in half the time
     from tetrad.console import Console
     from tetrad.pipeline import runner
 
@@ -208,7 +208,7 @@ def _recipe(verb: str, words: list[str]) -> int:
 
 @contextmanager
 def _stoppable(console: Any, error: Callable[[str], BaseException]) -> Iterator[None]:
-    """Shows how far phases are, and ends by this error at a signal that no stage takes. error: from what was done."""
+    """Shows the progress of phases; a signal that no stage handles raises this error. error: from what was running."""
     from tetrad.signals import Stop
 
     stop = Stop(console.warn, lambda: console.doing, lambda: error(console.doing or "the plan"))
@@ -217,12 +217,12 @@ def _stoppable(console: Any, error: Callable[[str], BaseException]) -> Iterator[
 
 
 def _flags(words: list[str]) -> list[str]:
-    """For commands that have no recipe: the name of its setting `data.rename` is as good as their own."""
+    """For commands without a recipe: they accept the recipe's name `data.rename` as well as their own."""
     return ["--" + word.removeprefix("--data.") if word.startswith("--data.rename") else word for word in words]
 
 
 def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
-    """The settings of a command that uses a model, whose folder is the one word without a flag."""
+    """The settings of a command that uses a model, whose folder is the only argument without a flag."""
     from tetrad.inference.model_folder import own_sampling
     from tetrad.settings.base import knobs
     from tetrad.settings.check import build
@@ -286,7 +286,7 @@ def _chat(words: list[str]) -> int:
     from tetrad.pipeline.runner import explained
 
     with explained("chat", _LOWER["chat"]):
-        chat(settings, Console())  # Ctrl-C ends a reply
+        chat(settings, Console())  # Ctrl-C ends a response
     return 0
 
 
@@ -301,7 +301,7 @@ def _score(words: list[str]) -> int:
 
 
 def _check(words: list[str]) -> int:
-    """A recipe with its overrides, or data files; the flags of `check` itself are told apart from the recipe's."""
+    """A recipe with its overrides, or data files; the flags of `check` itself are separated from the recipe's."""
     from tetrad.settings.base import knobs
     from tetrad.settings.check import build
     from tetrad.settings.use import Check

@@ -1,1 +1,1 @@
-"""Files to records to packed tokens. No torch."""
+"""From files to records to packed tokens. No torch."""

@@ -1,7 +1,7 @@
 """A record's fields by lower-case name, and the one error for each way in which a field can be wrong.
 
-A null is a missing field, at every depth and from every kind of file. Errors name the place, the field and what was
-seen, and say what to write.
+A null is a missing field, at every depth and from every kind of file. Errors name the location, the field and what
+was seen, and suggest a fix.
 """
 
 import math
@@ -14,9 +14,9 @@ from tetrad.types import Turn
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-MARKS = ("weight", "loss", "trainable", "train")  # on an assistant's turn: whether it is learned
+MARKS = ("weight", "loss", "trainable", "train")  # on an assistant turn: whether it is trained on
 _TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython", "tool_calls")
-_USUAL = {  # other names that people give to fields, for a hint
+_USUAL = {  # common aliases of fields, for a hint
     "instruction": ("question", "query", "ask", "problem", "prompt", "q", "input", "问题", "提问", "指令", "题目"),
     "output": ("answer", "response", "reply", "completion", "target", "solution", "a", "答案", "回答", "回复", "输出"),
     "text": ("content", "body", "document", "passage", "paragraph", "article", "正文", "内容", "文本"),
@@ -27,13 +27,13 @@ _USUAL = {  # other names that people give to fields, for a hint
 
 
 class Fields(dict[str, Any]):
-    """Values by lower-case name. nulls: the names of fields that were null, which are not among them."""
+    """Values by lower-case name. nulls: the names of fields that were null, which are left out."""
 
     nulls: tuple[str, ...] = ()
 
 
 def fold(value: Any, where: str, name: str = "", rename: Mapping[str, str] | None = None) -> Fields:
-    """The fields of an object. rename: other names of fields, in lower case. Errors: E-DATA-TYPE, E-DATA-DUPKEY."""
+    """The fields of an object. rename: aliases of fields, in lower case. Errors: E-DATA-TYPE, E-DATA-DUPKEY."""
     if not isinstance(value, dict):
         wrong_type(name, "an object with named fields", value, where)
     rename = rename or {}
@@ -42,15 +42,15 @@ def fold(value: Any, where: str, name: str = "", rename: Mapping[str, str] | Non
     fields = Fields((key, item) for key, item in pairs if item is not None)
     if len(fields) < len(names):
         twice = Counter(names).most_common(1)[0][0]
-        how = "under two names" if rename else "in different letter case"
-        raise UserError("E-DATA-DUPKEY", f'the key "{twice}" stands twice in one object, {how}', where=where)
+        detail = "under two names" if rename else "in different letter case"
+        raise UserError("E-DATA-DUPKEY", f'the key "{twice}" stands twice in one object, {detail}', where=where)
     if len(names) < len(pairs):
         fields.nulls = tuple(key for key, item in pairs if item is None)
     return fields
 
 
 def text(fields: Mapping[str, Any], name: str, where: str, *, blank: bool = False) -> str:
-    """A text; blank: it may be empty. Errors: E-DATA-NULL, E-DATA-TYPE, E-DATA-BLANK."""
+    """A string; blank: it may be empty. Errors: E-DATA-NULL, E-DATA-TYPE, E-DATA-BLANK."""
     value = fields[name]
     if value is None:
         null(name, where)
@@ -75,14 +75,14 @@ def number(fields: Mapping[str, Any], name: str, where: str) -> float:
 
 
 def turns(value: Any, name: str, where: str, *, answer: bool = False) -> tuple[Turn, ...]:
-    """An optional system turn, then user and assistant in turn. answer: the turns go on after a prompt's.
+    """An optional system turn, then alternating user and assistant turns. answer: the turns continue a prompt's.
 
-    A turn is {"role", "content"}, or {"from", "value"} as in ShareGPT; an assistant's may be marked as not to be
-    learned. Errors: E-DATA-CHAT with the turn's number.
+    A turn is {"role", "content"}, or {"from", "value"} as in ShareGPT; an assistant turn may be marked as not
+    trained on. Errors: E-DATA-CHAT with the turn's number.
     """
     if not isinstance(value, list):
         wrong_type(name, "a list of turns", value, where)
-    found: list[Turn] = []
+    parsed: list[Turn] = []
     for place, item in enumerate(value, 1):
         turn = fold(item, where, f"{name}[{place}]")
         share = "from" in turn and "role" not in turn
@@ -95,16 +95,16 @@ def turns(value: Any, name: str, where: str, *, answer: bool = False) -> tuple[T
         if role is None:
             _refuse_tools([spelt], place, where)
             chat(f'"{spelt}" is no role ({", ".join(known)})', place, where)
-        _check_order(role, found[-1].role if found else "user" if answer else "", place, where)
+        _check_order(role, parsed[-1].role if parsed else "user" if answer else "", place, where)
         marks = [_mark(turn, mark, place, where) for mark in MARKS if mark in turn and role == "assistant"]
-        found.append(Turn(role, text(turn, what, where, blank=role == "system"), all(marks)))
-    if not found:
+        parsed.append(Turn(role, text(turn, what, where, blank=role == "system"), all(marks)))
+    if not parsed:
         chat("there is no turn", 0, where)
-    return tuple(found)
+    return tuple(parsed)
 
 
 def _mark(turn: Fields, mark: str, place: int, where: str) -> bool:
-    """Whether a mark says that its turn is learned: a truth value, or 1 and 0."""
+    """Whether a mark says that its turn is trained on: a Boolean, or 1 and 0."""
     if turn[mark] not in (0, 1):  # True and 1.0 are equal to 1
         what = f'turn {place}: "{mark}" must be true or false, or 1 or 0: an answer is learned as a whole or not at all'
         raise UserError("E-DATA-TYPE", what, where=where, hint="write 0 where the answer is not to be learned, else 1")
@@ -112,7 +112,7 @@ def _mark(turn: Fields, mark: str, place: int, where: str) -> bool:
 
 
 def _refuse_tools(words: Iterable[str], place: int, where: str) -> None:
-    """Errors: E-DATA-CHAT where a turn is a call of a tool or what a tool answered."""
+    """Errors: E-DATA-CHAT where a turn is a tool call or a tool's result."""
     if tool := next((word for word in words if word in _TOOLS), ""):
         hint = "write call and result as text into the assistant's and the user's turns, or delete the record"
         what = f'turn {place}: "{tool}": calls of tools and their results have no template here'
@@ -128,8 +128,8 @@ def _check_order(role: str, last: str, place: int, where: str) -> None:
 
 
 def missing(needed: str, fields: Fields, where: str) -> NoReturn:
-    """Errors: E-DATA-MISSING, with the words that would rename the fields where they can be guessed; E-DATA-NULL where
-    a field that is needed is there and null."""
+    """Errors: E-DATA-MISSING, with the setting that would rename the fields where it can be guessed; E-DATA-NULL where
+    a required field is present but null."""
     if nulls := [name for name in fields.nulls if f'"{name}"' in needed.lower()]:
         null(min(nulls, key=needed.lower().index), where)
     seen = ", ".join(f'"{name}"' for name in fields) or "none"

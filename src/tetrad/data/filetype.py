@@ -1,5 +1,5 @@
-"""What a file is by its opening bytes, whatever its name says: what is plainly something else is called by its name,
-with the way to make records of it. One table for every command that reads data."""
+"""Detects a file's format from its first bytes, whatever its name: a file that is plainly something else is reported
+as such, with a way to turn it into records. One table for every command that reads data."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ _MODEL = "this belongs to a model; name the files of records"
 _ARROW = "write it as parquet, which is read, for example with Dataset.to_parquet(FILE) of datasets"
 _PARQUET, _GZIP = "parquet", "gzip"
 _TEXT = "records are text: copy what it says into a jsonl or txt file"
-_SIGNS = tuple(  # what a file opens with, what it is then, what to do
+_SIGNS = tuple(  # first bytes, what the file is, what to do
     (re.compile(sign, re.DOTALL), what, hint)
     for sign, what, hint in (
         (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself", "fetch the file: git lfs pull"),
@@ -54,7 +54,7 @@ _CSV = re.compile(rb'^[^{}\[\]]*[\w"][,\t][\w"][^{}\[\]]*$')
 
 
 def check_format(path: Path) -> None:
-    """Refuses what is plainly another kind of file than its name says. Errors: E-DATA-*."""
+    """Refuses a file whose content plainly does not match its name. Errors: E-DATA-*."""
     check_file(path)
     head = _head(path)
     what, hint = _signed(head)
@@ -74,12 +74,12 @@ def check_format(path: Path) -> None:
 
 
 def _signed(head: bytes) -> tuple[str, str]:
-    """What has this opening, and what to do; nothing where it may be text."""
+    """The format with these first bytes, and what to do; empty where it may be text."""
     return next(((what, hint) for sign, what, hint in _SIGNS if sign.match(head)), ("", ""))
 
 
 def _other_text(path: Path, head: bytes) -> tuple[str, str]:
-    """What a text is that should hold records of another kind; nothing where it may hold them."""
+    """The format of a text file whose name promises another one; empty where the name may be right."""
     first = head.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0].strip()
     if first.lower().startswith(_MARKUP):
         return "HTML", "this is a page of the web, perhaps of an error: download the file itself"
@@ -100,7 +100,7 @@ def _is_json(raw: bytes) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a file, of a gzip file those inside."""
+    """The first bytes of a file; of a gzip file, those of its content."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             return file.read(_HEAD_BYTES)
@@ -111,7 +111,7 @@ def _head(path: Path) -> bytes:
 
 
 def _no_gzip(path: Path, error: Exception) -> NoReturn:
-    """A name that ends in .gz: what the bytes are instead, or that they are damaged."""
+    """For a name that ends in .gz: reports what the bytes are instead, or that they are damaged."""
     with path.open("rb") as file:
         what, hint = _signed(file.read(_HEAD_BYTES))
     if what not in ("", _GZIP):

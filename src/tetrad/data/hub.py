@@ -1,7 +1,7 @@
-"""Files of a Hugging Face dataset: `hf://OWNER/NAME[@REVISION][/GLOB]`. The only door to huggingface_hub.
+"""Files of a Hugging Face dataset: `hf://OWNER/NAME[@REVISION][/GLOB]`. The only user of huggingface_hub.
 
-Nothing is asked of the hub unless a recipe or a command names a dataset so. HF_ENDPOINT, HF_HOME, HF_TOKEN and
-HF_HUB_OFFLINE count as everywhere; with HF_HUB_OFFLINE=1 the copy of an earlier download is used.
+The hub is not contacted unless a recipe or a command names such a dataset. HF_ENDPOINT, HF_HOME, HF_TOKEN and
+HF_HUB_OFFLINE have their usual meaning; with HF_HUB_OFFLINE=1 the copy of an earlier download is used.
 """
 
 import fnmatch
@@ -22,15 +22,15 @@ _ABOUT = ("dataset_infos.json", "dataset_info.json", "config.json")
 
 @cache
 def fetch(name: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The local copies of a dataset's data files, downloaded where they are not there yet.
+    """The local copies of a dataset's data files, downloaded if they are not cached yet.
 
-    Errors: E-DATA-PATH (no such name or file, or several splits and none chosen), E-DATA-HUB (no way to the hub).
+    Errors: E-DATA-PATH (no such name or file, or several splits and none chosen), E-DATA-HUB (hub unreachable).
     """
-    found = _NAME.fullmatch(name)
-    if not found:
+    match = _NAME.fullmatch(name)
+    if not match:
         hint = "write hf://OWNER/NAME, hf://OWNER/NAME/data/train-*.parquet or hf://OWNER/NAME@REVISION"
         raise UserError("E-DATA-PATH", "names no dataset", where=name, hint=hint)
-    repo, revision, pattern = found[1], found[2], found[3] or ""
+    repo, revision, pattern = match[1], match[2], match[3] or ""
     client: Any = importlib.import_module("huggingface_hub")
     offline: bool = importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE
     try:
@@ -49,14 +49,14 @@ def fetch(name: str, suffixes: tuple[str, ...]) -> list[Path]:
         )
     except UserError:
         raise
-    except Exception as error:  # the client has a dozen classes of its own and of its HTTP library
+    except Exception as error:  # the client raises a dozen classes, its own and its HTTP library's
         _unreachable(name, error, offline=offline)
     here = [p.relative_to(folder).as_posix() for p in sorted(Path(folder).rglob("*")) if p.is_file()]
     return [Path(folder) / path for path in _chosen(name, here, pattern, suffixes)]
 
 
 def _chosen(name: str, there: Sequence[str], pattern: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files that a name means; what is not clear is not guessed."""
+    """The files that a name refers to; an ambiguous name is an error, not a guess."""
     data = [p for p in sorted(there) if _suffix(p) in suffixes and PurePosixPath(p).name not in _ABOUT]
     data = [p for p in data if not PurePosixPath(p).name.startswith(".")]
     if pattern:

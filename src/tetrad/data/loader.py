@@ -1,6 +1,6 @@
 """The order in which records are read: pure functions of (seed, epoch, index), so that a cursor is one number.
 
-Nothing is replayed on resume and no state is kept; permutations are cached only because they are asked for in turn.
+Nothing is replayed on resume and no state is kept; permutations are cached only because they are requested repeatedly.
 """
 
 import math
@@ -19,8 +19,8 @@ from tetrad.types import Tokens
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 Mixture = tuple[tuple[int, float], ...]
-"""Runs of records in the order of the store: how many, and how often an epoch reads each. What is less than a record
-is carried over: a weight of 0.01 reads one of 32 records in every third epoch or so, and each of them exactly as often
+"""Runs of records in the order of the store: how many, and how often an epoch reads each. Fractions of a record
+are carried over: a weight of 0.01 reads one of 32 records in every third epoch or so, and each of them exactly as often
 as any other in the long run."""
 
 
@@ -33,8 +33,8 @@ def order(seed: int, epoch: int, n: int) -> Indices:
 
 
 def mixed(seed: int, epoch: int, mixture: Mixture) -> Indices:
-    """The records of this epoch in their order, read-only. A weight of 2 reads each record of its run twice; of a
-    weight below 1 every epoch reads another share, so that all have their turn."""
+    """The records of this epoch in their order, read-only. A weight of 2 reads each record of its run twice; with
+    a weight below 1 every epoch reads a different share, so that all are read in time."""
     if all(weight == 1 for _, weight in mixture):
         return order(seed, epoch, sum(n for n, _ in mixture))
     return _mixed(seed, epoch, mixture)
@@ -57,39 +57,39 @@ def _mixed(seed: int, epoch: int, mixture: Mixture) -> Indices:
 
 @lru_cache
 def _ratio(weight: float) -> tuple[int, int]:
-    """The weight as the decimal that it was written as: numerator and denominator."""
+    """The weight as the decimal it was written as: numerator and denominator."""
     return Fraction(str(weight)).as_integer_ratio()
 
 
 def _reads(n: int, weight: float, epochs: int) -> int:
-    """How many records of a run so many epochs read, to the nearest."""
+    """How many records of a run this many epochs read, rounded."""
     above, below = _ratio(weight)
     return (2 * epochs * n * above + below) // (2 * below)
 
 
 def _before(mixture: Mixture, epoch: int) -> int:
-    """Records that the epochs before this one read."""
+    """Records read by the epochs before this one."""
     return sum(_reads(n, weight, epoch) for n, weight in mixture)
 
 
 def whole(n: int) -> Mixture:
-    """n records, each read once an epoch."""
+    """n records, each read once per epoch."""
     return ((n, 1.0),)
 
 
 def epoch_size(mixture: Mixture) -> float:
-    """Records that an epoch reads, on the average of many; it may be less than one."""
+    """Records that an epoch reads on average; it may be less than one."""
     return float(sum(n * Fraction(*_ratio(weight)) for n, weight in mixture))
 
 
 def batch_indices(seed: int, mixture: Mixture, batch: int, step: int) -> Indices:
-    """The `batch` records of a step (int64). A short rest of an epoch is filled from the next epoch's start, so that
-    every record is read exactly once an epoch (or as often as its weight says)."""
+    """The `batch` records of a step (int64). An incomplete batch at an epoch's end is filled from the next epoch, so
+    that every record is read exactly once per epoch (or as often as its weight says)."""
     return _cycle(seed, mixture, step * batch, (step + 1) * batch)
 
 
 def _cycle(seed: int, mixture: Mixture, start: int, stop: int) -> Indices:
-    """Places start to stop of the epochs laid end to end; epochs that read nothing are passed over."""
+    """Positions start to stop of the concatenated epochs; epochs that read nothing are skipped."""
     parts, wanted = [np.zeros(0, np.int64)], stop - start
     if wanted:
         later = range(int((start + len(mixture)) / epoch_size(mixture)) + 2)
@@ -102,15 +102,15 @@ def _cycle(seed: int, mixture: Mixture, start: int, stop: int) -> Indices:
 
 
 def steps_for(n: float, batch: int, epochs: float) -> int:
-    """Steps that read n records `epochs` times; the last one may reach into a further epoch."""
+    """Steps that read n records `epochs` times; the last one may reach into the next epoch."""
     return max(1, math.ceil(round(n * epochs, 6) / batch))
 
 
 class Rows:
-    """Rows of `sequence_length` tokens for pre-training, cut from the documents of an epoch laid end to end.
+    """Rows of `sequence_length` tokens for pre-training, cut from the concatenated documents of an epoch.
 
-    Each epoch's stream is a permutation of its own (of the documents that the mixture gives it); what is left after
-    its last whole row is not read in that epoch. per_epoch, left_out: rows and tokens left of the first epoch.
+    Each epoch has its own permutation (of the documents that the mixture gives it); the remainder after its last full
+    row is not read in that epoch. per_epoch, left_out: full rows and remaining tokens of the first epoch.
     """
 
     def __init__(self, store: TokenStore, sequence_length: int, seed: int, mixture: Mixture | None = None) -> None:
@@ -128,7 +128,7 @@ class Rows:
 
     def row(self, k: int) -> list[Tokens]:
         """The pieces of documents in row k, together `sequence_length` tokens, all of them labels of what precedes them
-        in the same piece. A piece that continues a document from another row starts afresh."""
+        in the same piece. A piece that continues a document from another row has no context."""
         index = k - self._find(k)
         at, end = index * self.sequence_length, (index + 1) * self.sequence_length
         number = int(np.searchsorted(self._starts, at, side="right")) - 1
@@ -141,7 +141,7 @@ class Rows:
         return pieces
 
     def _find(self, k: int) -> int:
-        """Enters the epoch of row k and gives its first row."""
+        """Enters the epoch of row k and returns its first row."""
         while k >= self._ends[-1]:
             self._enter(len(self._ends) - 1)
         epoch = bisect_right(self._ends, k) - 1
@@ -159,12 +159,12 @@ class Rows:
 
 
 def micro_batches(documents: Sequence[Tokens], micro_batch_tokens: int) -> list[list[int]]:
-    """Indices in order, in groups of at most `micro_batch_tokens` tokens; a longer document alone."""
+    """Indices in order, in groups of at most `micro_batch_tokens` tokens; a longer document gets its own group."""
     return groups_of([len(document.ids) for document in documents], micro_batch_tokens)
 
 
 def groups_of(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
-    """The same for any lengths."""
+    """The same for given lengths."""
     groups: list[list[int]] = []
     tokens = 0
     for index, length in enumerate(lengths):

@@ -1,7 +1,7 @@
-"""Documents one after another in one flat row, without padding; `bounds` keeps them apart.
+"""Documents packed into one flat row without padding; `bounds` separates them.
 
 A position's target is the next token of its own document where that token is a label; the last position of a document
-has none. Numpy only: the batch becomes tensors where it reaches the device.
+has none. Numpy only: the batch is converted to tensors where it reaches the device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ def pack(documents: Sequence[Tokens]) -> Packed:
 
 
 def common_prefix(documents: Sequence[Tokens]) -> int:
-    """The number of tokens that all of them begin with, such that each but the first has one more of its own."""
+    """The number of leading tokens that all of them share, such that each but the first has at least one more."""
     first, *others = documents
     if not others:
         return 0
@@ -50,8 +50,8 @@ def common_prefix(documents: Sequence[Tokens]) -> int:
 def pack_groups(groups: Sequence[Sequence[Tokens]], prefixes: Sequence[int], keys: Sequence[int] = ()) -> Packed:
     """Documents in groups, of which the first `prefixes[i]` tokens of group i are stored once, in its first document.
 
-    The label of the first token after a prefix is lost but for the first document: for scores, not for language.
-    keys: of each group's dropout, the same for all of its documents in what they all begin with, shared or not.
+    The label of the first token after a prefix is lost except in the first document: for scores, not for language.
+    keys: of each group's dropout, the same for all of its documents in their common prefix, shared or not.
     Raises ValueError as `pack` does, and where a document has nothing but the prefix.
     """
     cuts = [prefix * (n > 0) for group, prefix in zip(groups, prefixes, strict=True) for n in range(len(group))]
@@ -72,8 +72,8 @@ def pack_groups(groups: Sequence[Sequence[Tokens]], prefixes: Sequence[int], key
 
 
 def _token_keys(group: Sequence[Tokens], key: int) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
-    """One a token, of each document: they follow from the group's key, the position and, after the common prefix, the
-    number of the document."""
+    """One per token of each document: derived from the group's key, the position and, after the common prefix, the
+    document's number."""
     common = common_prefix(group)
     for number, document in enumerate(group):
         positions = np.arange(len(document.ids))
@@ -82,6 +82,6 @@ def _token_keys(group: Sequence[Tokens], key: int) -> Iterator[np.ndarray[Any, n
 
 def prefix_pays(prefix: int, lengths: Sequence[int]) -> bool:
     """Whether documents of these lengths are computed faster with their first `prefix` tokens shared. Merging two
-    attentions costs a few percent of a step, and some tokens' worth a group (benchmarks/shared_prefix.py)."""
+    attentions costs a few percent of a step, plus a few tokens' worth per group (benchmarks/shared_prefix.py)."""
     saved = prefix * (len(lengths) - 1)
     return saved >= max(LEAST_SAVED, LEAST_SHARE * sum(lengths))

@@ -1,7 +1,7 @@
-"""Rows of parquet files, read group by group. The only door to pyarrow, which is an extra.
+"""Rows of parquet files, read group by group. The only user of pyarrow, an optional dependency.
 
-Parquet holds what JSON can't: times, decimals, bytes, numbers that are none. Such a value is never an error in a field
-that nobody reads; `plain` makes text or null of it where a row is written.
+Parquet holds what JSON can't: times, decimals, bytes, non-finite numbers. Such a value is never an error in a
+field that is not read; `plain` converts it to text or null where a row is written.
 """
 
 import datetime
@@ -37,11 +37,11 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: Any) -> list[Any]:
-    """A column as Python's values; of those that Python can't hold, a time of the year 20,000 for example, a text."""
+    """A column as Python values; those that Python can't represent, for example a time in the year 20,000, as text."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        raise  # a damaged text
+        raise  # damaged text
     except (ValueError, OverflowError, LookupError):
         return [_value(scalar) for scalar in column]
 
@@ -54,7 +54,7 @@ def _value(scalar: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it: times, decimals, bytes and whatever else is foreign as text, NaN and infinity as
+    """A value as JSON can hold it: times, decimals, bytes and anything else foreign to it as text, NaN and infinity as
     null."""
     match value:
         case dict():

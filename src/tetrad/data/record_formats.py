@@ -1,10 +1,10 @@
-"""A row's fields to a record of types.py.
+"""Converts a row's fields to a record of types.py.
 
-Field names count in any letter case. A record's form is seen from its fields, so that one file may mix forms:
+Field names are case-insensitive. A record's format is inferred from its fields, so that one file may mix formats:
 Instruction/Input/Output (and Alpaca's system and history), messages, ShareGPT's conversations, prompt/completion,
 choices with ranks or votes, output with score, chosen/rejected. `input` alone is an Instruction with an empty Input, so
-that a prompt has the same ids in every stage. Every form seen is counted by its name, and so is what a record says is
-not to be learned from.
+that a prompt has the same ids in every stage. Every format seen is counted by name, and so is what a record marks
+as not to be trained on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from tetrad.data.source import Counts
 from tetrad.errors import UserError
 from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
 
-Known = tuple[str, ...]  # the fields that a form reads
+Known = tuple[str, ...]  # the fields that a format reads
 _ANSWERS = ("output", "completion", "choices", "chosen", "rejected", "score", "annotator", "margin", "votes", "spread")
-_PREFERENCES = (  # the fields that make a form, and those that it may have; the first form that is whole is read
+_PREFERENCES = (  # required and optional fields of each format; the first complete format is read
     (("choices",), ("annotator", "margin")),
     (("chosen", "rejected"), ("annotator", "margin", "votes")),
     (("output", "score"), ("annotator", "spread")),
@@ -29,7 +29,7 @@ _PAIRED = "prompt and completion"
 
 
 def _seen(counts: Counts, form: str, fields: Fields, known: Known, where: str, inner: Known = _TURN) -> None:
-    """Counts the form, and notes the fields that are not read. inner: those that are, of the objects in a list."""
+    """Counts the format, and notes unread fields. inner: the fields that are read of the objects in a list."""
     counts.forms[form] += 1
     for name, value in fields.items():
         if name not in known:
@@ -44,59 +44,59 @@ def _seen(counts: Counts, form: str, fields: Fields, known: Known, where: str, i
 def document(fields: Fields, where: str, counts: Counts) -> Document:
     if "text" not in fields:
         missing('"text"', fields, where)
-    found = text(fields, "text", where)
+    content = text(fields, "text", where)
     _seen(counts, "text", fields, ("text",), where)
-    return Document(found, where)
+    return Document(content, where)
 
 
 def conversation(fields: Fields, where: str, counts: Counts) -> Conversation | None:
-    """A record of SFT; nothing where it says itself that its answer is a bad one, or that none is to be learned."""
-    form, known, found = _answered(fields, where)
+    """An SFT record; None where its label says that the answer is bad, or where no answer is to be trained on."""
+    form, known, messages = _answered(fields, where)
     label = next((name for name in ("label", "kto_tag") if _is_label(name, fields.get(name), form)), "")
     _seen(counts, form, fields, (*known, label), where, (*_TURN, *MARKS))
-    answers = [turn.train for turn in found if turn.role == "assistant"]
+    answers = [turn.train for turn in messages if turn.role == "assistant"]
     counts.masked += answers.count(False)
     if not any(answers) or (label and str(fields[label]).lower() in _FALSE):
         counts.excluded += 1
         return None
-    return Conversation(found, where)
+    return Conversation(messages, where)
 
 
 def _is_label(name: str, value: Any, form: str) -> bool:
-    """Whether a field is the label of KTO's form: is this a good answer? A number called `label` beside an Instruction
-    may be anything, the class of a text for example."""
+    """Whether a field is KTO's label: is this a good answer? A number called `label` beside an Instruction
+    may be anything, for example the class of a text."""
     free = name == "kto_tag" or form == _PAIRED
     return isinstance(value, bool) or (free and str(value).lower() in (*_FALSE, *_TRUE))
 
 
 def _answered(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ...]]:
-    """The form's name, the fields read and the turns of a record of SFT."""
+    """The format's name, the fields read and the turns of an SFT record."""
     if "messages" in fields or "conversations" in fields:
-        form, known, found = _chat_turns(fields, where)
-        if found[-1].role != "assistant":
-            chat("the last turn must be the assistant's", len(found), where)
-        return form, known, found
+        form, known, messages = _chat_turns(fields, where)
+        if messages[-1].role != "assistant":
+            chat("the last turn must be the assistant's", len(messages), where)
+        return form, known, messages
     if "prompt" in fields and "completion" in fields:
         prompt, answer = _prompt(fields, where), _answer(fields, "completion", where)
         return _PAIRED, ("prompt", "completion"), (*prompt.turns, *answer)
     if "instruction" in fields and "output" in fields:
-        form, known, asked = _instruction(fields, where)
-        return form, (*known, "output"), (*asked, Turn("assistant", text(fields, "output", where)))
+        form, known, messages = _instruction(fields, where)
+        return form, (*known, "output"), (*messages, Turn("assistant", text(fields, "output", where)))
     return missing('"Instruction" and "Output", or "messages", or "prompt" and "completion"', fields, where)
 
 
 def _chat_turns(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ...]]:
-    """`messages`, or ShareGPT's `conversations` with a `system` beside it."""
+    """`messages`, or ShareGPT's `conversations` with an optional `system`."""
     if "messages" in fields:
         return "messages", ("messages",), turns(fields["messages"], "messages", where)
-    found = turns(fields["conversations"], "conversations", where)
-    if fields.get("system") and found[0].role != "system":
-        found = (Turn("system", text(fields, "system", where)), *found)
-    return "sharegpt conversations", ("conversations", "system"), found
+    messages = turns(fields["conversations"], "conversations", where)
+    if fields.get("system") and messages[0].role != "system":
+        messages = (Turn("system", text(fields, "system", where)), *messages)
+    return "sharegpt conversations", ("conversations", "system"), messages
 
 
 def _instruction(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ...]]:
-    """Instruction and Input; with Alpaca's system or history it is a conversation of several turns."""
+    """Instruction and Input; with Alpaca's system or history a multi-turn conversation."""
     extra = text(fields, "input", where, blank=True) if fields.get("input") is not None else ""
     first = text(fields, "instruction", where, blank=True)
     if not (first + extra).strip():
@@ -107,37 +107,37 @@ def _instruction(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ..
         return "instruction and output", known, (Turn("instruction", first), Turn("input", extra))
     before = _history(fields, where)
     system = (Turn("system", text(fields, "system", where)),) if fields.get("system") else ()
-    asked = Turn("user", first + (f"\n{extra}" if extra else ""))
-    return "alpaca with system or history", known, (*system, *before, asked)
+    user = Turn("user", first + (f"\n{extra}" if extra else ""))
+    return "alpaca with system or history", known, (*system, *before, user)
 
 
 def _history(fields: Fields, where: str) -> tuple[Turn, ...]:
-    """Alpaca's `history`: pairs of what was asked and answered before."""
-    found: list[Turn] = []
+    """Alpaca's `history`: pairs of earlier questions and answers."""
+    messages: list[Turn] = []
     given = fields.get("history") or []
     if not isinstance(given, list):
         wrong_type("history", "a list of pairs", given, where)
     for place, pair in enumerate(given, 1):
         if not isinstance(pair, list) or len(pair) != 2:
             wrong_type(f"history[{place}]", "a pair of question and answer", pair, where)
-        said = {"question": pair[0], "answer": pair[1]}
-        found += [Turn("user", text(said, "question", where)), Turn("assistant", text(said, "answer", where))]
-    return tuple(found)
+        texts = {"question": pair[0], "answer": pair[1]}
+        messages += [Turn("user", text(texts, "question", where)), Turn("assistant", text(texts, "answer", where))]
+    return tuple(messages)
 
 
 def _answer(fields: Fields, name: str, where: str) -> tuple[Turn, ...]:
-    """What follows a prompt: a text, a turn, or a list of turns that ends with the assistant's."""
+    """What follows a prompt: a string, a turn, or a list of turns that ends with the assistant's."""
     value = [fields[name]] if isinstance(fields[name], dict) and fields[name] else fields[name]
     if not _is_talk(value):
         return (Turn("assistant", text(fields, name, where)),)
-    found = turns(value, name, where, answer=True)
-    if found[-1].role != "assistant":
-        chat("the last turn must be the assistant's", len(found), where)
-    return found
+    messages = turns(value, name, where, answer=True)
+    if messages[-1].role != "assistant":
+        chat("the last turn must be the assistant's", len(messages), where)
+    return messages
 
 
 def _is_talk(value: Any) -> bool:
-    """Whether this is a list of turns rather than a text."""
+    """Whether this is a list of turns rather than a string."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
@@ -150,7 +150,7 @@ def asked(fields: Fields, where: str, counts: Counts) -> Prompt:
 
 
 def _prompt(fields: Fields, where: str, *, answered: bool = False) -> Prompt:
-    """The prompt of any form. answered: messages may end with the assistant's turn, which is left out."""
+    """The prompt of any format. answered: messages may end with an assistant turn, which is left out."""
     names = _prompt_fields(fields)
     if not names:
         missing('"Instruction" (and "Input"), or "input", or "prompt", or "messages"', fields, where)
@@ -159,19 +159,19 @@ def _prompt(fields: Fields, where: str, *, answered: bool = False) -> Prompt:
         return Prompt(_instruction(fields, where)[2], where)
     talk = first == "prompt" and _is_talk(fields["prompt"])
     if talk or first in ("messages", "conversations"):
-        found = turns(fields["prompt"], "prompt", where) if talk else _chat_turns(fields, where)[2]
-        found = found[:-1] if answered and found[-1].role == "assistant" else found
-        if not found or found[-1].role != "user":
-            chat("the last turn before the answer must be the user's", len(found), where)
-        return Prompt(found, where)
-    asked = text(fields, first, where, blank=True)
-    if not asked.strip():
+        messages = turns(fields["prompt"], "prompt", where) if talk else _chat_turns(fields, where)[2]
+        messages = messages[:-1] if answered and messages[-1].role == "assistant" else messages
+        if not messages or messages[-1].role != "user":
+            chat("the last turn before the answer must be the user's", len(messages), where)
+        return Prompt(messages, where)
+    prompt = text(fields, first, where, blank=True)
+    if not prompt.strip():
         raise UserError("E-DATA-BLANK", f'"{first}" is empty', where=where, hint="give the model something to answer")
-    return Prompt((Turn("instruction", asked), Turn("input", "")), where)
+    return Prompt((Turn("instruction", prompt), Turn("input", "")), where)
 
 
 def _prompt_fields(fields: Fields) -> Known:
-    """The fields that the prompt is read from; none where the record has none."""
+    """The fields that the prompt is read from; empty where the record has none."""
     forms = (
         ("messages",),
         ("conversations", "system"),
@@ -226,7 +226,7 @@ def _comparison(fields: Fields, form: str, annotator: str, where: str) -> Compar
 
 
 def _not_negative(fields: Mapping[str, Any], name: str, where: str, hint: str) -> float:
-    """0 where the field is missing."""
+    """A number of at least 0; 0 where the field is missing."""
     value = 0.0 if fields.get(name) is None else number(fields, name, where)
     if value < 0:
         raise UserError("E-DATA-NUMBER", f'"{name}" must not be negative', where=where, hint=hint)
@@ -243,7 +243,7 @@ def _votes(value: Any, where: str) -> tuple[float, float]:
 
 
 def _ranks_of(votes: Sequence[float]) -> tuple[float, ...]:
-    """The most votes have rank 1; equal ones tie."""
+    """The most votes get rank 1; equal counts tie."""
     return tuple(1.0 + sum(other > vote for other in votes) for vote in votes)
 
 
@@ -254,9 +254,9 @@ def _pair(fields: Fields, where: str) -> tuple[Prompt, tuple[str, str]]:
         better, worse = (turns(value, name, where) for value, name in zip(whole, ("chosen", "rejected"), strict=True))
         if better[:-1] != worse[:-1]:
             chat('"chosen" and "rejected" answer different conversations', len(better), where)
-        for found in (better, worse):
-            if found[-1].role != "assistant":
-                chat("the last turn must be the assistant's", len(found), where)
+        for messages in (better, worse):
+            if messages[-1].role != "assistant":
+                chat("the last turn must be the assistant's", len(messages), where)
         return Prompt(better[:-1], where), (better[-1].text, worse[-1].text)
     if not _prompt_fields(fields) and all(isinstance(value, str) for value in whole):
         what = '"chosen" and "rejected" are texts, and there is no prompt beside them'
@@ -264,14 +264,14 @@ def _pair(fields: Fields, where: str) -> tuple[Prompt, tuple[str, str]]:
         raise UserError("E-DATA-MISSING", what, where=where, hint=hint)
     prompt = _prompt(fields, where)
     pair = [_answer(fields, name, where) for name in ("chosen", "rejected")]
-    for found in pair:
-        if len(found) > 1:
-            chat("an answer is one turn", len(found), where)
+    for messages in pair:
+        if len(messages) > 1:
+            chat("an answer is one turn", len(messages), where)
     return prompt, (pair[0][0].text, pair[1][0].text)
 
 
 def _choices(fields: Fields, where: str) -> tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]:
-    """Texts, ranks and, where they have any instead of ranks, votes."""
+    """Texts, ranks and votes; votes are empty unless given instead of ranks."""
     value: Any = fields["choices"]
     if not isinstance(value, list):
         wrong_type("choices", "a list of answers", value, where)

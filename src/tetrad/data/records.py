@@ -1,5 +1,5 @@
-"""Files to the records of types.py: documents, conversations, prompts, comparisons and scores; what is refused, what
-overlaps. What a row's fields may be is told in forms.py."""
+"""Reads files into the records of types.py: documents, conversations, prompts, comparisons and scores; what is refused,
+what overlaps. A row's possible fields are defined in record_formats.py."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
 Paths = DataFiles | Iterable[str | Path]
 Record = Document | Conversation | Prompt | Comparison | Score
 Refuse = Callable[[UserError, str], None]
-"""Told of each bad row, with the row's text; the reading goes on. Without it the first bad row is raised."""
+"""Called for each bad row, with the row's text; reading continues. Without it the first bad row's error is raised."""
 R = TypeVar("R", bound=Record)
 
 
@@ -41,16 +41,16 @@ def documents_of(
     if kind(path) != ".txt":
         yield from _records(part, record_formats.document, given, counts, refuse)
         return
-    for where, found in paragraphs(part, counts):
+    for where, text in paragraphs(part, counts):
         counts.kept += 1
         counts.forms["paragraphs"] += 1
-        yield Document(found, where)
+        yield Document(text, where)
 
 
 def read_conversations(
     paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None
 ) -> Iterator[Conversation]:
-    """Records of SFT; the last turn is the assistant's. Errors: E-DATA-*."""
+    """SFT records; the last turn is the assistant's. Errors: E-DATA-*."""
     counts = counts or Counts()
     given = paths if isinstance(paths, DataFiles) else sources(paths)
     for path in given.paths:
@@ -79,10 +79,10 @@ def prompts_of(part: Path | Span, given: DataFiles, counts: Counts, refuse: Refu
 def read_preferences(
     paths: Paths, score_scale: Sequence[float] = (), counts: Counts | None = None, refuse: Refuse | None = None
 ) -> list[Comparison | Score]:
-    """Comparisons and scores in the order of the files; comparisons without an order are kept and counted as `tied`.
+    """Comparisons and scores in the order of the files; fully tied comparisons are kept and counted as `tied`.
 
-    score_scale: the lowest and highest possible score; needed as soon as a record has one.
-    Errors: E-DATA-SCALE (no scale; says the range seen), E-DATA-NUMBER (outside it), E-DATA-RANK, other E-DATA-*.
+    score_scale: the lowest and highest possible score; required as soon as a record has a score.
+    Errors: E-DATA-SCALE (no scale; reports the range seen), E-DATA-NUMBER (outside it), E-DATA-RANK, other E-DATA-*.
     """
     counts = counts or Counts()
     given = paths if isinstance(paths, DataFiles) else sources(paths)
@@ -105,7 +105,7 @@ def preferences_of(
 
 
 def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> None:
-    """Errors: E-DATA-SCALE where scores have no declared scale; says the range seen."""
+    """Errors: E-DATA-SCALE where scores have no declared scale; reports the range seen."""
     scores = [(r.score, r.where) for r in records if isinstance(r, Score) and not score_scale]
     if scores:
         low, high = min(scores)[0], max(scores)[0]
@@ -138,30 +138,30 @@ def _records(
         refuse_none_learned(counts.excluded - excluded, counts.read - read, str(part))
 
 
-# --- what records say ---
+# --- contents of records ---
 
 
 def answers(record: Comparison | Score) -> list[Conversation]:
     """Each answer of a record as a conversation of its prompt, in the record's order."""
     texts = record.answers if isinstance(record, Comparison) else (record.answer,)
-    return [Conversation((*record.prompt.turns, Turn("assistant", found)), record.where) for found in texts]
+    return [Conversation((*record.prompt.turns, Turn("assistant", answer)), record.where) for answer in texts]
 
 
 def content_key(record: Record) -> bytes:
-    """8 bytes of a hash of what the record says, wherever it stands."""
+    """8 bytes of a hash of the record's content, wherever it appears."""
     content = [getattr(record, name) for name in record.__dataclass_fields__ if name not in ("where", "prompt")]
     prompt = getattr(record, "prompt", None)
     return hashlib.sha256(repr((type(record).__name__, prompt and prompt.turns, content)).encode()).digest()[:8]
 
 
 def refuse_overlap(train: Iterable[Record], validation: Iterable[Record]) -> None:
-    """Errors: E-DATA-OVERLAP where a held-out record is also trained on. Memory: 8 bytes a training record."""
+    """Errors: E-DATA-OVERLAP where a validation record is also trained on. Memory: 8 bytes per training record."""
     held = [(int.from_bytes(content_key(record), "little"), record.where) for record in validation]
     if not held:
         return
     seen = np.fromiter((int.from_bytes(content_key(record), "little") for record in train), np.uint64)
-    found = np.isin(np.array([key for key, _ in held], np.uint64), seen)
-    if found.any():
-        what = f"{int(found.sum())} of {len(held)} held-out records are also trained on"
-        where = held[int(found.argmax())][1]
+    leaked = np.isin(np.array([key for key, _ in held], np.uint64), seen)
+    if leaked.any():
+        what = f"{int(leaked.sum())} of {len(held)} held-out records are also trained on"
+        where = held[int(leaked.argmax())][1]
         raise UserError("E-DATA-OVERLAP", what, where=where, hint="split by a hash of the text")

@@ -1,7 +1,7 @@
-"""Rows of files: jsonl (an object a line), json (an array, or objects), csv and tsv, parquet; and paragraphs of txt.
+"""Rows of files: jsonl (an object per line), json (an array, or objects), csv and tsv, parquet; and paragraphs of txt.
 
-A row is parsed when it is asked for, so that a reader may go on after a bad one. JSON is read strictly: no duplicate
-keys, no NaN, no comments. Lines end at LF or CRLF only, so that U+2028 and its kin stay inside their text; those of a
+A row is parsed on request, so that a reader may continue after a bad one. JSON is read strictly: no duplicate
+keys, no NaN, no comments. Lines end at LF or CRLF only, so that U+2028 and the like stay inside their text; those of a
 table may be CR too, and inside its cells all of them are read as LF.
 """
 
@@ -18,7 +18,7 @@ from tetrad.data.filetype import check_format
 from tetrad.data.source import MAX_LINE_BYTES, Counts, Span, decode, empty, kind, lines
 from tetrad.errors import UserError
 
-MAX_JSON_BYTES = 512 << 20  # a .json file is held whole
+MAX_JSON_BYTES = 512 << 20  # a .json file is read as a whole
 _SPACE = re.compile(r"[ \t\r\n]*")
 _JSON_CELLS = ("messages", "conversations", "choices", "history", "votes")
 _NUMBER_CELLS = ("score", "margin", "rank", "spread")
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 @dataclass(slots=True)
 class Row:
-    """One row. raw: its bytes as they stand in the file, or empty; then `value` is what was read, or the error."""
+    """One row. raw: its bytes as in the file, or empty; then `value` is the parsed value, or the error."""
 
     where: str
     raw: bytes = b""
@@ -47,15 +47,15 @@ class Row:
         return value
 
     def text(self) -> str:
-        """The row as a line of JSON, or as it stands where it is none."""
+        """The row as a line of JSON, or verbatim where it is not JSON."""
         if self.raw:
             return self.raw.decode(errors="backslashreplace").rstrip("\r\n")
         return "" if isinstance(self.value, UserError) else json.dumps(self.value, ensure_ascii=False, default=str)
 
 
 def rows(part: Path | Span, counts: Counts, rename: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """The rows of a file or of a part of one. rename: other names of a table's columns, by which cells are numbers or
-    JSON. Errors: E-DATA-* of the file as a whole; those of a row by `Row.read`."""
+    """The rows of a file or of a part of one. rename: aliases of a table's columns, which decide what cells are numbers
+    or JSON. Errors: E-DATA-* of the file as a whole; those of a row come from `Row.read`."""
     span = part if isinstance(part, Span) else Span(part)
     path, suffix = span.path, kind(span.path)
     check_format(path)
@@ -64,14 +64,14 @@ def rows(part: Path | Span, counts: Counts, rename: Mapping[str, str] | None = N
     before, blank = counts.read, counts.blank
     match suffix:
         case ".json":
-            found = _json_values(path)
+            stream = _json_values(path)
         case ".csv" | ".tsv":
-            found = _table_rows(path, "\t" if suffix == ".tsv" else ",", counts, rename or {})
+            stream = _table_rows(path, "\t" if suffix == ".tsv" else ",", counts, rename or {})
         case ".parquet":
-            found = (Row(f"{path}:{n}", value=value) for n, value in enumerate(parquet.rows(path), 1))
+            stream = (Row(f"{path}:{n}", value=value) for n, value in enumerate(parquet.rows(path), 1))
         case _:
-            found = _json_lines(span, counts)
-    for row in found:
+            stream = _json_lines(span, counts)
+    for row in stream:
         counts.read += 1
         yield row
     if counts.read == before and not span.start:
@@ -105,11 +105,11 @@ def paragraphs(part: Path | Span, counts: Counts) -> Iterator[tuple[str, str]]:
 
 
 def parse(text: str, where: str, *, ends_file: bool = False) -> Any:
-    """One JSON value without space around it, strictly.
+    """Parses one JSON value without surrounding space, strictly.
 
     No duplicate keys, NaN, lone surrogates, comments or raw control characters.
 
-    ends_file: no newline follows, so that a half row may be told from a pretty-printed one.
+    ends_file: no newline follows, so that a truncated row can be distinguished from a pretty-printed one.
     """
     try:
         value, end = _DECODER.raw_decode(text)  # half the time of decode
@@ -123,7 +123,7 @@ def parse(text: str, where: str, *, ends_file: bool = False) -> Any:
 
 
 class _Refused(ValueError):
-    """A JSON value that is legal for Python's parser and not here: (code, what)."""
+    """A JSON value that is legal for Python's parser but not here: (code, what)."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _not_a_value(error: Exception, where: str) -> NoReturn:
 
 
 def _whole_text(value: Any, text: str, where: str) -> Any:
-    """Refuses half of a surrogate pair: it cannot be written as UTF-8 nor turned into tokens."""
+    """Refuses half of a surrogate pair: it can be neither written as UTF-8 nor tokenized."""
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -161,7 +161,7 @@ def _whole_text(value: Any, text: str, where: str) -> Any:
 
 
 def _syntax(error: json.JSONDecodeError, where: str, ends_file: bool) -> NoReturn:
-    """Says what people usually did when a row is not JSON."""
+    """Reports the usual mistake behind a row that is not JSON."""
     text, at = error.doc, error.pos
     rest = text[at:].lstrip()
     broken_off = not rest or error.msg.startswith("Unterminated string")
@@ -228,12 +228,12 @@ def _json_values(path: Path) -> Iterator[Row]:
 
 
 def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
 
 
 def _table_rows(path: Path, separator: str, counts: Counts, rename: Mapping[str, str]) -> Iterator[Row]:
-    """Rows of csv or tsv below their line of names; empty cells are null."""
+    """Rows of csv or tsv below their header line; empty cells are null."""
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(_table_lines(path), delimiter=separator, strict=True)
     names: list[str] = []
@@ -256,7 +256,7 @@ def _table_rows(path: Path, separator: str, counts: Counts, rename: Mapping[str,
 
 
 def _table_lines(path: Path) -> Iterator[str]:
-    """The lines of a table, all with LF at their end: those of a cell are the file's, and differ by system only."""
+    """The lines of a table, all ending in LF: the line ends inside a cell differ by system only."""
     for number, raw in lines(Span(path)):
         text = decode(raw, f"{path}:{number}").replace("\r\n", "\n").replace("\r", "\n")
         yield from (line + "\n" for line in text.removesuffix("\n").split("\n"))

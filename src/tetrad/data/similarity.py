@@ -1,5 +1,5 @@
-"""How alike texts are, as far as counting goes: their words and short runs of letters, hashed into signed places and
-weighted by how rare they are; no model is asked."""
+"""How similar texts are, by counting alone: their words and short runs of letters, hashed into signed buckets and
+weighted by rarity; no model is used."""
 
 import re
 import zlib
@@ -18,7 +18,7 @@ _PIECE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff]|[^\W_]+")
 
 
 def features(text: str) -> list[int]:
-    """The hashed pieces of a text: words, pairs of neighbours, and word starts; Han characters count as words."""
+    """The hashed features of a text: words, bigrams and word prefixes; Han characters count as words."""
     words = _PIECE.findall(text[:LONGEST].lower())
     pieces = [*words, *(f"{a} {b}" for a, b in pairwise(words))]
     pieces += [f"^{word[:4]}" for word in words if len(word) > 4]
@@ -26,30 +26,30 @@ def features(text: str) -> list[int]:
 
 
 class Texts:
-    """Texts as rows of unit length, [n, PLACES] float32; equal texts are worked out once."""
+    """Texts as rows of unit length, [n, PLACES] float32; equal texts are computed once."""
 
     def __init__(self, texts: Sequence[str], weights: Rows | None = None) -> None:
         different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        found = np.zeros((len(different), PLACES), np.float32)
+        rows = np.zeros((len(different), PLACES), np.float32)
         for text, i in different.items():
             hashed = np.array(features(text), np.int64)
             signs = np.where(hashed >> 31 & 1, 1.0, -1.0).astype(np.float32)
-            np.add.at(found[i], hashed % PLACES, signs)
-        np.sign(found, out=found, where=np.abs(found) > 1)  # often is hardly more than once
-        rare = np.log((1 + len(found)) / (1 + (found != 0).sum(0))) + 1
+            np.add.at(rows[i], hashed % PLACES, signs)
+        np.sign(rows, out=rows, where=np.abs(rows) > 1)  # counts are clipped to one
+        rare = np.log((1 + len(rows)) / (1 + (rows != 0).sum(0))) + 1
         self.weights: Rows = rare.astype(np.float32) if weights is None else weights
-        found *= self.weights
-        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
-        self.rows: Rows = found[[different[text] for text in texts]]
+        rows *= self.weights
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+        self.rows: Rows = rows[[different[text] for text in texts]]
 
 
 def embed(texts: Sequence[str]) -> Rows:
-    """Rows of unit length whose products say how alike texts are."""
+    """Rows of unit length whose dot products are the similarities of the texts."""
     return Texts(texts).rows
 
 
 def spread(texts: Sequence[str], most: int) -> list[str]:
-    """At most so many of the texts, evenly from first to last."""
+    """At most `most` of the texts, evenly spaced from first to last."""
     if len(texts) <= most:
         return list(texts)
     return [texts[i] for i in np.linspace(0, len(texts) - 1, most).astype(int)]
@@ -57,9 +57,9 @@ def spread(texts: Sequence[str], most: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How near new texts are to known ones. each: a text's likeness to its nearest; nearest: their median; usual: the
-    same of known texts among themselves, of which 95 % are nearer than `limit`; far: the share of new ones that are
-    not; farthest: one of them."""
+    """How close new texts are to known ones. each: a text's similarity to its nearest; nearest: their median; usual:
+    the same of known texts among themselves, of which 95 % are closer than `limit`; far: the share of new ones that
+    are not; farthest: the farthest new text."""
 
     each: Rows
     nearest: float
@@ -70,7 +70,7 @@ class Coverage:
 
 
 def covered(new: Sequence[str], known: Sequence[str]) -> Coverage | None:
-    """Whether new texts lie where the known ones do; nothing where there are fewer than ten of either."""
+    """Whether new texts lie where the known ones do; None where there are fewer than ten of either."""
     new, known = (spread(list(dict.fromkeys(texts)), MOST // 2) for texts in (new, known))
     if len(new) < 10 or len(known) < 10:
         return None
@@ -84,11 +84,11 @@ def covered(new: Sequence[str], known: Sequence[str]) -> Coverage | None:
 
 
 def _nearest(rows: Rows, others: Rows, *, itself: bool) -> Rows:
-    """Each row's largest product with another. itself: the rows are the others, and none is its own neighbour."""
-    found = []
+    """Each row's largest dot product with another. itself: the rows are the others, and none is its own neighbour."""
+    best = []
     for start in range(0, len(rows), 2048):
         alike = rows[start : start + 2048] @ others.T
         if itself:
             alike[np.arange(len(alike)), np.arange(start, start + len(alike))] = -1
-        found.append(alike.max(1))
-    return np.concatenate(found)
+        best.append(alike.max(1))
+    return np.concatenate(best)

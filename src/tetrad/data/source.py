@@ -1,7 +1,7 @@
-"""Which files a setting names, and their lines: globs, gzip, datasets of a hub, weights, and parts of large files.
+"""Which files a setting names, and their lines: globs, gzip, hub datasets, weights, and parts of large files.
 
-Everything that could be wrong with a file has one error that names the file, the line and the way out. A file is looked
-at before it is opened, because opening a pipe would wait for ever, and memory stays within one line.
+Everything that can be wrong with a file has one error that names the file, the line and a fix. A file is checked before
+it is opened, because opening a pipe would block forever, and memory stays within one line.
 """
 
 import glob
@@ -23,20 +23,20 @@ from tetrad.data.fields import MARKS
 from tetrad.errors import UserError
 
 MAX_LINE_BYTES = 64 << 20
-LINES = (".txt", ".jsonl", ".ndjson")  # formats that can be cut into parts at a line
+LINES = (".txt", ".jsonl", ".ndjson")  # formats that can be split into parts at a line
 SUFFIXES = (*LINES, ".json", ".csv", ".tsv", ".parquet")
 _SCAN = 1 << 24
 
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the rows of one reading, so that nothing is lost in silence.
+    """What became of the rows of one reading, so that nothing is lost silently.
 
-    read: rows seen; of them kept came out and refused were set aside. blank: blank lines. cut, dropped: over-long
-    records. tied: comparisons without an order. excluded: records that say themselves that nothing of them is to be
-    learned; masked: answers that are marked so. control_strings: places where user text spells a control token (it
-    stays plain text). long: over-long records that are refused, the longest and the first. forms: how each record was
-    read. unknown: fields that no form reads, each with its first place.
+    read: rows seen, of which `kept` became records and `refused` were set aside. blank: blank lines. cut, dropped:
+    records that are too long. tied: fully tied comparisons. excluded: records marked as not to be trained on at all;
+    masked: answers that are marked so. control_strings: places where user text spells a control token (it stays plain
+    text). long: records that are too long, with the longest and the first. forms: the format each record was read as.
+    unknown: fields that no format reads, each with its first location.
     """
 
     read: int = 0
@@ -56,7 +56,7 @@ class Counts:
     unknown: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: "Counts | Mapping[str, Any]") -> None:
-        """Adds another reading's figures, or those that a file of JSON kept."""
+        """Adds another reading's counts, or those stored as JSON."""
         for name in (f.name for f in fields(self)):
             mine, new = getattr(self, name), other[name] if isinstance(other, Mapping) else getattr(other, name)
             if name == "longest":
@@ -71,30 +71,30 @@ class Counts:
                 setattr(self, name, mine + new)
 
     def told(self) -> dict[str, Any]:
-        """The figures as JSON."""
+        """The counts as JSON."""
         return {**{f.name: getattr(self, f.name) for f in fields(self)}, "forms": dict(self.forms)}
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know: forms that were recognised, what is not learned, and fields that are not read."""
-        found = []
+        """What a user should know: recognised formats, what is not trained on, and fields that are not read."""
+        notes = []
         if self.forms:
-            found.append("read as " + ", ".join(f"{form} ({n})" for form, n in self.forms.most_common()))
+            notes.append("read as " + ", ".join(f"{form} ({n})" for form, n in self.forms.most_common()))
         if self.masked:
             marks = ", ".join(f'"{mark}"' for mark in MARKS)
-            found.append(f"answers that are marked as not to be learned ({marks}): {self.masked}")
+            notes.append(f"answers that are marked as not to be learned ({marks}): {self.masked}")
         if self.excluded:
-            found.append(f'records left out, because of a false "label" or with no answer to learn: {self.excluded}')
+            notes.append(f'records left out, because of a false "label" or with no answer to learn: {self.excluded}')
         if self.unknown:
             listed = ", ".join(f'"{name}" (first at {where})' for name, where in sorted(self.unknown.items()))
-            found.append(f"fields that are not read: {listed}")
-        return found
+            notes.append(f"fields that are not read: {listed}")
+        return notes
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of one setting. entry: the place in the setting that named each; weights: how often an epoch reads the
-    records of each place; rename: other names of fields, as {"question": "instruction"}."""
+    """The files of one setting. entry: the index in the setting of what named each; weights: how often an epoch reads
+    the records of each entry; rename: aliases of fields, as {"question": "instruction"}."""
 
     paths: tuple[Path, ...]
     entry: tuple[int, ...] = ()
@@ -102,19 +102,19 @@ class DataFiles:
     rename: Mapping[str, str] = field(default_factory=dict)
 
     def only(self, number: int) -> Self:
-        """The same with one of its files."""
+        """The same with only one of its files."""
         return type(self)(self.paths[number : number + 1], rename=self.rename)
 
     def mixture(self, where: Iterable[str]) -> tuple[tuple[int, float], ...]:
-        """(records, weight) of each run of records that share a weight. where: the places of the records, in order.
+        """(records, weight) of each run of records that share a weight. where: the locations of the records, in order.
 
-        Errors: E-DATA-EMPTY where the only records are those of a weight of 0.
+        Errors: E-DATA-EMPTY where all records have a weight of 0.
         """
         if all(weight == 1 for weight in self.weights):
             return ((sum(1 for _ in where), 1.0),)
         entry_of = {str(p): e for p, e in zip(self.paths, self.entry, strict=True)}
-        found = Counter(entry_of[place.rpartition(":")[0]] for place in where)
-        mixture = tuple((found[entry], self.weights[entry]) for entry in sorted(found))
+        counts = Counter(entry_of[place.rpartition(":")[0]] for place in where)
+        mixture = tuple((counts[entry], self.weights[entry]) for entry in sorted(counts))
         if not any(n * weight for n, weight in mixture):
             what, hint = "the entries with a weight above 0 have no records", "give more data, or raise the weights"
             raise UserError("E-DATA-EMPTY", what, where=str(self.paths[0]), hint=hint)
@@ -132,7 +132,7 @@ class Span:
 
 
 def files(patterns: Iterable[str | Path]) -> list[Path]:
-    """The files named, globs (`data/*.jsonl`, `**`) expanded in the order of their names, `hf://` names downloaded.
+    """The files named, globs (`data/*.jsonl`, `**`) expanded in name order, `hf://` names downloaded.
 
     A name is taken literally where such a file exists, and so is each folder before a glob: a folder may be called
     `exp[1]`. Errors: E-DATA-PATH, E-DATA-HUB, E-DATA-OVERLAP (named twice).
@@ -143,19 +143,19 @@ def files(patterns: Iterable[str | Path]) -> list[Path]:
 def sources(
     patterns: Iterable[str | Path], weights: Sequence[float] = (), rename: Mapping[str, str] | None = None
 ) -> DataFiles:
-    """The same with each file's place in the setting, its weight, and other names of fields. weights: one a pattern."""
-    found: list[tuple[Path, int]] = []
+    """The same with each file's index in the setting, its weight, and aliases of fields. weights: one per pattern."""
+    matches: list[tuple[Path, int]] = []
     given = list(map(str, patterns))
     for number, pattern in enumerate(given):
-        found += [(path, number) for path in _matches(pattern)]
+        matches += [(path, number) for path in _matches(pattern)]
     seen: set[tuple[int, int]] = set()
-    for path, _ in found:
+    for path, _ in matches:
         status = check_file(path)
         if (status.st_dev, status.st_ino) in seen:
             raise UserError("E-DATA-OVERLAP", "the same file is given twice", where=str(path), hint="name it once")
         seen.add((status.st_dev, status.st_ino))
     weights = tuple(weights) or (1.0,) * len(given)
-    return DataFiles(tuple(p for p, _ in found), tuple(n for _, n in found), weights, dict(rename or {}))
+    return DataFiles(tuple(p for p, _ in matches), tuple(n for _, n in matches), weights, dict(rename or {}))
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -176,32 +176,32 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def kind(path: Path) -> str:
-    """The ending that says how a file is read, `.gz` aside."""
+    """The suffix that decides how a file is read, `.gz` aside."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
 def spans(path: Path, size: int) -> list[Span]:
-    """Parts of about `size` bytes that can be read apart; a file whose parts can't be is one part.
+    """Parts of about `size` bytes that can be read independently; a file that can't be split is one part.
 
-    A part ends at a line's end, of a txt file at a blank line. Errors: E-DATA-PATH.
+    A part ends at a line end, in a txt file at a blank line. Errors: E-DATA-PATH.
     """
     total = check_file(path).st_size
     if kind(path) not in LINES or path.suffix.lower() == ".gz" or total <= size:
         return [Span(path)]
-    found: list[Span] = []
+    parts: list[Span] = []
     at, line = 0, 1
     with path.open("rb") as file:
         while at < total:
             stop = _boundary(file, min(at + size, total), blank=kind(path) == ".txt")
-            found.append(Span(path, at, stop, line))
+            parts.append(Span(path, at, stop, line))
             line += _newlines(file, at, stop) if stop < total else 0
             at = stop
-    return found
+    return parts
 
 
 def _boundary(file: IO[bytes], at: int, *, blank: bool) -> int:
-    """The first place from `at` on where a part may end."""
+    """The first position from `at` on where a part may end."""
     file.seek(max(at - 1, 0))
     raw = file.readline()
     while blank and raw:
@@ -213,13 +213,13 @@ def _boundary(file: IO[bytes], at: int, *, blank: bool) -> int:
 
 def _newlines(file: IO[bytes], start: int, stop: int) -> int:
     file.seek(start)
-    found = 0
+    count = 0
     while start < stop:
         raw = file.read(min(_SCAN, stop - start))
         if not raw:
             break
-        found, start = found + raw.count(b"\n"), start + len(raw)
-    return found
+        count, start = count + raw.count(b"\n"), start + len(raw)
+    return count
 
 
 def lines(span: Span) -> Iterator[tuple[int, bytes]]:
@@ -243,7 +243,7 @@ def lines(span: Span) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(raw: bytes, where: str) -> str:
-    """UTF-8 text of a line. Errors: E-DATA-ENCODING with the byte, and what the encoding probably is."""
+    """UTF-8 text of a line. Errors: E-DATA-ENCODING with the byte and the probable encoding."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -255,8 +255,8 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def _probable(raw: bytes) -> str:
-    """The encoding that a line which is no UTF-8 most likely has: Chinese writes its bytes in pairs of high ones, the
-    languages of Western Europe a single one among letters."""
+    """The most likely encoding of a line that is not UTF-8: Chinese text has high bytes in pairs, Western European
+    languages single ones among letters."""
     high = sum(byte > 127 for byte in raw)
     paired = sum(a > 127 and b > 127 for a, b in pairwise(raw))
     for encoding, likely in (("GB18030", paired >= high / 2), ("WINDOWS-1252", paired < high / 4)):
@@ -267,7 +267,7 @@ def _probable(raw: bytes) -> str:
 
 
 def check_file(path: Path) -> os.stat_result:
-    """A regular file that may be read. Errors: E-DATA-PATH."""
+    """Checks that a path is a readable regular file. Errors: E-DATA-PATH."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -283,7 +283,7 @@ def check_file(path: Path) -> os.stat_result:
 
 
 def refuse_none_learned(excluded: int, read: int, where: str) -> None:
-    """Errors: E-DATA-EMPTY where all records say themselves that they are not to be learned from."""
+    """Errors: E-DATA-EMPTY where all records are marked as not to be trained on."""
     if excluded and excluded == read:
         what = f"all {read} records are marked as not to be learned from"
         hint = 'leave the file out, or give answers with a "label" of true or without one'

@@ -1,9 +1,9 @@
 """A stage's tokens on disk: read in any order, never held in memory as a whole.
 
-A store is a row of parts, each a folder with ids (uint16 or uint32), one bit a token for what the loss reads, int64
-offsets and each record's place. A part holds the records of a file, or of some megabytes of one, under a name made of
-everything that decides its content: so a part that is there is used, a build that was stopped goes on, and a new file
-costs no more than itself. Parts are built side by side by processes of their own.
+A store is a sequence of parts, each a folder with ids (uint16 or uint32), one loss-mask bit per token, int64 offsets
+and each record's location. A part holds the records of a file, or of a few megabytes of one, under a name derived from
+everything that determines its content: existing parts are reused, an interrupted build continues, and a new file costs
+no more than itself. Parts are built in parallel by separate processes.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Tokens
 
-VERSION = 2  # raised when the same records would become other tokens
-PART_BYTES = 4 << 20  # a part's text, where a file can be cut
+VERSION = 2  # raised when the same records would yield different tokens
+PART_BYTES = 4 << 20  # a part's text, where a file can be split
 MOST_PARTS = 512  # of one file, so that its folders stay few
 ALONE_BYTES = 16 << 20  # less than this is built faster by one process
 SPOOL_TOKENS = 1 << 18  # tokens moved at once to the spool, and from it to the part; a multiple of 8
@@ -45,7 +45,7 @@ HELD_RECORDS = 4096
 
 @dataclass(frozen=True)
 class Encoding:
-    """How records become tokens: all that decides their ids and marks. template: None for documents.
+    """How records become tokens: all that determines their ids and loss mask. template: None for documents.
 
     tokenizer: the text of tokenizer.json, eos_ids: its end tokens. max_tokens: 0 for no limit.
     """
@@ -59,19 +59,19 @@ class Encoding:
     overlong: OnLong = "refuse"
 
     def key(self, given: DataFiles) -> str:
-        """A hash of it, and of the names that fields are given."""
-        told = {**asdict(self), "rename": sorted(given.rename.items()), "version": VERSION}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        """A hash of it, and of the aliases of fields."""
+        settings = {**asdict(self), "rename": sorted(given.rename.items()), "version": VERSION}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def stream(self, span: Span, given: DataFiles, counts: Counts) -> Iterator[Tokens]:
         """The tokens of a part's records. Errors: E-DATA-*, E-MODEL-*."""
         tokenizer = _tokenizer(self.tokenizer, self.eos_ids)
         if self.template is None:
             return tokenize_documents(tokenizer, documents_of(span, given, counts), counts)
-        found = conversations_of(span, given, counts)
-        how = {"train_on_prompt": self.train_on_prompt, "last_only": self.last_only}
-        made = learned(tokenize(self.template, tokenizer, found, **how, counts=counts), counts)
-        return fit(made, self.max_tokens, self.overlong, counts) if self.max_tokens else made
+        records = conversations_of(span, given, counts)
+        options = {"train_on_prompt": self.train_on_prompt, "last_only": self.last_only}
+        tokens = learned(tokenize(self.template, tokenizer, records, **options, counts=counts), counts)
+        return fit(tokens, self.max_tokens, self.overlong, counts) if self.max_tokens else tokens
 
 
 @cache
@@ -119,7 +119,7 @@ class TokenStore:
 
 
 class _Part:
-    """One folder of a store. Each look opens a file and closes it: parts may be many, and open files are few."""
+    """One folder of a store. Each read opens a file and closes it: parts may be many, and open files are limited."""
 
     def __init__(self, folder: Path) -> None:
         meta = storage.read_manifest(folder)
@@ -141,7 +141,7 @@ class _Part:
         return Tokens(ids, train, next(self.places(index, 1)))
 
     def places(self, index: int = 0, count: int = -1) -> Iterator[str]:
-        """`file:line` of so many records from this one on; -1 for all."""
+        """`file:line` of `count` records from `index` on; -1 for all."""
         for path, line in self._read("places.bin", "uint32", 2 * index, 2 * count).reshape(-1, 2).tolist():
             yield f"{self._paths[path]}:{line}" if line else self._paths[path]
 
@@ -157,7 +157,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Job:
-    """One part to build. given: its file alone."""
+    """One part to build. given: only its file."""
 
     folder: Path
     span: Span
@@ -174,9 +174,9 @@ def build(
 ) -> tuple[TokenStore, Counts]:
     """The tokens of all records of these files, in their order, and what became of the rows.
 
-    folder: holds the parts; those that nothing here needs are removed. sha256: of each file. workers: processes.
-    progress: told how many of how many parts are there. Errors: E-DATA-*, E-MODEL-*, E-IO-*, those of the first file
-    first.
+    folder: holds the parts; those no longer needed are removed. sha256: of each file. workers: processes.
+    progress: called with the number of finished parts and of all. Errors: E-DATA-*, E-MODEL-*, E-IO-*, those of
+    the first file first.
     """
     jobs = _jobs(folder, encoding, given, sha256)
     todo = [job for job in jobs if not _is_built(job.folder)]
@@ -203,14 +203,14 @@ def _jobs(folder: Path, encoding: Encoding, given: DataFiles, sha256: Sequence[s
     jobs = []
     for number, (path, digest) in enumerate(zip(given.paths, sha256, strict=True)):
         for span in spans(path, max(PART_BYTES, path.stat().st_size // MOST_PARTS)):
-            told = json.dumps([key, digest, str(path), span.start, span.stop])
-            name = hashlib.sha256(told.encode()).hexdigest()[:24]
+            part_key = json.dumps([key, digest, str(path), span.start, span.stop])
+            name = hashlib.sha256(part_key.encode()).hexdigest()[:24]
             jobs.append(_Job(folder / name, span, given.only(number)))
     return jobs
 
 
 def _run(encoding: Encoding, jobs: Sequence[_Job], workers: int) -> Iterator[UserError | None]:
-    """Builds the parts; each one's error or nothing, in the order of the parts."""
+    """Builds the parts; yields each one's error or None, in the order of the parts."""
     size = sum((job.span.stop or job.span.path.stat().st_size) - job.span.start for job in jobs)
     if workers < 2 or len(jobs) < 2 or size < ALONE_BYTES:
         yield from (_build_part(encoding, job) for job in jobs)
@@ -221,8 +221,8 @@ def _run(encoding: Encoding, jobs: Sequence[_Job], workers: int) -> Iterator[Use
     try:
         futures = [pool.submit(_work, job) for job in jobs]
         for future in futures:
-            found = future.result()
-            yield UserError(found[0], found[1], where=found[2], hint=found[3]) if found else None
+            error = future.result()
+            yield UserError(error[0], error[1], where=error[2], hint=error[3]) if error else None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -232,7 +232,7 @@ _whole: set[Path] = set()
 
 
 def _begin_worker(parent: int, encoding: Encoding) -> None:
-    """One thread a process, an end at Ctrl-C without a word, and none outlives its parent."""
+    """One thread per process, a silent exit on Ctrl-C, and no process outlives its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _of_worker["encoding"] = encoding
@@ -246,7 +246,7 @@ def _begin_worker(parent: int, encoding: Encoding) -> None:
 
 
 def _work(job: _Job) -> tuple[str, str, str, str] | None:
-    """Builds a part; its error as plain texts, which pass from process to process."""
+    """Builds a part; its error as plain strings, which can be passed between processes."""
     error = _build_part(_of_worker["encoding"], job)
     return (error.code, error.what, error.where, error.hint) if error else None
 
@@ -261,7 +261,7 @@ def _build_part(encoding: Encoding, job: _Job) -> UserError | None:
 
 
 def write_part(folder: Path, stream: Iterable[Tokens], counts: Counts) -> None:
-    """One part with these records, and what became of the rows. Errors: E-IO-*, and those of the stream."""
+    """Writes one part with these records, and what became of the rows. Errors: E-IO-*, and those of the stream."""
     with tempfile.TemporaryFile() as ids, tempfile.TemporaryFile() as train:
         spool = _Spool(ids, train)
         for tokens in stream:
@@ -273,7 +273,7 @@ def write_part(folder: Path, stream: Iterable[Tokens], counts: Counts) -> None:
 
 
 def _is_built(folder: Path) -> bool:
-    """A part is a copy of what can be read again: a damaged one is built anew. A process looks once."""
+    """Whether a part is there and intact: a damaged one is rebuilt from its file. A process checks once."""
     if folder in _whole:
         return True
     try:
@@ -286,7 +286,7 @@ def _is_built(folder: Path) -> bool:
 
 @dataclass(slots=True)
 class _Spool:
-    """Tokens on their way to a part: ids and marks in unnamed files, 16 bytes a record in memory."""
+    """Tokens on their way to a part: ids and loss mask in unnamed files, 16 bytes per record in memory."""
 
     ids: IO[bytes]
     train: IO[bytes]

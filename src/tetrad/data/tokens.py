@@ -1,4 +1,4 @@
-"""Records to tokens: encoded in chunks on all cores, with the ids of the one-by-one path; and what is over-long."""
+"""Tokenizes records in chunks on all cores, with the same ids as one by one; and handles those that are too long."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -15,7 +15,7 @@ from tetrad.types import Conversation, Document, Prompt, Tokens
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 1 << 20
 OnLong = Literal["refuse", "truncate", "drop"]
-Cut = tuple[list[Piece], str]  # a record's pieces and its place
+Cut = tuple[list[Piece], str]  # a record's pieces and its location
 
 
 def tokenize(
@@ -30,9 +30,9 @@ def tokenize(
 ) -> Iterator[Tokens]:
     """The tokens of each conversation (`train` marks answers and their end tokens) or prompt (nothing marked).
 
-    train_on_prompt: what is no answer is marked too. last_only: of several answers the last alone is. closed: false
-    ends a record with its last end token.
-    counts: gets the control strings in user text. Errors: E-DATA-CHAT, E-MODEL-TEMPLATE, E-MODEL-TOKENIZER.
+    train_on_prompt: what is not an answer is marked too. last_only: only the last of several answers is. closed: false
+    ends a record at its last end token.
+    counts: counts the control strings in user text. Errors: E-DATA-CHAT, E-MODEL-TEMPLATE, E-MODEL-TOKENIZER.
     """
     which = {"last": last_only, "closed": closed, "prompt": train_on_prompt}
     pieces = ((template.pieces(tokenizer, r.turns, r.where, **which), r.where) for r in records)
@@ -57,8 +57,8 @@ def fit(
 ) -> Iterator[Tokens]:
     """Records of at most `max_tokens` tokens.
 
-    overlong: longer ones are refused (left out here; `refuse_long` raises once all are seen), cut (tokens of `side` go)
-    or dropped; all are counted. A cut record that has nothing left to learn from, though it had, is dropped.
+    overlong: longer ones are refused (left out here; `refuse_long` raises once all are seen), cut (on this `side`)
+    or dropped; all are counted. A cut record that loses all tokens to train on is dropped.
     """
     for tokens in stream:
         length = len(tokens.ids)
@@ -78,7 +78,7 @@ def fit(
 
 
 def learned(stream: Iterable[Tokens], counts: Counts) -> Iterator[Tokens]:
-    """Records with a token to learn; of others the last answer alone was wanted, and it is marked as not to be."""
+    """Records with a token to train on; of others only the last answer counts, and it is marked as not trained on."""
     for tokens in stream:
         if tokens.train.any():
             yield tokens
@@ -87,7 +87,7 @@ def learned(stream: Iterable[Tokens], counts: Counts) -> Iterator[Tokens]:
 
 
 def refuse_long(counts: Counts, max_tokens: int, overlong: OnLong) -> None:
-    """Errors: E-DATA-LONG where over-long records are refused, or nothing is left without them."""
+    """Errors: E-DATA-LONG where records that are too long are refused, or nothing is left without them."""
     if counts.long and (overlong == "refuse" or counts.dropped == counts.kept):
         seen = f"{counts.long} of {counts.kept} records are too long"
         what = f"{seen}: the longest has {counts.longest} tokens, the limit is {max_tokens}"
@@ -98,15 +98,15 @@ def refuse_long(counts: Counts, max_tokens: int, overlong: OnLong) -> None:
 
 
 def _encode(tokenizer: Tokenizer, stream: Iterable[Cut], counts: Counts | None) -> Iterator[Tokens]:
-    """Each record's tokens, the texts of many records encoded at once."""
+    """Each record's tokens; the texts of many records are encoded at once."""
     for chunk in _chunks(stream):
         texts = [piece for pieces, _ in chunk for piece, _ in pieces if isinstance(piece, str)]
         if counts:
             counts.control_strings += tokenizer.control_strings(texts)
         encoded = iter(tokenizer.encode_batch(texts))
-        made = [next(encoded) if isinstance(piece, str) else (piece,) for pieces, _ in chunk for piece, _ in pieces]
-        sizes = np.fromiter(map(len, made), np.int64, len(made))
-        ids = np.fromiter(chain.from_iterable(made), np.int32, int(sizes.sum()))
+        id_lists = [next(encoded) if isinstance(piece, str) else (piece,) for pieces, _ in chunk for piece, _ in pieces]
+        sizes = np.fromiter(map(len, id_lists), np.int64, len(id_lists))
+        ids = np.fromiter(chain.from_iterable(id_lists), np.int32, int(sizes.sum()))
         train = np.repeat(np.array([trained for pieces, _ in chunk for _, trained in pieces], np.bool_), sizes)
         ends = np.cumsum(sizes)[np.cumsum([len(pieces) for pieces, _ in chunk]) - 1].tolist()
         start = 0

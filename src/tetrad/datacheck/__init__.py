@@ -1,1 +1,1 @@
-"""What `tetrad check` computes: everything in a recipe and its data that training would stumble over. No torch."""
+"""What `tetrad check` computes: every problem in a recipe and its data that training would run into. No torch."""

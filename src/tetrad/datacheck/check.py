@@ -1,7 +1,7 @@
-"""`tetrad check`: reads all that a recipe or files hold, trains nothing, and says what training would stumble over.
+"""`tetrad check`: reads all that a recipe or files hold, trains nothing, and reports what would go wrong in training.
 
-The same report is shown on the terminal, written as JSON and as one page of HTML. Bad rows are told one by one and can
-be set aside in a file. The first error is raised at the end, so that a script sees it by the exit status.
+The same report is shown on the terminal, written as JSON and as one page of HTML. Bad rows are reported one by one and
+can be set aside in a file. The first error is raised at the end, so that a script sees it in the exit status.
 """
 
 import json
@@ -47,8 +47,8 @@ def check_recipe(recipe: Recipe, settings: Check, console: Console) -> None:
     for setting, what, given in settings_of(recipe):
         stage = setting.partition(".")[0]
         encoder = replace(base, limit=rooms.get(stage, 0))
-        how = {"score_scale": recipe.reward.score_scale, "train_on_prompt": recipe.sft.train_on_prompt}
-        readings.append(read(setting, what, given, encoder, **how))
+        options = {"score_scale": recipe.reward.score_scale, "train_on_prompt": recipe.sft.train_on_prompt}
+        readings.append(read(setting, what, given, encoder, **options))
     if not readings:
         hint = 'name files, as [sft] data = ["FILE"]'
         raise UserError("E-CONF-MISSING", "no stage of the recipe has files to check", where=recipe.name, hint=hint)
@@ -68,11 +68,11 @@ def check_files(paths: Sequence[str], settings: Check, console: Console) -> None
             what = settings.kind or sniff(path, given)
         except UserError:
             what = "conversations"
-        found = read(_role(what), what, given.only(number), encoder)
+        reading = read(_role(what), what, given.only(number), encoder)
         if what in readings:
-            _join(readings[what], found)
+            _join(readings[what], reading)
         else:
-            readings[what] = found
+            readings[what] = reading
     report, error = examine(", ".join(paths), list(readings.values()), encoder, None, None)
     _deliver(report, error, list(readings.values()), settings, console)
 
@@ -93,7 +93,7 @@ def _join(reading: Reading, other: Reading) -> None:
 
 
 def _tokenizer_folder(recipe: Recipe) -> Path | None:
-    """Where the recipe's tokenizer is: in the folder it starts from, or learned already; else nowhere yet."""
+    """Where the recipe's tokenizer is: in the folder it starts from, or trained already; None if not there yet."""
     if recipe.model.from_:
         folder = Path(recipe.model.from_)
         return folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
@@ -163,10 +163,10 @@ def first_error(
     readings: Sequence[Reading], encoder: Encoder, overlong: Mapping[str, str], scale: Sequence[float] | None
 ) -> UserError | None:
     """Bad rows and files in their order, then what concerns all records of a setting."""
-    found = [e for r in readings for f in r.files for e in [*(e for e, _ in f.refused[:1]), f.failed] if e]
+    errors = [e for r in readings for f in r.files for e in [*(e for e, _ in f.refused[:1]), f.failed] if e]
     total = sum(sum(f.codes.values()) for r in readings for f in r.files)
-    if found:
-        first = found[0]
+    if errors:
+        first = errors[0]
         more = f" ({total - 1} more in the report)" if total > 1 else ""
         return UserError(first.code, first.what.rstrip(".") + more, where=first.where, hint=first.hint)
     for reading in readings:
@@ -186,7 +186,7 @@ def first_error(
 
 
 def files(readings: Sequence[Reading], overlong: Mapping[str, str]) -> Section:
-    """What became of each file's rows, how they were read, and each bad row with its reason and the way out."""
+    """What became of each file's rows, how they were read, and each bad row with its reason and a fix."""
     rows, forms, bad, noticed, figures = [], [], [], list[Finding](), {}
     for reading in readings:
         for file in reading.files:
@@ -213,7 +213,7 @@ def files(readings: Sequence[Reading], overlong: Mapping[str, str]) -> Section:
 
 
 def lengths(readings: Sequence[Reading], encoder: Encoder, overlong: Mapping[str, str]) -> Section:
-    """Lengths of the records, what is over-long, and the share of tokens that the loss reads."""
+    """Lengths of the records, which are too long, and the share of tokens in the loss."""
     unit = "characters" if encoder.stand_in else "tokens"
     rows, plots, noticed, figures = [], list[Plot](), list[Finding](), {}
     for reading in readings:
@@ -221,12 +221,12 @@ def lengths(readings: Sequence[Reading], encoder: Encoder, overlong: Mapping[str
             continue
         n, ordered = len(reading.lengths), sorted(reading.lengths)
         at = [ordered[min(n - 1, int(n * q))] for q in (0.5, 0.95, 0.99)]
-        told = reading.kind in ("documents", "conversations") and not encoder.stand_in
-        trained = share(reading.trained, reading.tokens) if told else ""
+        has_labels = reading.kind in ("documents", "conversations") and not encoder.stand_in
+        trained = share(reading.trained, reading.tokens) if has_labels else ""
         count = "" if encoder.stand_in else reading.tokens
         rows.append((reading.setting, n, *at, ordered[-1], reading.long, count, trained))
-        found = {"records": n, "unit": unit, "median": at[0], "p95": at[1], "p99": at[2], "longest": ordered[-1]}
-        figures[reading.setting] = found | {
+        stats = {"records": n, "unit": unit, "median": at[0], "p95": at[1], "p99": at[2], "longest": ordered[-1]}
+        figures[reading.setting] = stats | {
             "over_long": reading.long,
             "tokens": reading.tokens,
             "trained": reading.trained,
@@ -252,30 +252,30 @@ def lengths(readings: Sequence[Reading], encoder: Encoder, overlong: Mapping[str
 
 
 def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[RenderedSample, ...]:
-    """Three records, control tokens and all, as the ids that the model would get, with what the loss reads."""
+    """Three records with control tokens, as the ids that the model would get, with the tokens in the loss marked."""
     order = ("sft.data", "reward.data", "ppo.prompts", "pretrain.text")
     chosen = min((r for r in readings if r.records), key=lambda r: (*order, r.setting).index(r.setting), default=None)
     if chosen is None:
         return ()
     n = len(chosen.records)
-    found = []
+    samples = []
     for record in [chosen.records[i] for i in sorted({0, n // 2, n - 1})][:SHOWN]:
         try:
-            (made,) = encoder.tokens([shortened(record)], Counts(), train_on_prompt=False)
+            (docs,) = encoder.tokens([shortened(record)], Counts(), train_on_prompt=False)
         except UserError as error:
             return (RenderedSample(error.where, (Span(str(error), trained=False),)),)
-        tokens, runs = made[0], list[Span]()
+        tokens, runs = docs[0], list[Span]()
         start = 0
         for end in range(1, len(tokens.ids) + 1):
             if end == len(tokens.ids) or tokens.train[end] != tokens.train[start]:
                 text = encoder.tokenizer.decode(tokens.ids[start:end].tolist(), keep_control=True)
                 runs.append(Span(text, bool(tokens.train[start])))
                 start = end
-        found.append(RenderedSample(record.where, tuple(runs)))
-    return tuple(found)
+        samples.append(RenderedSample(record.where, tuple(runs)))
+    return tuple(samples)
 
 
-# --- what comes of it ---
+# --- output ---
 
 
 def _deliver(
@@ -288,17 +288,17 @@ def _deliver(
             console.say(f"{name}: {target}")
     if settings.quarantine:
         aside = [(e, text) for r in readings for f in r.files for e, text in f.refused]
-        told = [{"where": e.where, "code": e.code, "why": e.what, "fix": e.hint, "row": text} for e, text in aside]
-        lines = (json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n" for line in told)
+        rows = [{"where": e.where, "code": e.code, "why": e.what, "fix": e.hint, "row": text} for e, text in aside]
+        lines = (json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n" for line in rows)
         storage.write_file(Path(settings.quarantine), lines)
-        console.say(f"quarantine: {len(told)} rows in {settings.quarantine}")
+        console.say(f"quarantine: {len(rows)} rows in {settings.quarantine}")
     if error:
         raise error
 
 
 def as_json(report: Report) -> str:
     """The whole report for programs."""
-    told = {
+    payload = {
         "target": report.target,
         "findings": [asdict(finding) for finding in report.findings],
         "sections": {
@@ -307,4 +307,4 @@ def as_json(report: Report) -> str:
         },
         "samples": [asdict(sample) for sample in report.samples],
     }
-    return json.dumps(told, ensure_ascii=False, indent=1, default=str) + "\n"
+    return json.dumps(payload, ensure_ascii=False, indent=1, default=str) + "\n"

@@ -1,12 +1,11 @@
-"""What a recipe will need: memory and time of each stage, worked out from the model's shape and the number of tokens.
+"""What a recipe will need: memory and time of each stage, estimated from the model's shape and the number of tokens.
 
-Trained weights cost 12 bytes a parameter (float32 weights and Adam's two moments), frozen ones 4; adapters cost as much
-for their own few parameters, on one frozen base. What a forward keeps for its backward is counted layer by layer for
-`run.micro_batch_tokens`; gradients, 4 bytes a trained parameter, take its place as the backward proceeds. While
-responses are sampled the weights are laid out once more, with a cache of keys and values (`benchmarks/memory.py`
-compares with measured peaks). Work is 6 floating-point operations a trained
-parameter and token (2 where nothing is learned; Kaplan et al. 2020), at a measured share of this machine's speed of
-matrix products: it tells minutes from hours.
+Trained weights cost 12 bytes per parameter (float32 weights and Adam's two moments), frozen ones 4; adapters cost the
+same for their own few parameters, on one frozen base. Activations kept for the backward pass are counted layer by layer
+for `run.micro_batch_tokens`; gradients, 4 bytes per trained parameter, take their place as the backward pass proceeds.
+While responses are sampled there is a second copy of the weights, with a KV cache (`benchmarks/memory.py` compares with
+measured peaks). Work is 6 floating-point operations per trained parameter and token (2 where nothing is trained; Kaplan
+et al. 2020), at a measured share of this machine's speed of matrix products: enough to tell minutes from hours.
 """
 
 import math
@@ -27,19 +26,19 @@ from tetrad.report.sections import Finding, Section, Table
 from tetrad.settings.base import model_pays
 from tetrad.settings.lora import Lora
 
-TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes a parameter
+TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes per parameter
 BASE = 305 << 20  # bytes of a process with torch in it
-COMPILED = 145 << 20  # what oneDNN compiles, where it trains
-SHARE = 0.6  # of the speed of large products that a whole step reaches
+COMPILED = 145 << 20  # kernels that oneDNN compiles, where it trains
+SHARE = 0.6  # of the speed of large matrix products that a whole step reaches
 _TESTS = ("reward.validation", "reward.test")
 DECODED = 0.2  # of it that sampling reaches, token by token
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens: learned from, each as
-    often as it is read; read: read only; sampled: written, by `slots` replies at once of `positions` tokens; batch:
-    tokens of an optimizer step."""
+    """trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens: trained on, each as
+    often as it is read; read: only read; sampled: generated, `slots` responses at once of `positions` tokens; batch:
+    tokens per optimizer step."""
 
     name: str
     trained: float
@@ -54,7 +53,7 @@ class StageCost:
 
 
 def parameters(config: DecoderConfig) -> int:
-    """Of a decoder with its head."""
+    """Parameters of a decoder with its head."""
     c, inner = config, config.heads * config.head_dim
     kv = config.kv_heads * config.head_dim
     bias = (inner + 2 * kv) if c.qkv_bias else 2 * c.head_dim if c.qk_norm else 0
@@ -63,13 +62,13 @@ def parameters(config: DecoderConfig) -> int:
 
 
 def kept_bytes(config: DecoderConfig, micro_batch_tokens: int) -> int:
-    """What one micro-batch keeps for its backward, float32: inputs of norms, projections, attention, feed-forward."""
+    """Activations that one micro-batch keeps, float32: inputs of norms, projections, attention, feed-forward."""
     width = 8 * config.hidden_size + 3 * config.heads * config.head_dim + 3 * config.ff
     return 4 * micro_batch_tokens * (config.layers * width + 4 * config.hidden_size)
 
 
 def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
-    """Of one adapter."""
+    """Parameters of one adapter."""
     c, inner, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
     sides = 2 * (c.hidden_size + inner) + 2 * (c.hidden_size + kv)
     sides += 3 * (c.hidden_size + c.ff) if lora.targets == "all" else 0
@@ -77,8 +76,8 @@ def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
 
 
 def memory(stage: StageCost, config: DecoderConfig, recipe: Recipe) -> int:
-    """The peak of a stage, in bytes. What sampling needs is given back before it learns, but seldom to the system; the
-    merged model of adapters is made of it."""
+    """A stage's peak memory, in bytes. What sampling needs is freed before training, but seldom returned to the system;
+    the merged model of adapters reuses it."""
     n, cache = parameters(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
     trained = n * stage.trained + adapter_parameters(config, recipe.lora) * stage.adapters
     weights = TRAINED * trained + n * stage.frozen * FROZEN
@@ -95,25 +94,25 @@ def _base() -> int:
 
 
 def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
-    """What each stage of a recipe has to do; only those whose text could be counted."""
-    found = []
+    """The work of each stage of a recipe; only of those whose tokens could be counted."""
+    costs = []
     if (r := readings.get("pretrain.text")) and r.tokens:
         s = recipe.pretrain
-        found.append(StageCost("pretrain", 1, 0, s.tokens or r.tokens, batch=s.batch_tokens))
+        costs.append(StageCost("pretrain", 1, 0, s.tokens or r.tokens, batch=s.batch_tokens))
     if (r := readings.get("sft.data")) and r.tokens:
         on, batch = recipe.sft.adapters, recipe.sft.batch_size * r.tokens // len(r.lengths)
-        found.append(StageCost("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
+        costs.append(StageCost("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
     if (r := readings.get("reward.data")) and r.tokens:
-        found.append(_reward(recipe, r, sum(readings[n].tokens for n in _TESTS if n in readings)))
+        costs.append(_reward(recipe, r, sum(readings[n].tokens for n in _TESTS if n in readings)))
     if (r := readings.get("ppo.prompts")) and r.tokens:
-        found.append(_ppo(recipe, r))
-    return found
+        costs.append(_ppo(recipe, r))
+    return costs
 
 
 def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
     s, members = recipe.reward, recipe.reward.ensemble_size
-    best = members if s.patience and not s.adapters else 0  # the weights that did best on held-out records
-    trained, frozen = (0, 2) if s.adapters else (members, 1 + best)  # one more writes replies to set the scale
+    best = members if s.patience and not s.adapters else 0  # the best weights on validation records
+    trained, frozen = (0, 2) if s.adapters else (members, 1 + best)  # one more generates responses to set the scale
     return StageCost(
         "reward",
         trained,
@@ -149,7 +148,7 @@ def _ppo(recipe: Recipe, r: Reading) -> StageCost:
 
 
 def speed() -> float:
-    """Floating-point operations a second of a large float32 product on this machine's processors."""
+    """Floating-point operations per second of a large float32 matrix product on this machine's CPU."""
     a = np.ones((1024, 1024), np.float32)
     a @ a
     best = 1e9
@@ -163,14 +162,14 @@ def speed() -> float:
 def section(
     recipe: Recipe, config: DecoderConfig, readings: Mapping[str, Reading], *, guessed: bool = False
 ) -> Section:
-    """A row a stage: models, memory, work and time on this machine's processors. guessed: tokens are not counted."""
-    found = stages(recipe, readings)
-    if not found:
+    """One row per stage: models, memory, work and time on this machine's CPU. guessed: tokens are estimated."""
+    costs = stages(recipe, readings)
+    if not costs:
         return Section("cost", "What it will need")
     n, rate = parameters(config), speed()
     rows, figures = [], dict[str, Any]()
     findings, there = list[Finding](), machine_memory()
-    for stage in found:
+    for stage in costs:
         needed = memory(stage, config, recipe)
         if needed > there and recipe.run.device != "cuda":
             text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU, and this machine has"
@@ -189,9 +188,9 @@ def section(
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this machine, or the container that we are in, has."""
+    """Bytes of memory of this machine, or of the container that we run in."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with suppress(OSError, ValueError):  # "max" is no limit
+    with suppress(OSError, ValueError):  # "max" means no limit
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return min(limits)
 

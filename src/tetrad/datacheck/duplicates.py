@@ -1,8 +1,8 @@
-"""Records that say the same: exactly, nearly (MinHash over short pieces of text), and across train and held-out.
+"""Duplicate records: exact, near (MinHash over short pieces of text), and across training and validation data.
 
-Exactly means the same but for case, punctuation and spaces in the prompt, where Instruction and Input count as one
-text. Nearly means an estimated Jaccard similarity of at least 0.7 between the sets of five-letter pieces (Broder 1997)
-of what was put in and answered, under one instruction. Signatures are rensa's; candidates meet in a band of them.
+Exact means the same except for case, punctuation and spaces in the prompt, where Instruction and Input count as one
+text. Near means an estimated Jaccard similarity of at least 0.7 between the sets of five-letter shingles (Broder 1997)
+of input and answer, under the same instruction. Signatures are rensa's; candidates share a band of them.
 """
 
 import shlex
@@ -19,8 +19,8 @@ from tetrad.report.sections import Finding, Section, Table, share
 SIMILAR = 0.7
 HASHES, BANDS = 128, 32  # two texts of similarity 0.7 share a band of 4 hashes with probability 0.9998
 PIECE = 5
-MOST = 200_000  # records compared nearly
-SHORTEST = 20  # letters; shorter texts are alike by chance
+MOST = 200_000  # records compared for near duplicates
+SHORTEST = 20  # letters; shorter texts are similar by chance
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 PAIRS = (
     ("pretrain.text", "pretrain.validation"),
@@ -30,12 +30,12 @@ PAIRS = (
     ("reward.validation", "reward.test"),
     ("ppo.prompts", "evaluate.prompts"),
 )
-REFUSED = PAIRS[1:4]  # where training stops at a record that stands on both sides
+REFUSED = PAIRS[1:4]  # where training stops at a record that appears on both sides
 
 
 @dataclass(frozen=True)
 class Signed:
-    """Signatures of the texts that are long enough. at_N: their places among the records; groups_N: what else must be
+    """Signatures of the texts that are long enough. at_N: their indices among the records; groups_N: what else must be
     equal; values: [N, HASHES] uint32."""
 
     records: int
@@ -45,7 +45,7 @@ class Signed:
 
     @classmethod
     def of(cls, texts: Iterable[tuple[int, str]]) -> "Signed":
-        """texts: of each record its group and its letters."""
+        """texts: each record's group and its letters."""
         given = list(texts)
         at = [i for i, (_, text) in enumerate(given) if len(text) >= SHORTEST]
         pieces = [list({given[i][1][j : j + PIECE] for j in range(len(given[i][1]) - PIECE + 1)}) for i in at]
@@ -60,8 +60,8 @@ class Signed:
         return Signed(self.records + other.records, at, groups, np.concatenate([self.values, other.values]))
 
     def first(self) -> Ids:
-        """For each record the first one that it is nearly the same as: itself where there is none before it."""
-        found = np.arange(self.records)
+        """For each record the first one that it nearly duplicates: itself where there is none before it."""
+        first = np.arange(self.records)
         for band in np.split(self.values, BANDS, axis=1):
             keys = np.ascontiguousarray(np.column_stack([band, self.groups_N.view(np.uint32).reshape(-1, 2)]))
             _, of = np.unique(keys.view(f"V{keys.shape[1] * 4}").ravel(), return_inverse=True)
@@ -70,12 +70,12 @@ class Signed:
             leaders = np.repeat(order[starts], np.diff([*starts, len(order)]))
             same = (self.values[order] == self.values[leaders]).mean(1) >= SIMILAR
             mine, theirs = self.at_N[order[same]], self.at_N[leaders[same]]
-            found[mine] = np.minimum(found[mine], found[theirs])
-        return found[found]
+            first[mine] = np.minimum(first[mine], first[theirs])
+        return first[first]
 
 
 def sections(readings: Sequence[Reading]) -> list[Section]:
-    """Duplicates within each setting, and held-out records among those trained on."""
+    """Duplicates within each setting, and validation records among those trained on."""
     signed = {r.setting: Signed.of(map(near_text, r.records[:MOST])) for r in readings if len(r.keys)}
     return [_duplicates(readings, signed), _leakage(readings, signed)]
 
@@ -98,7 +98,7 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
         figures[reading.setting] = {"records": n, "exact": exact, "near": near, "compared_nearly": len(like)}
         if exact + near > 0.005 * n:
             text = f"{reading.setting}: {exact} of {n} records are copies of an earlier one, {near} more nearly so"
-            much = exact + (near if reading.kind != "prompts" else 0)  # questions are often made from one pattern
+            much = exact + (near if reading.kind != "prompts" else 0)  # questions are often generated from one pattern
             level = "warning" if much > 0.02 * n else "note"
             path = where.rpartition(":")[0]
             awk = f"keep the first of equal lines: awk '!seen[$0]++' {shlex.quote(path)} > NEW.jsonl"
@@ -118,9 +118,9 @@ def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
         split = signed[names[0]].records
         like = signed[names[0]].followed_by(signed[names[1]]).first()[split:] < split
         near = int((like & ~same[: len(like)]).sum())
-        asked = np.isin(np.frombuffer(held.prompt_keys, np.uint64), np.frombuffer(train.prompt_keys, np.uint64))
+        shared = np.isin(np.frombuffer(held.prompt_keys, np.uint64), np.frombuffer(train.prompt_keys, np.uint64))
         exact, n = int(same.sum()), len(held.keys)
-        prompts = int(asked.sum()) if train.kind != "documents" else 0
+        prompts = int(shared.sum()) if train.kind != "documents" else 0
         rows.append((names[1], names[0], n, exact, near, share(exact + near, n), prompts))
         figures[f"{names[1]} in {names[0]}"] = {"records": n, "exact": exact, "near": near, "prompts": prompts}
         if exact + near:

@@ -1,4 +1,4 @@
-"""What the values of a recipe mean for the data that it names: what is read how often, learned, cut off and judged.
+"""What the values of a recipe mean for its data: how often it is read, and what is trained on, cut off and judged.
 
 Pure functions of what was read and of the recipe; nothing is read here.
 """
@@ -16,11 +16,11 @@ from tetrad.types import Score
 FEW = {"sft.data": 100, "reward.data": 200, "reward.validation": 50, "ppo.prompts": 50, "evaluate.prompts": 30}
 MOST_EPOCHS = 16.0  # repeated text teaches nearly like new text up to 4 times, hardly after 16 (Muennighoff 2023)
 LEAST_LEARNED = 0.05  # of the tokens of SFT
-MOST_LONGER = 0.2  # of the answers to learn from that do not fit into max_new_tokens
+MOST_LONGER = 0.2  # of the training answers that do not fit into max_new_tokens
 
 
 def section(recipe: Recipe, readings: Mapping[str, Reading], *, guessed: bool) -> Section:
-    """Prompts against answers, epochs, judges and validation. guessed: tokens are guessed from characters."""
+    """Prompts against answers, epochs, judges and validation. guessed: tokens are estimated from characters."""
     figures, rows = dict[str, Any](), []
     for reading in readings.values():
         if reading.prompt_lengths:
@@ -51,12 +51,12 @@ def _epochs(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding
     tokens, text = recipe.pretrain.tokens, readings.get("pretrain.text")
     if text and text.tokens and tokens:
         epochs = tokens / text.tokens
-        said = f"pretrain.tokens = {tokens} reads the text, {text.tokens} tokens, {epochs:.2g} times"
+        usage = f"pretrain.tokens = {tokens} reads the text, {text.tokens} tokens, {epochs:.2g} times"
         if epochs > MOST_EPOCHS:
             fix = f"more text, or pretrain.tokens = {4 * text.tokens} or fewer"
-            yield Finding("warning", "epochs", f"{said}: after {MOST_EPOCHS:.0f} hardly anything is learned", fix=fix)
+            yield Finding("warning", "epochs", f"{usage}: after {MOST_EPOCHS:.0f} hardly anything is learned", fix=fix)
         elif epochs < 0.5:
-            yield Finding("note", "epochs", said, fix="pretrain.tokens = 0 reads all of it once")
+            yield Finding("note", "epochs", usage, fix="pretrain.tokens = 0 reads all of it once")
 
 
 def _learned(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
@@ -67,7 +67,7 @@ def _learned(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Findin
 
 
 def _cut_off(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
-    """Responses are like the answers of SFT, or else of the reward model: do they fit into max_new_tokens?"""
+    """Responses resemble the answers of SFT, or else of the reward model: do they fit into max_new_tokens?"""
     like = next((r for n in ("sft.data", "reward.data") if (r := readings.get(n)) and r.answer_lengths), None)
     for name, most in (("ppo", recipe.ppo.max_new_tokens), ("evaluate", recipe.evaluate.max_new_tokens)):
         longer = float((np.asarray(like.answer_lengths) > most).mean()) if like and f"{name}.prompts" in readings else 0

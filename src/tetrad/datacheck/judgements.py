@@ -1,8 +1,8 @@
-"""What people said about answers, held against itself: contradictions, cycles, agreement, flips, and length.
+"""Checks human judgements of answers for consistency: contradictions, cycles, agreement, flips, and length.
 
-Every comparison is taken apart into pairs of a better and a worse answer to one prompt. Where several people judged one
-pair they are held against each other (Krippendorff 2011); where they did not, against a linear reader of the texts that
-never saw the prompt in question. People who contradict the others far more than the others do each other stand out.
+Every comparison is split into pairs of a better and a worse answer to one prompt. Where several people judged one pair
+they are compared with each other (Krippendorff 2011); where they did not, with a linear model of the texts that never
+saw the prompt in question. People who contradict the others far more than the others do each other stand out.
 """
 
 import math
@@ -20,16 +20,16 @@ from tetrad.datacheck.texts import folds
 from tetrad.report.sections import Finding, Plot, Section, Table, histogram, share
 from tetrad.types import Comparison, Score
 
-MOST_PAIRS = 40_000  # pairs that the linear reader learns from
-SURE = 0.6  # an opinion this far on the other side of 0 is a suspected flip; stated orders are +1
-PENALTY = 0.1  # of the linear reader, in units of its features' mean square
+MOST_PAIRS = 40_000  # pairs that the linear model is trained on
+SURE = 0.6  # a score this far on the other side of 0 is a suspected flip; stated orders are +1
+PENALTY = 0.1  # of the linear model, in units of its features' mean square
 SHOWN = 20
-Key = tuple[str, str, str]  # a prompt and two answers in the order of the alphabet
+Key = tuple[str, str, str]  # a prompt and two answers in alphabetical order
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One answer above another, or as good. sign: 1 where the first of the key's answers is better, -1, or 0."""
+    """One answer above another, or tied. sign: 1 where the key's first answer is better, -1 where worse, 0 for ties."""
 
     key: Key
     sign: int
@@ -48,7 +48,7 @@ class Pair:
 
 def pairs_of(records: Sequence[Comparison | Score]) -> list[Pair]:
     """All pairs of all comparisons, ties included."""
-    found = []
+    pairs = []
     for number, record in enumerate(records):
         if isinstance(record, Comparison):
             prompt = squeezed(asked(record))
@@ -57,12 +57,12 @@ def pairs_of(records: Sequence[Comparison | Score]) -> list[Pair]:
                     a, b = record.answers[i], record.answers[j]
                     sign = int(np.sign(record.ranks[j] - record.ranks[i]))
                     key, sign = ((prompt, a, b), sign) if a <= b else ((prompt, b, a), -sign)
-                    found.append(Pair(key, sign, record.annotator, record.where, number))
-    return found
+                    pairs.append(Pair(key, sign, record.annotator, record.where, number))
+    return pairs
 
 
 def section(reading: Reading) -> Section:
-    """The whole chapter for one setting of preferences."""
+    """The whole section for one setting of preferences."""
     pairs = pairs_of(reading.records)
     scores = [record for record in reading.records if isinstance(record, Score)]
     parts = [contradictions(reading, pairs, scores), agreement(pairs, scores), flips(pairs), lengths(pairs, scores)]
@@ -78,7 +78,7 @@ def section(reading: Reading) -> Section:
 
 
 def contradictions(reading: Reading, pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
-    """Pairs judged both ways, texts scored differently, orders that run in a circle, ties."""
+    """Pairs judged both ways, texts scored differently, cyclic orders, ties."""
     seen: dict[Key, Counter[int]] = defaultdict(Counter)
     place: dict[Key, str] = {}
     for pair in pairs:
@@ -103,7 +103,7 @@ def contradictions(reading: Reading, pairs: Sequence[Pair], scores: Sequence[Sco
         "scored_texts": len(by_text),
         "contradicting_scored_texts": len(differing),
     }
-    told = (
+    checks = (
         ("contradictions", both, len(seen), 0.02, "pairs are judged both ways"),
         (
             "contradicting scores",
@@ -114,17 +114,17 @@ def contradictions(reading: Reading, pairs: Sequence[Pair], scores: Sequence[Sco
         ),
         ("circles", circles, len({key[0] for key in seen}), 0.0, "prompts have preferences that run in a circle"),
     )
-    findings = tuple(_found(*row) for row in told if row[1])
+    findings = tuple(_found(*row) for row in checks if row[1])
     return Section("", "", figures, (_order(figures),), (), findings)
 
 
 def _found(name: str, bad: list[str], n: int, much: float, text: str) -> Finding:
-    """bad: the places; more of them than a share `much` of n is a warning."""
+    """bad: their locations; more of them than a share `much` of n is a warning."""
     return Finding("warning" if len(bad) > much * n else "note", name, f"{len(bad)} of {n} {text}", bad[0])
 
 
 def _order(figures: dict[str, Any]) -> Table:
-    """The figures of contradictions, as far as there is anything to say."""
+    """The figures of contradictions, as far as there are any."""
     rows: list[tuple[Any, ...]] = []
     f = figures
     if f["pairs"]:
@@ -157,13 +157,13 @@ def _cycles(seen: dict[Key, Counter[int]]) -> Iterator[str]:
     for (prompt, a, b), signs in seen.items():
         if signs[1] != signs[-1]:
             edges[prompt].append((a, b) if signs[1] > signs[-1] else (b, a))
-    for prompt, found in edges.items():
-        if len(found) > 2 and _has_cycle(found):
+    for prompt, pairs in edges.items():
+        if len(pairs) > 2 and _has_cycle(pairs):
             yield prompt
 
 
 def _has_cycle(edges: list[tuple[str, str]]) -> bool:
-    """Of three nodes or more."""
+    """Whether there is a cycle of three nodes or more."""
     import networkx  # noqa: PLC0415 - a quarter of the time of a check of few records
 
     return any(len(part) > 2 for part in networkx.strongly_connected_components(networkx.DiGraph(edges)))
@@ -173,11 +173,11 @@ def _has_cycle(edges: list[tuple[str, str]]) -> bool:
 
 
 def agreement(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
-    """Krippendorff's alpha of all who judged the same, and each person's agreement with the others."""
+    """Krippendorff's alpha of all who judged the same items, and each person's agreement with the others."""
     by_key: dict[Key, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_key[pair.key].append(pair)
-    units = [Counter(p.sign for p in found) for found in by_key.values() if len(found) > 1]
+    units = [Counter(p.sign for p in group) for group in by_key.values() if len(group) > 1]
     by_text: dict[tuple[str, str], list[float]] = defaultdict(list)
     for score in scores:
         by_text[squeezed(asked(score)), score.answer].append(score.score)
@@ -193,10 +193,10 @@ def agreement(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
         for what, alpha in (("pair", figures["alpha_pairs"]), ("text", figures["alpha_scores"]))
         if alpha is not None and alpha < 0.2
     ]
-    told = dict(_against_others(by_key))
-    if not told:
-        told = dict(_against_reader(pairs))
-    people, odd = _people(told)
+    verdicts = dict(_against_others(by_key))
+    if not verdicts:
+        verdicts = dict(_against_reader(pairs))
+    people, odd = _people(verdicts)
     if people:
         figures["annotators"] = {name: {"judged": n, "agreement": rate} for name, n, rate, *_ in people}
         shown = tuple((name, n, f"{rate:.2f} [{low:.2f}, {high:.2f}]") for name, n, rate, low, high in people[:SHOWN])
@@ -208,7 +208,7 @@ def agreement(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
 def _alpha(units: Sequence[Counter[Any]], level: Literal["nominal", "interval"]) -> float | None:
     """Krippendorff's alpha of units with the number of times that each value was given."""
     values = sorted({value for unit in units for value in unit})
-    if len(values) > 200:  # scores of many decimals: to a hundredth of their range
+    if len(values) > 200:  # scores of many decimals: rounded to a hundredth of their range
         low, width = values[0], (values[-1] - values[0]) / 100
         coarse = [Counter[Any]() for _ in units]
         for unit, new in zip(units, coarse, strict=True):
@@ -223,37 +223,37 @@ def _alpha(units: Sequence[Counter[Any]], level: Literal["nominal", "interval"])
 
 
 def _against_others(by_key: dict[Key, list[Pair]]) -> Iterator[tuple[str, list[bool]]]:
-    """Each person's pairs that others judged too: whether most of the others said the same."""
-    told: dict[str, list[bool]] = defaultdict(list)
-    for found in by_key.values():
-        total = Counter(pair.sign for pair in found)
-        for pair in found:
+    """Each person's pairs that others judged too: whether most of the others agreed."""
+    verdicts: dict[str, list[bool]] = defaultdict(list)
+    for group in by_key.values():
+        total = Counter(pair.sign for pair in group)
+        for pair in group:
             if pair.annotator and pair.sign:
                 other = total[-pair.sign] - (total[pair.sign] - 1)
                 if other:
-                    told[pair.annotator].append(other < 0)
-    yield from ((name, said) for name, said in told.items() if len(said) >= 20)
+                    verdicts[pair.annotator].append(other < 0)
+    yield from ((name, agrees) for name, agrees in verdicts.items() if len(agrees) >= 20)
 
 
 def _against_reader(pairs: Sequence[Pair]) -> Iterator[tuple[str, list[bool]]]:
-    """The same against the linear reader."""
+    """The same against the linear model."""
     decided = [pair for pair in pairs if pair.sign][:MOST_PAIRS]
     if len({pair.annotator for pair in decided}) < 2:
         return
-    told: dict[str, list[bool]] = defaultdict(list)
+    verdicts: dict[str, list[bool]] = defaultdict(list)
     for pair, opinion in zip(decided, opinions(decided), strict=True):
         if pair.annotator:
-            told[pair.annotator].append(bool(opinion > 0))
-    yield from ((name, said) for name, said in told.items() if len(said) >= 50)
+            verdicts[pair.annotator].append(bool(opinion > 0))
+    yield from ((name, agrees) for name, agrees in verdicts.items() if len(agrees) >= 50)
 
 
-def _people(told: dict[str, list[bool]]) -> tuple[list[tuple[str, int, float, float, float]], list[Finding]]:
+def _people(verdicts: dict[str, list[bool]]) -> tuple[list[tuple[str, int, float, float, float]], list[Finding]]:
     """(name, pairs, agreement, its 95 % interval) lowest first, and who agrees far less than the others do."""
     people, findings = [], []
-    everyone = sum(len(said) for said in told.values())
-    agreed = sum(sum(said) for said in told.values())
-    for name, said in told.items():
-        n, yes = len(said), sum(said)
+    everyone = sum(len(agrees) for agrees in verdicts.values())
+    agreed = sum(sum(agrees) for agrees in verdicts.values())
+    for name, agrees in verdicts.items():
+        n, yes = len(agrees), sum(agrees)
         low, high = wilson(yes, n)
         people.append((name, n, yes / n, low, high))
         if everyone > n:
@@ -266,7 +266,7 @@ def _people(told: dict[str, list[bool]]) -> tuple[list[tuple[str, int, float, fl
 
 
 def wilson(yes: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
+    """The 95 % confidence interval of a share (Wilson 1927)."""
     z2 = 1.96**2
     middle, half = (yes + z2 / 2) / (n + z2), 1.96 / (n + z2) * math.sqrt(yes * (n - yes) / n + z2 / 4)
     return middle - half, middle + half
@@ -276,44 +276,44 @@ def wilson(yes: int, n: int) -> tuple[float, float]:
 
 
 def opinions(pairs: Sequence[Pair]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """What a linear reader thinks of each stated order: about 1 where it agrees, below 0 where it does not.
+    """A linear model's score of each stated order: about 1 where it agrees, below 0 where it does not.
 
     Ridge regression on the difference of two texts' features, in five folds by prompt (by pair where there are hardly
-    any prompts): what is judged here does not teach.
+    any prompts): no pair is scored by a model trained on it.
     """
     texts = Texts([text for pair in pairs for text in (pair.better, pair.worse)])
     difference = texts.rows[0::2] - texts.rows[1::2]
     several = len({pair.key[0] for pair in pairs}) >= 50
     fold = folds([pair.key[0] if several else "\n".join(pair.key) for pair in pairs])
     whole, sums = difference.T @ difference, difference.sum(0)
-    found = np.zeros(len(pairs))
+    scores = np.zeros(len(pairs))
     for number in np.unique(fold):
         mine = difference[fold == number]
         gram, target = whole - mine.T @ mine, sums - mine.sum(0)
         penalty = np.eye(len(gram), dtype=gram.dtype) * (PENALTY * float(np.trace(gram)) / len(gram) + 1e-6)
-        found[fold == number] = mine @ np.linalg.solve(gram + penalty, target)
-    typical = float(np.median(np.abs(found))) or 1.0
-    return found / typical
+        scores[fold == number] = mine @ np.linalg.solve(gram + penalty, target)
+    typical = float(np.median(np.abs(scores))) or 1.0
+    return scores / typical
 
 
 def flips(pairs: Sequence[Pair]) -> Section:
-    """Orders that the linear reader is sure are the wrong way round."""
+    """Orders that the linear model is sure are the wrong way round."""
     decided = [pair for pair in pairs if pair.sign][:MOST_PAIRS]
     if len(decided) < 200:
         return Section("", "")
-    found = opinions(decided)
-    right = float((found > 0).mean())
-    figures = {"reader_accuracy": right, "suspected_flips": int((found < -SURE).sum())}
+    scores = opinions(decided)
+    right = float((scores > 0).mean())
+    figures = {"reader_accuracy": right, "suspected_flips": int((scores < -SURE).sum())}
     if right < 0.6:  # it knows too little to accuse anyone
         text = (
             f"a linear reader of the texts finds the stated order in {right:.0%} of the pairs: too rarely to name flips"
         )
         return Section("", "", {"reader_accuracy": right}, (), (), (Finding("note", "flips", text),))
-    worst = np.argsort(found)[:SHOWN]
+    worst = np.argsort(scores)[:SHOWN]
     rows = tuple(
         (decided[i].where, decided[i].annotator, _short(decided[i].better), _short(decided[i].worse))
         for i in worst
-        if found[i] < -SURE
+        if scores[i] < -SURE
     )
     title = f"suspected flips: a linear reader, right in {right:.0%}, is sure of the opposite"
     columns = ("where", "annotator", "stated better", "stated worse")
@@ -329,7 +329,7 @@ def _short(text: str) -> str:
 
 
 def lengths(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
-    """How often the longer answer wins: what a reward model would learn before anything else."""
+    """How often the longer answer wins: what a reward model would learn first."""
     gaps = np.array([len(pair.better) - len(pair.worse) for pair in pairs if pair.sign])
     figures: dict[str, Any] = {}
     findings: list[Finding] = []
@@ -364,8 +364,8 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _ranks(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Mean ranks, ties alike."""
+    """Mean ranks, equal for ties."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
-    found: np.ndarray[Any, np.dtype[np.float64]] = (ends - (counts - 1) / 2)[inverse]
-    return found
+    ranks: np.ndarray[Any, np.dtype[np.float64]] = (ends - (counts - 1) / 2)[inverse]
+    return ranks

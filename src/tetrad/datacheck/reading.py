@@ -1,6 +1,6 @@
-"""Reads every record of a recipe or of files, trains nothing, and keeps what the other parts of a report look at.
+"""Reads every record of a recipe or of files, trains nothing, and keeps what the other parts of a report need.
 
-A bad row is set aside with its reason and the reading goes on. Records are held; of documents, whose files may be
+A bad row is set aside with its reason and reading continues. Records are kept; of documents, whose files may be
 larger than memory, the first MOST_TEXTS, and of the others a hash and a length.
 """
 
@@ -37,7 +37,7 @@ from tetrad.training.context import renamed
 from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Tokens, Turn, lines
 
 MOST_TEXTS = 50_000  # documents held in memory
-MOST_REFUSED = 1_000  # bad rows told one by one; the rest are counted
+MOST_REFUSED = 1_000  # bad rows reported one by one; the rest are counted
 SETTINGS = {
     "tokenizer.text": "documents",
     "pretrain.text": "documents",
@@ -58,9 +58,9 @@ _NO_LETTER = re.compile(r"[\W_]+")
 
 @dataclass(frozen=True)
 class Encoder:
-    """What makes tokens of records: a tokenizer and a template. limit: the longest record, 0 for none.
+    """What turns records into tokens: a tokenizer and a template. limit: the longest record, 0 for no limit.
 
-    stand_in: bytes are the tokens, because the real tokenizer is not there yet; lengths are then no lengths.
+    stand_in: bytes are the tokens, because the real tokenizer does not exist yet; lengths are then not in tokens.
     """
 
     tokenizer: Tokenizer
@@ -69,20 +69,20 @@ class Encoder:
     stand_in: bool = False
 
     def tokens(self, records: Sequence[Record], counts: Counts, *, train_on_prompt: bool) -> Iterator[list[Tokens]]:
-        """The documents of each record: one, or one an answer of a comparison."""
+        """The documents of each record: one, or one per answer of a comparison."""
         if records and isinstance(records[0], Document):
-            found = tokenize_documents(self.tokenizer, [r for r in records if isinstance(r, Document)], counts)
-            yield from ([tokens] for tokens in found)
+            stream = tokenize_documents(self.tokenizer, [r for r in records if isinstance(r, Document)], counts)
+            yield from ([tokens] for tokens in stream)
             return
         parts = [_conversations(record) for record in records]
         flat = (conversation for part in parts for conversation in part)
-        made = tokenize(self.template, self.tokenizer, flat, train_on_prompt=train_on_prompt, counts=counts)
-        yield from ([next(made) for _ in part] for part in parts)
+        encoded = tokenize(self.template, self.tokenizer, flat, train_on_prompt=train_on_prompt, counts=counts)
+        yield from ([next(encoded) for _ in part] for part in parts)
 
 
 @dataclass
 class FileReading:
-    """What became of one file. refused: (error, the row's text) of the first; failed: why its reading ended early."""
+    """What became of one file. refused: (error, the row's text) of the first rows; failed: why reading ended early."""
 
     path: Path
     counts: Counts = field(default_factory=Counts)
@@ -93,9 +93,9 @@ class FileReading:
 
 @dataclass
 class Reading:
-    """The records of one setting. lengths: tokens (or characters) of each; trained: tokens that the loss reads.
+    """The records of one setting. lengths: tokens (or characters) of each; trained: tokens in the loss.
 
-    prompt_lengths, answer_lengths: tokens of each prompt and each (last) answer, guessed where there is no tokenizer.
+    prompt_lengths, answer_lengths: tokens of each prompt and each (last) answer, estimated where there is no tokenizer.
 
     keys: a hash of each record's content, where Instruction and Input count as one text; prompt_keys: of its prompt.
     """
@@ -116,19 +116,19 @@ class Reading:
 
     @property
     def counts(self) -> Counts:
-        """The figures of all files."""
+        """The counts of all files."""
         total = Counts()
         for file in self.files:
             total.add(file.counts)
         return total
 
     def place(self, index: int) -> str:
-        """Where a record stands, as far as records are held."""
+        """A record's location, as far as records are held."""
         return str(self.records[index].where) if index < len(self.records) else self.setting
 
     @property
     def texts(self) -> list[str]:
-        """What each held record says, prompt and answers."""
+        """The text of each held record, prompt and answers."""
         return [content(record) for record in self.records]
 
 
@@ -139,29 +139,29 @@ def stage_of(setting: str) -> str:
 
 
 def settings_of(recipe: Recipe) -> list[tuple[str, str, DataFiles]]:
-    """(setting, kind of record, files) of all that a recipe reads; a tokenizer's text only where nothing else does.
+    """(setting, kind of record, files) of all that a recipe reads; a tokenizer's text only where pre-training doesn't.
 
     Errors: E-DATA-PATH, E-DATA-OVERLAP, E-DATA-HUB.
     """
-    rename, found = renamed(recipe.data.rename), list[tuple[str, str, DataFiles]]()
+    rename, settings = renamed(recipe.data.rename), list[tuple[str, str, DataFiles]]()
     for name, what in SETTINGS.items():
         table, _, key = name.partition(".")
         given = sources(getattr(getattr(recipe, table), key), rename=rename)
         if given.paths:
-            found.append((name, what, given))
-    pretrain = {path for name, _, given in found if name == "pretrain.text" for path in given.paths}
-    return [f for f in found if f[0] != "tokenizer.text" or not set(f[2].paths) <= pretrain]
+            settings.append((name, what, given))
+    pretrain = {path for name, _, given in settings if name == "pretrain.text" for path in given.paths}
+    return [f for f in settings if f[0] != "tokenizer.text" or not set(f[2].paths) <= pretrain]
 
 
-def read(setting: str, what: str, given: DataFiles, encoder: Encoder, **how: Any) -> Reading:
-    """All records of these files. how: score_scale and train_on_prompt where they matter. Errors: E-MODEL-*."""
+def read(setting: str, what: str, given: DataFiles, encoder: Encoder, **options: Any) -> Reading:
+    """All records of these files. options: score_scale and train_on_prompt where they matter. Errors: E-MODEL-*."""
     reading = Reading(setting, what)
     for path in given.paths:
         file = FileReading(path)
         reading.files.append(file)
-        stream = _stream(what, path, given, file, how.get("score_scale", ()))
+        stream = _stream(what, path, given, file, options.get("score_scale", ()))
         for chunk in _chunks(_until_failed(stream, file)):
-            _keep(reading, file, chunk, encoder, train_on_prompt=bool(how.get("train_on_prompt")))
+            _keep(reading, file, chunk, encoder, train_on_prompt=bool(options.get("train_on_prompt")))
     return reading
 
 
@@ -175,7 +175,7 @@ def _stream(what: str, path: Path, given: DataFiles, file: FileReading, scale: S
 
 
 def reader(what: str, scale: Sequence[float]) -> Callable[[Path, DataFiles, Counts, Refuse | None], Iterator[Record]]:
-    """What reads a file of this kind of record."""
+    """The function that reads a file of this kind of record."""
     if what == "preferences":
         return lambda path, given, counts, refuse: preferences_of(path, given, counts, refuse, scale)
     readers: dict[str, Callable[[Path, DataFiles, Counts, Refuse | None], Iterator[Record]]] = {
@@ -224,14 +224,14 @@ def _keep(reading: Reading, file: FileReading, chunk: list[Record], encoder: Enc
                 reading.answer_lengths.extend(answers)
             file.counts.control_strings += encoder.tokenizer.control_strings(texts)
         return
-    for record, made in zip(chunk, encoder.tokens(chunk, file.counts, train_on_prompt=train_on_prompt), strict=True):
-        longest = max(len(tokens.ids) for tokens in made)
+    for record, docs in zip(chunk, encoder.tokens(chunk, file.counts, train_on_prompt=train_on_prompt), strict=True):
+        longest = max(len(tokens.ids) for tokens in docs)
         reading.lengths.append(longest)
-        reading.tokens += sum(len(tokens.ids) for tokens in made)
-        reading.trained += sum(int(tokens.train.sum()) for tokens in made)
-        if reading.kind != "documents" and not train_on_prompt:  # else no label tells where the answer begins
-            ends = [int(tokens.train[::-1].argmin()) for tokens in made]
-            reading.prompt_lengths.append(len(made[0].ids) - ends[0])
+        reading.tokens += sum(len(tokens.ids) for tokens in docs)
+        reading.trained += sum(int(tokens.train.sum()) for tokens in docs)
+        if reading.kind != "documents" and not train_on_prompt:  # else no label shows where the answer begins
+            ends = [int(tokens.train[::-1].argmin()) for tokens in docs]
+            reading.prompt_lengths.append(len(docs[0].ids) - ends[0])
             reading.answer_lengths.extend(ends if replies(record) else ())
         if encoder.limit and longest > encoder.limit and reading.kind != "documents":
             reading.long += 1
@@ -239,7 +239,7 @@ def _keep(reading: Reading, file: FileReading, chunk: list[Record], encoder: Enc
 
 
 def sniff(path: Path, given: DataFiles) -> str:
-    """What the records of a file are, seen from its first rows. Errors: E-DATA-*."""
+    """The kind of a file's records, inferred from its first rows. Errors: E-DATA-*."""
     if kind(path) == ".txt":
         return "documents"
     for number, row in enumerate(rows(path, Counts(), given.rename)):
@@ -269,11 +269,11 @@ def _answered(value: dict[Any, Any]) -> bool:
     return last.get("role", last.get("from")) not in ("user", "human", "system")
 
 
-# --- what records say ---
+# --- contents of records ---
 
 
 def asked(record: Record) -> str:
-    """The prompt as one text; Instruction and Input laid together. Empty for a document."""
+    """The prompt as one text; Instruction and Input joined. Empty for a document."""
     return lines(_turns(record))
 
 
@@ -287,12 +287,12 @@ def replies(record: Record) -> tuple[str, ...]:
 
 
 def content(record: Record) -> str:
-    """All that a record says."""
+    """All text of a record."""
     return record.text if isinstance(record, Document) else "\n".join([asked(record), *replies(record)])
 
 
 def near_text(record: Record) -> tuple[int, str]:
-    """What is compared for likeness, and what must be equal besides: an Instruction that has an Input stands apart."""
+    """What must be equal (the hash of an Instruction that has an Input), and the text compared for similarity."""
     turns = _turns(record)
     if len(turns) == 2 and turns[0].role in ("instruction", "system") and turns[1].text:
         return _hash(turns[0].text), squeezed("".join([turns[1].text, *replies(record)])[:LONGEST])
@@ -300,19 +300,19 @@ def near_text(record: Record) -> tuple[int, str]:
 
 
 def squeezed(text: str) -> str:
-    """Letters and digits alone, in NFKC and without case: what stays the same when an Input moves into the
+    """Only letters and digits, in NFKC and case-folded: it stays the same when an Input moves into the
     Instruction ("Translate: hello" and "Translate", "hello"); a text without any letter stays as it is."""
     return _NO_LETTER.sub("", unicodedata.normalize("NFKC", text).casefold()) or text
 
 
 def guessed_tokens(text: str) -> int:
-    """About how many tokens a text will have, before there is a tokenizer: Han characters make more than letters."""
+    """About how many tokens a text will have, before there is a tokenizer: Han characters yield more than letters."""
     wide = (len(text.encode(errors="replace")) - len(text)) // 2
     return round(0.75 * wide + 0.27 * (len(text) - wide)) + 1
 
 
 def shortened(record: Record) -> Record:
-    """The same with no text over LONGEST characters."""
+    """The same record with no text over LONGEST characters."""
     if isinstance(record, Document):
         return Document(record.text[:LONGEST], record.where)
     if isinstance(record, Comparison | Score):
@@ -346,17 +346,17 @@ def _conversations(record: Record) -> list[Conversation | Prompt]:
 
 
 def _identity(record: Record) -> str:
-    """What makes two records the same: the prompt squeezed, the answers as they are, in the order of preference."""
+    """What makes two records the same: the prompt squeezed, the answers verbatim, in the order of preference."""
     if isinstance(record, Document):
         return record.text
-    said = list(replies(record))
+    texts = list(replies(record))
     if isinstance(record, Comparison):
-        order = sorted(range(len(said)), key=lambda i: (record.ranks[i], said[i]))
+        order = sorted(range(len(texts)), key=lambda i: (record.ranks[i], texts[i]))
         ranks = np.unique([record.ranks[i] for i in order], return_inverse=True)[1].tolist()
-        return repr((squeezed(asked(record)), [said[i] for i in order], ranks, record.annotator))
+        return repr((squeezed(asked(record)), [texts[i] for i in order], ranks, record.annotator))
     if isinstance(record, Score):
-        return repr((squeezed(asked(record)), said, record.score, record.annotator))
-    return repr((squeezed(asked(record)), said))
+        return repr((squeezed(asked(record)), texts, record.score, record.annotator))
+    return repr((squeezed(asked(record)), texts))
 
 
 def _hash(text: str) -> int:

@@ -1,7 +1,7 @@
-"""What texts are about, as far as counting goes: scripts, languages, clusters of prompts, and how near two sets are.
+"""What texts are about, by counting alone: scripts, languages, clusters of prompts, and how close two sets are.
 
-A text's features are its words and its short runs of letters, hashed into a few hundred signed places and weighted by
-how rare they are; no model is asked. Languages are py3langid's, of texts long enough to tell.
+A text's features are its words and its short runs of letters, hashed into signed buckets and weighted by rarity; no
+model is used. Languages are py3langid's, of texts that are long enough.
 """
 
 import re
@@ -38,7 +38,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 
 def folds(names: Sequence[str], parts: int = 5) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A part for each name, the same for the same name."""
+    """A fold for each name, the same for the same name."""
     return np.array([zlib.crc32(name.encode(errors="surrogatepass")) % parts for name in names])
 
 
@@ -55,10 +55,10 @@ def scripts(readings: Sequence[Reading]) -> Section:
         letters = Counter({name: sum(len(p.findall(text)) for text in texts) for name, p in _PATTERNS.items()})
         total = sum(len(_LETTER.findall(text)) for text in texts)
         letters["other"] = max(total - sum(letters.values()), 0)
-        told = [text for text in texts if len(_LETTER.findall(text[:400])) >= (TOLD if _latin(text) else TOLD // 4)]
-        languages = Counter(py3langid.classify(text[:2000])[0] for text in told)
+        long = [text for text in texts if len(_LETTER.findall(text[:400])) >= (TOLD if _latin(text) else TOLD // 4)]
+        languages = Counter(py3langid.classify(text[:2000])[0] for text in long)
         by_script = {name: n / max(total, 1) for name, n in letters.most_common() if n}
-        by_language = {name: n / len(told) for name, n in languages.most_common(8)}
+        by_language = {name: n / len(long) for name, n in languages.most_common(8)}
         figures[reading.setting] = {"scripts": by_script, "languages": by_language, "texts": len(texts)}
         rows.append((reading.setting, len(texts), _listed(by_script), _listed(by_language)))
         strange = sum("\ufffd" in text for text in texts)
@@ -92,28 +92,28 @@ def prompts(readings: Sequence[Reading]) -> Section:
         if reading.kind == "documents" or not texts:
             continue
         different = len(np.unique(np.frombuffer(reading.prompt_keys, np.uint64)))
-        found: dict[str, Any] = {"prompts": len(reading.prompt_keys), "different": different}
+        counts: dict[str, Any] = {"prompts": len(reading.prompt_keys), "different": different}
         if different >= 5 * CLUSTERS and reading.setting in GROUPED:
             groups = clusters(list(dict.fromkeys(spread(texts, MOST))))
-            found |= {"clusters": [s for s, _ in groups], "effective_clusters": _effective([s for s, _ in groups])}
+            counts |= {"clusters": [s for s, _ in groups], "effective_clusters": _effective([s for s, _ in groups])}
             lines = tuple((f"{100 * size:.1f} %", example) for size, example in groups)
             title = f"groups in {reading.setting}"
             tables.append(Table(title, ("share", "a prompt in the middle"), lines, brief=4))
             if groups[0][0] > 0.5:
                 text = f"{reading.setting}: {groups[0][0]:.0%} of the prompts are alike ({groups[0][1]})"
                 findings.append(Finding("warning", "diversity", text))
-        figures[reading.setting] = found
+        figures[reading.setting] = counts
         rows.append((reading.setting, len(texts), different, share(different, len(reading.prompt_keys))))
     first = Table("", ("setting", "prompts", "different", ""), tuple(rows))
     return Section("prompts", "Prompts", figures, (first, *tables), (), tuple(findings))
 
 
 def clusters(texts: Sequence[str]) -> list[tuple[float, str]]:
-    """(share, the text nearest to the middle) of each group, largest first: k-means on the sphere (Dhillon 2001)."""
+    """(share, the text nearest to the centre) of each group, largest first: k-means on the sphere (Dhillon 2001)."""
     rows = embed(texts)
     chosen = [0]
     nearest = rows @ rows[0]
-    while len(chosen) < CLUSTERS:  # each start as far as can be from the others
+    while len(chosen) < CLUSTERS:  # each start as far as possible from the others
         chosen.append(int(nearest.argmin()))
         nearest = np.maximum(nearest, rows @ rows[chosen[-1]])
     centres = rows[chosen]
@@ -125,17 +125,17 @@ def clusters(texts: Sequence[str]) -> list[tuple[float, str]]:
         of = new
         sums = np.stack([rows[of == k].sum(0) if (of == k).any() else centres[k] for k in range(CLUSTERS)])
         centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
-    found = []
+    groups = []
     for k in range(CLUSTERS):
         mine = np.flatnonzero(of == k)
         if len(mine):
             middle = texts[mine[int((rows[mine] @ centres[k]).argmax())]]
-            found.append((len(mine) / len(rows), _line(middle)))
-    return sorted(found, reverse=True)
+            groups.append((len(mine) / len(rows), _line(middle)))
+    return sorted(groups, reverse=True)
 
 
 def _effective(shares: Sequence[float]) -> float:
-    """exp of the entropy: how many groups of one size would be as mixed."""
+    """exp of the entropy: how many groups of equal size would be as diverse."""
     given = np.array(shares)
     return float(np.exp(-(given * np.log(given)).sum()))
 
@@ -148,24 +148,24 @@ def _line(text: str) -> str:
 def coverage(asks: Reading, judged: Reading) -> Section:
     """Whether the prompts of PPO lie where the reward model was trained.
 
-    Each prompt's likeness to its nearest among the reward model's; what is usual is how near those are to each other.
+    Each prompt's similarity to its nearest among the reward model's; `usual` is how close those are to each other.
     """
-    told = covered([asked(record) for record in asks.records], [asked(record) for record in judged.records])
-    if told is None:
+    cover = covered([asked(record) for record in asks.records], [asked(record) for record in judged.records])
+    if cover is None:
         return Section("coverage", "PPO's prompts and the reward model's")
-    figures = {"nearest": told.nearest, "usual": told.usual, "limit": told.limit, "far": told.far}
+    figures = {"nearest": cover.nearest, "usual": cover.usual, "limit": cover.limit, "far": cover.far}
     rows = (
-        ("likeness of a PPO prompt to its nearest, median", f"{told.nearest:.2f}"),
-        ("the same among the reward model's own", f"{told.usual:.2f}"),
-        ("PPO prompts further away than 95 % of those", f"{told.far:.1%}"),
+        ("likeness of a PPO prompt to its nearest, median", f"{cover.nearest:.2f}"),
+        ("the same among the reward model's own", f"{cover.usual:.2f}"),
+        ("PPO prompts further away than 95 % of those", f"{cover.far:.1%}"),
     )
     findings: tuple[Finding, ...] = ()
-    if told.far > 0.2:
+    if cover.far > 0.2:
         where = asks.records[0].where.rpartition(":")[0]
-        text = f"{told.far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
-        example = _line(told.farthest)
+        text = f"{cover.far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
+        example = _line(cover.farthest)
         findings = (Finding("warning", "coverage", f"{text}, as {example!r}", where),)
-    plot = histogram("PPO prompts: likeness to the nearest of the reward model's", "cosine", told.each)
+    plot = histogram("PPO prompts: likeness to the nearest of the reward model's", "cosine", cover.each)
     return Section(
         "coverage", "PPO's prompts and the reward model's", figures, (Table("", ("", ""), rows),), (plot,), findings
     )

@@ -1,6 +1,6 @@
-"""The tokenizer that a recipe will learn, tried on its text: does the text fill the vocabulary, and with what?
+"""The tokenizer that a recipe will train, tried on its text: does the text fill the vocabulary, and with what?
 
-A token of a whole clause is a sign of text that occurs again and again: it takes the place of words.
+A token that is a whole clause is a sign of repeated text: it takes the place of words.
 """
 
 import re
@@ -22,7 +22,7 @@ _CLAUSE = re.compile(  # letters of scripts that put no spaces between words, or
 
 
 def section(recipe: Recipe) -> Section:
-    """Empty where the recipe learns no tokenizer, or where there is no text that can be read (told with the files)."""
+    """Empty where the recipe trains no tokenizer, or where there is no readable text (reported with the files)."""
     s = recipe.tokenizer
     if not s.text or s.vocab_size < SMALLEST:
         return Section("", "")
@@ -52,7 +52,7 @@ def section(recipe: Recipe) -> Section:
 
 
 def _texts(recipe: Recipe, used: list[int]) -> Iterator[str]:
-    """The documents that can be read. used: counts their bytes, as far as they were taken."""
+    """The documents that can be read. used: counts the bytes read so far."""
     given = sources(recipe.tokenizer.text, rename=renamed(recipe.data.rename))
     for path in given.paths:
         for document in documents_of(path, given, Counts(), lambda error, row: None):

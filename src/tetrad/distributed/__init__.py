@@ -1,1 +1,1 @@
-"""Several processes: the collectives, the device of each, who starts them and who still lives."""
+"""Several processes: the collectives, the device of each, their launcher and their watchdog."""

@@ -1,8 +1,8 @@
-"""The only collectives: what one process and many do alike. On one process every function is an identity.
+"""The only collectives: the same for one process and many. On one process every function is an identity.
 
 Data parallel: each rank holds the whole model and its share of every batch; counts are summed first, gradients are
-summed once an update, so that accumulation and ranks add up to the same step. No collective happens inside generation.
-What is no tensor travels as JSON, in which floats keep every bit. A rank waits in `distributed.watchdog`'s sight.
+summed once per update, so that accumulation and ranks add up to the same step. No collective happens in generation.
+Anything but tensors travels as JSON, in which floats keep every bit. `distributed.watchdog` watches waiting ranks.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from tetrad.distributed import watchdog
 
 T = TypeVar("T")
-_NEVER = timedelta(days=30)  # the watchdog knows how long to wait, and for whom
+_NEVER = timedelta(days=30)  # the watchdog decides how long to wait, and for which rank
 
 
 def start(device: str) -> None:
@@ -52,7 +52,7 @@ def _together(name: str) -> Iterator[bool]:
 
 
 def phase(name: str) -> None:
-    """Names the stage that is running, for the messages of a rank that waits in vain."""
+    """Names the running stage, for the messages of a rank that waits in vain."""
     if dist.is_initialized():
         watchdog.join().phase = name
 
@@ -83,7 +83,7 @@ def sum_tensor(tensor: Tensor) -> Tensor:
 
 
 def everyone(value: T) -> list[T]:
-    """Each rank's value, in the order of ranks. A value is what JSON can say, tuples come back as lists."""
+    """Each rank's value, in the order of ranks. A value is anything JSON can hold; tuples come back as lists."""
     with _together("exchange of values") as many:
         if not many:
             return [value]
@@ -103,7 +103,7 @@ def first(value: T) -> T:
 
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
-    """Sums by name over ranks, in their order; a rank without work may lack names."""
+    """Sums by name over ranks, in rank order; a rank without work may lack names."""
     total: dict[str, float] = {}
     for part in everyone(dict(counts)):
         for name, count in part.items():
@@ -112,8 +112,8 @@ def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sums every gradient over ranks; a rank without work counts as zeros. What has none on any rank keeps none, so
-    that the optimizer leaves it alone as it does on one process."""
+    """Sums every gradient over ranks; a rank without work counts as zeros. A parameter without one on all ranks
+    keeps none, so that the optimizer skips it as it does on one process."""
     with _together("sum of gradients") as many:
         if not many:
             return
@@ -142,7 +142,7 @@ def gather(items: Sequence[T]) -> list[T]:
 
 
 def on_any(flag: bool) -> bool:
-    """Whether any rank says so."""
+    """Whether the flag is set on any rank."""
     return any(everyone(flag))
 
 

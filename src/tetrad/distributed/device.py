@@ -1,4 +1,4 @@
-"""Where and in which precision to compute, and what is put there.
+"""Where and in which precision to compute, and moving data there.
 
 Trained weights are float32; compute is bfloat16 by autocast on a GPU and float32 elsewhere (a CPU without bfloat16
 units is several times slower with it).
@@ -69,31 +69,31 @@ def choose(run: Run) -> Device:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has taken so far: of the GPU where it uses one, else of the machine."""
+    """The peak memory of this process so far: of the GPU if it uses one, else of the machine."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def give_back() -> None:
-    """Returns to the system the memory that freed tensors have left, where the C library does not by itself: of batches
-    of many lengths it would hold what the rarest ones took. Milliseconds."""
+    """Returns the memory of freed tensors to the system, where the C library does not by itself: with batches of many
+    lengths it would hold what the rarest ones took. Takes milliseconds."""
     if _malloc_trim:
         _malloc_trim(0)
 
 
 def free_bytes(place: torch.device) -> int:
-    """Memory that can still be taken: of the GPU, or of the machine and the container that this process is in."""
+    """Memory that can still be allocated: of the GPU, or of the machine and this process's container."""
     if place.type == "cuda":
         held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         return int(torch.cuda.mem_get_info(place)[0]) + held
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
-        found = None
-    if found is None:
+        available = None
+    if available is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return min(int(found[1]) << 10, *map(_left_of_group, _GROUPS))
+    return min(int(available[1]) << 10, *map(_left_of_group, _GROUPS))
 
 
 # Folder of a memory cgroup as a container sees its own, names of its limit, its use and its files' share of the use.
@@ -104,7 +104,7 @@ _GROUPS = (
 
 
 def _left_of_group(names: tuple[str, str, str, str]) -> int:
-    """What a cgroup's limit leaves; files that can be dropped at once do not count. Very much where there is none."""
+    """What a cgroup's limit leaves; files that can be dropped at once do not count. 2^62 if there is none."""
     folder, limit, used, files = Path(names[0]), *names[1:]
     try:
         most, taken = ((folder / name).read_text().strip() for name in (limit, used))

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine by torch's elastic agent, and ends as the one that ended first."""
+"""Starts the ranks of a run on this machine with torch's elastic agent, and exits like the rank that ended first."""
 
 import logging
 import math
@@ -14,14 +14,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tetrad.distributed.watchdog import claimed_code
 from tetrad.errors import UserError
 
-_SLACK_SECONDS = 30  # to end, beyond `grace`, after a signal
+_SLACK_SECONDS = 30  # beyond `grace`, to end after a signal
 
 
 def launch(words: Sequence[str], nproc: int, grace: float) -> int:
-    """Runs `tetrad WORDS` as so many processes; returns the exit code that they agree on. Raises UserError E-RANK-LOST
-    where one was killed and no other is left to say so."""
+    """Runs `tetrad WORDS` as `nproc` processes; returns the exit code that they agree on. Raises UserError E-RANK-LOST
+    if one was killed and no other is left to report it."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    logging.disable(logging.CRITICAL)  # the agent's: ranks say themselves what went wrong
+    logging.disable(logging.CRITICAL)  # the agent's: ranks report errors themselves
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     config = LaunchConfig(
         min_nodes=1,
@@ -47,6 +47,6 @@ def launch(words: Sequence[str], nproc: int, grace: float) -> int:
     if isinstance(failure, SignalException):
         return 128 + failure.sigval
     rank, process = failure.get_first_failure()
-    how = process.signal_name() if process.exitcode < 0 else f"exit code {process.exitcode}"
-    what = f"rank {rank} (process {process.pid}) ended with {how} and said nothing"
+    cause = process.signal_name() if process.exitcode < 0 else f"exit code {process.exitcode}"
+    what = f"rank {rank} (process {process.pid}) ended with {cause} and said nothing"
     raise UserError("E-RANK-LOST", what, hint="was it killed for memory? The same command goes on")

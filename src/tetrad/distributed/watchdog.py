@@ -1,11 +1,10 @@
-"""One process among several: its heartbeat, its last word, and its end where it waits in vain.
+"""One process among several: its heartbeat, its last message, and its end if it waits in vain.
 
-Every second a thread of each rank says in the common store that it lives and in which collective it waits. The same
-thread is told of signals (signals) and sees what became of the others while the main thread sits in a collective,
-where no Python runs.
-Whoever ends first, by an error or because it was asked to, leaves its exit code in the store and is the only one that
-prints; the others end in silence with the same code. A rank waits `patience` seconds for the others; for rank 0, which
-alone prepares, writes and evaluates, as long as it lives.
+Every second a thread of each rank writes to the common store that it is alive and in which collective it waits. The
+same thread is notified of signals (`tetrad.signals`) and checks on the other ranks while the main thread is inside a
+collective, where no Python runs. The first rank to end, by an error or on request, leaves its exit code in the store
+and is the only one that prints; the others end silently with the same code. A rank waits `patience` seconds for the
+others; for rank 0, which alone prepares, writes and evaluates, as long as it is alive.
 """
 
 import json
@@ -28,14 +27,14 @@ from tetrad.errors import Stopped, UserError
 from tetrad.signals import also_told
 
 _BEAT = 1.0  # seconds between heartbeats
-_AFTER_STOP = 10.0  # seconds that a rank which is asked to stop waits for one that no longer answers
+_AFTER_STOP = 10.0  # seconds that a rank requested to stop waits for one that no longer responds
 _CLAIM = "tetrad/end"
 _UNKNOWN = (0, None, False, "", 0)  # of a rank that never wrote a heartbeat
 
 
 @dataclass(frozen=True)
 class _Late:
-    """A rank that is waited for. silent: it has a heart that no longer beats; gone: so, or it has ended."""
+    """A rank that is waited for. silent: its heartbeat has stopped; gone: silent, or it has ended."""
 
     host: str
     process: int
@@ -44,18 +43,18 @@ class _Late:
 
 
 class Watchdog:
-    """This rank's. phase: the stage that is running. report: prints an error, unless another rank has, and returns the
-    exit code."""
+    """This rank's watchdog. phase: the running stage. report: prints an error, unless another rank has, and returns
+    the exit code."""
 
     def __init__(self, patience: float, report: Callable[[BaseException], int]) -> None:
         self.store, self.rank, self.size = next(rendezvous("env://", timeout=timedelta(seconds=max(patience, 60.0))))
         self.patience, self.report, self.phase = patience, report, ""
         self._beats = self._number = 0
         self._inside: tuple[float, str] | None = None  # the collective that the main thread is in, and since when
-        self._asked = math.inf  # when a signal asked this process to stop
-        self._heard: dict[int, tuple[int, float]] = {}  # of each rank the last beat, and when it was new
-        self._lost = False  # the store, and with it whoever could be told anything
-        self._said = False  # why all end, by this rank
+        self._asked = math.inf  # when a signal requested this process to stop
+        self._heard: dict[int, tuple[int, float]] = {}  # each rank's last beat, and when it was first seen
+        self._lost = False  # the store, and with it all communication
+        self._said = False  # this rank has reported why all end
         self._hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # the store itself
         self._ends = threading.Event()
         also_told.append(self._ask)
@@ -66,29 +65,29 @@ class Watchdog:
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """Around a collective. Raises UserError E-RANK-LOST where another rank is gone."""
+        """Around a collective. Raises UserError E-RANK-LOST if another rank is gone."""
         self._number += 1
         self._inside = time.monotonic(), name
         try:
             yield
         except RuntimeError as error:
             self._late(math.inf)
-            time.sleep(4 * _BEAT)  # by then it shows whose heart has stopped, or the rank that failed has said why
+            time.sleep(4 * _BEAT)  # by then it shows whose heartbeat stopped, or the failed rank has reported why
             gone = [text for text, one in self._late(3 * _BEAT).items() if one.gone]
             raise self._error(self._text(gone, f"lost its connection in {name}")) from error
         finally:
             self._inside, self._heard = None, {}
 
     def stop(self) -> None:
-        """This rank has done its part."""
+        """Ends the watchdog of a rank that is done."""
         self._ends.set()
         self._thread.join()
         self._see_off()
 
     def claim(self, code: int) -> tuple[bool, int]:
-        """Whether this rank is the first to end and has not said so yet, and the exit code of the one that was."""
+        """Whether this rank is the first to end and has not reported it yet, and the exit code of the first."""
         before, first = self._said, {"rank": self.rank, "code": code}
-        if not self._lost:  # where it is, a connection of its own would be sought for a minute
+        if not self._lost:  # if it is, connecting again would take a minute
             first = json.loads(self.store.clone().compare_set(_CLAIM, "", json.dumps(first)))
         self._said = first["rank"] == self.rank
         return self._said and not before, first["code"]
@@ -109,7 +108,7 @@ class Watchdog:
                 elif self._inside:
                     self._look(now)
                 failing = math.inf
-            except RuntimeError:  # the store is gone, and with it who started us
+            except RuntimeError:  # the store is gone, and with it our launcher
                 failing = min(failing, now)
                 if now - failing > 5 * _BEAT:
                     self._lost = True
@@ -118,11 +117,11 @@ class Watchdog:
     def _beat(self) -> None:
         self._beats += 1
         inside = self._inside and f"{self._inside[1]}, collective {self._number}"
-        told = [self._beats, inside, self._ends.is_set(), socket.gethostname(), os.getpid()]
-        self._own.set(f"tetrad/beat/{self.rank}", json.dumps(told))
+        state = [self._beats, inside, self._ends.is_set(), socket.gethostname(), os.getpid()]
+        self._own.set(f"tetrad/beat/{self.rank}", json.dumps(state))
 
     def _look(self, now: float) -> None:
-        """Ends this process where it has waited long enough for another one."""
+        """Ends this process if it has waited long enough for another one."""
         since, name = self._inside or (now, "")
         limit = min(self.patience, _AFTER_STOP + self._asked - since)
         late = self._late(min(self.patience, _AFTER_STOP) if self._asked < math.inf else self.patience - 2 * _BEAT)
@@ -138,7 +137,7 @@ class Watchdog:
         self._leave(code)
 
     def _late(self, limit: float) -> dict[str, _Late]:
-        """Ranks for which nobody should wait any longer, by a text that says why. limit: of seconds without a beat."""
+        """Ranks not to wait for any longer, by a text that says why. limit: of seconds without a beat."""
         now, late = time.monotonic(), dict[str, _Late]()
         mine = self._inside and f"{self._inside[1]}, collective {self._number}"
         for rank in set(range(self.size)) - {self.rank}:
@@ -166,7 +165,7 @@ class Watchdog:
         return UserError("E-RANK-LOST", text, where=self.phase, hint=hint)
 
     def _see_off(self) -> None:
-        """Says that this rank ends; where it holds the store, after the others, so that they can still read why."""
+        """Announces that this rank ends; if it hosts the store, waits for the others, so they can still read why."""
         self._ends.set()
         began, self._heard = time.monotonic(), {}
         with suppress(RuntimeError):
@@ -187,21 +186,21 @@ _watchdog: Watchdog | None = None
 
 
 def label() -> str:
-    """Where an error happened, once the processes train together."""
+    """Where an error happened, if processes train together."""
     if not (_watchdog and _watchdog.phase):
         return ""
     return f" [rank {_watchdog.rank} of {_watchdog.size}, {socket.gethostname()}]"
 
 
 def join(patience: float = 300.0, report: Callable[[BaseException], int] = lambda _: 1) -> Watchdog:
-    """This process's watchdog, started where there is none."""
+    """This process's watchdog, started if there is none."""
     global _watchdog
     _watchdog = _watchdog or Watchdog(patience, report)
     return _watchdog
 
 
 def claim(code: int) -> tuple[bool, int]:
-    """Whether this process is the first of all to end, so that it has to say why, and the exit code of the first."""
+    """Whether this process is the first of all to end, so that it must report why, and the exit code of the first."""
     if not (_watchdog or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
         return os.environ["RANK"] == "0", code  # too early: there is no store
     try:

@@ -1,1 +1,1 @@
-"""Any policies on the same prompts, judged by others than what trained them."""
+"""Policies on the same prompts, judged by others than their training reward."""

@@ -1,9 +1,9 @@
-"""Was it worth it? The SFT model, best-of-N and PPO answer the same held-out prompts, and others judge.
+"""Was it worth it? The SFT model, best-of-N and PPO answer the same validation prompts, and others judge.
 
-The reward model's own opinion is shown, but it is what PPO was paid by; judges are Python functions that no training
-saw, and they alone decide the verdict. Every mean has a 95 % bootstrap interval over prompts, gains over SFT are paired
-by prompt, and what a cheater gives away stands beside: KL, length, share of ended replies and of those that are no
-UTF-8, distinct-2, the commonest word, likelihood under another model.
+The reward model's score is shown, but it is what PPO was trained on; judges are Python functions never used in
+training, and they alone decide the verdict. Every mean has a 95 % bootstrap interval over prompts, gains over SFT are
+paired by prompt, and signs of reward hacking are shown beside them: KL, length, shares of finished responses and of
+those that are not UTF-8, distinct-2, the commonest word, likelihood under another model.
 """
 
 import json
@@ -46,7 +46,7 @@ from tetrad.types import Tokens
 
 @dataclass(frozen=True)
 class Answers:
-    """One system's answers to the prompts. kl: nats a reply against the SFT model."""
+    """One system's answers to the prompts. kl: nats per response against the SFT model."""
 
     samples: tuple[Completion, ...]
     finished: tuple[bool, ...]
@@ -74,19 +74,19 @@ def _run(ctx: StageContext, device: Device) -> None:
     tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
     sft = frozen(read_policy(folder, tokenizer, form)).to(device.place)
     limit = sft.config.max_positions
-    questions = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new_tokens)
-    questions = [questions[i] for i in order(seed, 0, len(questions))[: s.samples]]
+    prompts = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new_tokens)
+    prompts = [prompts[i] for i in order(seed, 0, len(prompts))[: s.samples]]
     names = named(s.judges, ["reward", "kl", "external_nll", *reply_figures((), ())])
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
-    systems = answers_of_all(ctx, sft, questions, tokenizer, judges.get("reward"), device)
+    systems = answers_of_all(ctx, sft, prompts, tokenizer, judges.get("reward"), device)
     referee = _referee(ctx, device)
     scores = {name: _judged(name, answers, judges) for name, answers in systems.items()}
     table = {name: figures(answers, scores[name], scores["sft"], referee, seed) for name, answers in systems.items()}
     stages = {name: figures_of(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")}
     samples = side_by_side(systems, s.side_by_side)
-    report = {"prompts": len(questions), "systems": table, "stages": stages, "samples": samples}
+    report = {"prompts": len(prompts), "systems": table, "stages": stages, "samples": samples}
     show(ctx, report)
     independent = [name for name, spec in zip(names, s.judges, strict=True) if spec not in ctx.recipe.ppo.rewards]
     result = verdict_of(ctx, table, scores, independent)
@@ -98,17 +98,17 @@ def _run(ctx: StageContext, device: Device) -> None:
 def answers_of_all(
     ctx: StageContext,
     sft: CausalLM,
-    questions: Sequence[EncodedPrompt],
+    prompts: Sequence[EncodedPrompt],
     tokenizer: Tokenizer,
     reward: Reward | None,
     device: Device,
 ) -> dict[str, Answers]:
-    """One answer a question from the SFT model, from best-of-N where there is a reward, from PPO where there is one."""
+    """One answer per prompt from the SFT model, from best-of-N if there is a reward, from PPO if there is one."""
     s, key = ctx.recipe.evaluate, (ctx.recipe.seed, "evaluate", 0)
     micro_batch_tokens = ctx.recipe.run.micro_batch_tokens
     sampling = replace(ctx.recipe.sampling, max_new_tokens=s.max_new_tokens)
     copies = max(1, s.best_of if reward else 1)
-    repeated = [question for question in questions for _ in range(copies)]
+    repeated = [prompt for prompt in prompts for _ in range(copies)]
     with phase("answers of sft"):
         many = roll_out(sft, repeated, range(len(repeated)), key, sampling, tokenizer, device)
     systems = {"sft": _chosen(many, list(range(0, len(repeated), copies)), 0.0)}
@@ -124,11 +124,11 @@ def answers_of_all(
             device.place
         )
         with phase("answers of ppo"):
-            rollout = roll_out(actor, questions, range(len(questions)), key, sampling, tokenizer, device)
+            rollout = roll_out(actor, prompts, range(len(prompts)), key, sampling, tokenizer, device)
         heat = sampling.temperature or 1.0
         new, old = (reply_logprobs(m, rollout.documents, micro_batch_tokens, device, heat) for m in (actor, sft))
         kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
-        systems["ppo"] = _chosen(rollout, list(range(len(questions))), kl)
+        systems["ppo"] = _chosen(rollout, list(range(len(prompts))), kl)
     return systems
 
 
@@ -147,28 +147,28 @@ def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scor
 
 def figures(answers: Answers, scores: Scores, sft: Scores, referee: Referee | None, seed: int) -> dict[str, Any]:
     """Means with intervals; "gain" is the paired difference to the SFT model's answers. scores: of the answers."""
-    found: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.finished)}
+    metrics: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.finished)}
     for name in scores:
         own, before = (torch.tensor(s[name], dtype=torch.float64) for s in (scores, sft))
-        found[name] = _interval(own, seed)
-        found[f"{name}_gain"] = _interval(own - before, seed)
+        metrics[name] = _interval(own, seed)
+        metrics[f"{name}_gain"] = _interval(own - before, seed)
     if referee:
-        found["external_nll"] = referee(answers)
-    return found
+        metrics["external_nll"] = referee(answers)
+    return metrics
 
 
 def verdict_of(
     ctx: StageContext, table: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Scores], judges: Sequence[str]
 ) -> Verdict | None:
-    """table: the figures of each system; scores: those of each by judge; judges: names of those that may decide."""
+    """table: the metrics of each system; scores: those of each by judge; judges: names of those that may decide."""
     guards = {name: failed_guards(system, table[SFT], ctx.recipe.evaluate) for name, system in table.items()}
     pairs = permutations(table, 2)
     gains = {(a, b): {j: Difference.of(scores[a][j], scores[b][j]) for j in judges} for a, b in pairs}
     if PPO in table:
         notes = figures_of(ctx.parents[PPO])
     else:
-        figures = figures_of(ctx.parents["reward"]) if "reward" in ctx.parents else {}
-        notes = outcome.notes(gate.apply(figures, ctx.recipe.gate).failures, [])
+        metrics = figures_of(ctx.parents["reward"]) if "reward" in ctx.parents else {}
+        notes = outcome.notes(gate.apply(metrics, ctx.recipe.gate).failures, [])
     return verdict(outcome.faults(notes), guards, gains)
 
 
@@ -178,9 +178,9 @@ def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:
 
 
 def _referee(ctx: StageContext, device: Device) -> Referee | None:
-    """Nats a token of all replies, after what was asked, under a language model trained apart, with its own tokenizer.
+    """Nats per token of all responses, given the prompt, under a separately trained language model and its tokenizer.
 
-    A reply that ended by itself is charged its end; a cut one is not.
+    A response that ended by itself counts its end token; a cut one does not.
     """
     if "referee" not in ctx.parents:
         return None
@@ -190,9 +190,9 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
     def nll(answers: Answers) -> float | None:
         documents, end = [], tokenizer.document_end
         for sample, finished in zip(answers.samples, answers.finished, strict=True):
-            asked = [end, *tokenizer.encode(sample.asked)]
-            ids = np.asarray(asked + tokenizer.encode(sample.text) + [end] * finished, np.int32)
-            documents.append(Tokens(ids, np.arange(len(ids)) >= len(asked)))
+            prompt = [end, *tokenizer.encode(sample.asked)]
+            ids = np.asarray(prompt + tokenizer.encode(sample.text) + [end] * finished, np.int32)
+            documents.append(Tokens(ids, np.arange(len(ids)) >= len(prompt)))
         logprobs = np.concatenate(reply_logprobs(model, documents, ctx.recipe.run.micro_batch_tokens, device))
         return float(-logprobs.mean()) if len(logprobs) else None
 
@@ -209,11 +209,11 @@ def side_by_side(systems: Mapping[str, Answers], count: int) -> list[dict[str, s
 
 def show(ctx: StageContext, report: Mapping[str, Any]) -> None:
     """The tables of the report, and the answers side by side."""
-    stages = [(stage, name, value) for stage, found in report["stages"].items() for name, value in found.items()]
+    stages = [(stage, name, value) for stage, metrics in report["stages"].items() for name, value in metrics.items()]
     ctx.console.table("Stages, on held-out data", ("stage", "figure", "value"), stages)
     systems: Mapping[str, Mapping[str, Any]] = report["systems"]
     names = list(next(iter(systems.values())))
-    rows = [[name, *(_shown(found.get(name)) for found in systems.values())] for name in names]
+    rows = [[name, *(_shown(metrics.get(name)) for metrics in systems.values())] for name in names]
     ctx.console.table(f"Answers to {report['prompts']} held-out prompts", ("", *systems), rows)
     for texts in report["samples"]:
         ctx.console.say("\n".join(f"  {name}: {text}" for name, text in texts.items()))

@@ -1,1 +1,1 @@
-"""A model in use: the one generation engine, the sampler, the cache, and the policy that answers."""
+"""A model in use: the one generation engine, the sampler, the cache, and the policy."""

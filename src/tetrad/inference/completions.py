@@ -1,4 +1,4 @@
-"""Prompts in, completions out: what is asked, as ids, and what a model made of it."""
+"""Prompts in, completions out: the prompts as ids, and the model's responses to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tetrad.types import Prompt, Response, Turn, lines
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as ids, and what it says."""
+    """A prompt as ids, and as text."""
 
     ids: tuple[int, ...]
     prompt: Prompt
@@ -28,9 +28,9 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A reply as it was sampled: its ids, the text they stand for, what was asked, and whether it ended by itself.
+    """A response as sampled: its ids, the text they decode to, its prompt, and whether it ended by itself.
 
-    valid_utf8: false where sampled bytes make no characters, and U+FFFD stands in the text for them.
+    valid_utf8: false if sampled bytes form no characters and appear as U+FFFD in the text.
     """
 
     prompt_ids: tuple[int, ...]
@@ -43,44 +43,44 @@ class Completion:
 
     @property
     def asked(self) -> str:
-        """The Input or the last user turn; empty where an Instruction stands alone."""
+        """The Input or the last user turn; empty for an Instruction without Input."""
         return next((turn.text for turn in reversed(self.turns) if turn.role in ("input", "user")), "")
 
     @property
     def prompt(self) -> str:
-        """All that was asked, a line a turn."""
+        """The whole prompt, one line per turn."""
         return lines(self.turns)
 
 
 def complete(
     model: CausalLM,
-    questions: Sequence[EncodedPrompt],
+    prompts: Sequence[EncodedPrompt],
     numbers: Sequence[int],
     key: tuple[int, str, int],
     sampling: Sampling,
     tokenizer: Tokenizer,
     device: Device,
 ) -> list[tuple[Completion, Response]]:
-    """One reply a question. numbers: each question's place in the whole batch, which with key = (seed, purpose, step)
-    decides its random numbers; a question that stands several times in a row is computed once."""
+    """One response per prompt. numbers: each prompt's index in the whole batch, which with key = (seed, purpose, step)
+    determines its random numbers; a prompt that appears several times in a row is computed once."""
     model.eval()
     requests = []
-    for question, group in groupby(zip(questions, numbers, strict=True), itemgetter(0)):
+    for prompt, group in groupby(zip(prompts, numbers, strict=True), itemgetter(0)):
         keys = tuple((*key, number) for _, number in group)
-        requests.append(Request(question.ids, sampling, keys, model.config.eos_ids))
-    replies = generate(model, requests, device, sampling.max_num_seqs)
-    return [(sampled(q, reply, tokenizer), reply) for q, reply in zip(questions, replies, strict=True)]
+        requests.append(Request(prompt.ids, sampling, keys, model.config.eos_ids))
+    responses = generate(model, requests, device, sampling.max_num_seqs)
+    return [(sampled(p, r, tokenizer), r) for p, r in zip(prompts, responses, strict=True)]
 
 
-def sampled(question: EncodedPrompt, reply: Response, tokenizer: Tokenizer) -> Completion:
-    """The reply beside its prompt, and what it says."""
-    text, prompt = tokenizer.decode(reply.ids), question.prompt
-    valid = tokenizer.is_utf8(reply.ids, text)
-    return Completion(question.ids, reply.ids, prompt.turns, text, prompt.where, reply.finished, valid)
+def sampled(encoded: EncodedPrompt, response: Response, tokenizer: Tokenizer) -> Completion:
+    """The response beside its prompt, and its text."""
+    text, prompt = tokenizer.decode(response.ids), encoded.prompt
+    valid = tokenizer.is_utf8(response.ids, text)
+    return Completion(encoded.ids, response.ids, prompt.turns, text, prompt.where, response.finished, valid)
 
 
 def best(samples: Sequence[Completion], scores: Sequence[float]) -> int:
-    """The index of the first sample with the highest score; one that is not valid UTF-8 only where none is."""
+    """The index of the first sample with the highest score; one that is not valid UTF-8 only if none is."""
     return max(range(len(samples)), key=lambda i: (samples[i].valid_utf8, scores[i]))
 
 
@@ -93,13 +93,13 @@ def read_questions(
     room: int,
     overlong: OnLong = "refuse",
 ) -> list[EncodedPrompt]:
-    """The prompts of record files. limit: the model's positions; room: tokens that the reply needs; overlong: what to
-    do with a prompt that leaves too little, where cut takes tokens of its beginning.
+    """The prompts of record files. limit: the model's positions; room: tokens that the response needs; overlong: what
+    to do with a prompt that leaves too little; truncate removes tokens from its beginning.
 
     Errors: E-DATA-*; E-DATA-LONG names the first prompt that leaves too little room; E-DATA-EMPTY.
     """
     prompts, most = read_prompts(paths, counts), limit - room
-    found = []
+    encoded = []
     for prompt, tokens in zip(prompts, tokenize(form, tokenizer, prompts, counts=counts), strict=True):
         long = len(tokens.ids) > most
         if long and (overlong == "refuse" or most < 1):
@@ -108,8 +108,8 @@ def read_questions(
         counts.cut += long and overlong == "truncate"
         counts.dropped += long and overlong == "drop"
         if not (long and overlong == "drop"):
-            found.append(EncodedPrompt(tuple(tokens.ids[-most:].tolist()), prompt))
-    if not found:
+            encoded.append(EncodedPrompt(tuple(tokens.ids[-most:].tolist()), prompt))
+    if not encoded:
         what = f"no prompt leaves room for a reply of {room} tokens"
         raise UserError("E-DATA-EMPTY", what, hint="shorten the prompts, or lower max_new_tokens")
-    return found
+    return encoded

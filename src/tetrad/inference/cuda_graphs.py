@@ -1,9 +1,8 @@
-"""A decoding step by replay: on a GPU a step is hundreds of small kernels, whose launches cost more than their work.
+"""Decoding steps by CUDA graph replay: on a GPU a step is hundreds of small kernels, whose launches dominate.
 
-One CUDA graph for each (rows, length) that is met, both rounded up to powers of two, so that a few dozen at most serve
-all steps; they share one pool of memory, as a step's logits are read before the next. What rows beyond the real ones
-compute is never read; they write into slots that nobody uses, at position 0.
-On a CPU the step is called as it is, with its exact sizes.
+One graph for each (rows, length) that occurs, both rounded up to powers of two, so that a few dozen at most serve all
+steps; they share one memory pool, as a step's logits are read before the next. What padding rows compute is never
+read; they write into unused slots, at position 0. On a CPU the step is called directly, with its exact sizes.
 """
 
 from collections.abc import Callable
@@ -30,7 +29,7 @@ class _Graph:
 
 
 class Replayed:
-    """Calls `compute` with one id and its position a row."""
+    """Calls `compute` with one id and its position per row."""
 
     def __init__(self, compute: Compute, slots: int, positions: int, device: Device) -> None:
         self._compute, self._slots, self._positions, self._place = compute, slots, positions, device.place
@@ -44,17 +43,17 @@ class Replayed:
             return self._compute(given[0], given[1], length, len(ids) == 1)
         rows = rounded(len(ids), 1, self._slots)
         length = rounded(length, _LEAST_LENGTH, self._positions)
-        found = self._graphs.get((rows, length))
-        if found is None:
-            found = self._graphs[rows, length] = self._captured(rows, length)
-        found.given.zero_()
-        found.given[:, : len(ids)].copy_(given)
-        found.graph.replay()
-        return found.made[: len(ids)]
+        captured = self._graphs.get((rows, length))
+        if captured is None:
+            captured = self._graphs[rows, length] = self._captured(rows, length)
+        captured.given.zero_()
+        captured.given[:, : len(ids)].copy_(given)
+        captured.graph.replay()
+        return captured.made[: len(ids)]
 
     def _captured(self, rows: int, length: int) -> _Graph:
-        """Warmed up first, so that no kernel is loaded while the graph is taken. What this writes goes to the last
-        position, which no reply reads: its last id is never an input."""
+        """Warmed up first, so that no kernel is loaded during capture. What this writes goes to the last position,
+        which no response reads: its last id is never an input."""
         given = torch.zeros(2, rows, dtype=torch.int64, device=self._place)
         given[1] = self._positions - 1
         side = torch.cuda.Stream(self._place)
@@ -65,9 +64,9 @@ class Replayed:
         torch.cuda.current_stream(self._place).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            made = self._compute(given[0], given[1], length, False)
+            logits = self._compute(given[0], given[1], length, False)
         self._pool = self._pool or graph.pool()
-        return _Graph(graph, given, made)
+        return _Graph(graph, given, logits)
 
 
 def rounded(count: int, least: int, most: int) -> int:

@@ -1,8 +1,8 @@
-"""The one generation engine: rollouts, evaluation, chat and serving all sample here.
+"""The only generation engine: rollouts, evaluation, chat and serving all sample here.
 
 Responses grow together in the slots of one cache; rows join and leave at every step. Each is sampled by its own rules
-and its own random numbers, so a reply does not depend on its neighbours (but for the last bits of a matrix product,
-which change with the number of rows). A prompt is computed once for all its replies. There is no collective inside:
+and its own random numbers, so a response does not depend on its neighbours (but for the last bits of a matrix product,
+which change with the number of rows). A prompt is computed once for all its responses. There is no collective inside:
 ranks stop at different lengths.
 """
 
@@ -34,18 +34,18 @@ from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Response
 
 PREFILL_TOKENS = 8192
-"""Prompt tokens of one step: the replies that are being written wait for no more."""
+"""Most prompt tokens of one step: responses in progress wait for no more."""
 MOST_LATE = 8
-"""Steps for which a request waits for others to share the computing of prompts with."""
+"""Steps for which a request waits for others to share a prefill with."""
 Key = tuple[int, str, int, int]
-"""(seed, purpose, number, number): what a reply's random numbers follow from."""
+"""(seed, purpose, number, number): what determines a response's random numbers."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to answer it: one reply for each of `keys`. ends: ids that end a reply; stop: texts that do.
+    """A prompt and how to answer it: one response for each of `keys`. ends, stop: ids and texts that end a response.
 
-    bias: what is added to the logits of some ids. top: how many of the likeliest ids are told at each token.
+    bias: what is added to the logits of some ids. top: how many of the most likely ids are returned at each token.
     """
 
     ids: tuple[int, ...]
@@ -58,8 +58,8 @@ class Request:
 
 
 class Event(NamedTuple):
-    """A token of a reply. ticket: of the request; copy: which of its replies; text: what can be shown now; reply: the
-    whole, with its last token."""
+    """A token of a response. ticket: of the request; copy: which of its responses; text: what can be shown now; reply:
+    the whole response, with its last token."""
 
     ticket: int
     copy: int
@@ -71,7 +71,7 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class _Row:
-    """A reply that waits or grows."""
+    """A response that waits or grows."""
 
     request: Request
     ticket: int
@@ -89,7 +89,7 @@ class _Row:
         return len(self.request.ids) + len(self.ids) - 1
 
     def begin(self, tokenizer: Tokenizer | None) -> None:
-        """What is needed from now on; rows that wait hold nothing."""
+        """Allocates what a growing row needs; waiting rows hold nothing."""
         s, key = self.request.sampling, self.request.keys[self.copy]
         self.uniforms = noise(key, s.max_new_tokens).tolist() if s.temperature else [0.0] * s.max_new_tokens
         self.stream = TextStream(tokenizer, self.request.stop) if tokenizer else None
@@ -99,17 +99,17 @@ class _Row:
 
 
 class _Shelf(NamedTuple):
-    """A prompt that was computed and has replies that wait for a slot: it lies in the cache's spare row."""
+    """A computed prompt with responses that still wait for a slot: it is kept in the cache's spare row."""
 
     ticket: int
     logits: Tensor
 
 
 class Engine:
-    """Requests in, events out. tokenizer: where events carry text, or requests have stop texts.
+    """Requests in, events out. tokenizer: needed if events carry text, or requests have stop texts.
 
-    Slots and positions (the longest prompt with its reply) are fixed, and their memory is taken at once. Errors:
-    E-MEM-FULL before it is taken, where there isn't that much.
+    Slots and positions (the longest prompt with its response) are fixed, and their memory is allocated at once. Errors:
+    E-MEM-FULL before the allocation, if there isn't that much.
     """
 
     @torch.inference_mode()
@@ -131,13 +131,13 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any reply waits or grows."""
+        """Whether any response waits or grows."""
         return bool(self._rows or self._waiting)
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket.
 
-        Errors: E-DATA-BLANK without a prompt, E-DATA-LONG where prompt and reply have no room. Raises ValueError for
+        Errors: E-DATA-BLANK without a prompt, E-DATA-LONG if prompt and response don't fit. Raises ValueError for
         stop texts without a tokenizer.
         """
         if request.stop and self.tokenizer is None:
@@ -155,8 +155,8 @@ class Engine:
 
     @torch.inference_mode()
     def cancel(self, ticket: int) -> list[Response]:
-        """Ends a request's replies where they are; returns those that waited or grew, as far as they were shown. No
-        event of it follows from `events`."""
+        """Ends a request's responses where they are; returns those that waited or grew, as far as they were shown. No
+        further event of it comes from `events`."""
         gone = [row for row in (*self._rows, *self._waiting) if row.ticket == ticket]
         self._leave([number for number, row in enumerate(self._rows) if row.ticket == ticket])
         self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
@@ -166,7 +166,7 @@ class Engine:
         return [row.reply("cancelled") for row in sorted(gone, key=lambda row: row.copy)]
 
     def events(self) -> Iterator[Event]:
-        """Everything that happens until all replies are there; requests may be added and cancelled in between."""
+        """Everything that happens until all responses are complete; requests may be added and cancelled in between."""
         while self.busy:
             for event in self.advance():
                 if event.ticket not in self._cancelled:
@@ -174,9 +174,9 @@ class Engine:
 
     @torch.inference_mode()
     def advance(self) -> list[Event]:
-        """One token for each row that grows, after those that wait have taken free slots.
+        """One token for each growing row, after waiting ones have taken free slots.
 
-        Errors: E-NUM-NONFINITE where the logits are no numbers. After any error the same step can be tried again.
+        Errors: E-NUM-NONFINITE if the logits are not finite. After any error the same step can be retried.
         """
         self._cancelled.clear()
         try:
@@ -186,7 +186,7 @@ class Engine:
             if not self._rows:
                 return []
             events = self._sample(torch.cat(logits) if len(logits) > 1 else logits[0])
-        except BaseException:  # an error, a full memory, Ctrl-C: who has no token yet waits again
+        except BaseException:  # an error, out of memory, Ctrl-C: rows without a token wait again
             fresh = [row for row in self._rows if not row.ids]
             del self._rows[len(self._rows) - len(fresh) :]
             self._waiting.extendleft(reversed(fresh))
@@ -195,10 +195,10 @@ class Engine:
         self._leave([number for number, event in enumerate(events) if event.reply])
         return events
 
-    # Who joins, who leaves
+    # Rows that join and leave
 
     def _admit(self) -> list[Tensor]:
-        """Waiting rows take free slots; returns the logits after their prompts. Where few are free they wait some steps
+        """Waiting rows take free slots; returns the logits after their prompts. If few are free they wait some steps
         for an eighth: one prompt costs nearly as much as several together."""
         free = self.slots - len(self._rows)
         if not self._waiting or not free:
@@ -222,11 +222,11 @@ class Engine:
     def _prompts(self, first: int, prompts: dict[int, int]) -> Tensor:
         """The prompts' keys and values in the slots of all rows from `first` on, and the logits after them, [rows, V].
 
-        Responses of one request wait one after another: only the last prompt can have some that still wait, and is
+        Responses of one request wait one after another: only the last prompt can have some still waiting, and is
         kept in the spare row for them.
         """
-        found = self._prefill(list(prompts.values())) if prompts else ()
-        after, source = dict(zip(prompts, found, strict=True)), dict(prompts)
+        logits = self._prefill(list(prompts.values())) if prompts else ()
+        after, source = dict(zip(prompts, logits, strict=True)), dict(prompts)
         if self._shelf:
             after[self._shelf.ticket], source[self._shelf.ticket] = self._shelf.logits, self.slots
         for slot, row in enumerate(self._rows[first:], first):
@@ -269,7 +269,7 @@ class Engine:
         if slots:
             self._rules = None
 
-    # What is said
+    # Sampling
 
     def _sample(self, logits: Tensor) -> list[Event]:
         rows, place = self._rows, self.device.place
@@ -278,9 +278,9 @@ class Engine:
             size, biases = logits.shape[-1], [request.bias for request in requests]
             self._rules = Rules.of([request.sampling for request in requests], biases, size, place)
         uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows]).to(place)
-        said = [(r.request.sampling, r.request.ids, r.ids) for r in rows] if self._rules.penalised else ()
+        histories = [(r.request.sampling, r.request.ids, r.ids) for r in rows] if self._rules.penalised else ()
         top = max(row.request.top for row in rows)
-        drawn = draw(logits, uniforms, self._rules, said, top)
+        drawn = draw(logits, uniforms, self._rules, histories, top)
         ids, logprobs = drawn.ids.tolist(), drawn.logprobs.tolist()
         if not all(map(math.isfinite, logprobs)):
             raise UserError(
@@ -295,7 +295,7 @@ class Engine:
 
 
 def _forward_of(model: Fused, cache: Cache) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
-    """A decoding step. It knows no engine, so that an engine that is let go takes its cache with it at once."""
+    """A decoding step. It holds no reference to the engine, so that a released engine frees its cache at once."""
 
     def forward(ids_N: Tensor, positions_N: Tensor, length: int, full: bool) -> Tensor:
         return model.logits(model.hidden(ids_N, positions_N, cache.step(positions_N, length, full=full)))
@@ -337,7 +337,7 @@ def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], 
 
 
 def noise(key: Key, max_new_tokens: int) -> np.ndarray:
-    """A reply's uniform numbers [max_new_tokens], float32: its own, whatever is sampled beside it."""
+    """A response's uniform numbers [max_new_tokens], float32, independent of what is sampled beside it."""
     return generator_for(*key).random(max_new_tokens, dtype=np.float32)
 
 
@@ -348,9 +348,9 @@ def generate(
     slots: int,
     tokenizer: Tokenizer | None = None,
 ) -> list[Response]:
-    """The replies, request by request and copy by copy. tokenizer: where replies carry text, or have stop texts.
+    """The responses, request by request and copy by copy. tokenizer: if they carry text, or have stop texts.
 
-    Errors: E-DATA-LONG where a prompt and its longest reply exceed the model's positions; E-MEM-FULL.
+    Errors: E-DATA-LONG if a prompt and its longest response exceed the model's positions; E-MEM-FULL.
     """
     if not requests:
         return []
@@ -358,10 +358,10 @@ def generate(
     fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
     engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
     tickets = [engine.add(request) for request in requests]
-    found: dict[tuple[int, int], Response] = {}
+    responses: dict[tuple[int, int], Response] = {}
     with phase("sampling", sum(len(r.keys) for r in requests)) as bar:
         for tokens, event in enumerate(engine.events(), 1):
             if event.reply:
-                found[event.ticket, event.copy] = event.reply
+                responses[event.ticket, event.copy] = event.reply
             bar.advance(int(event.reply is not None), tokens=tokens)
-    return [found[t, c] for t, r in zip(tickets, requests, strict=True) for c in range(len(r.keys))]
+    return [responses[t, c] for t, r in zip(tickets, requests, strict=True) for c in range(len(r.keys))]

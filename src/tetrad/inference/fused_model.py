@@ -1,9 +1,9 @@
-"""A language model as decoding wants it: few large products in the compute type, for inference alone.
+"""A language model in the form for decoding: few large products in the compute type, for inference only.
 
 q, k and v are one matrix, gate and up another; a norm's weight is folded into the matrix that follows; the two halves
 of a rotary pair lie side by side, so that a rotation is one complex product. The function is the decoder's, equal up to
-rounding. Some tensors are copies and some the model's own, so it holds for the weights that it was made of: `Current`
-makes it anew when they have changed.
+rounding. Some tensors are copies and some the model's own, so it is valid only for the weights it was built from:
+`Current` rebuilds it when they have changed.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class Fused:
         self.turns = torch.polar(torch.ones_like(angle), angle)  # [positions, D / 2], complex
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, wanted_N: Tensor | None = None) -> Tensor:
-        """Normed hidden states [T, hidden]; of the wanted tokens alone where some are named, [N, hidden]."""
+        """Normed hidden states [T, hidden]; only of the wanted tokens if some are given, [N, hidden]."""
         c, floor, tokens = self.config, self._floor, ids_T.shape[0]
         heads, parts = (tokens, c.heads + 2 * c.kv_heads, c.head_dim), [c.heads, 2 * c.kv_heads]
         x = F.embedding(ids_T, self.embedding)
@@ -61,7 +61,7 @@ class Fused:
             self._turn(qkv.narrow(1, 0, c.heads + c.kv_heads), turns, layer.scale_HD)
             attended = attend(number, *qkv.split(parts, 1))
             attended = attended.view(tokens, -1)
-            if wanted_N is not None and number == len(self.layers) - 1:  # the others have left their keys and values
+            if wanted_N is not None and number == len(self.layers) - 1:  # the others' keys and values are in the cache
                 x, attended = x.index_select(0, wanted_N), attended.index_select(0, wanted_N)
             x = layer.out.added(attended, x)
             gate, up = layer.gate_up(_normed(x, floor)).chunk(2, -1)
@@ -69,7 +69,7 @@ class Fused:
         return _normed(x, floor).mul_(self.last_norm)
 
     def _turn(self, qk_THD: Tensor, turns: Tensor, scale_HD: Tensor | None) -> None:
-        """Norms of q and k where there are any, and rotary positions, in place."""
+        """Norms of q and k if there are any, and rotary positions, in place."""
         if scale_HD is None and qk_THD.dtype == torch.float32:
             _pairs(qk_THD).mul_(turns)
             return
@@ -86,8 +86,8 @@ class Fused:
 class Current:
     """The fused form of a model that may be trained, replaced or moved between its uses.
 
-    Whether the last one still holds is asked of the numbers themselves, at the cost of about one token: PyTorch's
-    addresses and version counters don't tell of a write through `.data` or numpy.
+    Whether the last one is still valid is checked on the numbers themselves, at the cost of about one token: PyTorch's
+    addresses and version counters don't reveal a write through `.data` or numpy.
     """
 
     def __init__(self, model: CausalLM, dtype: torch.dtype) -> None:
@@ -96,7 +96,7 @@ class Current:
 
     @torch.no_grad()
     def fused(self) -> Fused:
-        """That of the weights as they are now."""
+        """The form for the current weights."""
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         scales = [part.adapter.scale for part in self._model.modules() if isinstance(part, Linear) and part.adapter]
         shapes = [(name, x.shape, x.dtype, x.device) for name, x in tensors.items()]
@@ -111,8 +111,8 @@ class Current:
 
 
 def _marks(x: Tensor) -> list[Tensor]:
-    """What tells a tensor's numbers from others: vectors themselves; of a matrix the sums of its columns' bits, which
-    no change of one number leaves as they were, and its product with a wave, which knows places and signs."""
+    """A fingerprint of a tensor's numbers: vectors themselves; of a matrix the sums of its columns' bits, which any
+    change of one number alters, and its product with a wave, which depends on positions and signs."""
     if x.dim() < 2:
         return [x.clone()]
     x = x.contiguous()

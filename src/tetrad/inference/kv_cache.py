@@ -1,4 +1,4 @@
-"""Keys and values of replies in the making: fixed slots, so that rows may join and leave, in one tensor."""
+"""Keys and values of responses in progress: fixed slots, so that rows may join and leave, in one tensor."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ class Cache:
 
     def fill(self, slots_T: Tensor, positions_T: Tensor, plan: Plan) -> Attend:
         """The `attend` of a prefill: attention inside each prompt; keys and values are kept in each token's slot. What
-        lies behind the last prompt is padding."""
+        follows the last prompt is padding."""
         return partial(self._filled, self._rows(self._slots[slots_T], positions_T), len(slots_T), plan)
 
     def _filled(self, at: Tensor, tokens: int, plan: Plan, layer: int, q: Tensor, kv: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Cache:
         return packed_attention(q, kv[:, : self._groups], kv[:, self._groups :], plan)
 
     def step(self, positions_N: Tensor, length: int, *, full: bool = False) -> Attend:
-        """The `attend` of one decoding step: a token for each of the first N slots. length: positions read at most;
+        """The `attend` of one decoding step: a token for each of the first N slots. length: most positions read;
         full: every row reads them all."""
         rows = positions_N.shape[0]
         at = self._rows(self._slots[:rows], positions_N)

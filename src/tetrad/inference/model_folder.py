@@ -1,7 +1,7 @@
-"""Which folder a name means, and whether a model can be used, told without torch and before anything starts.
+"""Which folder a name means, and whether its model can be used, checked without torch and before anything starts.
 
-`check` is what the pipeline asks of every folder that a stage starts from, and the commands that use a model of theirs:
-the manifest where there is one, then what `model.inspect` and the tokenizer say.
+The pipeline runs `check` on every folder that a stage starts from, and commands that use a model on theirs: the
+manifest if there is one, then `model.inspect` and the tokenizer.
 """
 
 import os
@@ -21,7 +21,7 @@ from tetrad.text.chat_template import template as template_of
 from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
 
 _PROBES = [start * 60 + "!" for start in ("a", "1", " ", "\n", "é", "字", "ab ", "a1")]
-"""Texts on which a regular expression that needs exponential time runs out of its retries at once."""
+"""Texts on which a regular expression that needs exponential time exhausts its retries at once."""
 _FILES = (".json", ".safetensors", ".jinja")
 _GENERATION = "generation_config.json"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -29,7 +29,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class Checked:
-    """A folder that can be used. note: what the user should hear; empty, mostly."""
+    """A usable folder. note: what the user should know; usually empty."""
 
     facts: Facts
     tokenizer: Tokenizer
@@ -39,7 +39,7 @@ class Checked:
 def check(folder: Path, *, role: str = "language", verify: bool = True) -> Checked:
     """What is known of a model folder before it is loaded. role: language | reward | any (of the two).
 
-    verify: False where its files' sha256 have been compared already. Errors: E-MODEL-*, E-CKPT-*.
+    verify: False if its files' sha256 have been compared already. Errors: E-MODEL-*, E-CKPT-*.
     """
     if verify and has_manifest(folder):
         verify_folder(folder)
@@ -70,12 +70,12 @@ def model_folder(name: str | Path) -> Path:
     """The folder of the files: that of a stage of a run, or itself. Errors: E-MODEL-MISSING."""
     path = Path(name)
     try:
-        found = [place for place in (path / "model", path) if (place / "config.json").is_file()]
+        folders = [place for place in (path / "model", path) if (place / "config.json").is_file()]
         there = path.is_dir()
     except (OSError, ValueError):  # a name that no folder can have
-        found, there = [], False
-    if found:
-        return found[0]
+        folders, there = [], False
+    if folders:
+        return folders[0]
     stages = sorted(p.parent.parent.name for p in path.glob("*/model/config.json")) if there else []
     if not there:
         what, hint = "there is no such folder", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
@@ -90,8 +90,8 @@ def model_folder(name: str | Path) -> Path:
 
 
 def own_sampling(name: str | Path) -> dict[str, Any]:
-    """How the model of a folder, or of a stage of a run, wants to be sampled: the settings that the table of
-    generation_config.json has where it says do_sample. Errors: E-MODEL-FORMAT, E-CONF-*."""
+    """How the model of a folder, or of a stage of a run, should be sampled: the settings that the table has in
+    generation_config.json, if that sets do_sample. Errors: E-MODEL-FORMAT, E-CONF-*."""
     path = next((p for p in (Path(name, "model", _GENERATION), Path(name, _GENERATION)) if is_file(p)), None)
     if not path or (stated := read_json(path)).get("do_sample") is not True:
         return {}
@@ -101,7 +101,7 @@ def own_sampling(name: str | Path) -> dict[str, Any]:
 
 
 def folder_template(folder: Path, choice: str) -> Template | None:
-    """The template that the user chose, else the folder's own; None where there is neither.
+    """The template that the user chose, else the folder's own; None if there is neither.
 
     Errors: E-MODEL-TEMPLATE.
     """
@@ -120,14 +120,14 @@ def needed_template(form: Template | None, folder: Path) -> Template:
 
 
 def refuse_small_vocabulary(rows: int, tokenizer: Tokenizer, folder: Path) -> None:
-    """A model reads the ids of its tokenizer. Errors: E-MODEL-TOKENIZER."""
+    """A model must cover all ids of its tokenizer. Errors: E-MODEL-TOKENIZER."""
     if tokenizer.size > rows:
         what = f"the tokenizer has {tokenizer.size} tokens, the model {rows}"
         raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint="put the model's own tokenizer.json there")
 
 
 def refuse_other_tokenizer(folder: Path, own: Tokenizer, policy: Tokenizer) -> None:
-    """A critic reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
+    """A critic must read the ids that the policy samples. Errors: E-MODEL-TOKENIZER."""
     if own.fingerprint != policy.fingerprint:
         what = "the critic can't start from a reward model whose tokenizer isn't the answering model's"
         hint = 'set ppo.critic = "actor", or train the reward model from this recipe\'s SFT model'
@@ -135,7 +135,7 @@ def refuse_other_tokenizer(folder: Path, own: Tokenizer, policy: Tokenizer) -> N
 
 
 def foreign_files(folder: Path, setting: str) -> list[Path]:
-    """The files of a folder without a manifest that say what its model is, none of them hashed or read.
+    """The files of a folder without a manifest that define its model, none of them hashed or read.
 
     setting: what named the folder. Errors: E-MODEL-MISSING, and E-MODEL-* for text that is larger than any in use.
     """
@@ -160,13 +160,13 @@ def foreign_files(folder: Path, setting: str) -> list[Path]:
 
 
 def no_reward(folder: Path) -> UserError:
-    """The error for a language model where a reward model is needed."""
+    """The error for a language model in place of a reward model."""
     hint = 'name a reward model, such as "runs/NAME/reward"'
     return UserError("E-CKPT-ROLE", "this is a language model: it has no reward", where=str(folder), hint=hint)
 
 
 def others_may_write(folder: Path) -> str:
-    """A note where another user owns the folder or a file in it, or may write there; else nothing."""
+    """A note if another user owns the folder or a file in it, or may write there; else nothing."""
     for path in (folder, *sorted(folder.iterdir())):
         status = path.lstat()
         foreign = status.st_uid not in (os.getuid(), 0)

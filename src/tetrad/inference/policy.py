@@ -1,8 +1,8 @@
 """Finished models by the name of a stage or folder: with their tokenizer and template, ready to answer or to score.
 
-A reply's random numbers follow from (seed, number of the prompt, number of the copy): neither the batch around it nor
-the count of copies changes it. A reward model reads what is written, as `tetrad score` does; a reply that was cut is
-read without an end token.
+A response's random numbers are determined by (seed, number of the prompt, number of the copy): neither the batch around
+it nor the count of copies changes it. A reward model reads what is written, as `tetrad score` does; a response that was
+cut is read without an end token.
 """
 
 from collections import defaultdict
@@ -37,7 +37,7 @@ from tetrad.types import Prompt, Response, Turn
 
 @dataclass(frozen=True)
 class Policy:
-    """A language model in use. template: None where the folder names none, as after pre-training."""
+    """A language model in use. template: None if the folder names none, as after pre-training."""
 
     model: CausalLM
     tokenizer: Tokenizer
@@ -57,7 +57,7 @@ class Policy:
 
     @property
     def fused(self) -> Fused:
-        """The model as the engine wants it: of the weights as they are now."""
+        """The model in the engine's form, for the current weights."""
         return self._current.fused()
 
     @cached_property
@@ -66,28 +66,28 @@ class Policy:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """All ids that end a reply."""
+        """All ids that end a response."""
         named = (self.form.end_id(self.tokenizer), *self.tokenizer.eos_ids, *self.model.config.eos_ids)
         return tuple(dict.fromkeys(named))
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A sampled reply; sample: the same beside its prompt, as a reward reads it."""
+    """A sampled response; sample: the same beside its prompt, as a reward model reads it."""
 
     sample: Completion
     reply: Response
 
     @property
     def finished(self) -> bool:
-        """False where it was cut at its longest length."""
+        """False if it was cut at its maximum length."""
         return self.reply.finished
 
 
 def load(folder: str | Path, template: str = "") -> Policy:
     """The language model of a run's stage ("runs/NAME/ppo") or of a Hugging Face folder.
 
-    template: "instruction" or "chatml", where the folder names none. Errors: E-MODEL-*, E-CKPT-*.
+    template: "instruction" or "chatml", if the folder names none. Errors: E-MODEL-*, E-CKPT-*.
     """
     path = model_folder(folder)
     device = choose(Run())
@@ -104,7 +104,7 @@ def question(model: Policy, prompt: Prompt) -> EncodedPrompt:
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuses what Python makes of words and lines that are not UTF-8. Errors: E-DATA-ENCODING."""
+    """Refuses Python's surrogates for input that is not UTF-8. Errors: E-DATA-ENCODING."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -112,57 +112,56 @@ def check_text(text: str, where: str) -> None:
 
 
 def answers(
-    model: Policy, questions: Sequence[EncodedPrompt], first: int, settings: use.Sample, copies: int = 1
+    model: Policy, prompts: Sequence[EncodedPrompt], first: int, settings: use.Sample, copies: int = 1
 ) -> list[Generated]:
-    """`copies` replies to each question, one after another. first: the number of the first question, for its random
+    """`copies` responses to each prompt, one after another. first: the number of the first prompt, for its random
     numbers. Errors: E-DATA-LONG, E-MEM-FULL."""
-    return [answer for group in answered(model, questions, settings, copies, first) for answer in group]
+    return [answer for group in answered(model, prompts, settings, copies, first) for answer in group]
 
 
 def answered(
-    model: Policy, questions: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1, first: int = 0
+    model: Policy, prompts: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1, first: int = 0
 ) -> Iterator[list[Generated]]:
-    """The same, question by question, each as soon as it and those before it are answered."""
-    requests = [request(model, q, settings, number, copies) for number, q in enumerate(questions, first)]
-    engine = Engine(model.fused, model.at, *cache_shape(questions, settings, copies), model.tokenizer)
-    number_of = {engine.add(asked): number for number, asked in enumerate(requests)}
-    found: dict[int, dict[int, Generated]] = defaultdict(dict)
+    """The same, prompt by prompt, each as soon as it and those before it are answered."""
+    requests = [request(model, prompt, settings, number, copies) for number, prompt in enumerate(prompts, first)]
+    engine = Engine(model.fused, model.at, *cache_shape(prompts, settings, copies), model.tokenizer)
+    number_of = {engine.add(item): number for number, item in enumerate(requests)}
+    finished: dict[int, dict[int, Generated]] = defaultdict(dict)
     due = 0
     for event in engine.events():
         if event.reply:
             number = number_of[event.ticket]
-            found[number][event.copy] = answer(model, questions[number], event.reply)
-        while len(found.get(due, ())) == copies:
-            yield [found[due][copy] for copy in range(copies)]
-            del found[due]
+            finished[number][event.copy] = answer(model, prompts[number], event.reply)
+        while len(finished.get(due, ())) == copies:
+            yield [finished[due][copy] for copy in range(copies)]
+            del finished[due]
             due += 1
 
 
-def cache_shape(questions: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1) -> tuple[int, int]:
-    """Slots beside the cache's spare one, and positions of each: the longest prompt with the longest reply."""
-    longest = max((len(question.ids) for question in questions), default=1)
-    return min(settings.max_num_seqs, max(1, copies * len(questions))), longest + settings.max_new_tokens
+def cache_shape(prompts: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1) -> tuple[int, int]:
+    """Slots beside the cache's spare one, and positions of each: the longest prompt with the longest response."""
+    longest = max((len(prompt.ids) for prompt in prompts), default=1)
+    return min(settings.max_num_seqs, max(1, copies * len(prompts))), longest + settings.max_new_tokens
 
 
 def cache_need(model: Policy, slots: int, positions: int) -> str:
-    """The memory that a cache takes, in words."""
+    """The memory of a cache, as text."""
     mib = cache_bytes(model.model.config, slots + 1, positions, model.device.dtype) / 2**20
     return f"{slots} slot{'s' * (slots > 1)} and a spare one of {positions} positions, {mib:.3g} MiB"
 
 
-def request(model: Policy, question: EncodedPrompt, settings: use.Sample, number: int, copies: int = 1) -> Request:
-    """What the engine is asked."""
+def request(model: Policy, prompt: EncodedPrompt, settings: use.Sample, number: int, copies: int = 1) -> Request:
+    """The engine's request."""
     keys = tuple((settings.seed, "generate", copy, number) for copy in range(copies))
     top = settings.top_logprobs if isinstance(settings, use.Generate) else 0
-    return Request(question.ids, settings, keys, model.ends, settings.stop, top=top)
+    return Request(prompt.ids, settings, keys, model.ends, settings.stop, top=top)
 
 
-def answer(model: Policy, question: EncodedPrompt, reply: Response) -> Generated:
-    """The reply beside its prompt."""
-    prompt, valid = question.prompt, model.tokenizer.is_utf8(reply.ids, reply.text)
-    return Generated(
-        Completion(question.ids, reply.ids, prompt.turns, reply.text, prompt.where, reply.finished, valid), reply
-    )
+def answer(model: Policy, encoded: EncodedPrompt, response: Response) -> Generated:
+    """The response beside its prompt."""
+    prompt, valid = encoded.prompt, model.tokenizer.is_utf8(response.ids, response.text)
+    sample = Completion(encoded.ids, response.ids, prompt.turns, response.text, prompt.where, response.finished, valid)
+    return Generated(sample, response)
 
 
 def generate(model: Policy, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
@@ -176,8 +175,8 @@ def generate(model: Policy, prompts: Sequence[str | tuple[str, str]], **settings
     values = own_sampling(model.folder) | settings
     checked = use.agreed(build(use.Sample, values, {name: name for name in settings}), set(settings))
     pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-    questions = [question(model, asked(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)]
-    return [answer.sample.text for answer in answers(model, questions, 0, checked)] if questions else []
+    encoded = [question(model, asked(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)]
+    return [answer.sample.text for answer in answers(model, encoded, 0, checked)] if encoded else []
 
 
 def asked(instruction: str, extra: str = "", *, where: str = "") -> Prompt:

@@ -1,9 +1,9 @@
-"""From logits to one token a row: each row by its own rules, and by one uniform number instead of a generator's state.
+"""From logits to one token per row: each row by its own rules, and one uniform number instead of a generator's state.
 
 Inverse transform sampling: a row's token is where its own uniform number falls in its cumulative distribution, so a
-reply depends on its seed and not on the batch around it. Penalties and biases change the logits, temperature scales
-them, then top-k, top-p (of what top-k left) and min-p each demand a least chance; the highest demand counts, and tokens
-of equal chance stay or go together.
+response depends on its seed and not on the batch around it. Penalties and biases change the logits, temperature scales
+them, then top-k, top-p (of what top-k left) and min-p each set a minimum probability; the highest counts, and tokens of
+equal probability stay or go together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,15 @@ from torch import Tensor
 from tetrad.settings.common import Sampling
 
 Said = tuple[Sampling, Sequence[int], Sequence[int]]
-"""A row's settings, prompt and reply so far."""
-_FIRST = 1024  # likeliest tokens that top-p looks at before it sorts a whole vocabulary
+"""A row's settings, prompt and response so far."""
+_FIRST = 1024  # most likely tokens that top-p examines before it sorts a whole vocabulary
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the rows of a batch ask for, [N, 1] each; None where no row asks for it. most: the largest top-k.
+    """What the rows of a batch request, [N, 1] each; None if no row requests it. most: the largest top-k.
 
-    bias: rows, ids and what is added to their logits. penalised: rows whose logits depend on what was said.
+    bias: rows, ids and what is added to their logits. penalised: rows whose logits depend on earlier tokens.
     """
 
     greedy: Tensor | None
@@ -79,17 +79,17 @@ def _bias(biases: Sequence[Mapping[int, float]], place: torch.device) -> tuple[T
 @dataclass(frozen=True)
 class Drawn:
     """ids [N] and their log-probabilities under softmax(logits / temperature), before penalties, biases and filters
-    (temperature 0: at 1). top: ids and log-probabilities [N, k] of the k likeliest tokens by the same measure."""
+    (temperature 0: at 1). top: ids and log-probabilities [N, k] of the k most likely tokens by the same measure."""
 
     ids: Tensor
     logprobs: Tensor
     top: tuple[Tensor, Tensor] | None
 
 
-def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, said: Sequence[Said] = (), top: int = 0) -> Drawn:
-    """One token a row. said: each row's prompt and reply, where there are penalised rows."""
+def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, histories: Sequence[Said] = (), top: int = 0) -> Drawn:
+    """One token per row. histories: each row's prompt and response, if there are penalised rows."""
     logits = logits_NV.float()
-    changed = _adjusted(logits, rules, said)
+    changed = _adjusted(logits, rules, histories)
     if rules.temperature is not None:
         logits = _scaled(logits, rules.temperature)
         changed = None if changed is None else _scaled(changed, rules.temperature)
@@ -100,7 +100,7 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, said: Sequence[Sai
         ids = drawn if ids is None or rules.greedy is None else torch.where(rules.greedy[:, 0], ids, drawn)
     if changed is None:
         logprobs = choice.gather(1, ids[:, None]).log_()[:, 0]
-    else:  # what a bias forces may have no chance at all as float32
+    else:  # what a bias forces may have probability 0 in float32
         logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     if not top:
         return Drawn(ids, logprobs, None)
@@ -109,15 +109,15 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, said: Sequence[Sai
 
 
 def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Over the temperature, the largest at 0: no temperature is so small that it makes infinities."""
+    """Divided by the temperature, the largest at 0: no temperature is small enough to produce infinities."""
     return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
 def pick(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     """Where each row's uniform number falls in the running sum of its weights (not negative; any total above 0).
 
-    A weight of 0 is never picked. Running sums are float64, so that it makes no difference how they are taken: at once
-    for few weights, else by blocks, without one over the whole vocabulary.
+    A weight of 0 is never picked. Running sums are float64, so that it makes no difference how they are computed: at
+    once for few weights, else by blocks, without one over the whole vocabulary.
     """
     rows, size = weights_NV.shape
     point = uniforms_N.double()[:, None]
@@ -140,13 +140,13 @@ def pick(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
 def _place(weights: Tensor, share: Tensor) -> Tensor:
     """The first place [N, 1] whose running sum is above this share of the total."""
     running = _running(weights)
-    found = torch.searchsorted(running, share * (running[:, -1:] * _LESS), right=True)
-    return found.clamp_(max=weights.shape[1] - 1)  # where the weights are no numbers
+    places = torch.searchsorted(running, share * (running[:, -1:] * _LESS), right=True)
+    return places.clamp_(max=weights.shape[1] - 1)  # in case the weights are NaN
 
 
 def _running(weights: Tensor) -> Tensor:
     """Running sums along the last dimension, float64."""
-    if weights.is_cuda and torch.are_deterministic_algorithms_enabled():  # where cumsum has no such kernel
+    if weights.is_cuda and torch.are_deterministic_algorithms_enabled():  # cumsum has no such kernel
         ones = torch.ones(weights.shape[-1], weights.shape[-1], dtype=torch.float64, device=weights.device)
         return weights.double() @ ones.triu()
     return weights.cumsum(-1, dtype=torch.float64)
@@ -154,11 +154,11 @@ def _running(weights: Tensor) -> Tensor:
 
 _SHORT = 8192
 _LESS = 1 - 2**-50
-"""A sum times this is below the sum: rounding must not lead past the last weight."""
+"""A sum times this is below the sum: rounding must not go past the last weight."""
 
 
 def _filtered(chances: Tensor, rules: Rules) -> Tensor:
-    """Chances with 0 where a token has less than its row demands."""
+    """Probabilities, with 0 where a token has less than its row's minimum."""
     least = None
     if rules.top_k is not None or rules.top_p is not None:
         least = _least(chances, rules)
@@ -169,7 +169,7 @@ def _filtered(chances: Tensor, rules: Rules) -> Tensor:
 
 
 def _least(chances: Tensor, rules: Rules, first: int = _FIRST) -> Tensor:
-    """The chance [N, 1] of the last token that top-k and then top-p let stay; 0 where all do."""
+    """The probability [N, 1] of the last token that top-k and then top-p keep; 0 if they keep all."""
     size = chances.shape[-1]
     one = torch.ones_like(chances[:, :1])
     ks = rules.top_k if rules.top_k is not None else (one * size).long()
@@ -181,24 +181,24 @@ def _least(chances: Tensor, rules: Rules, first: int = _FIRST) -> Tensor:
     enough = share * torch.where(ks < size, running[:, -1:], one)
     if count < size and bool(((share < 1) & (ks >= size) & (running[:, -1:] < enough)).any()):
         return _least(chances, rules, size)
-    # A token stays while the share before it is below top_p: the likeliest always does.
+    # A token stays while the share before it is below top_p: the most likely one always does.
     stays = kept & ((running - ordered < enough) | (share >= 1))
     last = (stays.sum(-1, keepdim=True) - 1).clamp_(min=0)
     return torch.where((ks < size) | (share < 1), ordered.gather(1, last), 0.0)
 
 
-def _adjusted(logits_NV: Tensor, rules: Rules, said: Sequence[Said]) -> Tensor | None:
-    """A copy of the logits with penalties and biases; None where no row has any.
+def _adjusted(logits_NV: Tensor, rules: Rules, histories: Sequence[Said]) -> Tensor | None:
+    """A copy of the logits with penalties and biases; None if no row has any.
 
-    The logit of a token of prompt or reply is divided by the repetition penalty where positive, else multiplied (Keskar
-    et al. 2019); for a token of the reply the presence penalty and, as often as it stands there, the frequency penalty
-    are taken away; then the bias is added.
+    The logit of a token of prompt or response is divided by the repetition penalty if positive, else multiplied (Keskar
+    et al. 2019); for a token of the response the presence penalty and, for each time it appears, the frequency penalty
+    are subtracted; then the bias is added.
     """
     if rules.bias is None and not rules.penalised:
         return None
     out, place = logits_NV.clone(), logits_NV.device
     if rules.penalised:
-        parts = zip(*(_penalties(row, *said[row]) for row in rules.penalised), strict=True)
+        parts = zip(*(_penalties(row, *histories[row]) for row in rules.penalised), strict=True)
         rows, ids, divisors, taken = (torch.from_numpy(np.concatenate(part)).to(place) for part in parts)
         z = out[rows, ids]
         out[rows, ids] = torch.where(z > 0, z / divisors, z * divisors) - taken
@@ -208,9 +208,9 @@ def _adjusted(logits_NV: Tensor, rules: Rules, said: Sequence[Said]) -> Tensor |
     return out
 
 
-def _penalties(row: int, s: Sampling, prompt: Sequence[int], reply: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """Row, id, divisor and what is taken away, for each token of prompt and reply."""
-    ids, place = np.unique(np.fromiter((*prompt, *reply), np.int64), return_inverse=True)
+def _penalties(row: int, s: Sampling, prompt: Sequence[int], response: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Row, id, divisor and what is subtracted, for each token of prompt and response."""
+    ids, place = np.unique(np.fromiter((*prompt, *response), np.int64), return_inverse=True)
     times = np.bincount(place[len(prompt) :], minlength=len(ids))
     taken = s.presence_penalty * (times > 0) + s.frequency_penalty * times
     divisors = np.full(len(ids), s.repetition_penalty, np.float32)

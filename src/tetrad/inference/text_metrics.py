@@ -1,4 +1,4 @@
-"""What is said about a set of replies: how they differ, how long they are, how they end."""
+"""Metrics of a set of responses: how they differ, how long they are, how they end."""
 
 import re
 from collections import Counter
@@ -15,22 +15,22 @@ _CJK = (
 _RUN = re.compile(rf"([{_CJK}]+)|([^\W\d_{_CJK}]{{5,}})")
 
 
-def distinct_2(replies: Sequence[Sequence[int]]) -> float:
-    """Different pairs of neighbouring tokens as a share of all (Li et al. 2016). Compare equal numbers of replies."""
-    pairs = [pair for ids in replies for pair in pairwise(ids)]
+def distinct_2(responses: Sequence[Sequence[int]]) -> float:
+    """Different pairs of neighbouring tokens as a share of all (Li et al. 2016). Compare equal numbers of responses."""
+    pairs = [pair for ids in responses for pair in pairwise(ids)]
     return len(set(pairs)) / max(1, len(pairs))
 
 
 def words(text: str) -> set[str]:
     """The different words of a text: runs of at least five letters and, of Chinese, Japanese and Korean, each pair of
-    neighbouring characters (one that stands alone is a word itself), as search engines index them."""
+    neighbouring characters (a single one is a word itself), as search engines index them."""
     runs = _RUN.findall(text.lower())
     pairs = {cjk[at : at + 2] for cjk, _ in runs for at in range(max(1, len(cjk) - 1))}
     return (pairs | {letters for _, letters in runs}) - {""}
 
 
 def commonest_word(texts: Sequence[str]) -> tuple[str, float]:
-    """The word that most texts hold, and the share of texts that hold it."""
+    """The word that most texts contain, and the share of texts that contain it."""
     counts = Counter(word for text in texts for word in words(text))
     if not counts:
         return "", 0.0
@@ -39,8 +39,8 @@ def commonest_word(texts: Sequence[str]) -> tuple[str, float]:
 
 
 def reply_figures(samples: Sequence[Completion], finished: Sequence[bool]) -> dict[str, float]:
-    """Mean length in tokens, share that ended by itself, that is not valid UTF-8, distinct-2, share of answers with the
-    commonest word."""
+    """Mean length in tokens, shares that ended by themselves and that are not valid UTF-8, distinct-2, share of answers
+    with the commonest word."""
     n = max(1, len(samples))
     return {
         "length": sum(len(s.reply_ids) for s in samples) / n,

@@ -1,1 +1,1 @@
-"""Products by the fastest kernel of the machine."""
+"""Matrix products with the machine's fastest kernel."""

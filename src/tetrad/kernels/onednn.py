@@ -1,8 +1,8 @@
-"""Products with a weight matrix on a CPU, by oneDNN where it is faster than torch's own. The only file that knows it.
+"""Products with a weight matrix on a CPU, by oneDNN where it is faster than torch's own. The only file that uses it.
 
-In training that is where the processor has AVX-512, which the library of torch's own products may leave idle: up to 1.6
-times as fast. With AVX2 it is no faster (benchmarks/product.py), and each new number of rows costs time and memory. In
-decoding, whose rows are few and seldom new, it is used everywhere. On a GPU, in other types than float32, and where
+In training that is on processors with AVX-512, which the library of torch's own products may not use: up to 1.6 times
+as fast. With AVX2 it is no faster (benchmarks/product.py), and each new number of rows costs time and memory. In
+decoding, with few and rarely new row counts, it is used everywhere. On a GPU, in other types than float32, and where
 torch lacks these operators, the products are torch's own.
 """
 
@@ -16,43 +16,42 @@ from torch import Tensor
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _IN_TRAINING = _HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
-_FEW_ROWS = 64  # below, the weight's layout would have to be made for hardly any work
-_LEAST_STEP = 16  # between two numbers of rows
+_FEW_ROWS = 64  # below, converting the weight's layout doesn't pay off
+_LEAST_STEP = 16  # between two row counts
 _NARROW = 256  # a weight's gradient, a product over all tokens, is no faster where one side is smaller
-_SMALL = 160_000  # weights that stay in a core's own cache: plain up to twice as many multiplications
-# Compiled products to keep, some 16 for a size of a micro-batch: by oneDNN, half a MiB and half a millisecond each,
-# and by the layer between it and torch, 0.14 MiB. Both would keep 1,024; they read this at the first one.
+_SMALL = 160_000  # weights that fit a core's own cache: plain up to twice as many multiplications
+# Compiled products to keep, about 16 per micro-batch size: in oneDNN, half a MiB and half a millisecond each, and in
+# the layer between it and torch, 0.14 MiB. Both keep 1,024 by default; they read this at the first one.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
 
 
 def padded(rows: int, place: torch.device) -> int:
-    """The rows for `Product` to compute in place of so many: on a CPU the next of eight sizes in each doubling. For
-    each size that it meets oneDNN keeps a compiled product, which lies between tensors whose memory then serves no
-    larger ones."""
+    """The row count that `Product` computes instead: on a CPU the next of eight sizes in each doubling. For each size
+    it sees oneDNN keeps a compiled product, which lies between tensors, so their memory can't serve larger ones."""
     return rows + -rows % _step(rows - 1) if place.type == "cpu" else rows
 
 
 def padded_training(rows: int, place: torch.device) -> int:
-    """The same for `linear`: more rows than so many only where that is by oneDNN."""
+    """The same for `linear`: more than `rows` only if oneDNN computes it."""
     return padded(rows, place) if _IN_TRAINING else rows
 
 
 def pieces(rows: int, most: int, place: torch.device) -> list[slice]:
-    """The same rows in slices of at most `most`, without padding: where `linear` is by oneDNN all of such a size, but
+    """The same rows in slices of at most `most`, without padding: if `linear` uses oneDNN all of such a size, but
     for a last one of few rows."""
-    found, start = [], 0
+    slices, start = [], 0
     while start < rows:
         size = min(most, rows - start)
         if _IN_TRAINING and place.type == "cpu" and size >= _FEW_ROWS:
             size -= size % _step(size)
-        found.append(slice(start, start + size))
+        slices.append(slice(start, start + size))
         start += size
-    return found
+    return slices
 
 
 def _step(rows: int) -> int:
-    """Between two numbers of rows: an eighth of the largest power of two in them."""
+    """Between two row counts: an eighth of the largest power of two in them."""
     return max(_LEAST_STEP, 1 << max(rows.bit_length() - 4, 0))
 
 
@@ -67,8 +66,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 class Product:
-    """x W' + b of a weight that does not change, in its own layout; the smallest stay plain, as a call costs oneDNN
-    10 microseconds."""
+    """x W' + b with a fixed weight, in oneDNN's layout; the smallest stay plain, as a oneDNN call costs 10
+    microseconds."""
 
     def __init__(self, weight_OI: Tensor, bias: Tensor | None = None) -> None:
         self._bias, self._weight, self._packed = bias, weight_OI.t(), torch.empty(0)
@@ -86,7 +85,7 @@ class Product:
         return x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
 
     def added(self, x: Tensor, to: Tensor) -> Tensor:
-        """The product without bias, and `to`."""
+        """The product without bias, plus `to`."""
         if x.shape[0] > self._plain_rows:
             return torch.ops.mkldnn._linear_pointwise.binary(x, to, self._packed, None, "add")  # type: ignore[no-any-return]
         return torch.addmm(to, x, self._weight)

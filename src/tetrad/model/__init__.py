@@ -1,1 +1,1 @@
-"""ids to numbers: the decoder, its kernels, and its folders. Torch only; knows no text."""
+"""From ids to numbers: the decoder, its kernels, and its folders. Torch only; no text."""

@@ -1,12 +1,12 @@
-"""Causal attention over packed documents, and over a cache. The only module that knows kernels.
+"""Causal attention over packed documents, and over a cache. The only module that calls attention kernels.
 
-Packed: documents of one micro-batch lie one after another, and padding, if any, behind the last. They are sorted into
-buckets of like length, each bucket is one causal kernel call, and its few padded slots lie to the right, where no real
-query looks: so no mask is needed, and no document sees another. On a GPU with 16-bit compute one variable-length kernel
-takes them all.
+Packed: documents of one micro-batch lie one after another, followed by padding, if any. They are sorted into buckets
+of similar length, each bucket is one causal kernel call, and its few padded slots lie to the right, where no real query
+looks: so no mask is needed, and no document sees another. On a GPU with 16-bit compute one variable-length kernel takes
+them all.
 
-A prefix that documents share (on a CPU only) brings one more call for all that continue it: their queries against its
-keys, in buckets of records of like sizes. Two partial softmaxes become one by their log-sum-exps.
+A prefix that documents share (on a CPU only) adds one more call for all that continue it: their queries against its
+keys, in buckets of records of similar sizes. Two partial softmaxes are merged by their log-sum-exps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class Bucket:
-    """Documents of like length. slots: [B * L] the token in each slot (the last one again where padded);
+    """Documents of similar length. slots: [B * L] the token in each slot (the last one again where padded);
     tokens, valid: [n] each real token and its slot."""
 
     rows: int
@@ -36,9 +36,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Part:
-    """One call of several that make the attention together: each document to itself, causally, where keys and queries
-    are the same bucket; else all that continues a prefix, a row, to the prefix. bias: -inf at padded keys, where there
-    are any."""
+    """One of the calls that make up the attention: each document to itself, causally, if keys and queries are the same
+    bucket; else all that continues a prefix, one row each, to the prefix. bias: -inf at padded keys, if there are
+    any."""
 
     queries: Bucket
     keys: Bucket
@@ -51,13 +51,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one packed micro-batch is attended; made once, used by every layer."""
+    """How attention runs on one packed micro-batch; built once, used by every layer."""
 
     tokens: int
     buckets: tuple[Bucket, ...]
     offsets: Tensor
     longest: int
-    parts: tuple[Part, ...] = ()  # on a CPU; those of single documents come first, then those of shared prefixes
+    parts: tuple[Part, ...] = ()  # on a CPU; single documents come first, then shared prefixes
 
 
 def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Prefix] = ()) -> Plan:
@@ -70,7 +70,7 @@ def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Pre
     for document in by_length:
         if sizes[document] == 0:
             continue
-        # A bucket wastes at most a third of its slots; tiny documents share one, a call costs more than their padding.
+        # A bucket wastes at most a third of its slots; tiny documents share one: a call costs more than their padding.
         if groups and sizes[document] >= min(0.67 * (widest := sizes[groups[-1][0]]), max(widest - 24, 0)):
             groups[-1].append(document)
         else:
@@ -84,7 +84,7 @@ def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Pre
 
 
 def _shared(bounds: Sequence[int], prefixes: Sequence[Prefix], device: torch.device) -> Iterator[Part]:
-    """Calls of what continues a prefix to the prefix: records of like sizes in one."""
+    """Calls from what continues a prefix to the prefix: records of similar sizes in one."""
     if not prefixes:
         return
     start = torch.tensor([(bounds[p.document + 1], bounds[p.document]) for p in prefixes])
@@ -103,7 +103,7 @@ def _shared(bounds: Sequence[int], prefixes: Sequence[Prefix], device: torch.dev
 
 
 def _alike(sizes_N2: Tensor) -> bool:
-    """Whether rows of so many queries and keys waste at most a sixth as one call, or less than their own calls cost."""
+    """Whether rows with these queries and keys waste at most a sixth as one call, or less than separate calls cost."""
     rows, products = len(sizes_N2), int(sizes_N2.prod(1).sum())
     return rows * int(sizes_N2.amax(0).prod()) <= max(1.2 * products, products + 2048 * rows)
 
@@ -119,7 +119,7 @@ def _bucket(group: Tensor, start: Tensor, length: Tensor, device: torch.device) 
 
 
 class _ToBuckets(torch.autograd.Function):
-    """[T, ...] to one [B * L, ...] a bucket. Padded slots copy a real token; no gradient comes back from them."""
+    """[T, ...] to one [B * L, ...] per bucket. Padded slots copy a real token; no gradient comes back from them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
@@ -165,22 +165,22 @@ _from_buckets: Callable[..., Tensor] = _FromBuckets.apply
 
 
 class _InParts(torch.autograd.Function):
-    """Attention of all parts of a plan, on [T, H, D] and [T, G, D]; what lies behind the last document is padding and
-    gets zeros. A part's own backward, given the whole's output and log-sum-exp, is that part's share of the gradient
-    (ring attention, Liu et al. 2023). Rows of buckets, which have other sizes each time, are laid out anew for it:
-    nothing that stays has their size."""
+    """Attention of all parts of a plan, on [T, H, D] and [T, G, D]; what follows the last document is padding and gets
+    zeros. A part's own backward, given the overall output and log-sum-exp, is that part's share of the gradient (ring
+    attention, Liu et al. 2023). Rows of buckets, whose sizes differ each time, are laid out again for it: nothing kept
+    has their size."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         out = _unfilled(q, plan)
         logsum = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for part in plan.parts:
-            found, sums = _flash(*_rows_of(part, q, k, v), 0.0, part.causal, attn_mask=_bias(part, q))
+            attended, sums = _flash(*_rows_of(part, q, k, v), 0.0, part.causal, attn_mask=_bias(part, q))
             if not part.causal:
                 own, own_sums = (_in_rows(x, part.queries) for x in (out, logsum))
-                found = own.lerp_(found, torch.sigmoid(sums - own_sums).unsqueeze_(-1))
+                attended = own.lerp_(attended, torch.sigmoid(sums - own_sums).unsqueeze_(-1))
                 sums = torch.logaddexp(own_sums, sums)
-            for x, rows_of_x in ((out, found), (logsum, sums)):
+            for x, rows_of_x in ((out, attended), (logsum, sums)):
                 x.index_copy_(0, part.queries.tokens, _of_rows(rows_of_x, part.queries))
         ctx.save_for_backward(q, k, v, out, logsum)
         ctx.plan = plan
@@ -195,8 +195,8 @@ class _InParts(torch.autograd.Function):
             whole = (_in_rows(x, part.queries) for x in (out, logsum))
             given = _in_rows(grad, part.queries, padding=False)
             rows = _rows_of(part, q, k, v)
-            found = _flash_backward(given, *rows, *whole, 0.0, part.causal, attn_mask=_bias(part, out))
-            for x, rows_of_x, bucket in zip(to, found, (part.queries, part.keys, part.keys), strict=True):
+            grads = _flash_backward(given, *rows, *whole, 0.0, part.causal, attn_mask=_bias(part, out))
+            for x, rows_of_x, bucket in zip(to, grads, (part.queries, part.keys, part.keys), strict=True):
                 new = _of_rows(rows_of_x.unflatten(1, (x.shape[1], -1)).sum(2), bucket)
                 if not part.causal:
                     new += x.index_select(0, bucket.tokens)
@@ -205,14 +205,14 @@ class _InParts(torch.autograd.Function):
 
 
 def _unfilled(like: Tensor, plan: Plan) -> Tensor:
-    """Room for what the parts give; zeros where there are only padded tokens."""
+    """Room for the output of the parts; zeros at padded tokens."""
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     out[plan.tokens :].zero_()
     return out
 
 
 def _rows_of(part: Part, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """[B, H, L, D] each: the heads of keys and values once for each query head that reads them."""
+    """[B, H, L, D] each: heads of keys and values repeated for each query head that reads them."""
     spread = q.shape[1] // k.shape[1]
     rows = (_in_rows(x, part.keys) for x in (k, v))
     return [_in_rows(q, part.queries), *(x.repeat_interleave(spread, 1) if spread > 1 else x for x in rows)]
@@ -265,7 +265,7 @@ def _causal(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rows: int) -> Tensor:
 
 
 def cached_attention(q_NHD: Tensor, k_BLD: Tensor, v_BLD: Tensor, bias_B1L: Tensor | None) -> Tensor:
-    """One new token a row against its cache. B = N * G: the heads of keys and values of a row lie one after another.
+    """One new token a row against its cache. B = N * G: a row's heads of keys and values lie one after another.
     The bias is -inf where a row's cache is not filled. Returns [N, H, D]."""
     # The query heads of a group are laid along the time axis: no copy of keys and values, and a matrix, not a vector.
     q = q_NHD.reshape(k_BLD.shape[0], -1, q_NHD.shape[-1])
@@ -273,7 +273,7 @@ def cached_attention(q_NHD: Tensor, k_BLD: Tensor, v_BLD: Tensor, bias_B1L: Tens
         mask = None if bias_B1L is None else bias_B1L[None]
         q, k, v = q.unsqueeze(0), k_BLD.unsqueeze(0), v_BLD.unsqueeze(0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.reshape(q_NHD.shape)  # some kernels give it back transposed
+        return out.reshape(q_NHD.shape)  # some kernels return it transposed
     # Several rows on a CPU: two batched products are up to three times as fast as the one kernel.
     scores = torch.baddbmm(bias_B1L, q, k_BLD.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.bmm(scores.softmax(-1), v_BLD).view(q_NHD.shape)

@@ -1,7 +1,7 @@
 """The shape of a decoder, and its `config.json` as Hugging Face writes it. No torch.
 
-One decoder with a few flags covers Qwen2/2.5, Qwen3 and Llama 3. What would change numbers in a way that the decoder
-doesn't have (yarn, sliding windows, quantised weights, code of the folder's own) is refused, never ignored.
+One decoder with a few flags covers Qwen2/2.5, Qwen3 and Llama 3. Whatever would change numbers in a way the decoder
+doesn't implement (yarn, sliding windows, quantised weights, custom code in the folder) is refused, never ignored.
 """
 
 import math
@@ -22,7 +22,7 @@ ARCHITECTURES = {
     "LlamaForSequenceClassification": "llama",
 }
 MAX_JSON_BYTES = 8 << 20
-"""Of config.json, an index of shards and the like."""
+"""The limit for config.json, an index of shards and the like."""
 _LARGEST = 2**31
 _CLASS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 
@@ -141,16 +141,16 @@ def _refuse(raw: dict[str, Any], path: Path) -> None:
 
 
 def shortened(value: Any) -> str:
-    """Foreign text on one line, and not much of it."""
+    """Foreign text, shortened to one line."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    found = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(i) is int and i >= 0 for i in found):
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError(f"eos_token_id: {shortened(value)}")
-    return found
+    return ids
 
 
 def _count(raw: dict[str, Any], name: str, default: Any = None) -> int:
@@ -204,7 +204,7 @@ def _parse(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def _checked(config: DecoderConfig) -> DecoderConfig:
-    """Raises ValueError for numbers that are each legal but make no decoder."""
+    """Raises ValueError for numbers that are each legal but don't form a decoder."""
     if config.heads % config.kv_heads:
         raise ValueError(f"num_key_value_heads: {config.heads} heads can't be divided by {config.kv_heads}")
     if config.head_dim % 2:
@@ -217,7 +217,7 @@ def _checked(config: DecoderConfig) -> DecoderConfig:
 def config_json(config: DecoderConfig, kind: str) -> dict[str, Any]:
     """What transformers reads. kind: "CausalLM" or "SequenceClassification" (one label).
 
-    `rope_theta` is for transformers 4, `rope_parameters` for 5; both say the same.
+    `rope_theta` is for transformers 4, `rope_parameters` for 5; both hold the same.
     """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:

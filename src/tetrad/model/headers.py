@@ -1,7 +1,7 @@
-"""The headers of safetensors files, read without torch: what a file holds, before a byte of it is loaded.
+"""The headers of safetensors files, read without torch: what a file holds, before any of it is loaded.
 
-A header is believed only if it is whole: no name twice, known types, and tensors that lie one after another over all of
-the file, each as long as its shape says (https://github.com/huggingface/safetensors, "Format").
+A header is trusted only if it is complete: no duplicate names, known types, and tensors that cover the whole file one
+after another, each as long as its shape says (https://github.com/huggingface/safetensors, "Format").
 """
 
 import json
@@ -15,7 +15,7 @@ from tetrad import disk
 from tetrad.errors import UserError
 
 HEADER_BYTES = 2 << 20
-"""No header is larger: it would name fifteen thousand tensors, far more than a decoder and its optimizer have."""
+"""The largest header: it would name fifteen thousand tensors, far more than a decoder and its optimizer have."""
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LARGEST = 2**48
 _CHUNK = 1 << 20
@@ -45,7 +45,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         header = json.loads(raw.decode(), object_pairs_hook=_once, parse_constant=_no_number)
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
-        json.dumps(header, ensure_ascii=False).encode()  # halves of surrogate pairs are a UnicodeEncodeError
+        json.dumps(header, ensure_ascii=False).encode()  # halves of surrogate pairs raise UnicodeEncodeError
         _metadata(header.pop("__metadata__", {}))
         entries = {name: _entry(name, value) for name, value in header.items()}
         _refuse_gaps(entries, size - 8 - length)
@@ -72,17 +72,17 @@ def same_numbers(first: tuple[Path, Entry], second: tuple[Path, Entry]) -> bool:
 
 
 def not_safetensors(path: Path, error: Exception) -> UserError:
-    """The error for such a file."""
+    """The error for a file that is not safetensors."""
     text = getattr(error, "strerror", None) or str(error)
     what = f"is not a whole safetensors file ({text!s:.200})"
     return UserError("E-CKPT-FORMAT", what, where=str(path), hint="get the file again; pickles are never read")
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError("a name stands twice in its header")
-    return found
+    return unique
 
 
 def _no_number(text: str) -> NoReturn:

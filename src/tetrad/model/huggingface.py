@@ -1,7 +1,7 @@
-"""Model folders in and out: ordinary Hugging Face folders with safetensors, in one file or shards.
+"""Reading and writing model folders: ordinary Hugging Face folders with safetensors, in one file or shards.
 
 Nothing is guessed: a missing or unexpected tensor, a wrong shape, a pickle-only folder is an error. Folders that Tetrad
-wrote carry a manifest and are verified before they are read.
+wrote have a manifest and are verified before they are read.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def read_causal(folder: Path) -> CausalLM:
 
 
 def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
-    """A reward model or critic in float32; from a language model's folder, its body and a fresh head."""
+    """A reward model or critic in float32; from a language model's folder, its decoder and a fresh head."""
     facts = _inspected(folder, scalar=True)
     tensors = _tensors(facts)
     with torch.device("meta"):
@@ -44,7 +44,7 @@ def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
 
 
 def read_members(folder: Path) -> tuple[ScalarModel, ...]:
-    """A reward model and the further members of its ensemble, where it has any. Errors: E-MODEL-*, E-CKPT-*."""
+    """A reward model and the further members of its ensemble, if it has any. Errors: E-MODEL-*, E-CKPT-*."""
     members = [read_scalar(folder)]
     for path in member_files(folder):
         tensors = read_tensors(path)
@@ -64,7 +64,7 @@ def member_files(folder: Path) -> list[Path]:
 
 
 def members_content(members: Sequence[ScalarModel]) -> dict[str, Content]:
-    """The files of all but the first, which is the folder's own model."""
+    """The files of all but the first member, which is the folder's own model."""
     return {
         f"member-{number}.safetensors": tensor_chunks({**_trained(member), "bias": member.bias})
         for number, member in enumerate(members[1:], start=2)
@@ -89,7 +89,7 @@ def _tensors(facts: Facts) -> dict[str, Tensor]:
 
 
 def _fill(model: CausalLM | ScalarModel, tensors: dict[str, Tensor]) -> None:
-    """Puts the tensors in their places; `inspect` has compared names and shapes."""
+    """Assigns the tensors to the parameters; `inspect` has compared names and shapes."""
     for name in dict(model.named_parameters()):
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(tensors[name].float()))

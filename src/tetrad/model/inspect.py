@@ -1,8 +1,8 @@
-"""A model folder as its small files and headers tell it, without torch: is this a model that can be loaded here?
+"""A model folder from its small files and headers, without torch: is this a model that can be loaded here?
 
-Everything that loading would refuse is refused here in milliseconds, before a weight is read: a folder without its
-files, code of its own, other architectures, headers that lie, tensors that config.json doesn't imply. `weights` loads
-what was inspected. What is in the weights themselves only a manifest's sha256 or the numbers can tell.
+Everything that loading would refuse is refused here in milliseconds, before a weight is read: missing files,
+custom code, other architectures, wrong headers, tensors that config.json doesn't imply. `huggingface` loads what was
+inspected. Damage in the weights themselves shows only in a manifest's sha256 or in the numbers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,8 +36,8 @@ class Facts:
 def inspect(folder: Path, *, scalar: bool = False) -> Facts:
     """The folder's facts, for loading it as a language model or, with `scalar`, as a reward model or critic.
 
-    Raises UserError E-MODEL-{MISSING,CODE,UNSUPPORTED,FORMAT}, E-CKPT-{FORMAT,KEYS,SHAPE,ROLE}. Its manifest, where
-    there is one, is not looked at.
+    Raises UserError E-MODEL-{MISSING,CODE,UNSUPPORTED,FORMAT}, E-CKPT-{FORMAT,KEYS,SHAPE,ROLE}. Its manifest, if
+    there is one, is not checked.
     """
     if not folder.is_dir():
         raise UserError("E-MODEL-MISSING", "there is no such folder", where=str(folder), hint="name a model folder")
@@ -50,12 +50,12 @@ def inspect(folder: Path, *, scalar: bool = False) -> Facts:
     tensors: dict[str, Entry] = {}
     owners: dict[str, Path] = {}
     for path in files:
-        found = read_header(path)
-        if both := sorted(tensors.keys() & found.keys()):
+        header = read_header(path)
+        if both := sorted(tensors.keys() & header.keys()):
             what = f"{shortened(both[0])} stands in two of the folder's files"
             raise UserError("E-CKPT-KEYS", what, where=str(path), hint=_HINT)
-        tensors |= found
-        owners |= dict.fromkeys(found, path)
+        tensors |= header
+        owners |= dict.fromkeys(header, path)
     tensors = {name: entry for name, entry in tensors.items() if not name.endswith(_NOT_OURS)}
     _refuse_others(folder, config, tensors, scalar, reward)
     if config.tied and not scalar and _HEAD in tensors:
@@ -92,7 +92,7 @@ def parameters(config: DecoderConfig, *, scalar: bool = False) -> Iterator[tuple
 
 
 def _refuse_incomplete(folder: Path) -> None:
-    """Names all that a folder lacks, and what it has instead."""
+    """Lists all that a folder lacks, and what it has instead."""
     names = sorted(path.name for path in folder.iterdir())
     if _ADAPTER in names and "config.json" in names:
         what = f"{_ADAPTER} lies beside the model: transformers would put that adapter onto its weights"

@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021) on a base whose weights several models share.
 
-A model on a base is a decoder whose parameters are the base's own tensors, frozen, and beside the matrices a pair of
-small ones: W x + alpha / rank * B A x. With B = 0, as it begins, that is the base exactly. On disk adapters have PEFT's
-names and adapter_config.json; `merged` adds them to the weights.
+A model on a base is a decoder whose parameters are the base's own tensors, frozen, with a pair of small matrices beside
+each large one: W x + alpha / rank * B A x. With B = 0, the initial value, that is the base exactly. On disk adapters
+have PEFT's names and adapter_config.json; `merged` adds them to the weights.
 """
 
 import json
@@ -30,7 +30,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def on_base(kind: type[M], base: CausalLM, config: DecoderConfig | None = None) -> M:
-    """A model whose decoder's parameters are those of `base`, not copies; a head of its own is left empty."""
+    """A model whose decoder's parameters are those of `base`, not copies; its own head, if any, is left empty."""
     with torch.device("meta"):
         model = kind(config or base.config)
     given = dict(base.named_parameters())
@@ -43,7 +43,7 @@ def on_base(kind: type[M], base: CausalLM, config: DecoderConfig | None = None) 
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
-    """Freezes the decoder and gives its matrices fresh adapters: A uniform as a Linear's weight, B nothing."""
+    """Freezes the decoder and gives its matrices fresh adapters: A uniform like a Linear's weight, B zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.get_submodule("model").parameters():
         parameter.requires_grad_(False)
@@ -57,7 +57,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: tuple[str, 
 
 @torch.no_grad()
 def merged(model: M) -> M:
-    """The same function in plain weights of its own; a model without adapters is returned as it is."""
+    """The same function in separate plain weights; a model without adapters is returned unchanged."""
     if not has_adapters(model):
         return model
     with torch.device("meta"):
@@ -80,14 +80,14 @@ def has_adapters(model: nn.Module) -> bool:
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Adapters, and a scalar model's head, by PEFT's names."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, linear in adapted(model):
         if linear.adapter is not None:
-            found[f"{_PEFT}{name}.lora_A.weight"] = linear.adapter.a
-            found[f"{_PEFT}{name}.lora_B.weight"] = linear.adapter.b
+            tensors[f"{_PEFT}{name}.lora_A.weight"] = linear.adapter.a
+            tensors[f"{_PEFT}{name}.lora_B.weight"] = linear.adapter.b
     if isinstance(model, ScalarModel):
-        found[f"{_PEFT}score.weight"] = model.score.weight
-    return {name: tensor.detach() for name, tensor in found.items()}
+        tensors[f"{_PEFT}score.weight"] = model.score.weight
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def adapter_config(model: nn.Module, base: str, extra: Mapping[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
-"""A batch as transformers takes it, rows padded to one length on either side, through the packed decoder.
+"""A batch in transformers' format, rows padded to one length on either side, through the packed decoder.
 
 Padding is not computed at all: the tokens that the mask keeps are packed row by row, each row from position 0. A hole
-in the mask is stepped over. transformers' numbers, with two differences where it has only noise to give: logits at
+in the mask is skipped. The numbers are transformers', with two differences where its own are only noise: logits at
 padding are 0, and no loss is taken where the predicting position or the label is padding.
 """
 
@@ -21,7 +21,7 @@ def forward(
 ) -> tuple[Tensor | None, Tensor]:
     """Loss (None without labels) and logits [B, L, V], both float32 and differentiable.
 
-    attention_mask_BL: 1 (or true) at tokens, 0 at padding; without it all are tokens. labels_BL: the ids themselves,
+    attention_mask_BL: 1 (or true) at tokens, 0 at padding; None: all are tokens. labels_BL: the ids themselves,
     not shifted; the loss is the mean cross-entropy of position t against label t + 1 over the labels that aren't -100,
     and NaN where there are none. Raises ValueError where the shapes differ or a row has no token.
     """

@@ -1,8 +1,8 @@
-"""Tensors to and from safetensors files, in a stream: one tensor is copied to the CPU at a time.
+"""Tensors to and from safetensors files, streamed: one tensor is copied to the CPU at a time.
 
 The format is 8 bytes of header length (little endian), the header as JSON padded with spaces to 8 bytes, then the
 tensors' bytes without gaps, here in the order of their names (https://github.com/huggingface/safetensors, "Format").
-Shared tensors are written once under each name; who wants a tied weight only once leaves its second name out.
+Shared tensors are written once under each name; to write a tied weight only once, leave its second name out.
 """
 
 import json
@@ -30,7 +30,7 @@ _NAMES = {
 
 
 def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, a header and then one chunk a tensor. Raises ValueError for other dtypes."""
+    """The bytes of a safetensors file, a header and then one chunk per tensor. Raises ValueError for other dtypes."""
     names = sorted(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -53,7 +53,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of the tensors alone, on disk; the header comes on top."""
+    """Bytes of the tensors alone, on disk, without the header."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -1,9 +1,9 @@
-"""The decoder, and the two models made of it: a language model and a scalar model (reward, critic).
+"""The decoder, and the two models built on it: a language model and a scalar model (reward, critic).
 
-It reads packed documents, for training and wherever log-probabilities or values are wanted; decoding has a form of its
-own (fused.py). The head is applied inside `forward`, only where a target is, and in chunks, so the matrix of all logits
+It reads packed documents, for training and wherever log-probabilities or values are needed; decoding has a separate
+form (fused_model.py). The head is applied inside `forward`, only at targets, and in chunks, so the matrix of all logits
 never exists and sharded parameters work. Parameters are named as in Hugging Face folders. Frozen copies, dropout and
-precision are the caller's choice; text is unknown here.
+precision are the caller's choice; this module handles no text.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up; silu(gate), a fourth of what an MLP would keep, is made again in the backward: the same bits."""
+    """silu(gate) * up; silu(gate), a fourth of what an MLP would keep, is recomputed in the backward: the same bits."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Adapter(nn.Module):
 
 
 class Linear(nn.Linear):
-    """torch's, by the faster product where there is one; with an adapter beside it where the model has some."""
+    """torch's Linear, with the faster product if there is one, and an adapter if the model has some."""
 
     def __init__(self, size_in: int, size_out: int, *, bias: bool) -> None:
         super().__init__(size_in, size_out, bias)
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
-        # Not drawn here: on "meta" torch would load all of torch.compile for it, two seconds whenever a model is read.
+        # Not initialised here: on "meta" torch would load all of torch.compile for it, two seconds per model read.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(c.vocab_size, c.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
         """Returns the normed hidden states [T, hidden]."""
         x = self.embed_tokens(packed.ids_T)
         tokens = len(x)
-        # Rows of zeros that nothing looks at; so are their gradients.
+        # Rows of zeros that nothing reads; their gradients are zeros too.
         padding = padded_training(tokens, x.device) - tokens
         x = F.pad(x, (0, 0, 0, padding))
         keys_T = self._dropout_keys(packed, len(x))
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         return self.norm(x)[:tokens]  # type: ignore[no-any-return]
 
     def _dropout_keys(self, packed: Packed, tokens: int) -> Tensor | None:
-        """With zeros for padding; None where nothing is dropped. Raises ValueError where the pack has no keys."""
+        """With zeros for padding; None if nothing is dropped. Raises ValueError if the pack has no keys."""
         if not (self.training and (self.dropout or self.token_dropout)):
             return None
         if packed.keys_T is None:
@@ -239,7 +239,7 @@ def rope_frequencies(c: DecoderConfig) -> Tensor:
 
 
 class CausalLM(nn.Module):
-    """A language model. `head_weight` is the embedding's where tied."""
+    """A language model. `head_weight` is the embedding's if tied."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class CausalLM(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A decoder with one number a token: the reward model reads it at the last, the critic before each reply token.
+    """A decoder with one number per token: the reward model reads it at the last, the critic before each token.
 
     `bias` is a constant of the reward's normalisation, not trained.
     """
@@ -299,7 +299,7 @@ class ScalarModel(nn.Module):
 
 
 def initialise(model: CausalLM, seed: int) -> None:
-    """Normal weights as transformers draws them; norms 1, biases 0."""
+    """Normal weights as in transformers; norms 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
@@ -323,8 +323,8 @@ def give_head(model: ScalarModel, seed: int) -> None:
 
 @torch.no_grad()
 def grow_vocabulary(model: CausalLM | ScalarModel, size: int) -> None:
-    """Rows for new tokens up to `size` in embedding and output head, each the mean of the old ones; spare rows come
-    first."""
+    """Rows for new tokens up to `size` in embedding and output head, each the mean of the old ones; spare rows are
+    used first."""
     old = model.config.vocab_size
     if size <= old:
         return

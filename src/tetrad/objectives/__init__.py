@@ -1,1 +1,1 @@
-"""Losses, advantages and measures as pure functions of tensors. Imports torch and nothing of Tetrad's."""
+"""Losses, advantages and metrics as pure functions of tensors. Imports torch and the products of `kernels` only."""

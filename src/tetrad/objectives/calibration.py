@@ -1,4 +1,4 @@
-"""How far a reward model can be trusted: accuracy on pairs, calibration, rank correlation, intervals.
+"""How far a reward model can be trusted: pair accuracy, calibration, rank correlation, intervals.
 
 No gradients. Ties are averaged, never broken by position, and randomness comes from a seed.
 """
@@ -19,7 +19,7 @@ def ece(confidence_N: Tensor, correct_N: Tensor, bins: int = 10) -> Tensor:
     """Expected calibration error, a scalar: |accuracy - confidence| of equal-width bins, weighted by their counts.
 
     Bin b is [b, b + 1) / bins; a confidence of 1 falls into the last (Naeini et al. 2015). Raises ValueError without
-    values, or where a confidence lies outside [0, 1].
+    values, or if a confidence lies outside [0, 1].
     """
     if confidence_N.numel() == 0 or not bool(((confidence_N >= 0) & (confidence_N <= 1)).all()):
         raise ValueError("confidences must lie in [0, 1], and there must be some")
@@ -39,7 +39,7 @@ def fit_temperature(logits_P: Tensor, labels_P: Tensor) -> float:
     """The T in [0.01, 100] under which sigmoid(logits / T) has the least cross-entropy against labels in [0, 1].
 
     In 1 / T the cross-entropy is convex, so its slope is bisected; data without a minimum (every pair right, or no
-    better than chance) gives an end of the range. Raises ValueError without values or where one is not finite (Guo et
+    better than chance) gives an end of the range. Raises ValueError without values or if one is not finite (Guo et
     al. 2017).
     """
     logits, labels = logits_P.detach().double(), labels_P.detach().double()
@@ -70,15 +70,15 @@ def pair_accuracy(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int]) -> f
 
 
 def spearman(x_N: Tensor, y_N: Tensor) -> float:
-    """Rank correlation, ties given their mean rank; NaN (undefined) where either side is constant or has one value."""
+    """Rank correlation, ties given their mean rank; NaN (undefined) if either side is constant or has one value."""
     x, y = (ranks - ranks.mean() for ranks in (_mean_ranks(x_N), _mean_ranks(y_N)))
     scale = float(x.norm() * y.norm())
     return float(x @ y) / scale if scale > 0 else math.nan
 
 
 def kendall(x_N: Tensor, y_N: Tensor) -> float:
-    """tau-b: pairs in the same order less those in the other, over the pairs untied on each side (Kendall 1945); NaN
-    where either side is constant. Time grows as N^2."""
+    """tau-b: concordant minus discordant pairs, over the pairs untied on each side (Kendall 1945); NaN if either side
+    is constant. Time grows as N^2."""
     both, untied_x, untied_y = 0.0, 0.0, 0.0
     for rows in torch.arange(len(x_N)).split(256):
         x, y = (torch.sign(v[rows, None] - v[None]) for v in (x_N.detach(), y_N.detach()))
@@ -96,18 +96,18 @@ def bootstrap_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic of the rows of `values`, the mean where none is named (Efron 1979).
+    """Percentile interval of a statistic of the rows of `values`, the mean by default (Efron 1979).
 
     Raises ValueError without values.
     """
     if len(values_N) == 0:
         raise ValueError("no values: their interval is undefined")
     generator, values, size = torch.Generator().manual_seed(seed), values_N.detach().cpu().double(), len(values_N)
-    found: list[float] = []
-    while count := min(resamples - len(found), 1 + MOST_DRAWN // size):
+    stats: list[float] = []
+    while count := min(resamples - len(stats), 1 + MOST_DRAWN // size):
         drawn = torch.randint(size, (count, size), generator=generator)
-        found += values[drawn].mean(1).tolist() if statistic is None else [float(statistic(values[n])) for n in drawn]
-    low, high = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([1 - level, 1 + level]).double() / 2)
+        stats += values[drawn].mean(1).tolist() if statistic is None else [float(statistic(values[n])) for n in drawn]
+    low, high = torch.tensor(stats, dtype=torch.float64).quantile(torch.tensor([1 - level, 1 + level]).double() / 2)
     return float(low), float(high)
 
 

@@ -1,11 +1,11 @@
-"""Objectives of language modelling: log-probabilities, entropy, cross-entropy, and their chunked forms for training.
+"""Language modelling objectives: log-probabilities, entropy, cross-entropy, and their chunked forms for training.
 
 Position t of `logits` predicts token t + 1; `next_logprobs` and `sft_loss` shift, nothing else does. Log-softmax is
 taken in float32 (float64 for float64 inputs). The two chunked functions read the last hidden states and the head's
-matrix, so that the [N, V] matrix of logits never exists whole:
+matrix, so that the full [N, V] matrix of logits never exists:
 
-- `nll_sum` is linear in the log-probabilities, so its gradient is made in the forward, from each chunk's only logits;
-- `token_logprobs` has any gradient put on it (PPO), so the backward computes each chunk's logits again.
+- `nll_sum` is linear in the log-probabilities, so its gradient is computed in the forward, with each chunk's logits;
+- `token_logprobs` receives an arbitrary gradient (PPO), so the backward recomputes each chunk's logits.
 
 Shapes: B rows, L positions, V vocabulary, N chosen tokens, H hidden size.
 """
@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from tetrad.kernels.onednn import linear, pieces
 from tetrad.objectives.masks import How, select, token_weights
 
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}  # of float32 logits at a time; on a CPU as fast as any more
-CHUNK_ROWS = 256  # at least, or the matrix products starve
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}  # of float32 logits at a time; on a CPU more is no faster
+CHUNK_ROWS = 256  # at least, or the matrix products are inefficient
 
 
 def next_logprobs(
@@ -44,23 +44,23 @@ def entropy(logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
     return select(-(logprobs.exp() * logprobs).sum(-1), mask)
 
 
-def sft_loss(logits_BLV: Tensor, ids_BL: Tensor, loss_mask_BL: Tensor, how: How = "token") -> Tensor:
+def sft_loss(logits_BLV: Tensor, ids_BL: Tensor, loss_mask_BL: Tensor, reduction: How = "token") -> Tensor:
     """Mean cross-entropy of the tokens marked by the mask: over tokens, or over rows of each row's mean.
 
-    Raises ValueError where no token is marked.
+    Raises ValueError if no token is marked.
     """
     logprobs, mask = next_logprobs(logits_BLV, ids_BL, loss_mask_BL)
-    return -(logprobs * token_weights(mask, how, logprobs.dtype)).sum()
+    return -(logprobs * token_weights(mask, reduction, logprobs.dtype)).sum()
 
 
 def nll_sum(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk: int = 0) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target], a scalar; every target counts (select before calling).
 
-    The forward makes the gradients too, unless neither input needs one. chunk: rows at a time; 0 chooses.
+    The forward computes the gradients too, unless neither input needs one. chunk: rows at a time; 0 chooses.
     Products are taken in `hidden`'s dtype or autocast's; the gradient of `weight` is summed in at least float32.
     """
     sizes = _chunks(hidden_NH, weight_VH, targets_N, chunk)
-    if not torch.is_grad_enabled():  # a Function is not told, and would make gradients that no one takes
+    if not torch.is_grad_enabled():  # a Function can't see that, and would compute unused gradients
         weight_VH = weight_VH.detach()
         hidden_NH = hidden_NH.detach()
     with _own_precision(hidden_NH) as hidden:
@@ -77,7 +77,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), and the entropy in nats; both [N].
 
-    Differentiable in `hidden` and `weight`, once, through either result. entropy = False skips it: NaN stands there.
+    Differentiable in `hidden` and `weight`, once, through either result. entropy = False skips it and returns NaN.
     """
     sizes = _chunks(hidden_NH, weight_VH, targets_N, chunk)
     with _own_precision(hidden_NH) as hidden:
@@ -90,7 +90,7 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 @contextmanager
 def _own_precision(hidden: Tensor) -> Iterator[Tensor]:
-    """Under autocast `hidden` in its dtype, and autocast off: it would not reach the products with a given output."""
+    """Under autocast `hidden` in its dtype, and autocast off: it does not affect products with a given output."""
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
@@ -110,7 +110,7 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> list
 
 
 class _Head:
-    """hidden @ weight.T, chunk by chunk. One buffer serves the probabilities of all: fresh memory costs page faults."""
+    """hidden @ weight.T, chunk by chunk. One buffer holds the probabilities of all: fresh memory costs page faults."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, sizes: list[slice], temperature: float = 1.0) -> None:
         self.hidden, self.weight, self.temperature = hidden, weight.to(hidden.dtype), temperature
@@ -130,7 +130,7 @@ class _Head:
 
 
 class _Gradients:
-    """Of hidden and weight, summed from the slopes at each chunk's logits; None where not needed."""
+    """Of hidden and weight, summed from the gradients at each chunk's logits; None if not needed."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, needed: tuple[bool, bool]) -> None:
         wide = _accumulator(hidden.dtype)

@@ -1,4 +1,4 @@
-"""Masks: True on the tokens that count. What lies at the other positions may be anything, NaN too.
+"""Masks: True on the tokens that count. Other positions may hold anything, even NaN.
 
 Values are selected with `where` before any arithmetic, never multiplied by the mask: 0 * NaN is NaN, in gradients too.
 An empty mask has no mean: it is an error, not NaN and not 0.
@@ -23,14 +23,14 @@ def require_any(mask: Tensor) -> None:
         raise ValueError("the mask is empty: a mean over no tokens is undefined")
 
 
-def token_weights(mask: Tensor, how: How, dtype: torch.dtype) -> Tensor:
+def token_weights(mask: Tensor, reduction: How, dtype: torch.dtype) -> Tensor:
     """Weights [B, T] whose weighted sum is a mean: `token` over all tokens, `seq` over rows of each row's own mean.
 
     Rows without a token are left out. Raises ValueError on an empty mask.
     """
     require_any(mask)
     weights = mask.to(dtype)
-    if how == "token":
+    if reduction == "token":
         return weights / weights.sum()
     lengths = weights.sum(-1, keepdim=True)
     return weights / lengths.clamp(min=1) / (lengths > 0).sum()

@@ -3,8 +3,8 @@
 Arrays are [B, T] and already shifted: position t belongs to response token t; `mask` is True on response tokens (rows
 may be padded on either side and have holes). The losses for training come as sums with a number of tokens, so that
 micro-batches and ranks add up exactly; they take arrays of any one shape, flat ones too. The mean forms are for a
-batch that is whole in one place. Nothing is clamped but what PPO clips. Sources: the losses, the place of the score
-and the adaptive coefficient are Ziegler et al. 2019 (1909.08593), GAE Schulman et al. 2016 (1506.02438).
+batch that is complete in one place. Nothing is clamped but what PPO clips. Sources: the losses, the place of the score
+and the adaptive coefficient: Ziegler et al. 2019 (1909.08593), GAE: Schulman et al. 2016 (1506.02438).
 """
 
 from typing import Literal, NamedTuple
@@ -66,7 +66,7 @@ def kl_tokens(
 def adaptive_kl(beta: float, kl: float, sequences: int, target: float, horizon: float) -> float:
     """The next beta: beta * (1 + e * sequences / horizon), e = kl / target - 1 clipped to 0.2.
 
-    kl: nats a sequence, the mean over sequences of the sum over tokens. Raises ValueError unless target, horizon > 0.
+    kl: nats per sequence, the mean over sequences of the sum over tokens. Raises ValueError unless target, horizon > 0.
     """
     if not (target > 0 and horizon > 0):
         raise ValueError("target and horizon must be greater than 0")
@@ -82,7 +82,7 @@ def normalize_scores(
     missing_eos_B: Tensor,
     eos_penalty: float,
 ) -> Tensor:
-    """(score - mean) / std, clipped to +-clip (None: not), then less the penalty where the reply has no end token."""
+    """(score - mean) / std, clipped to +-clip (None: not), then minus the penalty if the response has no end token."""
     scores = (scores_B - mean) / std
     if clip is not None:
         scores = scores.clamp(-clip, clip)
@@ -92,7 +92,7 @@ def normalize_scores(
 def shape_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
     """-beta * KL at each token, plus the score at the last token of the response; [B, T], 0 where masked.
 
-    Raises ValueError where a row has no token: its score would be lost.
+    Raises ValueError if a row has no token: its score would be lost.
     """
     if not bool(mask_BT.any(-1).all()):
         raise ValueError("a response without a token has no place for its score")
@@ -111,7 +111,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns (advantage + value), [B, T], without gradient, 0 where masked.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}. Masked positions are stepped over: t + 1
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}. Masked positions are skipped: t + 1
     means the mask's next token. After the last one the value is 0 (the response ended) or `bootstrap` (it was cut).
     """
     rewards, values = select(rewards_BT, mask_BT).detach(), select(values_BT, mask_BT).detach()
@@ -131,7 +131,7 @@ def gae(
 def moments(x: Tensor, mask: Tensor, about: Tensor | float = 0.0) -> Tensor:
     """[count, sum of (x - about), sum of (x - about)^2] over the mask, float64: those of several ranks add up.
 
-    With `about` near the mean nothing cancels; a second round about the first round's mean is exact.
+    With `about` near the mean nothing cancels; a second pass about the first pass's mean is exact.
     """
     distance = select(x.detach(), mask).double() - torch.as_tensor(about, dtype=torch.float64, device=x.device)
     distance = select(distance, mask)
@@ -156,7 +156,7 @@ def whiten(
 ) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) over the mask, plus the mean again unless `shift_mean`; 0 where masked.
 
-    mean_and_variance: those of the whole batch, from all ranks' `moments`; else they are taken from x.
+    mean_and_variance: those of the whole batch, from all ranks' `moments`; else they are computed from x.
     Raises ValueError on an empty mask.
     """
     if mean_and_variance is None:
@@ -169,7 +169,7 @@ def whiten(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the mask; NaN (undefined) where all returns are equal."""
+    """1 - Var(returns - values) / Var(returns) over the mask; NaN (undefined) if all returns are equal."""
     require_any(mask)
     target, error = returns[mask].double(), (returns[mask] - values[mask]).double()
     if bool(target.max() == target.min()):
@@ -220,11 +220,11 @@ def policy_loss(
     mask_BT: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    how: How = "token",
+    reduction: How = "token",
     dual_clip: float | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """`policy_loss_sum` as a mean over tokens, or over rows of each row's mean. Raises ValueError on an empty mask."""
-    weights = token_weights(mask_BT, how, logprobs_BT.dtype)
+    weights = token_weights(mask_BT, reduction, logprobs_BT.dtype)
     sums = policy_loss_sum(
         logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip_low, clip_high, dual_clip, weights
     )
@@ -239,7 +239,7 @@ def value_loss_sum(
     clip: float | None = 0.2,
     weights: Tensor | None = None,
 ) -> ValueSums:
-    """Sum over tokens of max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2; with clip = None of the first alone."""
+    """Sum over tokens of max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2; with clip = None only the first."""
     values, old_values, returns = select(values, mask), select(old_values, mask), select(returns, mask)
     losses = (values - returns).square()
     worse = torch.zeros_like(mask)
@@ -257,10 +257,10 @@ def value_loss(
     old_values_BT: Tensor,
     returns_BT: Tensor,
     mask_BT: Tensor,
-    how: How = "token",
+    reduction: How = "token",
     clip: float | None = 0.2,
 ) -> tuple[Tensor, Tensor]:
     """The mean of `value_loss_sum`, and the share of tokens where the clipped error was the larger one."""
-    weights = token_weights(mask_BT, how, values_BT.dtype)
+    weights = token_weights(mask_BT, reduction, values_BT.dtype)
     sums = value_loss_sum(values_BT, old_values_BT, returns_BT, mask_BT, clip, weights)
     return sums.loss, sums.clipped / sums.tokens

@@ -1,4 +1,4 @@
-"""Losses of a reward model: pairs, lists of any length with ties, scores on a scale, annotators who err.
+"""Losses of a reward model: pairs, lists of any length with ties, scores on a scale, fallible annotators.
 
 Rewards are latent numbers r; a lower rank is better, equal ranks are ties, only the order of ranks counts. For
 training, many lists lie in one flat tensor with `bounds` (list l is bounds[l] : bounds[l + 1]), and a loss comes per
@@ -46,8 +46,8 @@ def bt_loss(
 def pairs_of(ranks_N: Tensor, bounds: Sequence[int], ties: PairTies = "skip") -> tuple[Tensor, Tensor, Tensor]:
     """All pairs of each list: indices of winners and losers into [N], and weights (float64) that sum to 1 over a list.
 
-    Tied pairs are left out, or with `half` stand there once each way at half the weight, which is a label of 0.5. A
-    list without a pair (one answer, or all tied under `skip`) has none and weighs nothing.
+    Tied pairs are left out, or with `half` appear once each way at half the weight, which is a label of 0.5. A list
+    without a pair (one answer, or all tied under `skip`) has none and no weight.
     """
     index, real = _padded(bounds, ranks_N.device)
     ranks = ranks_N[index]
@@ -86,7 +86,7 @@ def pair_loss_sum(
 
 
 def kwise_loss(scores_K: Tensor, ranks_K: Tensor, ties: PairTies = "skip") -> Tensor:
-    """Mean over the pairs of one list. Raises ValueError where there is none (all tied, under `skip`)."""
+    """Mean over the pairs of one list. Raises ValueError if there is none (all tied, under `skip`)."""
     winners, losers, weights = pairs_of(ranks_K, (0, len(ranks_K)), ties)
     _require_values(winners)
     return pair_loss_sum(scores_K, winners, losers, weights)
@@ -154,8 +154,8 @@ def center_penalty(chosen: Tensor, rejected: Tensor, coef: float, kind: Literal[
 
 
 def crowd_pair_losses(gap_P: Tensor, competence_P: Tensor) -> Tensor:
-    """-log(c sigmoid(gap) + (1 - c) sigmoid(-gap)), c = sigmoid(competence): somebody who is right with probability c
-    says that the first is better (Chen et al. 2013). Broadcasts; as exact for large numbers as for small ones."""
+    """-log(c sigmoid(gap) + (1 - c) sigmoid(-gap)), c = sigmoid(competence): an annotator right with probability c says
+    that the first is better (Chen et al. 2013). Broadcasts; as exact for large numbers as for small ones."""
     right = logsigmoid(competence_P) + logsigmoid(gap_P)
     return -torch.logaddexp(right, logsigmoid(-competence_P) + logsigmoid(-gap_P))
 
@@ -163,8 +163,8 @@ def crowd_pair_losses(gap_P: Tensor, competence_P: Tensor) -> Tensor:
 def crowd_bt_loss(s: Tensor, eta: Tensor, i: Tensor, j: Tensor, k: Tensor, lam: float = 0.5) -> Tensor:
     """Mean over P answers "annotator k: item i beats item j" of -log P, where k is right with probability eta_k.
 
-    P = eta_k sigmoid(s_i - s_j) + (1 - eta_k) sigmoid(s_j - s_i); added, before the mean is taken, are `lam` wins and
-    lam defeats of every item against a virtual one of reward 0 (Chen et al. 2013). s: items' rewards; eta: in [0, 1];
+    P = eta_k sigmoid(s_i - s_j) + (1 - eta_k) sigmoid(s_j - s_i); `lam` wins and lam defeats of every item against
+    a virtual one of reward 0 are added before the mean is taken (Chen et al. 2013). s: items' rewards; eta: in [0, 1];
     i, j, k: [P] indices. Raises ValueError without answers.
     """
     _require_values(i)
@@ -185,7 +185,7 @@ def _require_values(values: Tensor) -> None:
 
 
 def _padded(bounds: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Index [lists, longest] into the flat tensor, and where it is real; padding points at 0."""
+    """Index [lists, longest] into the flat tensor, and where it is real; padding points to 0."""
     edges = torch.as_tensor(bounds, device=device)
     lengths = edges.diff()
     if len(lengths) == 0 or int(lengths.min()) < 1:
@@ -214,7 +214,7 @@ def _log_tie(members_GM: Tensor, rest_G: Tensor) -> Tensor:
 
 @lru_cache
 def _subset_levels(size: int) -> list[tuple[Tensor, Tensor]]:
-    """For n = 1 .. size: the subsets of n members [C, n], and for each member the place of the subset without it."""
+    """For n = 1 .. size: the subsets of n members [C, n], and for each member the index of the subset without it."""
     if size > LARGEST_EXACT_TIE:
         raise ValueError(f'{size} answers tied above others: exact goes up to {LARGEST_EXACT_TIE}; use ties="breslow"')
     levels: list[tuple[Tensor, Tensor]] = []

@@ -1,1 +1,1 @@
-"""A recipe from its file to its results: checked, planned, looked over before it starts, run, and shown. No torch."""
+"""A recipe from its file to its results: validation, plan, preflight checks, run, and status. No torch."""

@@ -1,4 +1,4 @@
-"""Before anything is trained, every record that the coming stages will read is read once; the first bad one ends it.
+"""Before any training, every record that the coming stages will read is read once; the first bad one ends the run.
 
 Otherwise a bad line of PPO's prompts would be found after hours of pre-training. It needs no torch and holds no text.
 Documents of more than MOST_BYTES are left to their own stage, which begins with them.
@@ -19,7 +19,7 @@ MOST_BYTES = 64 << 20
 
 
 def read_ahead(recipe: Recipe, stages: Collection[str], keys: Collection[str], memory: Path) -> None:
-    """Reads what these stages read. keys: of the stages; memory: a file that holds the keys that passed before.
+    """Reads what these stages read. keys: of the stages; memory: a file with the keys that passed before.
 
     Errors: E-DATA-*.
     """

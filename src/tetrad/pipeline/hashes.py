@@ -1,6 +1,6 @@
-"""sha256 of files, remembered by path, size, inode and both times of change, so that a large file is read once.
+"""sha256 of files, cached by path, size, inode, mtime and ctime, so that a large file is read once.
 
-The time of the content can be set by anyone (touch, rsync, a restored backup); that of the inode is the system's own.
+mtime can be set by anyone (touch, rsync, a restored backup); ctime is the system's own.
 """
 
 import json
@@ -14,7 +14,7 @@ _SETTLED_SECONDS = 2.0  # a younger file may change again within one tick of the
 
 
 class Hashes:
-    """Remembers in one file; a memory that can't be read is an empty one."""
+    """A cache in one file; one that can't be read counts as empty."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,7 +41,7 @@ class Hashes:
         return digest
 
     def save(self) -> None:
-        """Writes the memory down, if there is anything new."""
+        """Writes the cache, if there is anything new."""
         if self._changed:
             storage.write_file(self._path, json.dumps(self._known).encode())
             self._changed = False

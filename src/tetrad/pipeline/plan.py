@@ -28,7 +28,7 @@ _KNOBS = cache(knobs)
 def plan(recipe: Recipe, hashes: Hashes, upto: str = "") -> list[Step]:
     """The recipe's stages with their keys, in order; up to one of them where it is named.
 
-    Raises UserError E-CONF-MISSING where a stage lacks what it is made from, E-DATA-PATH, E-MODEL-MISSING.
+    Raises UserError E-CONF-MISSING where a stage lacks a parent, E-DATA-PATH, E-MODEL-MISSING.
     """
     on = [name for name, row in STAGES.items() if getattr(getattr(recipe, name), row.switch)]
     if not on or (upto and upto not in on):
@@ -44,7 +44,7 @@ def plan(recipe: Recipe, hashes: Hashes, upto: str = "") -> list[Step]:
 
 
 def _roles(recipe: Recipe, stage: str, on: list[str]) -> list[str]:
-    """What a stage is made from: stages of this recipe, and models from elsewhere."""
+    """The parents of a stage: stages of this recipe, and models from elsewhere."""
     there = [*on, *(role for role, setting in FOLDERS.items() if _get(recipe, setting))]
     roles: list[str] = []
     for parent in STAGES[stage].parents:
@@ -59,7 +59,7 @@ def _roles(recipe: Recipe, stage: str, on: list[str]) -> list[str]:
 
 
 def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes) -> tuple[Path, str]:
-    """The folder and the key of what a stage is made from."""
+    """The folder and the key of a stage's parent."""
     if role in steps:
         return steps[role].result, steps[role].key
     setting = FOLDERS[role]
@@ -93,9 +93,9 @@ def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, tuple
     contents = {name: [[item["sha256"], item.get("function", "")] for item in items] for name, items in data.items()}
     keys = {role: key for role, (_, key) in parents.items()}
     key = _digest([stage, row.version, settings, contents, keys])
-    made: dict[str, Any] = {"stage": stage, "key": key, "version": row.version, "settings": settings, "data": data}
-    made["parents"] = {role: {"folder": str(folder), "key": parent} for role, (folder, parent) in parents.items()}
-    return Step(stage, home(recipe) / stage, key, {role: folder for role, (folder, _) in parents.items()}, made)
+    lineage: dict[str, Any] = {"stage": stage, "key": key, "version": row.version, "settings": settings, "data": data}
+    lineage["parents"] = {role: {"folder": str(folder), "key": parent} for role, (folder, parent) in parents.items()}
+    return Step(stage, home(recipe) / stage, key, {role: folder for role, (folder, _) in parents.items()}, lineage)
 
 
 def _function(text: str, hashes: Hashes) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Before a stage runs: can it be run at all? The folders that it starts from and its own checkpoints, without torch.
+"""Before a stage runs: can it run at all? Checks the folders it starts from and its own checkpoints, without torch.
 
-What is wrong is told before the first stage begins, so that hours of training are not followed by an error that was
+Errors are reported before the first stage begins, so that hours of training are not followed by an error that was
 there from the start.
 """
 
@@ -18,7 +18,7 @@ _ROLES = {"reward": "reward", "from": "any"}
 
 
 class Preflight:
-    """Looks at each folder once. ahead: folders that stages of this run will make. verify: compares sha256."""
+    """Checks each folder once. ahead: folders that stages of this run will create. verify: compares sha256."""
 
     def __init__(self, recipe: Recipe, ahead: Collection[Path], verify: Callable[[Path], None]) -> None:
         self.recipe, self.ahead, self.verify = recipe, ahead, verify
@@ -32,11 +32,11 @@ class Preflight:
         if "tokenizer" in there:
             self._verify(there.pop("tokenizer"))
             Tokenizer.load(parents["tokenizer"])
-        found = {role: self._look(folder, _ROLES.get(role, "language")) for role, folder in there.items()}
-        policy = next((found.get(role) for role in POLICY if role in parents), None)
+        models = {role: self._look(folder, _ROLES.get(role, "language")) for role, folder in there.items()}
+        policy = next((models.get(role) for role in POLICY if role in parents), None)
         role = {"ppo": "reward", "reward": "from"}.get(stage, "")
-        if role in found and policy and self.recipe.ppo.prompts and self.recipe.ppo.critic == "reward":
-            model_folder.refuse_other_tokenizer(there[role], found[role].tokenizer, policy.tokenizer)
+        if role in models and policy and self.recipe.ppo.prompts and self.recipe.ppo.critic == "reward":
+            model_folder.refuse_other_tokenizer(there[role], models[role].tokenizer, policy.tokenizer)
         for spec in self.recipe.alarms.judges if stage == "ppo" else ():
             if not (file := Path(spec.rpartition(":")[0])).is_file():
                 hint = "write FILE.py:FUNCTION in alarms.judges"
@@ -60,7 +60,7 @@ class Preflight:
             self._verified.add(folder)
 
     def _refuse_template(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """The template must have its control tokens in a foreign tokenizer."""
+        """A foreign tokenizer must have the template's control tokens."""
         s = self.recipe.sft
         if s.add_separator:
             tokenizer = tokenizer.with_control(SEPARATOR)

@@ -1,7 +1,7 @@
-"""A recipe's file: TOML in and out, the command line's words on top; `agreement` checks what it says as a whole.
+"""A recipe's file: TOML in and out, with the command line's overrides; `validation` checks it as a whole.
 
-Paths in a recipe start at the recipe file's folder (`run.out` at the current one); `read` resolves them, so that later
-code opens them as they are. Nothing is read from the data files here, and nothing that is written in a recipe is run.
+Paths in a recipe are relative to the recipe file's folder (`run.out` to the current one); `read` resolves them, so that
+later code opens them as they are. No data file is read here, and no code that a recipe names is run.
 """
 
 import json
@@ -34,7 +34,7 @@ _KNOBS = cache(knobs)
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file, with words such as `--ppo.actor-lr 1e-6` on top, checked as one.
+    """The recipe of a file, with overrides such as `--ppo.actor-lr 1e-6`, checked as one.
 
     Raises UserError E-CONF-{MISSING,SIZE,SYNTAX,DUPKEY,UNKNOWN,TYPE,RANGE,SECRET,DIVIDE,CONFLICT} with `file:line`.
     """
@@ -105,13 +105,13 @@ def _text(path: Path) -> str:
 
 def _toml(path: Path, text: str) -> dict[str, Any]:
     try:
-        if found := _DOTTED.search(text):  # tomllib needs quadratic time and memory for them
-            raise RecursionError(f"{found[0]:.20}... is nested more than {_DEPTH} deep")
+        if match := _DOTTED.search(text):  # tomllib needs quadratic time and memory for them
+            raise RecursionError(f"{match[0]:.20}... is nested more than {_DEPTH} deep")
         return _shallow(tomllib.loads(text))
     except (ValueError, RecursionError) as error:  # Python itself refuses a whole number of 5,000 digits
-        found = re.search(r"\(at line (\d+), column (\d+)\)|(\(at end of document\))", str(error))
+        match = re.search(r"\(at line (\d+), column (\d+)\)|(\(at end of document\))", str(error))
         last = max(1, text.count("\n") + (not text.endswith("\n")))
-        line = int(found[1]) if found and found[1] else last
+        line = int(match[1]) if match and match[1] else last
         message = str(error).partition(" (at ")[0].partition(";")[0]
         where = f"{path}:{line}"
     if message.startswith(_TWICE):
@@ -133,7 +133,7 @@ def _shallow(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(text: str) -> Iterator[tuple[str, int]]:
-    """The line on which each table and key stands, as far as a look at single lines can tell."""
+    """The line of each table and key, as far as single lines can tell."""
     table = ""
     for number, line in enumerate(text.split("\n"), start=1):
         if match := _TABLE_LINE.match(line):
@@ -152,7 +152,7 @@ def _name_of(path: Path) -> str:
 
 
 def _resolved(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with its paths from `folder` on."""
+    """The recipe with its paths resolved from `folder`."""
     changes: dict[str, Any] = {}
     for item in fields(recipe):
         table = getattr(recipe, item.name)
@@ -170,11 +170,11 @@ def _path(knob: Knob, value: Any, folder: Path) -> Any:
         return tuple(str(_from(folder, text)) for text in value)
     if knob.name in PATHS and value:
         beside = folder / os.path.expanduser(value)
-        return str(beside if beside.exists() else Path(value))  # a run's stage is given as from the current folder
+        return str(beside if beside.exists() else Path(value))  # a run's stage is relative to the current folder
     return value
 
 
 def _from(folder: Path, text: str) -> str | Path:
-    if text.startswith("hf://"):  # a dataset of the hub is no path
+    if text.startswith("hf://"):  # a dataset of the hub is not a path
         return text
     return folder / os.path.expanduser(text)

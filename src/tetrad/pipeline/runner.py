@@ -1,8 +1,8 @@
-"""The stages of a recipe in order: what each is made from, which are done, which to do again, and where the old go.
+"""The stages of a recipe in order: what each is made from, which are done, which to rerun, and where old results go.
 
 A stage's key is a sha256 over the settings that change its numbers, the contents of its files, its parents' keys and
-the version of its arithmetic. A stage whose result has its key is skipped; one that was stopped goes on; one whose key
-changed is moved to old/ and made anew. Keys follow from the recipe alone, so all of them are known before the first
+the version of its arithmetic. A stage whose result has its key is skipped; one that was stopped continues; one whose
+key changed is moved to old/ and rebuilt. Keys follow from the recipe alone, so all of them are known before the first
 stage runs. No torch: a stage's module is imported when it runs.
 """
 
@@ -36,9 +36,9 @@ _LOWER = "run.micro_batch_tokens, then the longest text (max_tokens, max_new_tok
 def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str, StageFunction] | None = None) -> None:
     """Runs the stages that are not done, in order; `only` runs that one and needs its parents done.
 
-    stages: what runs instead of the modules tetrad.train.<stage>, for tests. Under torchrun every process walks this
-    way, and the first one alone writes.
-    Raises UserError, E-NUM-VERDICT after the last stage; Stopped when a stage was asked to stop.
+    stages: what runs instead of the modules tetrad.train.<stage>, for tests. Under torchrun every process runs this,
+    and only the first one writes.
+    Raises UserError, E-NUM-VERDICT after the last stage; Stopped when a stop was requested.
     """
     hashes = hashes_of(recipe)
     steps = plan(recipe, hashes, upto=only)
@@ -48,10 +48,10 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
     if not stages and is_first():
         _look_ahead(wanted, recipe, hashes, console)
     for step in wanted:
-        found = state(step, hashes)
-        if found == "done":
+        current = state(step, hashes)
+        if current == "done":
             if is_first():
-                storage.remove_folder(step.folder / "checkpoints")  # left where a kill came between the result and this
+                storage.remove_folder(step.folder / "checkpoints")  # left if a kill came between the result and this
             console.say(f"{step.stage:<10} unchanged, skipped")
             continue
         todo += 1
@@ -59,7 +59,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         began = time.monotonic()
         with explained(step.stage), phase(step.stage):
             if is_first():
-                _prepare(step, found, recipe, console)
+                _prepare(step, current, recipe, console)
             row = STAGES[step.stage]
             if is_first() and row.prepare and not stages:
                 _named(row.prepare)(context)
@@ -71,23 +71,23 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         hashes.save()
     if not todo:
         console.say("nothing to do")
-    if steps[-1].stage == "evaluate" or not recipe.evaluate.prompts:  # `tetrad ppo` says nothing of an evaluation
+    if steps[-1].stage == "evaluate" or not recipe.evaluate.prompts:  # `tetrad ppo` reports no evaluation
         _conclude(recipe, steps, hashes, console)
 
 
 def _named(function: str) -> StageFunction:
-    """MODULE:FUNCTION, imported when it is needed: what trains imports torch."""
+    """MODULE:FUNCTION, imported when it is needed: training modules import torch."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Console) -> None:
     """Refuses what a stage can't start from and records that can't be read, before the first one runs."""
-    todo = [(step, found) for step in steps if (found := state(step, hashes)) != "done"]
+    todo = [(step, current) for step in steps if (current := state(step, hashes)) != "done"]
     look = Preflight(recipe, [step.result for step, _ in todo], lambda folder: verify(folder, hashes))
-    for step, found in todo:
+    for step, current in todo:
         look.refuse(step.stage, step.parents)
-        if found == "stopped":
+        if current == "stopped":
             checkpoint.check(step.folder, step.stage, recipe)
     for note in look.notes:
         console.say(f"note: {note}")
@@ -97,7 +97,7 @@ def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Cons
 
 
 def _conclude(recipe: Recipe, steps: list[Step], hashes: Hashes, console: Console) -> None:
-    """Says the verdict, and writes it into the card of PPO's model where a kill or an older evaluation left another.
+    """Reports the verdict, and writes it into the card of PPO's model where a kill or an older evaluation left another.
 
     Raises UserError E-NUM-VERDICT where the result is not to be trusted, under `evaluate.strict`.
     """
@@ -130,7 +130,7 @@ def is_first() -> bool:
 
 @contextmanager
 def explained(phase: str, lower: str = _LOWER) -> Iterator[None]:
-    """Turns a full memory or disk into a UserError that says in which phase, and what to lower."""
+    """Turns an out-of-memory or disk-full error into a UserError that names the phase, and what to lower."""
     try:
         yield
     except OSError as error:
@@ -146,7 +146,7 @@ def explained(phase: str, lower: str = _LOWER) -> Iterator[None]:
         raise UserError("E-MEM-FULL", what, where=phase, hint=f"lower {lower}") from error
 
 
-# What there is already
+# Existing results
 
 
 def _refuse_missing_parents(steps: list[Step], hashes: Hashes) -> None:
@@ -158,20 +158,20 @@ def _refuse_missing_parents(steps: list[Step], hashes: Hashes) -> None:
             raise UserError("E-CONF-MISSING", what, where=str(step.folder), hint=hint)
 
 
-def _prepare(step: Step, found: str, recipe: Recipe, console: Console) -> None:
-    """Moves an old result aside and writes down what this one is made from, before anything is trained."""
-    word = {"stopped": "goes on where it stopped", "new": "starts", "stale": "starts anew", "running": ""}[found]
-    if found != "new":
+def _prepare(step: Step, current: str, recipe: Recipe, console: Console) -> None:
+    """Moves an old result aside and records what this one is made from, before any training."""
+    word = {"stopped": "goes on where it stopped", "new": "starts", "stale": "starts anew", "running": ""}[current]
+    if current != "new":
         with storage.RunLock(step.folder / "lock") as lock:  # refuses a folder that another process is using
             if lock.note:
                 console.say(f"{step.stage:<10} {lock.note}")
-            if found == "stale":
-                made = lineage(step.folder)
-                to = step.folder.parent / "old" / f"{step.stage}-{made.get('key', 'unknown')[:8]}"
+            if current == "stale":
+                before = lineage(step.folder)
+                to = step.folder.parent / "old" / f"{step.stage}-{before.get('key', 'unknown')[:8]}"
                 moved = storage.move_aside(step.folder, to)
-                why = "; ".join(differences(made, step.lineage)) if made else "its lineage is unknown"
+                why = "; ".join(differences(before, step.lineage)) if before else "its lineage is unknown"
                 console.say(f"{step.stage:<10} {why}; the old one is now {moved}")
-    if found != "stopped":
+    if current != "stopped":
         storage.write_file(step.folder / "lineage.json", json.dumps(step.lineage, indent=1).encode())
     storage.write_file(step.folder / "recipe.toml", write(recipe).encode())
     console.say(f"{step.stage:<10} {word}")

@@ -1,4 +1,4 @@
-"""How the stages of a run stand: new, stopped, stale, running or done, and what each was made from; the verdict.
+"""The state of a run's stages: new, stopped, stale, running or done, and what each was made from; the verdict.
 
 Reads only, and without torch.
 """
@@ -50,7 +50,7 @@ def state(step: Step, hashes: Hashes) -> str:
 
 
 def verify(folder: Path, hashes: Hashes) -> None:
-    """Compares the files of a folder that has a manifest, those whose hash is remembered without reading them."""
+    """Verifies the files of a folder that has a manifest; those whose hash is cached are not read."""
     if (folder / storage.MANIFEST).is_file():
         files = storage.read_manifest(folder)["files"]
         paths = {folder / name: entry["sha256"] for name, entry in files.items()}
@@ -70,54 +70,54 @@ def _is_locked(path: Path) -> bool:
 
 
 def lineage(folder: Path) -> dict[str, Any]:
-    """What a folder says that it was made from; empty where that can't be read."""
+    """What a folder records that it was made from; empty where that can't be read."""
     try:
-        made = json.loads((folder / "lineage.json").read_bytes())
-        differences(made, made)
-        names = [item["path"] + item["sha256"] for items in made["data"].values() for item in items]
-        "".join([*names, made["key"], *(parent["key"] for parent in made["parents"].values())])
-        return dict(made)
+        recorded = json.loads((folder / "lineage.json").read_bytes())
+        differences(recorded, recorded)
+        names = [item["path"] + item["sha256"] for items in recorded["data"].values() for item in items]
+        "".join([*names, recorded["key"], *(parent["key"] for parent in recorded["parents"].values())])
+        return dict(recorded)
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Why a stage has to be made anew, in words."""
+    """Why a stage has to be rebuilt, in words."""
     old, new = before["settings"], json.loads(json.dumps(now["settings"]))
     names = [name for name in new if name not in old or old[name] != new[name]]
-    said = [
+    changes = [
         f"{name} was {shown(old[name])}, is {shown(new[name])}" if name in old else f"{name} is new"
         for name in names[:3]
     ]
-    said += [f"{len(names) - 3} more settings"] if len(names) > 3 else []
+    changes += [f"{len(names) - 3} more settings"] if len(names) > 3 else []
     old, new = _made_from(before), _made_from(now)
-    said += [f"{name} changed" for name in {**old, **new} if old.get(name) != new.get(name)]
-    return said or (["the arithmetic changed"] if before["key"] != now["key"] else [])
+    changes += [f"{name} changed" for name in {**old, **new} if old.get(name) != new.get(name)]
+    return changes or (["the arithmetic changed"] if before["key"] != now["key"] else [])
 
 
-def _made_from(made: Mapping[str, Any]) -> dict[str, Any]:
-    hashes = {name: [item["sha256"] for item in items] for name, items in made["data"].items()}
-    return {**hashes, **{role: parent["key"] for role, parent in made["parents"].items()}}
+def _made_from(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    hashes = {name: [item["sha256"] for item in items] for name, items in recorded["data"].items()}
+    return {**hashes, **{role: parent["key"] for role, parent in recorded["parents"].items()}}
 
 
 def verdict_of(recipe: Recipe, steps: Sequence[Step], hashes: Hashes) -> Verdict | None:
-    """Of the last ones that are done; None where nothing was compared and there is no PPO."""
+    """The verdict on the last stages that are done; None where nothing was compared and there is no PPO."""
     last = (step for step in steps if step.stage in ("ppo", "evaluate"))
     done = {step.stage: step.result for step in last if state(step, hashes) == "done"}
     return outcome.of_run(recipe, done.get("ppo"), done.get("evaluate"))
 
 
 def show(title: str, steps: Sequence[Step], hashes: Hashes, console: Console) -> None:
-    """A table with a line a stage; of a stale one it says why, of an unfinished one how far it has come."""
+    """A table with one line per stage; for a stale one why, for an unfinished one how far it has come."""
     rows = []
     for step in steps:
         now, before = state(step, hashes), lineage(step.folder)
-        made = before or step.lineage
-        parents = ", ".join(f"{role} {parent['key'][:8]}" for role, parent in made["parents"].items())
-        files = [item for items in made["data"].values() for item in items]
+        recorded = before or step.lineage
+        parents = ", ".join(f"{role} {parent['key'][:8]}" for role, parent in recorded["parents"].items())
+        files = [item for items in recorded["data"].values() for item in items]
         data = ", ".join(f"{Path(item['path']).name} {item['sha256'][:8]}" for item in files)
         notes = differences(before, step.lineage) if before else ["its lineage is unknown"] if now == "stale" else []
         if saved := storage.step_folders(step.folder / "checkpoints"):
             notes.append(f"at step {max(saved)}")
-        rows.append((step.stage, now, str(made["key"])[:8], parents, data, "; ".join(notes)))
+        rows.append((step.stage, now, str(recorded["key"])[:8], parents, data, "; ".join(notes)))
     console.table(title, ("stage", "state", "key", "parents", "data", ""), rows)

@@ -1,7 +1,7 @@
-"""Do the settings of a recipe go together? Each is legal by itself; what isn't legal together is told here, with
+"""Are the settings of a recipe consistent? Each is valid by itself; invalid combinations are reported here, with
 `file:line`, before anything is loaded.
 
-No data file is opened; of a model's folder, config.json alone.
+No data file is opened; of a model's folder, only config.json.
 """
 
 import os
@@ -20,7 +20,7 @@ from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
 
 PATHS = ("model.from", "reward.from", "evaluate.external_lm")
-"""The settings that name a folder that is there."""
+"""The settings that name an existing folder."""
 _NAME = re.compile(r"[^\W.][\w.+-]{0,99}")
 _SEARCH = 10_000
 _LARGEST_WHOLE = 2**53
@@ -36,7 +36,7 @@ _KNOBS = cache(knobs)
 
 
 def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
-    """Raises UserError for values that are each legal but not together, before anything is loaded."""
+    """Raises UserError for values that are each valid but not together, before anything is loaded."""
     places = places or {}
     check_values(recipe, places)
     _check_divisors(recipe, places)
@@ -47,7 +47,7 @@ def check(recipe: Recipe, places: Mapping[str, str] | None = None) -> None:
     _check_ppo(recipe, places)
     for name, knob in _KNOBS(Recipe).items():
         for path in map(os.path.abspath, filter(None, _paths(name, knob, _value(recipe, name)))):
-            if not is_text(path):  # its recipe and its lineage could not be written down
+            if not is_text(path):  # its recipe and its lineage could not be written
                 what = f"{name} lies in {path!a:.200}, and that name is not UTF-8 text"
                 raise UserError("E-CONF-TYPE", what, where=places.get(name, ""), hint="rename the folder")
         if knob.mark in (FUNCTIONS, REWARDS):
@@ -72,7 +72,7 @@ def _paths(name: str, knob: Knob, value: Any) -> Sequence[str]:
 
 
 def check_values(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """What the types of settings can't say: names of folders and files, and whole numbers that nothing can count."""
+    """What the types of settings can't check: names of folders and files, and integers that are too large."""
     if not _NAME.fullmatch(recipe.name) or len(recipe.name.encode()) > 200:
         hint = 'use letters, digits, "-" and "_": it names a folder'
         what = f"name = {shown(recipe.name)} can't name a run"
@@ -120,7 +120,7 @@ def _near_multiples(value: int, step: int) -> list[str]:
 
 
 def _check_lengths(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """Nothing may be longer than the model, a new one or that of a folder."""
+    """No length may exceed the model's, a new one or that of a folder."""
     m = recipe.model
     longest, whose = _positions(m.from_) if m.from_ else (m.max_positions, "model.max_positions")
     named = [("pretrain.sequence_length", bool(recipe.pretrain.text)), ("sft.max_tokens", bool(recipe.sft.data))]
@@ -150,7 +150,7 @@ def _check_length(name: str, value: int, extra: int, longest: int, whose: str, p
 
 
 def _positions(folder: str) -> tuple[int, str]:
-    """The longest sequence of a folder's model and whose it is; 0 where there is no such model (told elsewhere)."""
+    """The longest sequence of a folder's model and whose it is; 0 where there is no such model (reported elsewhere)."""
     for place in (Path(folder) / "model", Path(folder)):
         with suppress(UserError):
             return read_config(place).max_positions, f"the max_position_embeddings of {folder}"
@@ -158,7 +158,7 @@ def _positions(folder: str) -> tuple[int, str]:
 
 
 def _check_size(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """A new model that no machine holds is a slip of the pen."""
+    """A new model that fits no machine is a typo."""
     m = recipe.model
     block = 4 * m.hidden_size * (m.hidden_size + (m.ff or 3 * m.hidden_size))
     if not m.from_ and m.layers * block + recipe.tokenizer.vocab_size * m.hidden_size > _LARGEST_MODEL:
@@ -168,7 +168,7 @@ def _check_size(recipe: Recipe, places: Mapping[str, str]) -> None:
 
 
 def _check_adapters(recipe: Recipe, places: Mapping[str, str]) -> None:
-    """PPO's adapters stand on the SFT model, and so must the reward model's."""
+    """PPO's adapters build on the SFT model, and so must the reward model's."""
     ppo, reward = recipe.ppo, recipe.reward
     read = bool(ppo.prompts and ppo.adapters and reward.data)
     read = read and (model_pays(ppo.rewards) or ppo.critic == "reward")
@@ -199,12 +199,12 @@ def _check_ppo(recipe: Recipe, places: Mapping[str, str]) -> None:
     if twice := next((entry for entry in ppo.rewards if ppo.rewards.count(entry) > 1), ""):
         what = f'ppo.rewards has "{twice}" twice'
         raise UserError("E-CONF-CONFLICT", what, where=places.get("ppo.rewards", ""), hint="give it one larger weight")
-    replies = ppo.batch_size * ppo.samples_per_prompt
-    if ppo.kl_target and replies >= 5 * ppo.kl_horizon:
+    responses = ppo.batch_size * ppo.samples_per_prompt
+    if ppo.kl_target and responses >= 5 * ppo.kl_horizon:
         what = (
-            f"ppo.kl_horizon = {ppo.kl_horizon:g} is too short for {replies} replies an iteration: beta could reach 0"
+            f"ppo.kl_horizon = {ppo.kl_horizon:g} is too short for {responses} replies an iteration: beta could reach 0"
         )
-        hint = f"write kl_horizon = {replies // 5 + 1} or more"
+        hint = f"write kl_horizon = {responses // 5 + 1} or more"
         raise UserError("E-CONF-RANGE", what, where=places.get("ppo.kl_horizon", ""), hint=hint)
     if 0 < ppo.dual_clip <= 1:
         what = f"ppo.dual_clip = {ppo.dual_clip:g} would cut every loss"

@@ -1,1 +1,1 @@
-"""What is shown: sections, tables on the terminal, a page, and the verdict of a run. No torch."""
+"""Reports: sections, tables on the terminal, an HTML page, and the verdict of a run. No torch."""

@@ -1,4 +1,4 @@
-"""Where the verdict of a run stands: PPO's notes in its manifest, report.json, the card of PPO's model. No torch.
+"""Where the verdict of a run is kept: PPO's notes in its manifest, report.json, the PPO model's card. No torch.
 
 The card (README.md) is for people: no manifest vouches for it, so that an evaluation can write the verdict into the
 finished folder with one rename.
@@ -20,23 +20,23 @@ _HEADING = "\n## Verdict\n\n"
 
 
 def notes(gate: Sequence[str], alarms: Sequence[AlarmSpan]) -> dict[str, Json]:
-    """What PPO notes about itself in its manifest. gate: why the reward model failed."""
+    """PPO's notes in its manifest. gate: why the reward model failed."""
     return {"gate": list(gate), "alarms": [asdict(span) for span in alarms]}
 
 
-def faults(figures: Mapping[str, Any]) -> list[str]:
-    """What PPO's notes say against its result."""
-    spans = [AlarmSpan(**span) for span in figures["alarms"]]
-    return [*(f"gate: {reason}" for reason in figures["gate"]), *alarm_faults(spans)]
+def faults(metrics: Mapping[str, Any]) -> list[str]:
+    """The faults of the result in PPO's notes."""
+    spans = [AlarmSpan(**span) for span in metrics["alarms"]]
+    return [*(f"gate: {reason}" for reason in metrics["gate"]), *alarm_faults(spans)]
 
 
-def before_evaluation(recipe: Recipe, figures: Mapping[str, Any]) -> Verdict:
-    """Of PPO by its own notes."""
-    return unevaluated(faults(figures), "run on to evaluate it" if recipe.evaluate.prompts else "add [evaluate]")
+def before_evaluation(recipe: Recipe, metrics: Mapping[str, Any]) -> Verdict:
+    """PPO's verdict from its own notes."""
+    return unevaluated(faults(metrics), "run on to evaluate it" if recipe.evaluate.prompts else "add [evaluate]")
 
 
 def of_run(recipe: Recipe, ppo: Path | None, report: Path | None) -> Verdict | None:
-    """ppo, report: the folders of what is done. None where there is no PPO, and nothing was compared."""
+    """ppo, report: the folders of finished stages. None if there is no PPO, and nothing was compared."""
     if report:
         saved = json.loads((report / "report.json").read_bytes())["verdict"]
         return Verdict(**{**saved, "reasons": tuple(saved["reasons"])}) if saved else None
@@ -50,7 +50,7 @@ def with_verdict(card: str, verdict: Verdict) -> str:
 
 
 def write_card(folder: Path, verdict: Verdict) -> None:
-    """Writes the verdict into the card of a finished model, where it says another."""
+    """Writes the verdict into the card of a finished model, if it has another."""
     place = folder / CARD
     card = place.read_text(encoding="utf-8", errors="replace") if place.is_file() else f"# {folder.parent.name}\n"
     if (now := with_verdict(card, verdict)) != card:

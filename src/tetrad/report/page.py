@@ -1,4 +1,4 @@
-"""A report as one HTML page that asks nobody for anything: no script, no link, no font from elsewhere, all escaped.
+"""A report as one self-contained HTML page: no script, no link, no external font, all escaped.
 
 Plots are SVG of rectangles and texts, drawn here.
 """
@@ -55,7 +55,7 @@ def page(report: Report) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as text that no browser reads as anything else."""
+    """A value as text that no browser interprets as anything else."""
     if value is None:
         return "-"
     shown = f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What a report is made of: sections of figures, tables, plots and findings."""
+"""The parts of a report: sections with figures, tables, plots and findings."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,14 +37,14 @@ FIXES = {
     "control strings": "",
     "tokenizer": "",
 }
-"""What ends a finding of each name, unless it says so better itself. What spoils a result more stands first."""
+"""The fix for a finding of each name, unless it has its own. What harms a result more comes first."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to act on. error: training would stop; warning: it would learn something else than is meant.
+    """Something to act on. error: training would stop; warning: it would learn something else than intended.
 
-    name: one of FIXES. fix: the setting, the command or the change of the data that ends it.
+    name: one of FIXES. fix: the setting, the command or the change of the data that resolves it.
     """
 
     level: str
@@ -61,7 +61,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under column names. brief: so many of them on a terminal."""
+    """Rows of cells under column names. brief: how many of them to show on a terminal."""
 
     title: str
     columns: tuple[str, ...]
@@ -109,7 +109,7 @@ class RenderedSample:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it. target: what was checked."""
+    """The whole report. target: what was checked."""
 
     target: str
     sections: tuple[Section, ...]
@@ -117,7 +117,7 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """Errors, warnings, notes; in each level first one of every name, in the order of FIXES, then the others."""
+        """Errors, warnings, notes; within each level first one of every name, in the order of FIXES, then the rest."""
         order, before = list(FIXES), Counter[tuple[str, str]]()
         ranked: list[tuple[int, int, int, Finding]] = []
         for finding in (finding for section in self.sections for finding in section.findings):
@@ -128,12 +128,12 @@ class Report:
 
     @property
     def first(self) -> list[Finding]:
-        """The few that matter most; none where there are only notes."""
+        """The few that matter most; none if there are only notes."""
         return [finding for finding in self.findings if finding.level != "note"][:FIRST]
 
 
 def histogram(title: str, unit: str, values: Sequence[float] | np.ndarray[Any, Any], bins: int = 30) -> Plot:
-    """Equal bins over the values, the top hundredth in the last."""
+    """Equal bins over the values, with the top hundredth in the last."""
     given = np.asarray(values, np.float64)
     low, top = float(given.min()), float(np.quantile(given, 0.99))
     top = top if top > low else low + max(1.0, abs(low) / 100)
@@ -142,5 +142,5 @@ def histogram(title: str, unit: str, values: Sequence[float] | np.ndarray[Any, A
 
 
 def share(part: float, whole: float) -> str:
-    """`12.5 %`, or nothing of nothing."""
+    """`12.5 %`, or `-` if the whole is 0."""
     return f"{100 * part / whole:.1f} %" if whole else "-"

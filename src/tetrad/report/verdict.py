@@ -1,8 +1,8 @@
-"""Whether to believe the result of a run, and which of its models to use: pure functions of what was measured.
+"""Whether to trust the result of a run, and which of its models to use: pure functions of the measurements.
 
-Only judges that PPO was not paid by decide. A gate that failed, an alarm at its second limit or a guard of the
-evaluation outweighs any gain. Intervals are Student's t of differences paired by prompt: on few prompts the bootstrap's
-are too narrow. Of several judges the gain must hold at the level of all together (Bonferroni), and none may fall.
+Only judges that were not PPO's reward decide. A failed gate, an alarm at its second limit or a guard of the evaluation
+outweighs any gain. Intervals are Student's t of differences paired by prompt: on few prompts the bootstrap's are too
+narrow. With several judges the gain must hold at the level of all together (Bonferroni), and none may fall.
 """
 
 import math
@@ -16,13 +16,13 @@ from tetrad.settings.names import shown
 
 SFT, PPO = "sft", "ppo"
 FEWEST_PROMPTS = 8  # the mean of fewer differences may be far from normal
-LEVEL = 0.05  # chance of a difference where there is none
+LEVEL = 0.05  # probability of a false difference
 UNTRUSTED = "not to be trusted"
 
 
 @dataclass(frozen=True)
 class AlarmSpan:
-    """An alarm of PPO. level: 2 at the second limit. first, last: steps at which it was there."""
+    """An alarm of PPO. level: 2 at the second limit. first, last: steps at which it was raised."""
 
     figure: str
     level: int
@@ -40,12 +40,12 @@ class Difference:
 
     @classmethod
     def of(cls, scores: Sequence[float], others: Sequence[float]) -> "Difference":
-        """scores less others, prompt by prompt."""
+        """scores minus others, prompt by prompt."""
         pairs = [a - b for a, b in zip(scores, others, strict=True)]
         return cls(fmean(pairs), stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0, len(pairs))
 
     def interval(self, judges: int = 1) -> tuple[float, float]:
-        """Of 95 % for so many judges together; without bounds for fewer than FEWEST_PROMPTS."""
+        """The 95 % interval for this many judges together; unbounded for fewer than FEWEST_PROMPTS."""
         if self.count < FEWEST_PROMPTS:
             return -math.inf, math.inf
         width = self.error * t_quantile(1 - LEVEL / judges / 2, self.count - 1)
@@ -59,7 +59,7 @@ Differences = Mapping[str, Difference]
 @dataclass(frozen=True)
 class Verdict:
     """outcome: "PPO is better", "no difference shown", "not to be trusted", "not evaluated". use: the system to use and
-    what it costs; empty where nothing was evaluated. reasons: what all of it rests on."""
+    what it costs; empty if nothing was evaluated. reasons: the grounds for it."""
 
     outcome: str
     use: str
@@ -77,7 +77,7 @@ def verdict(
     faults: Sequence[str], guards: Mapping[str, Sequence[str]], gains: Mapping[tuple[str, str], Differences]
 ) -> Verdict | None:
     """faults: of the gate and of PPO's alarms. guards: those that each system failed; SFT's first, those of the system
-    in question last. gains: of each system over each other one. None where there is nothing but the SFT model."""
+    in question last. gains: of each system over every other. None if there is only the SFT model."""
     subject, best = list(guards)[-1], next((name for name in guards if name not in (SFT, PPO)), SFT)
     if subject == SFT:
         return None
@@ -94,23 +94,23 @@ def verdict(
 
 
 def unevaluated(faults: Sequence[str], hint: str) -> Verdict:
-    """Of PPO before its evaluation. hint: what to do about that."""
+    """PPO's verdict before its evaluation. hint: what to do about that."""
     return Verdict(UNTRUSTED if faults else "not evaluated", "SFT" if faults else "", (*faults, hint))
 
 
 def is_better(gain: Differences) -> bool:
-    """Whether the gain is above 0 by a judge, at the level of all together, and below 0 by none, each at its own."""
+    """Whether the gain is above 0 for a judge, at the level of all together, and below 0 for none, each at its own."""
     return _rises(gain) and not any(difference.interval()[1] < 0 for difference in gain.values())
 
 
 def alarm_faults(spans: Sequence[AlarmSpan]) -> list[str]:
-    """What the alarms at their second limit say against PPO's result."""
+    """The faults of PPO's result from alarms at their second limit."""
     steps = "at its second limit, first at step {}, last at step {}"
     return [f"alarm {span.figure}: {steps.format(span.first, span.last)}" for span in spans if span.level == 2]
 
 
 def failed_guards(system: Mapping[str, Any], sft: Mapping[str, Any], s: Evaluate) -> list[str]:
-    """What speaks against a system whatever its scores, in words; both have the figures that evaluate reports."""
+    """What counts against a system whatever its scores, as text; both have the metrics that evaluate reports."""
     (shortest, longest), nll = s.length_range, sft.get("external_nll")
     bounds = (
         ("kl", -math.inf, s.max_kl, "max_kl"),
@@ -129,7 +129,7 @@ def failed_guards(system: Mapping[str, Any], sft: Mapping[str, Any], s: Evaluate
 
 def t_quantile(share: float, freedom: int) -> float:
     """Student's t below which this share lies, by its expansion around the normal quantile (Abramowitz and Stegun
-    26.7.5); from 7 degrees of freedom on right to 1 in 1,000 at shares of up to 0.999."""
+    26.7.5); from 7 degrees of freedom accurate to 1 in 1,000 for shares up to 0.999."""
     z, v = NormalDist().inv_cdf(share), freedom
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
@@ -137,7 +137,7 @@ def t_quantile(share: float, freedom: int) -> float:
 
 
 def _rises(gain: Differences, *, alone: bool = False) -> bool:
-    """By any judge, at the level of all together or (alone) at its own."""
+    """Whether any judge rises, at the level of all together or (alone) at its own."""
     return any(difference.interval(1 if alone else len(gain))[0] > 0 for difference in gain.values())
 
 

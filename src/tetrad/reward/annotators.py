@@ -1,9 +1,9 @@
-"""Annotators who err, learned beside the reward: how often each is right, and how each uses the scale of scores.
+"""Fallible annotators, learned jointly with the reward: how often each is right, and how each uses the score scale.
 
 A comparison by annotator a is P(i over j) = c_a sigmoid(d) + (1 - c_a) sigmoid(-d), d = r_i - r_j (Chen et al. 2013): a
-competence c_a of 1 is always right, 0.5 throws a coin, below 0.5 means the opposite. A score is b_a + k_a r. Logits of
+competence c_a of 1 is always right, 0.5 is a coin toss, below 0.5 means the opposite. A score is b_a + k_a r. Logits of
 competences are normal around a common one, offsets around 0 and gains around 1, so that an annotator with few records
-is taken for an average one. Records without a name share the common competence.
+is treated as an average one. Records without a name share the common competence.
 """
 
 from collections import defaultdict
@@ -19,9 +19,9 @@ from tetrad.objectives.preference import crowd_pair_losses
 from tetrad.reward.batches import PreferenceTargets, Record
 from tetrad.types import Comparison, Score
 
-START = 2.2  # logit of the competence before anything is known: 0.9
+START = 2.2  # logit of the initial competence, 0.9
 SPREAD, OFFSET_SPREAD, GAIN_SPREAD = 1.5, 0.5, 0.3  # of logits; of offsets and log gains, in standard deviations
-LR = 0.2  # these few numbers must go far in few steps
+LR = 0.2  # these few parameters must move far in few steps
 
 
 def numbers_of(records: Sequence[Record]) -> dict[str, int]:
@@ -30,7 +30,7 @@ def numbers_of(records: Sequence[Record]) -> dict[str, int]:
 
 
 class Annotators(nn.Module):
-    """common: logit of the common competence, less START. own, offset, log_gain [A]: of each annotator."""
+    """common: logit of the common competence, minus START. own, offset, log_gain [A]: of each annotator."""
 
     comparisons: Tensor
     scores: Tensor
@@ -54,16 +54,16 @@ class Annotators(nn.Module):
         return START + self.common + self.own[annotators] * (annotators > 0)
 
     def rated(self, rewards_S: Tensor, annotators_S: Tensor) -> Tensor:
-        """What these annotators would score."""
+        """The scores that these annotators would give."""
         named = annotators_S > 0
         return self.offset[annotators_S] * named + rewards_S * (self.log_gain[annotators_S] * named).exp()
 
     def comparison_prior(self, annotators: Tensor) -> Tensor:
-        """Summed over all records: -log of the prior."""
+        """Summed over all records: the negative log prior."""
         return self._prior((self.own / SPREAD).square(), self.comparisons, annotators)
 
     def score_prior(self, annotators: Tensor) -> Tensor:
-        """The same of offsets and gains."""
+        """The same for offsets and gains."""
         far = (self.offset / OFFSET_SPREAD).square() + (self.log_gain / GAIN_SPREAD).square()
         return self._prior(far, self.scores, annotators)
 
@@ -76,7 +76,7 @@ class Annotators(nn.Module):
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often an annotator is right, with a 95 % interval, from so many comparisons."""
+    """How often an annotator is right, with a 95 % interval, and the number of comparisons."""
 
     annotator: str
     comparisons: int
@@ -87,7 +87,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A comparison that was perhaps given the wrong way round, and how likely that is."""
+    """A comparison that may be flipped, and how likely that is."""
 
     where: str
     annotator: str
@@ -95,15 +95,15 @@ class Suspect:
 
 
 def judged(
-    records: Sequence[Record], found: PreferenceTargets, rewards_D: Tensor, numbers: Mapping[str, int]
+    records: Sequence[Record], targets: PreferenceTargets, rewards_D: Tensor, numbers: Mapping[str, int]
 ) -> tuple[list[Reliability], list[Suspect]]:
-    """Who is how reliable, the worst first, and which records look flipped, the likeliest first.
+    """Each annotator's reliability, worst first, and the records that look flipped, most likely first.
 
-    found: the judgements of all records; rewards_D: of their answers, on the scale that was trained.
+    targets: the judgements of all records; rewards_D: rewards of their answers, on the trained scale.
     """
     lists = [record for record in records if isinstance(record, Comparison)]
-    of_list = found.lists_P
-    gaps, weights = rewards_D[found.winners_P] - rewards_D[found.losers_P], found.weights_P
+    of_list = targets.lists_P
+    gaps, weights = rewards_D[targets.winners_P] - rewards_D[targets.losers_P], targets.weights_P
     rows: dict[str, list[int]] = defaultdict(list)
     for pair, number in enumerate(of_list.tolist()):
         rows[lists[number].annotator].append(pair)
@@ -118,12 +118,12 @@ def judged(
     common = places[torch.stack(list(logs.values())).sum(0).argmax()]
     chances = {name: (log - 0.5 * ((places - common) / SPREAD) ** 2).softmax(0) for name, log in logs.items()}
     right = places.sigmoid()
-    found_of = []
+    reliabilities = []
     for name, chance in chances.items():
         low, high = (float(right[(chance.cumsum(0) < q).sum()]) for q in (0.025, 0.975))
-        asked = len({int(of_list[pair]) for pair in rows[name]})
-        found_of.append(Reliability(name, asked, float(chance @ right), low, high))
-    competence = {r.annotator: torch.tensor(r.right).logit() for r in found_of}
+        comparisons = len({int(of_list[pair]) for pair in rows[name]})
+        reliabilities.append(Reliability(name, comparisons, float(chance @ right), low, high))
+    competence = {r.annotator: torch.tensor(r.right).logit() for r in reliabilities}
     flips: dict[int, float] = defaultdict(float)
     for name, pairs in rows.items():
         if name in competence:
@@ -132,7 +132,7 @@ def judged(
             for pair, chance in zip(pairs, (odds.sigmoid() * weights[pairs]).tolist(), strict=True):
                 flips[int(of_list[pair])] += chance
     suspects = [Suspect(lists[i].where, lists[i].annotator, chance) for i, chance in flips.items() if chance > 0.5]
-    return sorted(found_of, key=lambda r: r.right), sorted(suspects, key=lambda s: -s.chance)
+    return sorted(reliabilities, key=lambda r: r.right), sorted(suspects, key=lambda s: -s.chance)
 
 
 def written(reliabilities: Sequence[Reliability], suspects: Sequence[Suspect]) -> dict[str, Any]:

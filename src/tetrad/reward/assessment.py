@@ -1,7 +1,7 @@
-"""A reward model after its training: its scale is set on the policy's replies, and it is measured on what it never saw.
+"""A trained reward model: its scale is set on the policy's responses, and it is evaluated on data that it never saw.
 
-Figures go into the model's manifest, where the gate reads them; evaluation.json beside the model has the rest: slices,
-probes, baselines, and the members of an ensemble one by one.
+Metrics go into the model's manifest, where the gate reads them; evaluation.json next to the model has the rest: slices,
+probes, baselines, and each member of an ensemble.
 """
 
 import json
@@ -34,93 +34,93 @@ Json = dict[str, Any]
 MOST_SEEN = 4096
 
 
-def normalise(ctx: StageContext, judge: RewardModel) -> dict[str, float]:
-    """Sets each member's gain and bias: mean 0 and standard deviation 1 on the policy's replies to held-out prompts.
+def normalise(ctx: StageContext, reward_model: RewardModel) -> dict[str, float]:
+    """Sets each member's gain and bias: mean 0, standard deviation 1 on the policy's responses to validation prompts.
 
-    Returns what they were, and how fresh replies to the same prompts come out afterwards.
+    Returns the statistics before, and those of fresh responses to the same prompts afterwards.
     """
-    s, seed, device = ctx.recipe.reward, ctx.recipe.seed, judge.device
+    s, seed, device = ctx.recipe.reward, ctx.recipe.seed, reward_model.device
     folder = first_parent(ctx, *POLICY)
-    tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
-    actor = frozen(read_policy(folder, tokenizer, form)).to(device.place)
-    files = ctx.files(s.validation or s.data)
-    questions = read_questions(files, form, tokenizer, Counts(), actor.config.max_positions, s.normalise_max_new_tokens)
-    chosen = [questions[i] for i in order(seed, 0, len(questions))[: s.normalise]]
+    tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
+    actor = frozen(read_policy(folder, tokenizer, template)).to(device.place)
+    files, limit = ctx.files(s.validation or s.data), actor.config.max_positions
+    prompts = read_questions(files, template, tokenizer, Counts(), limit, s.normalise_max_new_tokens)
+    chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.normalise]]
     sampling = Sampling(max_new_tokens=s.normalise_max_new_tokens, max_num_seqs=ctx.recipe.sampling.max_num_seqs)
     used, fresh = (
         [s for s, _ in complete(actor, chosen, range(len(chosen)), (seed, name, 0), sampling, tokenizer, device)]
         for name in ("normalise", "fresh")
     )
-    read = reader(ctx, judge.folder, tokenizer, form)
+    read = reader(ctx, reward_model.folder, tokenizer, template)
 
     def scores(samples: Sequence[Completion]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return judge.scores(read(samples))
+        return reward_model.scores(read(samples))
 
     before = scores(used)
-    for member, row in zip(judge.members, before, strict=True):
+    for member, row in zip(reward_model.members, before, strict=True):
         _rescale(member, float(row.mean()), float(row.std()))
     again = scores(fresh)
-    figures = {
+    metrics = {
         "policy_mean": float(before[0].mean()),
         "policy_std": float(before[0].std()),
         "fresh_mean": float(again.mean()),
         "fresh_std": float(again.mean(0).std()),
     }
-    if len(judge.members) > 1:
-        figures["disagreement"] = float(again.std(0).mean())
+    if len(reward_model.members) > 1:
+        metrics["disagreement"] = float(again.std(0).mean())
     lengths = torch.tensor([float(len(sample.reply_ids)) for sample in fresh])
     correlation = spearman(torch.from_numpy(again.mean(0)), lengths)
-    return figures | ({"length_correlation": correlation} if np.isfinite(correlation) else {})
+    return metrics | ({"length_correlation": correlation} if np.isfinite(correlation) else {})
 
 
-def highest_seen(judge: RewardModel, examples: Examples) -> float:
-    """What all but a thousandth of (at most 4,096) training answers get at most: higher scores are news."""
+def highest_seen(reward_model: RewardModel, examples: Examples) -> float:
+    """The 99.9 % quantile of the scores of (at most 4,096) training answers: higher scores were never seen."""
     documents = examples.tokens[:: max(1, math.ceil(len(examples.tokens) / MOST_SEEN))]
-    scores = judge.scores(documents).mean(0)
+    scores = reward_model.scores(documents).mean(0)
     return float(np.quantile(scores, 0.999))
 
 
 @torch.no_grad()
 def _rescale(member: ScalarModel, mean: float, std: float) -> None:
-    """What tells no replies apart keeps its scale: enlarging rounding errors would look like an opinion."""
+    """A model that rates all responses alike keeps its scale: amplified rounding errors look like a preference."""
     gain = 1 / std if std > 1e-6 else 1.0
     member.score.weight *= gain
     member.bias.copy_((member.bias - mean) * gain)
 
 
 def assess(
-    ctx: StageContext, judge: RewardModel, tests: Sequence[Examples], baselines: Mapping[str, Reward]
+    ctx: StageContext, reward_model: RewardModel, tests: Sequence[Examples], baselines: Mapping[str, Reward]
 ) -> tuple[dict[str, float], Json]:
-    """Figures, and all of evaluation.json, on test records at the temperature that fits held-out ones.
+    """Metrics, and all of evaluation.json, on test records at the temperature fitted on validation records.
 
-    tests: held-out and test examples.
+    tests: validation and test examples.
     """
     gap, test = ctx.recipe.reward.pair_gap, tests[1]
-    scored = [judge.scores(e.tokens) for e in tests]
+    scored = [reward_model.scores(e.tokens) for e in tests]
     validation, pairs = (Pairs.of(e, torch.from_numpy(r.mean(0)), gap) for e, r in zip(tests, scored, strict=True))
     temperature = validation.temperature()
-    figures = {"temperature": temperature, **pairs.figures(temperature)}
+    metrics = {"temperature": temperature, **pairs.figures(temperature)}
     lengths = torch.tensor([float(len(sample.text)) for sample in test.samples()])
     of_length = _accuracy(Pairs.of(test, lengths, gap))
-    figures |= {"length_accuracy": max(of_length, 1 - of_length)} if of_length is not None else {}
+    metrics |= {"length_accuracy": max(of_length, 1 - of_length)} if of_length is not None else {}
     beside = {name: Pairs.of(test, torch.tensor(f(test.samples())), gap) for name, f in baselines.items()}
     for name, other in beside.items():
-        told = {"pair_accuracy": _accuracy(other), "spearman": other.ranks().get("spearman")}
-        figures |= {f"{name}_{key}": value for key, value in told.items() if value is not None}
-    probed = probes(test.samples(), judge.of_texts, ctx.recipe.reward.probes)
+        measured = {"pair_accuracy": _accuracy(other), "spearman": other.ranks().get("spearman")}
+        metrics |= {f"{name}_{key}": value for key, value in measured.items() if value is not None}
+    probed = probes(test.samples(), reward_model.of_texts, ctx.recipe.reward.probes)
     for name in ("padded", "duplicated", "phrase"):
-        figures |= {f"probe_{name}": found.shift} if (found := worst(probed, name)) else {}
+        metrics |= {f"probe_{name}": probe.shift} if (probe := worst(probed, name)) else {}
     alone = [Pairs.of(test, torch.from_numpy(row), gap) for row in scored[1]]
     members = [{"pair_accuracy": _accuracy(p), "spearman": p.ranks().get("spearman")} for p in alone]
     if len(members) > 1:
         for name in ("pair_accuracy", "spearman"):
             known = [value for member in members if (value := member[name]) is not None]
-            figures |= {f"{name}_sd": float(np.std(known, ddof=1))} if len(known) > 1 else {}
+            metrics |= {f"{name}_sd": float(np.std(known, ddof=1))} if len(known) > 1 else {}
     parts = slices(test, pairs, temperature)
-    figures |= by_length(parts)
-    show(ctx, figures, parts, probed)
-    return figures, {
-        "figures": figures,
+    metrics |= by_length(parts)
+    show(ctx, metrics, parts, probed)
+    return metrics, {
+        "figures": metrics,
         "slices": [asdict(part) for part in parts],
         "probes": [asdict(probe) for probe in probed],
         "members": members,
@@ -129,25 +129,25 @@ def assess(
 
 def by_length(parts: Sequence[Slice]) -> dict[str, float]:
     """The accuracy where the better answer is longer and where it is shorter, each with the upper end of its interval;
-    nothing of a slice that is too small."""
+    nothing for a slice that is too small."""
     sides = {BETTER_IS_LONGER: "longer", BETTER_IS_SHORTER: "shorter"}
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for part in parts:
         if part.by == "length" and part.value in sides and part.accuracy is not None and part.accuracy_high is not None:
             side = sides[part.value]
-            figures |= {f"accuracy_{side}": part.accuracy, f"accuracy_{side}_high": part.accuracy_high}
-    return figures
+            metrics |= {f"accuracy_{side}": part.accuracy, f"accuracy_{side}_high": part.accuracy_high}
+    return metrics
 
 
 def _accuracy(pairs: Pairs) -> float | None:
     return float(pairs.correct().mean()) if len(pairs) else None
 
 
-def show(ctx: StageContext, figures: Mapping[str, float], parts: Sequence[Slice], probed: Sequence[Probe]) -> None:
-    """The figures in a line, and where the model is better and worse."""
+def show(ctx: StageContext, metrics: Mapping[str, float], parts: Sequence[Slice], probed: Sequence[Probe]) -> None:
+    """The metrics in one line, and where the model is better and worse."""
     names = ("pair_accuracy", "spearman", "kendall", "raw_ece", "ece")
-    said = ", ".join(f"{name} {figures[name]:.3f}" for name in names if name in figures)
-    ctx.console.say(f"reward     on {int(figures['pairs'])} test pairs: {said}")
+    summary = ", ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
+    ctx.console.say(f"reward     on {int(metrics['pairs'])} test pairs: {summary}")
     columns = ("by", "part", "pairs", "accuracy", "of the model's own", "scored", "spearman", "from", "to")
     rows = [
         (p.by, p.value, p.pairs, p.accuracy, p.confidence, p.scored, p.spearman, p.spearman_low, p.spearman_high)
@@ -160,7 +160,7 @@ def show(ctx: StageContext, figures: Mapping[str, float], parts: Sequence[Slice]
         ctx.console.table("Answers changed, in standard deviations", changes, [astuple(p) for p in probed])
 
 
-def as_files(found: Mapping[str, Json]) -> dict[str, Content]:
-    """JSON files as they stand beside the model; none of what is empty."""
-    texts = {name: json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) for name, value in found.items()}
-    return {f"{name}.json": (text + "\n").encode() for name, text in texts.items() if found[name]}
+def as_files(contents: Mapping[str, Json]) -> dict[str, Content]:
+    """JSON files to store next to the model; none for empty contents."""
+    texts = {name: json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) for name, value in contents.items()}
+    return {f"{name}.json": (text + "\n").encode() for name, text in texts.items() if contents[name]}

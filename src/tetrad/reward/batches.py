@@ -1,6 +1,6 @@
-"""Comparisons and scores as the reward model reads them: one document an answer, and what is known about each.
+"""Comparisons and scores as the reward model reads them: one document per answer, and what is known about each.
 
-Documents lie in a token store in the order of the records; a record knows its first document and how many it has.
+Documents are in a token store in the order of the records; a record knows its first document and how many it has.
 """
 
 import math
@@ -27,7 +27,7 @@ Record = Comparison | Score
 
 @dataclass(frozen=True)
 class Examples:
-    """Records and one document an answer: those of record i are documents first[i] to first[i + 1]."""
+    """Records and one document per answer: those of record i are documents first[i] to first[i + 1]."""
 
     records: tuple[Record, ...]
     tokens: tuple[Tokens, ...]
@@ -42,7 +42,7 @@ class Examples:
         return self.tokens[self.first[i] : self.first[i + 1]]
 
     def fitted(self, limit: int, overlong: str, counts: Counts) -> "Examples":
-        """Documents of at most `limit` tokens: longer ones are refused, cut on the left, or dropped with their record.
+        """Documents of at most `limit` tokens: longer ones are refused, truncated on the left, or dropped by record.
 
         Errors: E-DATA-LONG, E-DATA-EMPTY.
         """
@@ -64,22 +64,22 @@ class Examples:
         return Examples.of(self.records, short)
 
     def samples(self) -> list[Completion]:
-        """Every answer as a reply, for Python functions."""
-        found = []
+        """Every answer as a completion, for Python functions."""
+        samples = []
         for record in self.records:
             texts = record.answers if isinstance(record, Comparison) else (record.answer,)
-            found += [Completion((), (), record.prompt.turns, text, record.where) for text in texts]
-        return found
+            samples += [Completion((), (), record.prompt.turns, text, record.where) for text in texts]
+        return samples
 
 
 @dataclass(frozen=True)
 class PreferenceTargets:
-    """What people said about the D documents of a micro-batch.
+    """The human judgements on the D documents of a micro-batch.
 
     winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; lists_P: the
-    number of each pair's list, on the CPU; labels_P: the share of votes for the winner, 1 where nobody counted.
+    number of each pair's list, on the CPU; labels_P: the share of votes for the winner, 1 where there are no votes.
     ranked_N: documents of the lists, ranks_N and bounds: their ranks, list by list. scored_S: documents with a score;
-    targets_S: the standardised score, weights_S: how much it counts beside one that is known exactly.
+    targets_S: the standardised score, weights_S: its weight relative to one that is known exactly.
     by_P, by_L, by_S: numbers of the annotators of pairs, lists and scores; 0 where none is named.
     """
 
@@ -101,7 +101,7 @@ class PreferenceTargets:
 
 
 def _informative(record: Record) -> bool:
-    """Whether a loss can learn from it: a list of equals says nothing."""
+    """Whether a loss can learn from it: a list of ties carries no information."""
     return isinstance(record, Score) or len(set(record.ranks)) > 1
 
 
@@ -112,7 +112,7 @@ def judgements(
     place: torch.device,
     numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> PreferenceTargets:
-    """zero, unit: the score whose target is 0, and the points of a target of 1; numbers: of the annotators."""
+    """zero, unit: the score whose target is 0, and the difference for a target of 1; numbers: of the annotators."""
     lists = [record for record in records if isinstance(record, Comparison)]
     rated = [record for record in records if isinstance(record, Score)]
     starts = np.cumsum([0, *(1 if isinstance(r, Score) else len(r.answers) for r in records)]).tolist()
@@ -148,7 +148,7 @@ def judgements(
 
 
 def _labels(lists: Sequence[Comparison], winners: Tensor, losers: Tensor) -> Tensor:
-    """The winners' shares of the votes; all of them where nobody counted."""
+    """The winners' shares of the votes; 1 where there are no votes."""
     votes = torch.tensor([vote for record in lists for vote in record.votes or [math.nan] * len(record.ranks)])
     return (votes[winners] / (votes[winners] + votes[losers])).nan_to_num(1.0) if lists else torch.empty(0)
 
@@ -164,8 +164,8 @@ def preference_micros(
     shared_prefix: str = "auto",
     keys: Sequence[int] = (),
 ) -> list[Microbatch]:
-    """Micro-batches of whole records, of at most `micro_batch_tokens` tokens that are computed. Counts: "comparisons"
-    with an order, and "scores". shared_prefix: the setting of that name. keys: of each record's dropout."""
+    """Micro-batches of whole records, of at most `micro_batch_tokens` computed tokens. Counts: "comparisons"
+    with an order, and "scores". shared_prefix: the setting of that name. keys: each record's dropout key."""
     prefixes = [_prefix(answers, shared_prefix, device) for answers in documents]
     micros = []
     for group in groups_of([_computed(*each) for each in zip(documents, prefixes, strict=True)], micro_batch_tokens):
@@ -180,7 +180,7 @@ def preference_micros(
 
 
 def _prefix(answers: Sequence[Tokens], shared_prefix: str, device: Device) -> int:
-    """Tokens of a record that are computed once for all its answers; on a GPU, which has no such kernel, none are."""
+    """Tokens of a record that are computed once for all its answers; none on a GPU, which has no such kernel."""
     if shared_prefix == "never" or device.place.type != "cpu":
         return 0
     prefix = common_prefix(answers)

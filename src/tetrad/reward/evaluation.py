@@ -1,7 +1,7 @@
 """How good a reward model is: its accuracy on pairs, calibration and rank correlation, overall and by slice.
 
 Judged answers come in pairs: within each list, and among scored answers whose scores are far enough apart. Pairs of one
-answer are not independent, so intervals come from drawing lists and scored answers anew, never single pairs.
+answer are not independent, so intervals come from resampling lists and scored answers, never single pairs.
 """
 
 import math
@@ -15,7 +15,7 @@ from tetrad.objectives import calibration
 from tetrad.reward.batches import Examples, judgements
 from tetrad.types import Comparison, Score
 
-MOST_SCORED = 4000  # scored answers that are paired: all pairs of more would fill the memory
+MOST_SCORED = 4000  # scored answers that are paired: all pairs of more would exhaust the memory
 RESAMPLES = 1000
 MOST_VALUES = 20  # slices of one kind
 LEAST = 30  # pairs that a slice needs
@@ -26,8 +26,8 @@ BETTER_IS_LONGER, BETTER_IS_SHORTER = "the better is longer", "the better is sho
 class Pairs:
     """Judged answers in pairs of a better and a worse one.
 
-    better_P, worse_P: numbers of documents; the first `lists` pairs stand within lists, and of_list_P are their lists.
-    gaps_P: reward of the better less that of the worse; apart_P: by how much people put it above, NaN where unknown.
+    better_P, worse_P: numbers of documents; the first `lists` pairs are within lists, and of_list_P are their lists.
+    gaps_P: reward of the better minus that of the worse; apart_P: the human margin between them, NaN where unknown.
     scored_S: the documents with scores; rewards_S, scores_S: theirs.
     """
 
@@ -42,46 +42,46 @@ class Pairs:
 
     @classmethod
     def of(cls, examples: Examples, rewards_D: Tensor, gap: float) -> "Pairs":
-        """gap: scored answers closer than this make no pair."""
-        found = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
-        rewards, scored = rewards_D.double(), found.scored_S
+        """gap: scored answers closer than this form no pair."""
+        targets = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
+        rewards, scored = rewards_D.double(), targets.scored_S
         scores = torch.tensor([r.score for r in examples.records if isinstance(r, Score)], dtype=torch.float64)
         apart = scores[:MOST_SCORED, None] - scores[None, :MOST_SCORED]
         above, below = ((apart >= gap) & (apart > 0)).nonzero().unbind(1)
-        better = torch.cat((found.winners_P, scored[above]))
-        worse = torch.cat((found.losers_P, scored[below]))
-        margins = torch.where(found.margins_P > 0, found.margins_P.double(), math.nan)
+        better = torch.cat((targets.winners_P, scored[above]))
+        worse = torch.cat((targets.losers_P, scored[below]))
+        margins = torch.where(targets.margins_P > 0, targets.margins_P.double(), math.nan)
         apart_P = torch.cat((margins, apart[above, below]))
         gaps = rewards[better] - rewards[worse]
-        return cls(better, worse, found.lists_P, gaps, apart_P, scored, rewards[scored], scores)
+        return cls(better, worse, targets.lists_P, gaps, apart_P, scored, rewards[scored], scores)
 
     def __len__(self) -> int:
         return len(self.gaps_P)
 
     def temperature(self) -> float:
-        """The T at which sigmoid(gap / T) is the best calibrated on these pairs; 1 without pairs."""
+        """The T at which sigmoid(gap / T) is best calibrated on these pairs; 1 without pairs."""
         return calibration.fit_temperature(self.gaps_P, torch.ones_like(self.gaps_P)) if len(self) else 1.0
 
     def figures(self, temperature: float) -> dict[str, float]:
         """pair_accuracy with its 95 % interval; ece and brier at this temperature and (raw_) at 1; spearman with its
-        interval and kendall of scored answers. What is undefined is absent."""
-        found: dict[str, float] = {"pairs": float(len(self))}
+        interval and kendall of scored answers. Undefined metrics are absent."""
+        metrics: dict[str, float] = {"pairs": float(len(self))}
         if len(self):
             correct = self.correct()
             low, high = self.interval(correct)
-            found |= {"pair_accuracy": float(correct.mean()), "pair_accuracy_low": low, "pair_accuracy_high": high}
+            metrics |= {"pair_accuracy": float(correct.mean()), "pair_accuracy_low": low, "pair_accuracy_high": high}
             for name, t in (("", temperature), ("raw_", 1.0)):
                 confidence = self.confidence(t)
-                found[f"{name}ece"] = float(calibration.ece(confidence, correct))
-                found[f"{name}brier"] = float(calibration.brier(confidence, correct))
-        return found | self.ranks()
+                metrics[f"{name}ece"] = float(calibration.ece(confidence, correct))
+                metrics[f"{name}brier"] = float(calibration.brier(confidence, correct))
+        return metrics | self.ranks()
 
     def correct(self) -> Tensor:
         """1 where the better answer has the higher reward, 0.5 where both have the same; [P]."""
         return (self.gaps_P.sign() + 1) / 2
 
     def confidence(self, temperature: float) -> Tensor:
-        """How likely the model thinks its own order of each pair; [P]."""
+        """The model's confidence in its own order of each pair; [P]."""
         return torch.sigmoid(self.gaps_P.abs() / temperature)
 
     def ranks(self) -> dict[str, float]:
@@ -92,14 +92,14 @@ class Pairs:
         low, high = calibration.bootstrap_interval(
             both, lambda drawn: calibration.spearman(drawn[:, 0], drawn[:, 1]), resamples=300
         )
-        found = {"spearman": rank, "spearman_low": low, "spearman_high": high}
+        metrics = {"spearman": rank, "spearman_low": low, "spearman_high": high}
         few = slice(None, MOST_SCORED)
-        return {n: v for n, v in found.items() if math.isfinite(v)} | {
+        return {n: v for n, v in metrics.items() if math.isfinite(v)} | {
             "kendall": calibration.kendall(self.rewards_S[few], self.scores_S[few])
         }
 
     def interval(self, values_P: Tensor) -> tuple[float, float]:
-        """95 % bootstrap interval of the mean of a value of pairs: lists, and scored answers with all their pairs."""
+        """95 % bootstrap interval of the mean of a per-pair value: lists, and scored answers with their pairs."""
         generator = torch.Generator().manual_seed(0)
         lists = len(self.of_list_P)
         top = torch.zeros(RESAMPLES, dtype=torch.float64)
@@ -122,7 +122,7 @@ class Pairs:
         return float(means.quantile(0.025)), float(means.quantile(0.975))
 
     def chosen(self, pairs_P: Tensor, scored_S: Tensor | None = None) -> "Pairs":
-        """These pairs alone, and these scored answers (none by default)."""
+        """Only these pairs, and these scored answers (none by default)."""
         within = pairs_P[: len(self.of_list_P)]
         given = (self.better_P, self.worse_P, self.gaps_P, self.apart_P)
         better, worse, gaps, apart = (x[pairs_P] for x in given)
@@ -133,7 +133,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Slice:
-    """The model on a part of the test data. confidence: its mean, at the temperature; nothing where it is undefined."""
+    """The model on a part of the test data. confidence: its mean, at the temperature; None where undefined."""
 
     by: str
     value: str
@@ -149,9 +149,9 @@ class Slice:
 
 
 def slices(examples: Examples, pairs: Pairs, temperature: float) -> list[Slice]:
-    """By where records come from, who judged them and what was asked (pairs of equal value); by how far apart people
-    put two answers, how sure the model is, and how lengths differ."""
-    found = []
+    """By source, annotator and prompt of the records (pairs of equal value); by the human margin between two answers,
+    the model's confidence, and the difference in length."""
+    parts = []
     for by, names in (("source", _sources(examples)), ("annotator", _people(examples)), ("asked", _asked(examples))):
         values = sorted(set(names) - {""})
         if not 1 < len(values) <= MOST_VALUES:
@@ -161,25 +161,25 @@ def slices(examples: Examples, pairs: Pairs, temperature: float) -> list[Slice]:
         same = of_D[pairs.better_P] == of_D[pairs.worse_P]
         for name, i in number.items():
             part = pairs.chosen(same & (of_D[pairs.better_P] == i), of_D[pairs.scored_S] == i)
-            found.append(_slice(by, name, part, temperature))
+            parts.append(_slice(by, name, part, temperature))
     lengths_D = torch.tensor([float(len(sample.text)) for sample in examples.samples()])
     for by, value, chosen in _of_pairs(pairs, lengths_D):
         if int(chosen.sum()) >= LEAST:
-            found.append(_slice(by, value, pairs.chosen(chosen), temperature))
-    return found
+            parts.append(_slice(by, value, pairs.chosen(chosen), temperature))
+    return parts
 
 
 def _slice(by: str, value: str, part: Pairs, temperature: float) -> Slice:
-    figures = part.figures(temperature) if len(part) >= LEAST else {}
+    metrics = part.figures(temperature) if len(part) >= LEAST else {}
     ranks = part.ranks() if len(part.scores_S) >= LEAST else {}
     return Slice(
         by,
         value,
         len(part),
-        figures.get("pair_accuracy"),
-        figures.get("pair_accuracy_low"),
-        figures.get("pair_accuracy_high"),
-        float(part.confidence(temperature).mean()) if figures else None,
+        metrics.get("pair_accuracy"),
+        metrics.get("pair_accuracy_low"),
+        metrics.get("pair_accuracy_high"),
+        float(part.confidence(temperature).mean()) if metrics else None,
         len(part.scores_S),
         ranks.get("spearman"),
         ranks.get("spearman_low"),
@@ -188,7 +188,7 @@ def _slice(by: str, value: str, part: Pairs, temperature: float) -> Slice:
 
 
 def _of_pairs(pairs: Pairs, lengths_D: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-    """Slices by what two answers have between them: kind, value, which pairs."""
+    """Slices by the relation of two answers: kind, value, which pairs."""
     for by, amount in (("apart", pairs.apart_P), ("sure", pairs.gaps_P.abs())):
         known = amount[~amount.isnan()]
         if len(known) and known.min() < known.max():
@@ -224,6 +224,6 @@ def _sized(examples: Examples) -> Iterator[tuple[Comparison | Score, int]]:
 
 
 def _counts(size: int, generator: torch.Generator) -> Tensor:
-    """How often each of `size` things is drawn, [resamples, size]."""
+    """How often each of `size` items is drawn, [resamples, size]."""
     drawn = torch.randint(size, (RESAMPLES, size), generator=generator)
     return torch.zeros(RESAMPLES, size).scatter_add_(1, drawn, torch.ones(RESAMPLES, size))

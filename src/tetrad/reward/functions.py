@@ -1,4 +1,4 @@
-"""Rewards from outside, on text: Python functions in a file of the user's, and HTTP endpoints."""
+"""External rewards on text: Python functions in a file of the user's, and HTTP endpoints."""
 
 import importlib.util
 import json
@@ -21,8 +21,8 @@ from tetrad.errors import Stopped, UserError
 from tetrad.inference.completions import Completion
 from tetrad.reward.model import Reward
 
-_PATIENCE = 300.0  # seconds for one answer of an endpoint
-_WAITS = (1.0, 5.0)  # before it is asked again
+_PATIENCE = 300.0  # seconds for one response of an endpoint
+_WAITS = (1.0, 5.0)  # before a retry
 _MOST_ANSWER = 64 << 20
 _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_num_threads, torch.set_num_threads),
@@ -31,19 +31,19 @@ _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_rng_state, torch.set_rng_state),
-    (lambda: None, torch.set_default_device),  # ours sets none
+    (lambda: None, torch.set_default_device),  # ours is never set
     (os.getcwd, os.chdir),
 )
-"""What our numbers depend on and foreign code may set for the whole process: how it is read, and how it is set back."""
+"""Process-wide state that our numbers depend on and user code may change: how it is read, and how it is restored."""
 
 
 def python_function(spec: str) -> Reward:
     """`file.py:name`: a list of dicts in, one finite number each out.
 
-    A dict has "text" (the reply), "input" (the Input or last user turn), "prompt" (all that was asked), "ids" (the
-    reply's tokens as they were sampled) and "finished" (false where it was cut).
+    A dict has "text" (the response), "input" (the Input or last user turn), "prompt" (all of the prompt), "ids" (the
+    response's tokens as they were sampled) and "finished" (false where it was truncated).
 
-    Errors: E-CONF-FUNCTION where it can't be loaded, E-NUM-REWARD where what it returns isn't that.
+    Errors: E-CONF-FUNCTION where it can't be loaded, E-NUM-REWARD where it returns anything else.
     """
     function = _load(spec)
 
@@ -51,7 +51,7 @@ def python_function(spec: str) -> Reward:
         try:
             with _undisturbed():
                 scores = [float(x) for x in function(_told(samples))]
-        except (Stopped, KeyboardInterrupt):  # the stage was asked to stop meanwhile
+        except (Stopped, KeyboardInterrupt):  # a stop was requested meanwhile
             raise
         except BaseException as error:
             what = f"the function failed on {len(samples)} samples: {type(error).__name__}: {error}"
@@ -63,7 +63,7 @@ def python_function(spec: str) -> Reward:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What foreign code sets for the whole process ends with it, and what it prints can't end the run."""
+    """Process-wide state that user code changes is restored, and what it prints can't end the run."""
     before = [(restore, read()) for read, restore in _STATE]
     out, err = (streams.guarded(stream, outlives=True) for stream in (sys.stdout, sys.stderr))
     try:
@@ -76,7 +76,7 @@ def _undisturbed() -> Iterator[None]:
 
 def endpoint(url: str) -> Reward:
     """An HTTP endpoint: {"samples": [...]}, with dicts as `python_function` has them, is posted as JSON and answered
-    by {"scores": [...]}. It is asked three times before an error ends the stage, which can then go on.
+    by {"scores": [...]}. It is tried three times before an error ends the stage, which can then be resumed.
 
     Errors: E-NUM-REWARD.
     """
@@ -103,7 +103,7 @@ def endpoint(url: str) -> Reward:
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
-    """The recipe named one address: no other is opened."""
+    """The recipe names one address: redirects are not followed."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -145,9 +145,9 @@ def _load(spec: str) -> Callable[[list[dict[str, Any]]], Sequence[float]]:
     try:
         with _undisturbed():
             module_spec.loader.exec_module(module)
-        found: Callable[[list[dict[str, Any]]], Sequence[float]] = getattr(module, attribute)
+        function: Callable[[list[dict[str, Any]]], Sequence[float]] = getattr(module, attribute)
     except (Stopped, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise UserError("E-CONF-FUNCTION", f"{type(error).__name__}: {error}", where=spec, hint=hint) from error
-    return found
+    return function

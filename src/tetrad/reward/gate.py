@@ -1,7 +1,7 @@
 """The gate: is this reward model good enough to be optimised against?
 
-It reads what the reward stage noted about its model. A failure has a reason that names the figure and its limit; a
-model of which nothing was measured is neither passed nor failed, but PPO says so.
+It reads the metrics that the reward stage recorded. A failure has a reason that names the metric and its limit; a
+model without any metrics neither passes nor fails, but PPO says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from tetrad.types import Prompt, lines
 
 @dataclass(frozen=True)
 class GateResult:
-    """failures: one a figure beyond its limit. unknown: what was not measured."""
+    """failures: one per metric beyond its limit. unknown: what was not measured."""
 
     failures: tuple[str, ...]
     unknown: tuple[str, ...]
@@ -35,7 +35,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class _Rule:
-    """needs: names of figures; fails: whether they do; reason: in words, with the figures in their order."""
+    """needs: names of metrics; fails: whether they do; reason: in words, with the metrics in that order."""
 
     what: str
     needs: tuple[str, ...]
@@ -83,9 +83,9 @@ _RULES = (
             f"the probe {name!r}",
             (f"probe_{name}",),
             lambda s, shift: shift > s.probe_shift,
-            f"{how} raises the reward by {{:.2f}} standard deviations",
+            f"{change} raises the reward by {{:.2f}} standard deviations",
         )
-        for name, how in (
+        for name, change in (
             ("padded", "padding an answer with empty words"),
             ("duplicated", "saying an answer twice"),
             ("phrase", "adding a polite phrase"),
@@ -107,11 +107,11 @@ _COVERAGE = _Rule(
 )
 
 
-def apply(figures: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) -> GateResult:
-    """figures: of the reward stage."""
+def apply(metrics: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) -> GateResult:
+    """metrics: of the reward stage."""
     failed, unknown = list[str](), list[str]()
     for rule in rules:
-        values = [figures[name] for name in rule.needs if name in figures]
+        values = [metrics[name] for name in rule.needs if name in metrics]
         if len(values) < len(rule.needs):
             unknown.append(f"{rule.what} was not measured")
         elif rule.fails(s, *values):
@@ -120,14 +120,14 @@ def apply(figures: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) 
 
 
 def check(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateResult:
-    """Before PPO with these prompts: says what the gate finds, and returns it. Errors: E-NUM-GATE where it fails and
+    """Before PPO on these prompts: reports what the gate finds, and returns it. Errors: E-NUM-GATE where it fails and
     `gate.strict` is set."""
-    figures = figures_of(folder)
+    metrics = figures_of(folder)
     if ctx.recipe.reward.data:
         known = read_prompts(ctx.files(ctx.recipe.reward.data))
         near = covered([lines(prompt.turns) for prompt in prompts], [lines(prompt.turns) for prompt in known])
-        figures |= {"prompts_far": near.far} if near else {}
-    result = apply(figures, ctx.recipe.gate, (*_RULES, _COVERAGE))
+        metrics |= {"prompts_far": near.far} if near else {}
+    result = apply(metrics, ctx.recipe.gate, (*_RULES, _COVERAGE))
     if result.failures and ctx.recipe.gate.strict:
         hint = "train a better reward model, move the limit under [gate], or set gate.strict = false"
         raise UserError("E-NUM-GATE", "; ".join(result.failures), where=str(folder), hint=hint)
@@ -136,13 +136,13 @@ def check(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateRes
 
 
 def before_ppo(ctx: StageContext, prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Why the reward model of this recipe fails, if it does and if it pays. Errors: E-NUM-GATE."""
+    """Why the reward model of this recipe fails, if it does and if PPO uses it. Errors: E-NUM-GATE."""
     return check(ctx, ctx.parents["reward"], prompts).failures if model_pays(ctx.recipe.ppo.rewards) else ()
 
 
 def check_scale(ctx: StageContext, parts: Mapping[str, Sequence[float]]) -> None:
-    """PPO's first replies are the SFT model's to prompts of PPO's own: warns where the reward model's scores of them,
-    which were given mean 0 and standard deviation 1 on other prompts, are on another scale."""
+    """PPO's first responses are the SFT model's to PPO's own prompts: warns where the reward model's scores of them,
+    normalised to mean 0 and standard deviation 1 on other prompts, are on another scale."""
     scores = collectives.gather(list(parts.get(REWARD_MODEL, [])))
     if len(scores) < 2:
         return

@@ -1,9 +1,8 @@
-"""A reward model in use: its members, how they read a completion, and the numbers that they give.
+"""A reward model in use: its members, how they read a completion, and the rewards that they give.
 
-It reads the sampled ids themselves where it trains a policy (`joined`: PPO, and the scale that it is given for PPO), as
-each token of them is paid for. Where completions are judged in use (generate, chat, score, evaluate) it reads what is
-written (`written`): bytes that are no UTF-8 as the U+FFFD that stands there, the text tokenised anew, so that whoever
-scores the text gets the same number.
+Where it trains a policy it reads the sampled ids themselves (`joined`: PPO, and the normalisation for PPO), since each
+of these tokens is rewarded. Everywhere else (generate, chat, score, evaluate) it reads the text (`written`): invalid
+UTF-8 as the U+FFFD that replaces it, the text tokenised again, so that scoring the text itself gives the same number.
 """
 
 import math
@@ -51,7 +50,7 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model, one or several as an ensemble, and what it reads with."""
+    """A reward model, or several as an ensemble, with its tokenizer and template."""
 
     members: Sequence[ScalarModel]
     tokenizer: Tokenizer
@@ -61,32 +60,32 @@ class RewardModel:
     micro_batch_tokens: int = Run().micro_batch_tokens
 
     def scores(self, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Every member's number for every document, [members, documents]. Errors: E-DATA-LONG."""
+        """Every member's reward for every document, [members, documents]. Errors: E-DATA-LONG."""
         return member_scores(self.members, documents, self.device, self.micro_batch_tokens)
 
     def of_texts(self, samples: Sequence[Completion]) -> list[float]:
-        """Mean rewards of the members, from the texts; what is over-long is cut on the left."""
+        """Mean rewards of the members, from the texts; what is too long is truncated on the left."""
         limit = self.members[0].config.max_positions
         whole = written(self.form, self.tokenizer, samples)
         return self.scores([Tokens(t.ids[-limit:], t.train[-limit:]) for t in whole]).mean(0).tolist()  # type: ignore[no-any-return]
 
 
 def joined(samples: Sequence[Completion]) -> list[Tokens]:
-    """Prompt and reply as one document each, without labels."""
+    """Prompt and response as one document each, without labels."""
     return [
         Tokens(np.asarray(s.prompt_ids + s.reply_ids, np.int32), np.zeros(len(s.prompt_ids + s.reply_ids), np.bool_))
         for s in samples
     ]
 
 
-def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Completion]) -> list[Tokens]:
-    """The same from their texts, as any tokenizer reads them; those that ended have their end token.
+def written(template: Template, tokenizer: Tokenizer, samples: Sequence[Completion]) -> list[Tokens]:
+    """The same from their texts, for any tokenizer; finished ones have their end token.
 
     Errors: E-DATA-*, E-MODEL-*.
     """
-    heads = tokenize(form, tokenizer, [Prompt(sample.turns, sample.where) for sample in samples])
-    bodies = tokenizer.encode_batch([form.said(sample.text) for sample in samples])
-    end = form.end_id(tokenizer)
+    heads = tokenize(template, tokenizer, [Prompt(sample.turns, sample.where) for sample in samples])
+    bodies = tokenizer.encode_batch([template.said(sample.text) for sample in samples])
+    end = template.end_id(tokenizer)
     documents = []
     for head, body, sample in zip(heads, bodies, samples, strict=True):
         ids = np.array([*head.ids.tolist(), *body, *([end] if sample.finished else [])], np.int32)
@@ -98,22 +97,22 @@ def written(form: Template, tokenizer: Tokenizer, samples: Sequence[Completion])
 def score_tokens(
     model: ScalarModel, documents: Sequence[Tokens], device: Device, micro_batch_tokens: int
 ) -> list[float]:
-    """The model's number at the last token of each document."""
+    """The model's reward at the last token of each document."""
     by_length = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
     ordered = [documents[i] for i in by_length]
-    found = np.zeros(len(documents))
+    rewards = np.zeros(len(documents))
     model.eval()
     for group in counted("scoring", micro_batches(ordered, micro_batch_tokens), len(ordered), len):
         with device.compute():
             scores = model(device.put(pack([ordered[i] for i in group])), "scores")
-        found[[by_length[i] for i in group]] = scores.double().cpu().numpy()
-    return found.tolist()
+        rewards[[by_length[i] for i in group]] = scores.double().cpu().numpy()
+    return rewards.tolist()
 
 
 def member_scores(
     members: Sequence[ScalarModel], documents: Sequence[Tokens], device: Device, micro_batch_tokens: int
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Every member's number for every document, [members, documents]. Errors: E-DATA-LONG."""
+    """Every member's reward for every document, [members, documents]. Errors: E-DATA-LONG."""
     limit = members[0].config.max_positions
     for document in documents:
         if len(document.ids) > limit:
@@ -129,7 +128,7 @@ def trained(
     read: Callable[[Sequence[Completion]], list[Tokens]] = joined,
     uncertainty_penalty: float = 0.0,
 ) -> Reward:
-    """A reward model: the mean of its members, less `uncertainty_penalty` times their standard deviation (Coste et al.
+    """A reward model: the mean of its members, minus `uncertainty_penalty` times their standard deviation (Coste et al.
     2024).
 
     read: how samples become documents; by the sampled ids themselves, or by `written`.
@@ -137,8 +136,8 @@ def trained(
 
     def reward(samples: Sequence[Completion]) -> list[float]:
         scores = member_scores(members, read(samples), device, micro_batch_tokens)
-        found: list[float] = (scores.mean(0) - uncertainty_penalty * scores.std(0)).tolist()
-        return found
+        rewards: list[float] = (scores.mean(0) - uncertainty_penalty * scores.std(0)).tolist()
+        return rewards
 
     return reward
 
@@ -156,21 +155,21 @@ def load_reward(folder: str | Path, template: str = "") -> RewardModel:
     return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), device, path)
 
 
-def rate_samples(judge: RewardModel, samples: Sequence[Completion]) -> list[float]:
-    """The reward of each, as it is written. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
-    means: list[float] = rate(judge, written(judge.form, judge.tokenizer, samples)).mean(0).tolist()
-    return means
+def rate_samples(reward_model: RewardModel, samples: Sequence[Completion]) -> list[float]:
+    """The reward of each sample's text. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
+    documents = written(reward_model.form, reward_model.tokenizer, samples)
+    return rate(reward_model, documents).mean(0).tolist()  # type: ignore[no-any-return]
 
 
-def rate(judge: RewardModel, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def rate(reward_model: RewardModel, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Each member's reward at each document's last token, [members, documents]. Errors: E-DATA-LONG,
     E-NUM-NONFINITE."""
-    found = judge.scores(documents)
-    for score, document in zip(found.sum(0).tolist(), documents, strict=True):
+    rewards = reward_model.scores(documents)
+    for score, document in zip(rewards.sum(0).tolist(), documents, strict=True):
         if not math.isfinite(score):
             what = f"the reward model gives {score}"
             raise UserError("E-NUM-NONFINITE", what, where=document.where, hint="it is damaged: train it again")
-    return found
+    return rewards
 
 
 def reward_model(
@@ -180,8 +179,8 @@ def reward_model(
     tokenizer: Tokenizer | None = None,
     uncertainty_penalty: float = 0.0,
 ) -> Reward:
-    """A finished reward model; see `scoring.trained`. tokenizer: of the policy that it trains, whose sampled ids it
-    reads; without one it reads what is written."""
+    """A finished reward model; see `trained`. tokenizer: of the policy that it trains, whose sampled ids it reads;
+    without one it reads the text."""
     members = [member.requires_grad_(False).to(device.place) for member in read_members(folder)]
     if tokenizer:
         read = reader(ctx, folder, tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
@@ -191,15 +190,15 @@ def reward_model(
 
 
 def reader(
-    ctx: StageContext, folder: Path, tokenizer: Tokenizer, form: Template
+    ctx: StageContext, folder: Path, tokenizer: Tokenizer, template: Template
 ) -> Callable[[Sequence[Completion]], list[Tokens]]:
-    """How the reward model of this folder reads replies of a policy in training: by the sampled ids where it shares
-    tokenizer and template with it, else by the text."""
-    if (Tokenizer.load(folder).fingerprint, template_for(ctx, folder)) == (tokenizer.fingerprint, form):
+    """How the reward model of this folder reads responses of a policy in training: by the sampled ids where it
+    shares tokenizer and template with it, else by the text."""
+    if (Tokenizer.load(folder).fingerprint, template_for(ctx, folder)) == (tokenizer.fingerprint, template):
         return joined
     return text_reader(ctx, folder)
 
 
 def text_reader(ctx: StageContext, folder: Path) -> Callable[[Sequence[Completion]], list[Tokens]]:
-    """How the reward model of this folder reads what is written."""
+    """How the reward model of this folder reads text."""
     return partial(written, template_for(ctx, folder), Tokenizer.load(folder))

@@ -1,8 +1,8 @@
-"""Probes of a reward model: answers changed in ways that should hardly please anybody, and how the reward moves.
+"""Probes of a reward model: answers changed in ways that should hardly please anybody, and how the reward changes.
 
-padded with words that say nothing, the same answer twice, a polite phrase added: an optimiser finds such things first.
-A half and an empty answer show what the model thinks of too little. Shifts are in units of the rewards given to it,
-which for a finished model is one standard deviation of the policy's replies.
+Padding with empty words, the same answer twice, a polite phrase added: an optimiser finds such exploits first. A half
+and an empty answer show how the model rates too little. Shifts are in units of the rewards passed in, which for a
+finished model is one standard deviation of the policy's responses.
 """
 
 import re
@@ -28,7 +28,7 @@ _PHRASES = (
 
 @dataclass(frozen=True)
 class Probe:
-    """What became of the rewards: their mean shift, and the share of answers whose reward rose."""
+    """The effect on the rewards: their mean shift, and the share of answers whose reward rose."""
 
     name: str
     text: str
@@ -53,19 +53,19 @@ def probes(
         *(("phrase", phrase, lambda text, phrase=phrase: text + gap + phrase) for phrase in _PHRASES[han]),
     ]
     before = np.asarray(rate(chosen))
-    found = []
+    results = []
     for name, added, change in counted("probes", changes, len(changes)):
         moved = np.asarray(rate([replace(sample, text=change(sample.text)) for sample in chosen])) - before
-        found.append(Probe(name, added, float(moved.mean()), float((moved > 0).mean())))
-    return found
+        results.append(Probe(name, added, float(moved.mean()), float((moved > 0).mean())))
+    return results
 
 
-def worst(found: Sequence[Probe], name: str) -> Probe | None:
-    """The one of this name that raises rewards most."""
-    return max((probe for probe in found if probe.name == name), key=lambda probe: probe.shift, default=None)
+def worst(results: Sequence[Probe], name: str) -> Probe | None:
+    """The probe of this name that raises rewards most."""
+    return max((probe for probe in results if probe.name == name), key=lambda probe: probe.shift, default=None)
 
 
 def _half(text: str) -> str:
-    """The first half, up to a word's end where there are words; each Han character is one."""
+    """The first half, up to the end of a word where there are words; each Han character is one."""
     words = _BREAK.split(text)
     return "".join(words[: (len(words) + 1) // 2]).removesuffix(" ") if len(words) > 1 else text[: (len(text) + 1) // 2]

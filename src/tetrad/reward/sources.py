@@ -1,4 +1,4 @@
-"""What pays in PPO: the reward model, Python functions, HTTP endpoints, or a weighted sum of them."""
+"""The sources of reward in PPO: the reward model, Python functions, HTTP endpoints, or a weighted sum of them."""
 
 import itertools
 import re
@@ -17,7 +17,7 @@ from tetrad.training.context import StageContext
 
 @dataclass(frozen=True)
 class RewardSource:
-    """One part of the score. clip: the part is cut to this many standard deviations before it is weighed; 0 is off."""
+    """One part of the score. clip: to this many standard deviations, before the weight; 0 is off."""
 
     reward: Reward
     weight: float = 1.0
@@ -25,13 +25,13 @@ class RewardSource:
 
 
 class RewardSources:
-    """The parts by name, and their weighted sum; a Reward itself."""
+    """The parts by name, and their weighted sum; itself a Reward."""
 
     def __init__(self, sources: Mapping[str, RewardSource]) -> None:
         self.sources = dict(sources)
 
     def parts(self, samples: Sequence[Completion]) -> dict[str, list[float]]:
-        """What each source says, as it says it."""
+        """The raw scores of each source."""
         return {name: list(source.reward(samples)) for name, source in self.sources.items()}
 
     def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
@@ -48,14 +48,14 @@ def _cut(x: float, clip: float) -> float:
 
 
 def named(given: Sequence[str], reserved: Collection[str] = (REWARD_MODEL, "std")) -> list[str]:
-    """A name for each entry that no other has, nor what is reserved (score_std is the spread of the whole): `reward`
-    for the reward model, a function's own name, an address's host and port; the second of a name is NAME_2."""
+    """A unique name for each entry, none of them reserved (score_std is the spread of the total): `reward` for the
+    reward model, a function's own name, an address's host and port; the second of a name is NAME_2."""
     names, taken = list[str](), set(reserved)
     for entry in given:
         if is_function(entry):
             plain = entry.rpartition(":")[2]
         else:
-            address = urlsplit(entry)  # neither its user nor its query: they may be secret
+            address = urlsplit(entry)  # without user and query, which may be secret
             plain = re.sub(r"\W", "_", f"{address.hostname}:{address.port}" if address.port else f"{address.hostname}")
         tries = (f"{plain}_{n}" if n > 1 else plain for n in itertools.count(1))
         names.append(REWARD_MODEL if entry == REWARD_MODEL else next(name for name in tries if name not in taken))
@@ -66,16 +66,16 @@ def named(given: Sequence[str], reserved: Collection[str] = (REWARD_MODEL, "std"
 def reward_sources(
     ctx: StageContext, tokenizer: Tokenizer, device: Device, model: Reward | None = None
 ) -> RewardSources:
-    """The recipe's. model: the reward model where it is at hand. Errors: E-CONF-FUNCTION, E-MODEL-*, E-CKPT-*."""
+    """The recipe's sources. model: the reward model if loaded. Errors: E-CONF-FUNCTION, E-MODEL-*, E-CKPT-*."""
     s = ctx.recipe.ppo
-    told = entries(s.rewards)
-    weights = s.reward_weights or (1.0,) * len(told)
-    found = {}
-    for name, entry, weight in zip(named(told), told, weights, strict=True):
+    specs = entries(s.rewards)
+    weights = s.reward_weights or (1.0,) * len(specs)
+    sources = {}
+    for name, entry, weight in zip(named(specs), specs, weights, strict=True):
         if entry == REWARD_MODEL:
             reward = model or reward_model(ctx, ctx.parents["reward"], device, tokenizer, s.uncertainty_penalty)
         else:
             reward = python_function(entry) if is_function(entry) else endpoint(entry)
-        cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which cuts what it has divided
-        found[name] = RewardSource(reward, weight, s.reward_clip if cuts else 0.0)
-    return RewardSources(found)
+        cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which clips after dividing
+        sources[name] = RewardSource(reward, weight, s.reward_clip if cuts else 0.0)
+    return RewardSources(sources)

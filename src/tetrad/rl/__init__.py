@@ -1,1 +1,1 @@
-"""What algorithms on rollouts share: the models, rollouts, what is learned from, the monitor."""
+"""What rollout-based algorithms share: the models, rollouts, training batches, the monitor."""

@@ -1,4 +1,4 @@
-"""From scores to advantages: the KL coefficient, rewards of tokens, and whitening over the whole batch of all ranks."""
+"""From scores to advantages: the KL coefficient, per-token rewards, and whitening over the whole batch of all ranks."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from tetrad.settings.ppo import Ppo
 
 @dataclass
 class KLController:
-    """beta, fixed, or following a target in nats a response (Ziegler et al. 2019, section 2.2)."""
+    """beta, fixed, or following a target in nats per response (Ziegler et al. 2019, section 2.2)."""
 
     beta: float
     target: float
@@ -36,7 +36,7 @@ class RunningStd:
     squares: float = 0.0
 
     def update(self, scores: Tensor, device: Device) -> float:
-        """Takes these in; returns the standard deviation of all, 1 where they are all alike."""
+        """Adds these scores; returns the standard deviation of all so far, 1 where they are all equal."""
         every = torch.ones_like(scores, dtype=torch.bool)
         mean, variance = (float(x) for x in mean_variance(scores, every, device))
         n = float(collectives.sum_counts({"n": float(len(scores))})["n"])
@@ -56,9 +56,9 @@ class RunningStd:
 def token_rewards(
     s: Ppo, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, rollout: Rollout, beta: float
 ) -> Tensor:
-    """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, less a penalty for a truncated
+    """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, minus a penalty for a truncated
     response."""
-    clips = s.reward_scaling == "running" or not s.rewards  # a reward model among `rewards` is cut before it is weighed
+    clips = s.reward_scaling == "running" or not s.rewards  # a model among `rewards` is clipped before its weight
     clip = s.reward_clip if clips and s.reward_clip else None
     scores = ppo.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.finished_B, s.missing_eos_penalty)
     kl = ppo.kl_tokens(logprobs, ref_logprobs, rollout.mask_BT)

@@ -1,4 +1,4 @@
-"""What an iteration of PPO learns from, and how it is dealt out: epochs of mini-batches."""
+"""The batch that an iteration of PPO learns from, and how it is split: epochs of mini-batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from tetrad.training.step import Microbatch
 
 @dataclass(frozen=True)
 class PPOBatch:
-    """One iteration's responses as the models read them; [B, T] and on the CPU but for scores and bootstrap, [B].
+    """One iteration's responses as the models read them; [B, T] on the CPU, except scores and bootstrap, [B].
 
-    parts: what each source of the score said; logprobs, ref_logprobs: of actor and reference, before any update;
-    bootstrap: the value of what comes after the last token, 0 where nothing does.
+    parts: the scores of each reward source; logprobs, ref_logprobs: of actor and reference, before any update;
+    bootstrap: the value after the last token, 0 where nothing comes after it.
     """
 
     rollout: Rollout
@@ -63,12 +63,12 @@ def minibatches(
 
 
 def _micro(batch: PPOBatch, rows: Sequence[int], s: Ppo, device: Device) -> Microbatch:
-    """Its count "losses" is what a batch's losses are divided by: tokens, or replies."""
+    """Its count "losses" is what a batch's losses are divided by: tokens, or responses."""
     rollout, index = batch.rollout, torch.tensor(rows)
     mask = rollout.mask_BT[index]
     arrays = (batch.logprobs, batch.values, batch.advantages, batch.returns)
     weights = mask / mask.sum(1, keepdim=True) if s.reduction == "sequence" else mask.float()
-    replies = PPOTokens(*(x[mask].to(device.place) for x in (*(x[index] for x in arrays), weights)))
+    data = PPOTokens(*(x[mask].to(device.place) for x in (*(x[index] for x in arrays), weights)))
     packed = device.put(pack([rollout.documents[i] for i in rows]))
     tokens = float(mask.sum())
-    return Microbatch(packed, {"tokens": tokens, "losses": len(rows) if s.reduction == "sequence" else tokens}, replies)
+    return Microbatch(packed, {"tokens": tokens, "losses": len(rows) if s.reduction == "sequence" else tokens}, data)

@@ -1,6 +1,6 @@
 """One step of PPO with its real numbers, token by token: `tetrad explain RUN --step N`.
 
-Everything is read from what the stage wrote (metrics.jsonl, samples.jsonl, recipe.toml); no model computes anything.
+Everything is read from what the stage wrote (metrics.jsonl, samples.jsonl, recipe.toml); no model is run.
 """
 
 import json
@@ -19,7 +19,7 @@ _KEYS = ("ids", "pieces", "logprob", "reference", "kl", "reward", "value", "retu
 
 
 def explain(s: Explain, console: Console, read: Callable[[Path], Recipe]) -> None:
-    """Prints the step that is asked for, or the last that was recorded. read: reads a recipe's file.
+    """Prints the requested step, or the last that was recorded. read: reads a recipe's file.
 
     Errors: E-CKPT-MISSING, E-CONF-RANGE.
     """
@@ -34,13 +34,13 @@ def explain(s: Explain, console: Console, read: Callable[[Path], Recipe]) -> Non
         near = ", ".join(map(str, steps[:12])) + (" ..." if len(steps) > 12 else "")
         what = f"step {step} was not recorded; these were: {near}"
         raise UserError("E-CONF-RANGE", what, where="--step", hint="ppo.eval_every sets how often")
-    figures = next(line for line in _lines(folder / "metrics.jsonl") if line["step"] == step)
+    metrics = next(line for line in _lines(folder / "metrics.jsonl") if line["step"] == step)
     ppo = read(folder / "recipe.toml").ppo
-    for text in _opening(step, figures, ppo):
+    for text in _opening(step, metrics, ppo):
         console.say(text)
     for record in [r for r in records if r["step"] == step and "tokens" in r][: s.replies]:
-        _reply(record, figures, ppo, console)
-    for text in _learning(figures, ppo):
+        _reply(record, metrics, ppo, console)
+    for text in _learning(metrics, ppo):
         console.say(text)
     for record in [r for r in records if r["step"] == step and "greedy" in r][: s.replies]:
         console.say(f"\nlikeliest reply to {record['prompt']!r}\n  before PPO  {record['before']}")
@@ -48,7 +48,7 @@ def explain(s: Explain, console: Console, read: Callable[[Path], Recipe]) -> Non
 
 
 def _folder(given: Path) -> Path:
-    """The stage's folder, of a run or of the stage. Errors: E-CKPT-MISSING."""
+    """The stage's folder, given that of the run or of the stage. Errors: E-CKPT-MISSING."""
     for place in (given / "ppo", given, given.parent):
         if (place / "samples.jsonl").is_file() and (place / "metrics.jsonl").is_file():
             return place
@@ -59,17 +59,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def _opening(step: int, figures: Mapping[str, float], s: Ppo) -> list[str]:
-    f, cut = figures, (1 - figures["finished"]) * 100
+def _opening(step: int, metrics: Mapping[str, float], s: Ppo) -> list[str]:
+    f, cut = metrics, (1 - metrics["finished"]) * 100
     parts = {name: value for name, value in f.items() if name.startswith(("score_", "judge_")) and name != "score_std"}
-    told = "".join(f"; {name} {value:+.3f}" for name, value in parts.items())
+    details = "".join(f"; {name} {value:+.3f}" for name, value in parts.items())
     known = f"; the critic explains {f['explained_variance']:.0%} of the returns" if "explained_variance" in f else ""
     return [
         f"step {step} of {s.steps}",
         f"1. The actor answered {s.batch_size} prompts"
         f"{f' {s.samples_per_prompt} times each' if s.samples_per_prompt > 1 else ''}, at temperature "
         f"{s.temperature:g}: {f['length']:.1f} tokens a reply, {cut:.0f} % cut at {s.max_new_tokens}.",
-        f"2. The reward gave {f['score']:+.3f} a reply (standard deviation {f['score_std']:.3f}){told}.",
+        f"2. The reward gave {f['score']:+.3f} a reply (standard deviation {f['score_std']:.3f}){details}.",
         f"3. Actor, reference and critic read the replies: KL {f['kl']:.3f} nats a reply (k3 {f['kl_k3']:.3f}){known}.",
         f"4. At each token reward = -beta KL with beta = {f['beta']:.4g}; {_added(s)} at the last one.",
     ]
@@ -78,20 +78,20 @@ def _opening(step: int, figures: Mapping[str, float], s: Ppo) -> list[str]:
 def _added(s: Ppo) -> str:
     """How the score becomes a reward."""
     running = s.reward_scaling == "running"
-    how = ", divided by the standard deviation of all so far" if running else ""
-    how += f", cut at {s.reward_clip:g} either way" if s.reward_clip and (running or not s.rewards) else ""
+    changes = ", divided by the standard deviation of all so far" if running else ""
+    changes += f", cut at {s.reward_clip:g} either way" if s.reward_clip and (running or not s.rewards) else ""
     whole = "all rewards of the batch are divided by their standard deviation, after the score is added"
-    return whole if s.reward_scaling == "whiten" else f"the score{how}{',' if how else ''} is added"
+    return whole if s.reward_scaling == "whiten" else f"the score{changes}{',' if changes else ''} is added"
 
 
-def _reply(record: Mapping[str, Any], figures: Mapping[str, float], s: Ppo, console: Console) -> None:
+def _reply(record: Mapping[str, Any], metrics: Mapping[str, float], s: Ppo, console: Console) -> None:
     tokens = record["tokens"]
     end = "ended by itself" if record["finished"] else f"cut, so {s.missing_eos_penalty:g} is taken off"
     console.say(f"\nprompt: {record['prompt']}\nreply:  {record['text']}  (score {record['score']:+.3f}, {end})")
     rows = [_row(*cells) for cells in zip(*(tokens[key] for key in _KEYS), strict=True)]
     console.table("token by token", _TABLE, rows)
     after = record["after"] if s.bootstrap_truncated and not record["finished"] else None
-    for text in _worked(tokens, figures, s, warming=record["step"] < s.critic_warmup, after=after):
+    for text in _worked(tokens, metrics, s, warming=record["step"] < s.critic_warmup, after=after):
         console.say(text)
 
 
@@ -103,43 +103,43 @@ def _worked(
     tokens: Mapping[str, Sequence[float]], f: Mapping[str, float], s: Ppo, *, warming: bool, after: float | None
 ) -> list[str]:
     """The arithmetic of the first and the last token, written out. Whitened rewards have no such line. after: the value
-    after a reply that was cut and goes on in it."""
+    after a truncated response, which is bootstrapped with it."""
     lam, v, r, g = 1.0 if warming else s.gae_lambda, tokens["value"], tokens["reward"], tokens["return"]
     kl = tokens["kl"][0]
-    found = []
+    lines = []
     if s.reward_scaling != "whiten" and len(r) > 1:
-        found.append(f"first token: reward = -{f['beta']:.4g} * ({kl:+.3f}) = {-f['beta'] * kl:+.4f}")
+        lines.append(f"first token: reward = -{f['beta']:.4g} * ({kl:+.3f}) = {-f['beta'] * kl:+.4f}")
     if len(r) > 1:
         delta, later = r[0] + s.gamma * v[1] - v[0], g[1] - v[1]
-        found.append(
+        lines.append(
             f"  delta = r + gamma V_next - V = {r[0]:+.3f} + {s.gamma:g} * {v[1]:+.3f} - {v[0]:+.3f} = {delta:+.3f}"
         )
-        found.append(
+        lines.append(
             f"  A = delta + gamma lambda A_next = {delta:+.3f} + {s.gamma * lam:g} * {later:+.3f} = "
             f"{delta + s.gamma * lam * later:+.3f}; return = A + V = {g[0]:+.3f}"
         )
     last = g[-1] - v[-1]
     if after is not None:
-        found.append(
+        lines.append(
             f"last token: A = r + gamma V_after - V = {r[-1]:+.3f} + {s.gamma:g} * {after:+.3f} - {v[-1]:+.3f} "
             f"= {last:+.3f}"
         )
-        found.append("  the reply was cut, and goes on in the critic's value")
+        lines.append("  the reply was cut, and goes on in the critic's value")
     else:
-        found.append(f"last token: A = r - V = {r[-1]:+.3f} - {v[-1]:+.3f} = {last:+.3f}: nothing comes after it")
-    return [*found, "the advantage of the table is A less its mean over the batch, by its standard deviation"]
+        lines.append(f"last token: A = r - V = {r[-1]:+.3f} - {v[-1]:+.3f} = {last:+.3f}: nothing comes after it")
+    return [*lines, "the advantage of the table is A less its mean over the batch, by its standard deviation"]
 
 
 def _learning(f: Mapping[str, float], s: Ppo) -> list[str]:
-    found = [f"\n5. {s.ppo_epochs} epochs of {s.num_minibatches} mini-batches:"]
+    lines = [f"\n5. {s.ppo_epochs} epochs of {s.num_minibatches} mini-batches:"]
     if "policy_loss" in f:
-        found.append(
+        lines.append(
             f"   the actor made {f['actor_updates']:.0f} steps at {f['actor_lr']:.3g}: loss {f['policy_loss']:+.4f}, "
             f"ratio {f['ratio']:.4f} (largest {f['ratio_max']:.3f}), {f['clip_fraction']:.1%} of tokens clipped at "
             f"1 +- {s.clip_range:g}, KL from the old policy {f['approx_kl']:.5f} nats a token, "
             f"entropy {f['entropy']:.3f}"
         )
     else:
-        found.append("   the actor is frozen while the critic warms up")
-    found.append(f"   the critic's loss {f['value_loss']:.4f}")
-    return found + ([f"   text beside it: {f['ptx_loss']:.3f} nats a token"] if "ptx_loss" in f else [])
+        lines.append("   the actor is frozen while the critic warms up")
+    lines.append(f"   the critic's loss {f['value_loss']:.4f}")
+    return lines + ([f"   text beside it: {f['ptx_loss']:.3f} nats a token"] if "ptx_loss" in f else [])

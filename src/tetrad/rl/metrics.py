@@ -1,4 +1,4 @@
-"""What one iteration is measured by, over all ranks: scores, KL, the texts, and the critic."""
+"""The metrics of one iteration, over all ranks: scores, KL, the texts, and the critic."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,8 @@ def step_metrics(
     seen: float = math.inf,
     judged: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """What the iteration sampled, a mean over responses. kl: nats against the reference (k1, k3). seen: the score that
-    a thousandth of the reward model's training answers exceed. judged: scores by others than the reward."""
+    """Means over the responses of the iteration. kl: nats against the reference (k1, k3). seen: the score that
+    a thousandth of the reward model's training answers exceed. judged: scores by judges other than the reward."""
     mask, scores = batch.rollout.mask_BT, batch.scores
     k1, k3 = (ppo.kl_tokens(batch.logprobs, batch.ref_logprobs, mask, kind) for kind in ("k1", "k3"))
     parts = {f"score_{name}": part for name, part in batch.parts.items()} if len(batch.parts) > 1 else {}
@@ -54,7 +54,7 @@ def step_metrics(
 
 
 def texts_of_step(rollout: Rollout) -> dict[str, float]:
-    """The responses of all ranks together: a share of different pairs is no mean of shares."""
+    """The responses of all ranks together: a share of different pairs is not a mean of shares."""
     own = [(sample.reply_ids, sample.text) for sample in rollout.samples]
     samples = [Completion((), tuple(ids), (), text) for ids, text in collectives.gather(own)]
     return reply_figures(samples, collectives.gather(rollout.finished_B.tolist()))
@@ -62,7 +62,7 @@ def texts_of_step(rollout: Rollout) -> dict[str, float]:
 
 def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:
     """How much of the returns' variance the critic explains, and whether its last values rank responses as their scores
-    do; not what is undefined."""
+    do; undefined metrics are absent."""
     mask = batch.rollout.mask_BT
     whole, left = (float(mean_variance(x, mask, device)[1]) for x in (batch.returns, batch.returns - batch.values))
     last = batch.values.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
@@ -72,7 +72,7 @@ def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:
 
 
 def update_metrics(steps: Sequence[tuple[str, StepStats]]) -> dict[str, float]:
-    """The means over all optimizer steps of an iteration, each named by whom it trained; of ratio_max the largest."""
+    """The means over all optimizer steps of an iteration, gradient norms by model; of ratio_max the largest."""
     values: dict[str, list[float]] = {}
     for who, stats in steps:
         for name, value in (*stats.terms.items(), (f"{who}_grad_norm", stats.grad_norm)):

@@ -1,4 +1,4 @@
-"""The models of PPO and how they come to be: four of them, a critic on the actor's trunk, or adapters on one base.
+"""The models of PPO and how they are built: four of them, a critic on the actor's trunk, or adapters on one base.
 
 Four full models are four times the weights and two optimizers. `critic = "shared"` is a scalar head on the actor's own
 decoder. With `adapters` the SFT model is the base of all (Hydra-RLHF, Santacroce et al. 2023): the reference is that
@@ -78,9 +78,9 @@ class EMA:
 
 @dataclass(frozen=True)
 class Models:
-    """Who is updated: actor and critic. reference: the actor before PPO; reward: completions in, scores out. both:
-    actor and critic on one trunk, with actor_optimizer for the two. train_score_p999: what a thousandth of the
-    reward model's training answers got at least. micro_batch_tokens: of what a model reads at once."""
+    """Actor and critic are updated. reference: the actor before PPO; reward: completions in, scores out. both:
+    actor and critic on one trunk, with actor_optimizer for the two. train_score_p999: the 99.9 % quantile of the reward
+    model's scores on its training answers. micro_batch_tokens: what a model reads at once."""
 
     actor: CausalLM
     critic: ScalarModel
@@ -96,7 +96,7 @@ class Models:
     train_score_p999: float = math.inf
 
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint must hold to go on exactly; the frozen models are read from their own stages."""
+        """What a checkpoint must hold to resume exactly; the frozen models are read from their own stages."""
         own_head = nn.ModuleDict({"score": self.critic.score}) if self.both else self.critic
         parts: dict[str, Any] = {
             "actor": Weights(self.actor),
@@ -107,7 +107,7 @@ class Models:
         return parts | ({"average": self.ema} if self.ema else {})
 
     def freeze_actor(self, held: bool) -> None:
-        """While the critic warms up on a trunk that is the actor's, that trunk must not move."""
+        """While the critic warms up on the actor's trunk, that trunk must not move."""
         for name, parameter in self.actor_optimizer.names.items() if self.both else ():
             parameter.requires_grad_(not held or name.startswith("critic.score"))
 
@@ -119,12 +119,12 @@ def load_models(ctx: StageContext) -> Models:
     """
     s, folder = ctx.recipe.ppo, first_parent(ctx, *POLICY)
     tokenizer, device = Tokenizer.load(folder), choose(ctx.recipe.run)
-    form, place = template_for(ctx, folder), device.place
-    reference = frozen(read_policy(folder, tokenizer, form)).to(place)
+    template, place = template_for(ctx, folder), device.place
+    reference = frozen(read_policy(folder, tokenizer, template)).to(place)
     if s.adapters:
         actor, critic, reward = _on_one_base(ctx, reference, tokenizer, device)
     else:
-        actor, critic, reward = read_policy(folder, tokenizer, form).to(place), None, None
+        actor, critic, reward = read_policy(folder, tokenizer, template).to(place), None, None
     if critic is None and s.critic == "shared":
         critic = _shared(actor, seed_for(ctx.recipe.seed, "critic"))
     elif critic is None:
@@ -150,7 +150,7 @@ def load_models(ctx: StageContext) -> Models:
 
 
 def _critic(ctx: StageContext, folder: Path, tokenizer: Tokenizer) -> ScalarModel:
-    """A model of its own."""
+    """A separate model."""
     place = ctx.parents["reward"] if ctx.recipe.ppo.critic == "reward" else folder
     require_tokenizer(place, tokenizer)
     return read_scalar(place, seed_for(ctx.recipe.seed, "critic"))
@@ -175,9 +175,9 @@ def _on_one_base(
     critic: ScalarModel | None = None
     reward: Reward | None = None
     if model_pays(s.rewards) or s.critic == "reward":
-        judge = on_reward_base(ctx, base)
+        reward_model = on_reward_base(ctx, base)
         read = reader(ctx, ctx.parents["reward"], tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
-        reward = trained([judge.requires_grad_(False)], device, ctx.recipe.run.micro_batch_tokens, read)
+        reward = trained([reward_model.requires_grad_(False)], device, ctx.recipe.run.micro_batch_tokens, read)
         if s.critic == "reward":
             critic = on_reward_base(ctx, base)
     if s.critic == "actor":
@@ -186,14 +186,14 @@ def _on_one_base(
 
 
 def save_models(ctx: StageContext, stage: StageRun, models: Models, notes: Mapping[str, Json]) -> None:
-    """The result is the actor or its moving average; the critic, and then the actor itself, are kept beside it: whole
-    models, whatever adapters or shares a trunk. notes: what the verdict reads in the manifest."""
+    """The result is the actor or its moving average; the critic, and then the actor itself, are kept next to it: whole
+    models, even where they are adapters or share a trunk. notes: what the verdict reads in the manifest."""
     folder, critic = first_parent(ctx, *POLICY), merged(models.critic)
     beside = {"critic.safetensors": {**dict(critic.named_parameters()), "bias": critic.bias}}
     if models.ema:
         beside["last.safetensors"] = dict(merged(models.actor).named_parameters())
         beside = {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in beside.items()}
-        models.ema.weights.load_tensors(models.ema.kept)  # of a trunk that the critic shares too
+        models.ema.weights.load_tensors(models.ema.kept)  # also of a trunk that the critic shares
     kept = {name: tensor_chunks(tensors) for name, tensors in beside.items()}
     adapters.keep(ctx, models.actor, folder)
     finish(ctx, stage, merged(models.actor), models.tokenizer, template_for(ctx, folder), notes, kept)

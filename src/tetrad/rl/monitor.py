@@ -1,7 +1,7 @@
-"""Alarms: what PPO's figures look like when it cheats or breaks, and what to do about it.
+"""Alarms: what PPO's metrics look like when it hacks its reward or fails, and what to do about it.
 
-Every iteration is held against limits, most of them as shares of the first iterations: a policy that found a hole in
-its reward changes length, endings, variety or entropy long before its texts are read by anybody.
+Every iteration is checked against limits, most of them relative to the first iterations: a policy that exploits its
+reward changes length, endings, diversity or entropy long before anybody reads its texts.
 """
 
 import math
@@ -23,14 +23,14 @@ from tetrad.settings.ppo import Ppo
 from tetrad.storage import Json
 from tetrad.training.context import StageContext
 
-START, RECENT = 128, 192  # replies whose mean is the start, and is held against it: lengths of single ones vary
+START, RECENT = 128, 192  # responses averaged for the start, and to compare with it: single lengths vary
 WINDOW = 10  # iterations whose means are compared between score and judges
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """figure: its name, of the limits too; above: whether too much is wrong; relative: against the start; meaning: what
-    it is a sign of; rare: a share so small that one iteration's replies can't tell it."""
+    """figure: the metric's name, and its limits'; above: whether high values are bad; relative: to the start; meaning:
+    what it is a sign of; rare: a share too small to estimate from one iteration's responses."""
 
     figure: str
     above: bool
@@ -56,7 +56,7 @@ _RULES = (
 
 @dataclass(frozen=True)
 class Alarm:
-    """One figure at a limit. level: 1 at the first, 2 at the second."""
+    """One metric at a limit. level: 1 at the first, 2 at the second."""
 
     figure: str
     level: int
@@ -64,42 +64,42 @@ class Alarm:
 
 
 class Monitor:
-    """The memory of the alarms: how it began, how long the critic has failed, and when each alarm was there."""
+    """The state of the alarms: the start, how long the critic has failed, and when each alarm was raised."""
 
-    def __init__(self, s: Alarms, expected_kl: float, warmup: int, replies: int = RECENT) -> None:
-        """replies: of an iteration."""
+    def __init__(self, s: Alarms, expected_kl: float, warmup: int, responses: int = RECENT) -> None:
+        """responses: per iteration."""
         self.s, self.warmup = s, warmup
-        self.starts, self.lately = math.ceil(START / replies), math.ceil(RECENT / replies)
+        self.starts, self.lately = math.ceil(START / responses), math.ceil(RECENT / responses)
         self.expected_kl = expected_kl or s.nats
         self.start: dict[str, list[float]] = {}
         self.recent: dict[str, list[float]] = {}
         self.failing = 0.0
-        self.told: dict[str, int] = {}
+        self.reported: dict[str, int] = {}
         self.spans: dict[tuple[str, int], AlarmSpan] = {}
         self.broken = ""
         self.windows: dict[str, list[list[float]]] = {}
         self.falls: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
-        kept = {"start": self.start, "recent": self.recent, "failing": self.failing, "told": self.told}
+        kept = {"start": self.start, "recent": self.recent, "failing": self.failing, "told": self.reported}
         spans = [astuple(span) for span in self.spans.values()]
         return {"alarms": {**kept, "windows": self.windows, "falls": self.falls, "spans": spans}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         kept = saved["alarms"]
-        self.start, self.failing, self.told = kept["start"], kept["failing"], kept["told"]
+        self.start, self.failing, self.reported = kept["start"], kept["failing"], kept["told"]
         self.windows, self.falls, self.recent = kept["windows"], kept["falls"], kept["recent"]
         self.spans = {(figure, level): AlarmSpan(figure, level, *steps) for figure, level, *steps in kept["spans"]}
 
-    def look(self, step: int, figures: Mapping[str, float]) -> list[Alarm]:
+    def look(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms of this iteration."""
-        if step >= self.warmup and "explained_variance" in figures:
-            self.failing = self.failing + 1 if figures["explained_variance"] < 0 else 0.0
-        measured = dict(figures) | {
-            "kl": figures["kl"] / self.expected_kl,
-            "negative_kl": -figures["kl"],
+        if step >= self.warmup and "explained_variance" in metrics:
+            self.failing = self.failing + 1 if metrics["explained_variance"] < 0 else 0.0
+        measured = dict(metrics) | {
+            "kl": metrics["kl"] / self.expected_kl,
+            "negative_kl": -metrics["kl"],
             "explained_variance": self.failing,
-            "falls": self._judges(figures),
+            "falls": self._judges(metrics),
         }
         still = step <= self.warmup
         alarms = [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured, still))]
@@ -107,15 +107,15 @@ class Monitor:
             self.spans[key] = AlarmSpan(*key, self.spans[key].first if key in self.spans else step, step)
         return alarms
 
-    def _judges(self, figures: Mapping[str, float]) -> float:
-        """Windows in a row in which the judge that is worst off fell by more than chance, and the score rose."""
-        judges = [name for name in figures if name.startswith("judge_")]
+    def _judges(self, metrics: Mapping[str, float]) -> float:
+        """Consecutive windows in which the worst judge fell by more than chance while the score rose."""
+        judges = [name for name in metrics if name.startswith("judge_")]
         if not judges:
             return 0.0
-        if self.windows.keys() != {"score", *judges}:  # at first, or others are asked since a stop
+        if self.windows.keys() != {"score", *judges}:  # at first, or the judges changed since a stop
             self.windows, self.falls = {name: [[]] for name in ("score", *judges)}, {}
         for name, seen in self.windows.items():
-            seen[-1].append(figures[name])
+            seen[-1].append(metrics[name])
         if len(self.windows["score"][-1]) < WINDOW:
             return max(self.falls.values(), default=0.0)
         rises = _moved(self.windows["score"]) > 0
@@ -149,20 +149,20 @@ class Monitor:
         return Alarm(rule.figure, level, text)
 
     def _lately(self, figure: str, value: float) -> float:
-        """The mean of the last iterations, as many as make RECENT replies."""
+        """The mean of the last iterations, as many as make RECENT responses."""
         recent = self.recent[figure] = [*self.recent.get(figure, []), value][-self.lately :]
         return sum(recent) / len(recent)
 
-    def check(self, ctx: StageContext, step: int, figures: Mapping[str, float]) -> dict[str, float]:
-        """Says what is new, and returns how many alarms there are."""
-        alarms = self.look(step, figures)
+    def check(self, ctx: StageContext, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Reports new alarms, and returns how many alarms there are."""
+        alarms = self.look(step, metrics)
         now = {alarm.figure: alarm.level for alarm in alarms}
         for alarm in alarms:
-            if alarm.level > self.told.get(alarm.figure, 0):
+            if alarm.level > self.reported.get(alarm.figure, 0):
                 ctx.console.say(f"alarm      step {step}: {alarm.text}")
-        self.told = now
+        self.reported = now
         worst = [alarm for alarm in alarms if alarm.level == 2]
-        if self.s.strict and collectives.on_any(bool(worst)):  # figures of a rank are its own: all stop, or none
+        if self.s.strict and collectives.on_any(bool(worst)):  # metrics differ between ranks: all stop, or none
             self.broken = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
         return {"alarms": float(len(alarms))}
 
@@ -202,7 +202,7 @@ _IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
 
 
 def judges_of(ctx: StageContext) -> dict[str, Reward]:
-    """What watches beside the reward, each as a metric `judge_NAME`."""
+    """The judges that watch besides the reward, each as a metric `judge_NAME`."""
     specs = ctx.recipe.alarms.judges
     return {f"judge_{name}": python_function(spec) for name, spec in zip(named(specs, ()), specs, strict=True)}
 
@@ -213,7 +213,7 @@ def notes_of(failures: Sequence[str], monitor: Monitor) -> dict[str, Json]:
 
 
 def say_idle(ctx: StageContext) -> None:
-    """Says which settings have no effect."""
+    """Reports which settings have no effect."""
     for note in idle(ctx.recipe):
         ctx.console.say(f"note: {note}")
 
@@ -222,7 +222,7 @@ def idle(recipe: Recipe) -> list[str]:
     """Settings that were changed and have no effect in this recipe, each with its reason."""
     plain = Ppo()
     changed = {name for name, _, _ in _IDLE if getattr(recipe.ppo, name) != getattr(plain, name)}
-    found = [f"ppo.{name} has no effect: {why}" for name, holds, why in _IDLE if name in changed and holds(recipe)]
+    notes = [f"ppo.{name} has no effect: {why}" for name, holds, why in _IDLE if name in changed and holds(recipe)]
     if recipe.ppo.kl_coef == 0:
-        found.append("ppo.kl_coef = 0: nothing holds the actor near the SFT model")
-    return found
+        notes.append("ppo.kl_coef = 0: nothing holds the actor near the SFT model")
+    return notes

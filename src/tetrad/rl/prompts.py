@@ -1,4 +1,4 @@
-"""What an iteration reads: its prompts, dealt out to the ranks, and the pre-training text beside them."""
+"""What an iteration reads: its prompts, split over the ranks, and the pre-training text besides."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from tetrad.training.step import Microbatch
 
 @dataclass(frozen=True)
 class Prompts:
-    """All prompts, how often each is read in an epoch, and how many an iteration has of them, `copies` of each."""
+    """All prompts, how often each is read per epoch, and how many an iteration takes, `copies` of each."""
 
     prompts: Sequence[EncodedPrompt]
     mixture: Mixture
@@ -63,8 +63,8 @@ class PtxBatch:
 
 
 def ptx_batches(ctx: StageContext, device: Device) -> PtxBatches:
-    """The text that the actor reads beside its responses (PPO-ptx, Ouyang et al. 2022): rows in the order of
-    pre-training, a batch an update; none where the recipe has no such text."""
+    """The text that the actor reads besides its responses (PPO-ptx, Ouyang et al. 2022): rows in the order of
+    pre-training, one batch per update; none where the recipe has no such text."""
     s = ctx.recipe.ptx
     if not s.text:
         return lambda _: []

@@ -1,7 +1,7 @@
-"""Responses as PPO sees them: sampled, laid out [B, T], and read by the models that were not sampling.
+"""Responses as PPO sees them: sampled, laid out [B, T], and read by the models that did not sample them.
 
-T is the longest reply; position t of a row is reply token t. Models read prompt and reply packed, so what they return
-is flat, in the order of rows and tokens, and `spread` puts it in place.
+T is the longest response; position t of a row is response token t. Models read prompt and response packed, so what they
+return is flat, in the order of rows and tokens, and `spread` puts it in place.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from tetrad.types import Packed, Tokens
 
 @dataclass(frozen=True)
 class Rollout:
-    """samples: prompt and reply of each row. documents: the same as one document whose labels are the reply's tokens.
+    """samples: prompt and response of each row. documents: the same as one document; labels are the response tokens.
 
     mask_BT: response tokens; finished_B: it ends with an end token; sampled_BT: the sampler's own log-probabilities.
     """
@@ -39,28 +39,28 @@ class Rollout:
 
 def roll_out(
     actor: CausalLM,
-    questions: Sequence[EncodedPrompt],
+    prompts: Sequence[EncodedPrompt],
     numbers: Sequence[int],
     key: tuple[int, str, int],
     sampling: Sampling,
     tokenizer: Tokenizer,
     device: Device,
 ) -> Rollout:
-    """One reply a question; see `complete`."""
-    pairs = complete(actor, questions, numbers, key, sampling, tokenizer, device)
+    """One response per prompt; see `complete`."""
+    pairs = complete(actor, prompts, numbers, key, sampling, tokenizer, device)
     documents = []
     for sample, _ in pairs:
         ids = np.asarray(sample.prompt_ids + sample.reply_ids, np.int32)
         documents.append(Tokens(ids, np.arange(len(ids)) >= len(sample.prompt_ids), sample.where))
     lengths = torch.tensor([len(sample.reply_ids) for sample, _ in pairs])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    sampled = torch.tensor([p for _, reply in pairs for p in reply.logprobs])
+    sampled = torch.tensor([p for _, response in pairs for p in response.logprobs])
     finished = torch.tensor([sample.finished for sample, _ in pairs])
     return Rollout(tuple(sample for sample, _ in pairs), tuple(documents), mask, finished, spread(sampled, mask))
 
 
 def places(prompts: int, copies: int) -> list[int]:
-    """The places of this rank's responses in the whole batch: those to one prompt stand together."""
+    """The places of this rank's responses in the whole batch: those to one prompt are adjacent."""
     return [n * copies + k for n in collectives.share(range(prompts)) for k in range(copies)]
 
 
@@ -79,7 +79,7 @@ def packs(documents: Sequence[Tokens], micro_batch_tokens: int, device: Device) 
 def read_logprobs(
     model: CausalLM, rollout: Rollout, micro_batch_tokens: int, device: Device, temperature: float
 ) -> Tensor:
-    """Log-probabilities of the reply tokens, [B, T]."""
+    """Log-probabilities of the response tokens, [B, T]."""
     model.eval()
     parts = []
     parts_of = packs(rollout.documents, micro_batch_tokens, device)
@@ -93,7 +93,7 @@ def read_logprobs(
 def read_values(
     critic: ScalarModel, rollout: Rollout, micro_batch_tokens: int, device: Device
 ) -> tuple[Tensor, Tensor]:
-    """The critic's value before each reply token, [B, T], and after the last one, [B]."""
+    """The critic's value before each response token, [B, T], and after the last one, [B]."""
     critic.eval()
     before, after = [], []
     parts_of = packs(rollout.documents, micro_batch_tokens, device)

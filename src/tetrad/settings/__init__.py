@@ -1,1 +1,1 @@
-"""The knobs of every stage: frozen dataclasses without torch. A field's docstring is its `--help`."""
+"""The settings of every stage: frozen dataclasses without torch. A field's docstring is its `--help`."""

@@ -1,4 +1,4 @@
-"""What all settings share: the decorator, the constrained types, the marks on a field, and a look at a class's knobs.
+"""What all settings share: the decorator, the constrained types, the marks on a field, and a class's knobs.
 
 A knob's name is its TOML name (`ppo.actor_lr`, `model.from`); its flag is `--ppo.actor-lr`. Nothing here imports torch,
 pydantic or a terminal library, so that `--help` is quick.
@@ -32,7 +32,7 @@ BelowHalf = Annotated[float, Ge(0), Lt(0.5)]
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
 Weights = tuple[NotNegative, ...]
-"""One number for each file or pattern beside it; empty means that all count the same."""
+"""One number for each file or pattern beside it; empty weights all the same."""
 TemplateName = Literal["", "instruction", "chatml", "qwen2", "qwen2.5", "qwen3", "smollm2", "llama3"]
 """A row of text.chat_template's table, or empty for the model's own."""
 Limits = tuple[NotNegative, NotNegative]
@@ -42,7 +42,7 @@ Files = Annotated[tuple[str, ...], FILES]
 Functions = Annotated[tuple[str, ...], FUNCTIONS]
 """`file.py:name`; the content of the file is part of a stage's key."""
 File = Annotated[str, FILE]
-"""The path of one file, whatever bytes its name is made of: no recipe and no lineage has to hold it."""
+"""The path of one file, with any bytes in its name: no recipe and no lineage has to hold it."""
 Escaped = Annotated[str, ESCAPED]
 """Text in which a command line may write \\n, \\t, \\r and \\\\; a recipe has TOML's own escapes."""
 Rewards = Annotated[tuple[str, ...], REWARDS]
@@ -53,12 +53,12 @@ REWARD_MODEL = "reward"
 
 
 def entries(rewards: tuple[str, ...]) -> tuple[str, ...]:
-    """What pays: nothing in the recipe means the reward model."""
+    """The sources of reward: none in the recipe means the reward model."""
     return rewards or (REWARD_MODEL,)
 
 
 def model_pays(rewards: tuple[str, ...]) -> bool:
-    """Whether the reward model is among what pays."""
+    """Whether the reward model is one of the sources of reward."""
     return REWARD_MODEL in entries(rewards)
 
 
@@ -75,7 +75,7 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def unkeyed(default: Any) -> Any:
-    """A field that changes memory, speed, place or logging but no number: recorded, never part of a stage's key."""
+    """A field that affects memory, speed, place or logging but no number: recorded, never part of a stage's key."""
     return field(default=default, metadata={"keyed": False})
 
 
@@ -135,17 +135,17 @@ def tables(cls: type[Any]) -> dict[str, type[Any]]:
 
 
 def knobs(cls: type[Any], prefix: str = "") -> dict[str, Knob]:
-    """Every setting of a settings class and of the tables in it, by dotted TOML name, in the order of the source."""
+    """Every setting of a settings class and of the tables in it, by dotted TOML name, in source order."""
     hints = get_type_hints(cls, include_extras=True)
-    found: dict[str, Knob] = {}
+    named: dict[str, Knob] = {}
     for item in fields(cls):
         name, hint = prefix + toml_name(item.name), hints[item.name]
         if isinstance(hint, type) and is_dataclass(hint):
-            found |= knobs(hint, name + ".")
+            named |= knobs(hint, name + ".")
             continue
         text = docstrings(cls).get(item.name, "")
-        found[name] = _knob(name, hint, item.default, text, item.metadata.get("keyed", True))
-    return found
+        named[name] = _knob(name, hint, item.default, text, item.metadata.get("keyed", True))
+    return named
 
 
 def _knob(name: str, hint: Any, default: Any, text: str, keyed: bool) -> Knob:
@@ -192,13 +192,13 @@ def _trees(module: str) -> Mapping[str, ast.ClassDef]:
 
 def docstrings(cls: type[Any]) -> dict[str, str]:
     """Each field's docstring (the text literal below it), on one line, by field name."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for parent in cls.__bases__:
-        found |= docstrings(parent) if is_dataclass(parent) else {}
+        texts |= docstrings(parent) if is_dataclass(parent) else {}
     body = _trees(cls.__module__)[cls.__name__].body
     for node, after in pairwise(body):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[node.target.id] = " ".join(str(after.value.value).split())
-    return found
+            texts[node.target.id] = " ".join(str(after.value.value).split())
+    return texts

@@ -1,7 +1,7 @@
-"""From plain values to settings, strictly: every mistake names its place, its key, what is allowed and what to do.
+"""From plain values to settings, strictly: every error names its place, its key, what is allowed and what to do.
 
-Values are checked as JSON in pydantic's strict mode: "5" is no number and 2.0 no whole number, from a file or from the
-command line alike. Whatever looks like a password is refused and never printed.
+Values are checked as JSON in pydantic's strict mode: "5" is not a number and 2.0 not a whole number, from a file or
+from the command line alike. Whatever looks like a password is refused and never printed.
 """
 
 import difflib
@@ -68,7 +68,7 @@ def _known(cls: type[Any]) -> tuple[dict[str, Knob], dict[str, type[Any]]]:
 
 
 def is_text(value: str) -> bool:
-    """False for halves of surrogate pairs, which is how Python shows bytes that are no UTF-8."""
+    """False for halves of surrogate pairs, which is how Python shows bytes that are not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -99,7 +99,7 @@ def _by_field(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 def _explained(
     error: ValidationError, values: Mapping[str, Any], known: Mapping[str, Knob], places: Mapping[str, str]
 ) -> UserError:
-    """The first complaint of pydantic, in our words."""
+    """pydantic's first error, in our words."""
     path = [str(part).rstrip("_") for part in error.errors(include_url=False)[0]["loc"]]
     name = next((".".join(path[:n]) for n in (2, 1) if ".".join(path[:n]) in known), path[0])
     value: Any = values

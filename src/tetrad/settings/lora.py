@@ -14,4 +14,4 @@ class Lora:
     alpha: Positive = 32.0
     """An adapter's output is scaled by alpha / rank."""
     targets: Literal["all", "attention"] = "all"
-    """Which matrices have one: all of the blocks, or attention's four."""
+    """Which matrices get one: all of the blocks, or attention's four."""

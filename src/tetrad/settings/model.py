@@ -18,7 +18,7 @@ class Model:
     kv_heads: Count = 2
     """Key and value heads; `heads` must divide by it."""
     ff: Whole = 0
-    """Width of the feed-forward; 0 is 3 times the width."""
+    """Width of the feed-forward layers; 0 is 3 times the width."""
     max_positions: Count = 1024
     """Longest sequence, in tokens."""
     rope_theta: Positive = 10_000.0

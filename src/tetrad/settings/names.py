@@ -34,7 +34,7 @@ _RENAMED = {
 
 
 def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
-    """The error for a name that is no setting, with the nearest that is."""
+    """The error for an unknown setting, with the nearest known one."""
     if _SECRET_KEY.search(name.rpartition(".")[2].replace("-", "_")):
         return secret(name, where)
     near = nearest(name, known)
@@ -46,8 +46,8 @@ def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
     hint = f"did you mean {' or '.join(near)}?" if near else ""
     hint = hint or (f"[{table}] has {', '.join(siblings)}" if table and siblings else "")
     hint = hint or "the settings are: " + ", ".join(dict.fromkeys(knob.partition(".")[0] for knob in known))
-    told = name if len(name) <= 100 else name[:97] + "..."
-    return UserError("E-CONF-UNKNOWN", f"unknown setting {told}.", where=where, hint=hint)
+    short = name if len(name) <= 100 else name[:97] + "..."
+    return UserError("E-CONF-UNKNOWN", f"unknown setting {short}.", where=where, hint=hint)
 
 
 def nearest(name: str, known: Mapping[str, Knob]) -> list[str]:
@@ -70,7 +70,7 @@ def nearest(name: str, known: Mapping[str, Knob]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe would write it, cut to one line."""
+    """A value as a recipe would write it, shortened to one line."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 

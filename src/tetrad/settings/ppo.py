@@ -24,14 +24,14 @@ class Ppo:
     """Proximal policy optimisation with a critic and a penalty per token. Runs when `prompts` is given."""
 
     prompts: Files = ()
-    """Files of prompts; SFT and RM files are legal, their answers are ignored."""
+    """Files of prompts; SFT and RM files are allowed, their answers are ignored."""
     weights: Weights = ()
     """How often an epoch reads the records of each entry of `prompts`, as [1, 0.5]; empty reads all once."""
     rewards: Rewards = ()
-    """What pays: "reward" (the reward model), Python functions `file.py:name`, addresses `https://...`; their weighted
-    sum. Empty is the reward model alone."""
+    """Sources of reward: "reward" (the reward model), Python functions `file.py:name`, addresses `https://...`; their
+    weighted sum. Empty is the reward model alone."""
     reward_weights: Weights = ()
-    """The weight of each entry of `rewards`, as [1, 0.5]; empty weighs all 1."""
+    """The weight of each entry of `rewards`, as [1, 0.5]; empty weights all 1."""
     critic: Literal["reward", "actor", "shared"] = "reward"
     """What the critic starts from; shared is a head on the actor's own trunk, trained in one step with it."""
     adapters: bool = False
@@ -43,34 +43,34 @@ class Ppo:
     samples_per_prompt: Count = 1
     """Responses to each prompt of an iteration."""
     max_new_tokens: Count = 64
-    """Longest reply, in tokens; a longer one is cut and pays `missing_eos_penalty`."""
+    """Longest response, in tokens; a longer one is cut and pays `missing_eos_penalty`."""
     max_prompt: Whole = 0
-    """Longest prompt, in tokens; 0 is what the model leaves beside `max_new_tokens`."""
+    """Longest prompt, in tokens; 0 is what `max_new_tokens` leaves of the model's positions."""
     overlong: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What to do with a longer prompt; cut (on the left) and drop are counted."""
+    """What to do with a longer prompt; truncated (on the left) and dropped ones are counted."""
     temperature: Positive = 1.0
-    """Of sampling, actor and reference alike."""
+    """Sampling temperature, of actor and reference alike."""
     ppo_epochs: Count = 4
-    """Times an iteration's replies are learned from."""
+    """Passes over an iteration's responses."""
     num_minibatches: Count = 1
-    """Optimizer steps an epoch; `batch` must divide by it."""
+    """Optimizer steps per epoch; must divide `batch_size`."""
     actor_lr: Rate = 1e-5
     """Learning rate of the actor."""
     critic_lr: Rate = 1e-5
     """Learning rate of the critic."""
     schedule: Literal["linear", "constant"] = "linear"
-    """How both learning rates fall; linear ends at 0."""
+    """How both learning rates decay; linear ends at 0."""
     critic_warmup: Whole = 0
-    """First iterations in which the actor is frozen and the critic learns whole returns (lambda 1, unclipped): value
+    """First iterations, in which the actor is frozen and the critic learns full returns (lambda 1, unclipped): value
     pre-training (Yuan et al. 2025)."""
     value_coef: NotNegative = 0.1
-    """Weight of the value loss where actor and critic share a trunk."""
+    """Weight of the value loss if actor and critic share a trunk."""
     adam_eps: Positive = 1e-5
-    """AdamW: added to the root, for actor and critic."""
+    """AdamW: added to the square root, for actor and critic."""
     kl_coef: NotNegative = 0.05
     """beta, the price of a nat of KL to the reference; the start of it when adaptive."""
     kl_target: NotNegative = 0.0
-    """Nats a reply that an adaptive beta aims at; 0 keeps beta fixed."""
+    """Nats per response that an adaptive beta aims at; 0 keeps beta fixed."""
     kl_horizon: Positive = 10_000.0
     """Responses over which an adaptive beta moves."""
     gamma: Share = 1.0
@@ -78,28 +78,28 @@ class Ppo:
     gae_lambda: Share = 0.95
     """lambda of generalised advantage estimation."""
     bootstrap_truncated: bool = False
-    """A reply that was cut goes on in the critic's value after its last token; else its end is terminal too."""
+    """A truncated response is bootstrapped with the critic's value after its last token; else its end is terminal."""
     reduction: Literal["token", "sequence"] = "token"
-    """A batch's losses are the mean over its tokens, or over its replies of each one's mean."""
+    """A batch's losses are the mean over its tokens, or over its responses of each one's mean."""
     clip_range: Positive = 0.2
     """Range of the policy ratio, 1 - clip to 1 + clip."""
     dual_clip: NotNegative = 0.0
     """Above 1: a token's loss is at most this many times its negative advantage (Ye et al. 2020); 0 is off."""
     early_stop_kl: NotNegative = 0.0
-    """The actor, and what learns with it (a shared critic, text of [ptx]), learns no more from an iteration once its
-    approximate KL from the old policy is above this, in nats a token; 0 is off."""
+    """The actor, and what trains with it (a shared critic, text of [ptx]), stops learning from an iteration once its
+    approximate KL from the old policy is above this, in nats per token; 0 is off."""
     value_clip_range: NotNegative = 0.2
     """Range of the value around the old one; 0 is off."""
     reward_clip: NotNegative = 5.0
-    """The reward model's scores, and scaled ones, are cut to this many standard deviations; 0 is off."""
+    """The reward model's scores, and scaled ones, are clipped to this many standard deviations; 0 is off."""
     uncertainty_penalty: NotNegative = 0.0
-    """Of an ensemble (`reward.ensemble_size`): standard deviations of its members' scores taken off
+    """For an ensemble (`reward.ensemble_size`): standard deviations of its members' scores subtracted from
     their mean."""
     missing_eos_penalty: NotNegative = 1.0
-    """Taken from the score of a cut reply, in standard deviations, after the clip."""
+    """Subtracted from the score of a truncated response, in standard deviations, after the clip."""
     reward_scaling: Literal["none", "running", "whiten"] = "none"
     """running: scores are divided by the standard deviation of all so far, then clipped; whiten: the rewards of all
-    tokens by their own in the batch (the mean stays)."""
+    tokens by their own in the batch (the mean is kept)."""
     entropy_coef: NotNegative = 0.0
     """Weight of the entropy, the mean over tokens, in the actor's loss."""
     ema_decay: Below1 = 0.0
@@ -108,8 +108,8 @@ class Ppo:
     max_grad_norm: NotNegative = 1.0
     """Gradients of actor and critic are scaled to at most this norm; 0 turns it off."""
     eval_every: Whole = unkeyed(20)
-    """Iterations between samples on the log; 0 shows those of the last."""
+    """Iterations between samples in the log; 0 shows those of the last."""
 
     def sampling(self, slots: int) -> Sampling:
-        """How responses are sampled. slots: at once."""
+        """How responses are sampled. slots: how many at once."""
         return Sampling(temperature=self.temperature, max_new_tokens=self.max_new_tokens, max_num_seqs=slots)

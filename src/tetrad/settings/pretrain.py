@@ -10,17 +10,17 @@ class Pretrain:
     """Next-token prediction on packed rows without padding. Runs when `text` is given."""
 
     text: Files = ()
-    """Files of documents: txt (one a paragraph between blank lines) or jsonl with `text`."""
+    """Files of documents: txt (one per paragraph between blank lines) or jsonl with `text`."""
     weights: Weights = ()
     """How often an epoch reads the records of each entry of `text`, as [1, 0.5]; empty reads all once."""
     validation: Files = ()
-    """Documents for the held-out perplexity; never trained on."""
+    """Documents for the validation perplexity; never trained on."""
     tokens: Whole = 0
     """Tokens to train on; 0 is one epoch."""
     sequence_length: Count = 512
-    """Tokens of a row; a document longer than it continues in the next row."""
+    """Tokens per row; a longer document continues in the next row."""
     batch_tokens: Count = 16_384
-    """Tokens of an optimizer step, on all machines together; a multiple of `sequence_length`."""
+    """Tokens per optimizer step, on all machines together; a multiple of `sequence_length`."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices, AdamW on embeddings, head, norms and biases."""
     lr: Rate = 1e-3
@@ -30,4 +30,4 @@ class Pretrain:
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    """How the learning rate falls afterwards; linear and cosine end at 0."""
+    """How the learning rate decays afterwards; linear and cosine end at 0."""

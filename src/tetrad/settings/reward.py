@@ -30,30 +30,30 @@ class Reward:
     validation: Files = ()
     """Records for the temperature, the prompts of the normalisation, and the report; never trained on."""
     test: Files = ()
-    """Records read once, at the end, for the reported figures; `validation` where none are given."""
+    """Records read once, at the end, for the reported metrics; `validation` if none are given."""
     from_: str = ""
-    """A folder to start from ("from" in TOML); the SFT model where empty."""
+    """A folder to start from ("from" in TOML); empty is the SFT model."""
     score_scale: tuple[float, float] | tuple[()] = ()
-    """Lowest and highest possible score, as [1, 5]; needed as soon as a record has a score."""
+    """Lowest and highest possible score, as [1, 5]; required if any record has a score."""
     comparison_loss: Literal["pairs", "plackett-luce"] = "pairs"
-    """pairs: all pairs of a list, averaged (Ouyang et al. 2022), less the margin; plackett-luce: the whole order."""
+    """pairs: all pairs of a list, averaged (Ouyang et al. 2022), minus the margin; plackett-luce: the whole order."""
     label_smoothing: BelowHalf = 0.0
-    """How likely each stated order of a pair is taken to be wrong; 0 takes people, or their votes, at their word."""
+    """Assumed probability that a pair's stated order is wrong; 0 trusts people, or their votes."""
     score_loss: Literal["gaussian", "mse", "bce"] = "gaussian"
     """gaussian: squared error in standard deviations of the training scores; mse, bce: the share of score_scale as a
     squared error, or as a logit by cross-entropy."""
     comparison_weight: NotNegative = 1.0
-    """Weight of the mean loss of a batch's comparisons; where they are few, a low one keeps their noise small."""
+    """Weight of the mean loss of a batch's comparisons; if they are few, a low one limits their noise."""
     score_weight: NotNegative = 0.5
     """Weight of the mean loss of a batch's scores."""
     token_weight: NotNegative = 0.0
-    """Weight of the same losses on what is read so far, at every token of an answer (Cobbe et al. 2021); 0 is off."""
+    """Weight of the same losses at every token of an answer, on the text up to it (Cobbe et al. 2021); 0 is off."""
     annotators: bool = True
     """Learn how often each named annotator is right, and each one's offset and gain of scores; else all count alike."""
     center: NotNegative = 0.0
     """Weight of the centring penalty, mean of (r_chosen + r_rejected)^2."""
     baselines: Functions = ()
-    """Python functions `file.py:name` judged on the test records beside the reward model."""
+    """Python functions `file.py:name` evaluated on the test records beside the reward model."""
     pair_gap: NotNegative = 0.0
     """Reported accuracy on pairs of scored answers leaves out pairs whose scores are closer than this."""
     dropout: Below1 = 0.1
@@ -63,21 +63,21 @@ class Reward:
     max_tokens: Whole = 0
     """Longest prompt with answer; 0 is the model's."""
     overlong: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What to do with a longer one; cut (from the left) and drop are counted."""
+    """What to do with a longer one; truncated (from the left) and dropped ones are counted."""
     shared_prefix: Literal["auto", "always", "never"] = unkeyed("auto")
-    """Whether a list's answers are computed from one prompt, on a CPU; auto: where that is faster. Numbers change by
+    """Whether a list's answers are computed from one prompt, on a CPU; auto: if that is faster. Numbers change by
     rounding only: dropout drops the same of a prompt for all of its answers, shared or not."""
     adapters: bool = False
     """Train low-rank adapters (see [lora]) and the head on the frozen SFT model; `ppo.adapters` needs it."""
     epochs: Positive = 1.0
     """Times the records are read."""
     batch_size: Count = 32
-    """Records of an optimizer step, on all machines together."""
+    """Records per optimizer step, on all machines together."""
     ensemble_size: Count = 1
-    """Reward models from as many seeds, averaged; the first is the folder's own, how far they differ is told."""
+    """Reward models from as many seeds, averaged; the first is the folder's own, and their spread is reported."""
     patience: Whole = 3
-    """Of ten looks at held-out records, those without a gain after which training stops; 0 never stops. The weights of
-    the best look are kept."""
+    """Training stops after this many of ten validation passes without improvement; 0 never stops. The weights of the
+    best pass are kept."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices, AdamW on the rest."""
     lr: Rate = 5e-4
@@ -87,10 +87,10 @@ class Reward:
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls afterwards."""
+    """How the learning rate decays afterwards."""
     normalise: Count = 256
     """Responses of the SFT model on which the output gets mean 0 and standard deviation 1."""
     normalise_max_new_tokens: Count = 64
-    """Longest of those replies, in tokens."""
+    """Longest of those responses, in tokens."""
     probes: Whole = 256
-    """Answers of the test records that are changed and scored again, to see what moves the reward; 0 leaves it out."""
+    """Answers of the test records that are changed and scored again, to see what moves the reward; 0 skips this."""

@@ -14,7 +14,7 @@ class Sft:
     weights: Weights = ()
     """How often an epoch reads the records of each entry of `data`, as [1, 0.5]; empty reads all once."""
     validation: Files = ()
-    """Records for the held-out loss; never trained on."""
+    """Records for the validation loss; never trained on."""
     template: TemplateName = ""
     """How a conversation becomes text; empty is the folder's own way, and `instruction` where it has none."""
     separator: Escaped = "<|sep|>"
@@ -22,19 +22,19 @@ class Sft:
     add_separator: bool = False
     """Give a foreign tokenizer the control token <|sep|> (a spare embedding row first, else one more row)."""
     train_turns: Literal["all", "last"] = "all"
-    """Learn every answer of a conversation, or the last one only."""
+    """Train on every answer of a conversation, or the last one only."""
     train_on_prompt: bool = False
-    """Read the prompt's tokens in the loss too."""
+    """Include the prompt's tokens in the loss too."""
     max_tokens: Whole = 0
     """Longest record; 0 is the model's."""
     overlong: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What to do with a longer record; cut and drop are counted."""
+    """What to do with a longer record; truncated and dropped ones are counted."""
     adapters: bool = False
     """Train low-rank adapters (see [lora]); the result has them merged, and beside it in `adapter`."""
     epochs: Positive = 1.0
     """Times the records are read."""
     batch_size: Count = 32
-    """Records of an optimizer step, on all machines together."""
+    """Records per optimizer step, on all machines together."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices, AdamW on the rest."""
     lr: Rate = 5e-4
@@ -44,4 +44,4 @@ class Sft:
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls afterwards."""
+    """How the learning rate decays afterwards."""

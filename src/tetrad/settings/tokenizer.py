@@ -10,7 +10,7 @@ class Tokenizer:
     text: Files = ()
     """Files of text (txt, or jsonl with `text`) to learn from."""
     vocab_size: Count = 4096
-    """Tokens, control tokens included."""
+    """Number of tokens, control tokens included."""
     min_frequency: Count = 2
     """Pairs seen less often are not merged."""
     max_bytes: Whole = 0

@@ -12,18 +12,18 @@ T = TypeVar("T", bound="Sample")
 
 @settings
 class Sample(Sampling):
-    """How replies are sampled. A small model says the likelier half of what it could say best."""
+    """How responses are sampled. A small model is best at the likelier half of what it could say."""
 
     temperature: NotNegative = 0.7
     """Logits are divided by it; 0 is greedy, 1 samples as PPO and evaluate do."""
     top_p: Share = 0.9
-    """Sample among the likeliest tokens that reach this share; 1 is off."""
+    """Sample among the most likely tokens that reach this probability together; 1 is off."""
     greedy: bool = False
-    """Always the likeliest token (temperature 0)."""
+    """Always the most likely token (temperature 0)."""
     stop: Annotated[tuple[str, ...], ESCAPED] = ()
-    """Texts that end a reply before them, for example "\\n" (a line end; a backslash itself is \\\\)."""
+    """Texts that end a response before them, for example "\\n" (a line end; a backslash itself is \\\\)."""
     seed: Seed = 0
-    """Start of the random numbers: the same seed gives the same replies."""
+    """Seed of the random numbers: the same seed gives the same responses."""
     template: TemplateName = ""
     """How a prompt becomes text, where the model's folder doesn't say."""
 
@@ -45,11 +45,11 @@ class Generate(Sample):
     out: File = ""
     """Write the answers to this jsonl file; without it they are printed."""
     best_of: Count = 1
-    """Responses a prompt, of which the one with the highest reward is kept; needs `reward`."""
+    """Responses per prompt, of which the one with the highest reward is kept; needs `reward`."""
     reward: str = ""
     """The reward model's folder, for `best_of`."""
     top_logprobs: Whole = 0
-    """Write each token's log-probability, and those of this many likeliest tokens in its place; 0 writes none."""
+    """Write each token's log-probability, and those of this many most likely tokens in its place; 0 writes none."""
 
 
 @settings
@@ -61,7 +61,7 @@ class Chat(Sample):
     system: str = ""
     """The system message (the Instruction, for a model of the `instruction` template)."""
     reward: str = ""
-    """A reward model's folder: `/score` shows what it gives for the last reply."""
+    """A reward model's folder: `/score` shows its score of the last response."""
 
 
 @settings
@@ -71,7 +71,7 @@ class ScoreFile:
     model: str = ""
     """The reward model's folder ("runs/NAME/reward")."""
     data: File = ""
-    """A jsonl file with a prompt and an answer a line: `input` and `output`, or Instruction, Input and Output, or
+    """A jsonl file with a prompt and an answer per line: `input` and `output`, or Instruction, Input and Output, or
     messages; or what `generate` wrote, whose `reply` is scored."""
     rename: tuple[str, ...] = ()
     """Other names of the file's fields, as question=Instruction answer=Output."""
@@ -92,7 +92,7 @@ class Check:
     max_tokens: Whole = 0
     """For data files: the longest record; 0 is no limit."""
     kind: Literal["", "documents", "conversations", "preferences", "prompts"] = ""
-    """For data files: what the records are, where it is not to be seen from their fields."""
+    """For data files: what the records are, if their fields don't show it."""
     rename: tuple[str, ...] = ()
     """For data files: other names of fields, as question=Instruction answer=Output."""
     json: str = ""
@@ -110,9 +110,9 @@ class Explain:
     model: str = ""
     """A run or its PPO stage ("runs/NAME/ppo")."""
     step: int = -1
-    """The step, as in metrics.jsonl; the last that was recorded where none is given."""
+    """The step, as in metrics.jsonl; the last recorded one by default."""
     replies: Count = 1
-    """Responses that are shown (three are recorded)."""
+    """Responses to show (three are recorded)."""
 
 
 @settings
@@ -124,7 +124,7 @@ class Doctor:
 
 
 def agreed(values: T, given: set[str]) -> T:
-    """The settings with `greedy` put into effect. given: what the user named.
+    """The settings with `greedy` put into effect. given: what the user set.
 
     Raises UserError E-CONF-CONFLICT or E-CONF-MISSING for settings that don't go together.
     """

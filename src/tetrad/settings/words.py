@@ -1,4 +1,4 @@
-"""Settings as words of a command line: `--ppo.actor-lr 1e-6` in, help text out.
+"""Settings as command-line arguments: `--ppo.actor-lr 1e-6` in, help text out.
 
 A flag is a setting's TOML name with hyphens. Words become plain values, checked afterwards with those of the file
 (`settings.check`), so that both give the same errors.
@@ -21,9 +21,9 @@ _ESCAPE = re.compile(r"\\([ntr\\])")
 
 
 def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], dict[str, Any], dict[str, str]]:
-    """Words that are no flag or its value, in order; values by dotted name; and the flag that gave each value.
+    """Words that are neither flags nor their values, in order; values by dotted name; and the flag of each value.
 
-    A list takes every word up to the next flag, or one word `["a", "b"]`; a repeated flag goes on with its list.
+    A list takes every word up to the next flag, or one word `["a", "b"]`; a repeated flag extends its list.
     Raises UserError E-CONF-UNKNOWN for an unknown flag, -MISSING without a value, -DUPKEY for a value given twice.
     """
     plain: list[str] = []
@@ -123,7 +123,7 @@ def _number(word: str) -> Any:
 
 
 def help_text(cls: type[Any], only: Sequence[str] = (), skip: Sequence[str] = ()) -> str:
-    """What every setting of a class means, its unit, what it may be and its default; `only` these tables, if any."""
+    """Each setting's meaning, unit, allowed values and default; `only` these tables, if any."""
     groups = tables(cls)
     width = min(shutil.get_terminal_size((100, 40)).columns, 110)
     lines: list[str] = []

@@ -1,1 +1,1 @@
-"""Strings to ids and back: tokenizers, byte-level BPE, templates. No torch."""
+"""From strings to ids and back: tokenizers, byte-level BPE, templates. No torch."""

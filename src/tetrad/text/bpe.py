@@ -1,6 +1,6 @@
-"""Learns a byte-level BPE with Qwen2's normalisation (NFC) and pre-tokenisation; control tokens come last.
+"""Trains a byte-level BPE with Qwen2's normalisation (NFC) and pre-tokenisation; control tokens come last.
 
-NFC because transformers reads the tokenizer of any Qwen2 folder with it: text in NFC decodes to itself, and other text
+NFC because transformers applies it to the tokenizer of any Qwen2 folder: text in NFC decodes to itself, and other text
 to its NFC form.
 """
 
@@ -25,7 +25,7 @@ _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How well a tokenizer fits a text. single_han: share of the different Han characters seen that are one token."""
+    """How well a tokenizer fits a text. single_han: share of the distinct Han characters seen that are one token."""
 
     characters: int
     tokens: int

@@ -1,12 +1,12 @@
-"""How turns become ids: a table of templates, each with the Jinja twin that transformers runs.
+"""How turns become ids: a table of templates, each with its Jinja equivalent for transformers.
 
-`instruction`: Instruction <|sep|> Input <|sep|> Output <|endoftext|>, both separators always. The others are chats: a
-role's header, the text, an end token; some begin with a system prompt of their own. Each gives the ids that the real
-template of that family gives in transformers, with three differences that are meant: prompt and answer are encoded
-apart, as in generation, so that a prompt's ids never depend on its answer (one that begins with white space may
-differ); what a text spells never becomes a control token; and `qwen3` is the way without thinking, so an answer to be
-learned that thinks is refused; the thoughts of earlier ones are left out, as there. The template of a foreign folder is
-known by its hash or not at all, and no Jinja runs here.
+`instruction`: Instruction <|sep|> Input <|sep|> Output <|endoftext|>, always both separators. The others are chats: a
+role header, the text, an end token; some begin with a default system prompt. Each gives the ids that the original
+template of that family gives in transformers, with three intended differences: prompt and answer are encoded
+separately, as in generation, so that a prompt's ids never depend on its answer (one that begins with white space may
+differ); user text never becomes a control token; and `qwen3` is the non-thinking mode, so an answer to train on that
+contains thoughts is refused; those of earlier answers are left out, as in transformers. A foreign folder's template is
+recognised by its hash or not at all, and no Jinja runs here.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ class Template:
     """One row of the table.
 
     separator: between the parts of `instruction`, a control token or plain text. end: the control token after an
-    answer. Of a chat: begin, the control token before all; start and head, those around a role's name; gap, the text
-    between header and words; after, the text behind an end token, `closes` where the last turn has it too; system, the
-    prompt of a conversation that brings none; trims: spaces around a text are dropped; thinks: the last answer, and one
-    that is waited for, follows an empty thought. known: sha256 of real templates of this family, 16 digits of each.
+    answer. Of a chat: begin, the control token at the start; start and head, those around a role name; gap, the text
+    between header and content; after, the text after an end token, `closes` if the last turn has it too; system, the
+    default system prompt; trims: white space around a text is stripped; thinks: the last answer, and a generation
+    prompt, begins with an empty thought. known: sha256 of original templates of this family, 16 digits of each.
     """
 
     name: str = "instruction"
@@ -61,21 +61,21 @@ class Template:
         closed: bool = True,
         prompt: bool = False,
     ) -> list[Piece]:
-        """What a conversation, or a prompt that waits for an answer, is made of. last: only the last answer is learned.
+        """The pieces of a conversation, or of a prompt to be answered. last: only the last answer is trained on.
 
-        prompt: what is no answer is learned too. closed: false ends a conversation with its last end token, as a reply
-        ends. An answer that is marked so is never learned. Errors: E-DATA-CHAT, E-MODEL-*.
+        prompt: what is not an answer is trained on too. closed: false ends a conversation at its last end token, as a
+        response ends. An answer that is marked as not trained on never is. Errors: E-DATA-CHAT, E-MODEL-*.
         """
         make = _chat_pieces if self.start else _instruction_pieces
-        found = list(make(self, tokenizer, turns, where))
-        learned = [i for i, (_, trained) in enumerate(found) if trained]
+        pieces = list(make(self, tokenizer, turns, where))
+        learned = [i for i, (_, trained) in enumerate(pieces) if trained]
         if not closed and turns[-1].role == "assistant":
-            found = found[: learned[-1] + 1]
+            pieces = pieces[: learned[-1] + 1]
         marks = [turn.train for turn in turns if turn.role == "assistant"]
         if last:
             marks = [mark and number == len(marks) for number, mark in enumerate(marks, 1)]
         answers = iter([mark for mark in marks for _ in ("text", "end token")])
-        return [(piece, next(answers) if trained else prompt) for piece, trained in found]
+        return [(piece, next(answers) if trained else prompt) for piece, trained in pieces]
 
     def prompt(self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "") -> list[int]:
         """Ids up to where the answer begins."""
@@ -91,15 +91,15 @@ class Template:
         return [*tokenizer.encode(self.said(text)), self.end_id(tokenizer)]
 
     def said(self, text: str) -> str:
-        """A last answer as this template writes it."""
+        """The last answer as this template writes it."""
         return text.strip() if self.trims else text.lstrip("\n") if self.thinks else text
 
     def end_id(self, tokenizer: Tokenizer) -> int:
-        """The id after an answer; a foreign tokenizer without <|endoftext|> lends `instruction` its own end token."""
-        found = tokenizer.control(self.end)
-        if found is None and self.start:
+        """The id after an answer; `instruction` uses the first eos id of a foreign tokenizer without <|endoftext|>."""
+        token_id = tokenizer.control(self.end)
+        if token_id is None and self.start:
             _no_control(self, self.end)
-        return tokenizer.eos_ids[0] if found is None else found
+        return tokenizer.eos_ids[0] if token_id is None else token_id
 
     def jinja(self, tokenizer: Tokenizer) -> str:
         """The chat template that gives the same ids in transformers."""
@@ -173,14 +173,14 @@ _JINJA_CHAT = (
 
 
 def template(name: str, separator: str = SEPARATOR) -> Template:
-    """A row of the table, `instruction` with another separator if wanted."""
+    """A row of the table, `instruction` optionally with another separator."""
     return Template(separator=separator) if name == "instruction" else TEMPLATES[name]
 
 
 def choose(folder: Path, name: str, separator: str = SEPARATOR, *, own: bool) -> Template:
-    """The template for the model of a folder. name: what the user says, or empty.
+    """The template for the model of a folder. name: the user's choice, or empty.
 
-    own: the model answers in the template that it was trained with, whatever is said; else what is said comes first.
+    own: the model answers in the template that it was trained with, whatever the user's choice; else that comes first.
     Then that of a foreign folder, if it is known, and `instruction` where there is none. Errors: E-MODEL-TEMPLATE.
     """
     noted = recorded(folder)
@@ -192,7 +192,7 @@ def choose(folder: Path, name: str, separator: str = SEPARATOR, *, own: bool) ->
 
 
 def recorded(folder: Path) -> Template | None:
-    """The template that Tetrad noted in a folder which it wrote."""
+    """The template that Tetrad recorded in a folder that it wrote."""
     noted = _config(folder).get("tetrad")
     if not isinstance(noted, dict) or noted.get("template") not in TEMPLATES:
         return None
@@ -200,7 +200,7 @@ def recorded(folder: Path) -> Template | None:
 
 
 def recognised(folder: Path) -> Template | None:
-    """The row that a foreign folder's chat template is; nothing where it has none. Errors: E-MODEL-TEMPLATE."""
+    """The row that matches a foreign folder's chat template; None where it has none. Errors: E-MODEL-TEMPLATE."""
     text = _foreign(folder)
     if not text:
         return None
@@ -219,11 +219,11 @@ def _foreign(folder: Path) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")
-    found = _config(folder).get("chat_template")
-    if isinstance(found, list):  # several by name
-        named = [item for item in found if isinstance(item, dict) and item.get("name") == "default"]
-        found = named[0].get("template") if named else None
-    return found if isinstance(found, str) else ""
+    value = _config(folder).get("chat_template")
+    if isinstance(value, list):  # several by name
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[0].get("template") if named else None
+    return value if isinstance(value, str) else ""
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -255,12 +255,12 @@ def _instruction_pieces(form: Template, tokenizer: Tokenizer, turns: Sequence[Tu
 def _question(turns: Sequence[Turn], where: str) -> tuple[str, str, str | None]:
     """Instruction, Input and the answer if there is one."""
     answer = turns[-1].text if turns and turns[-1].role == "assistant" else None
-    asked = turns[: len(turns) - (answer is not None)]
-    roles = tuple(turn.role for turn in asked)
+    prompt = turns[: len(turns) - (answer is not None)]
+    roles = tuple(turn.role for turn in prompt)
     if roles in (("instruction", "input"), ("system", "user")):
-        return asked[0].text, asked[1].text, answer
+        return prompt[0].text, prompt[1].text, answer
     if roles in (("instruction",), ("user",)):
-        return asked[0].text, "", answer
+        return prompt[0].text, "", answer
     what = f"the template instruction takes one question, not the turns {', '.join(roles) or 'none'}"
     raise UserError("E-DATA-CHAT", what, where=where, hint='use template = "chatml" for conversations')
 
@@ -268,11 +268,11 @@ def _question(turns: Sequence[Turn], where: str) -> tuple[str, str, str | None]:
 def _chat_pieces(form: Template, tokenizer: Tokenizer, turns: Sequence[Turn], where: str) -> Iterator[Piece]:
     if form.begin:
         yield _control(form, tokenizer, form.begin), False
-    said = _merged(turns, where)
-    if form.system and said[0].role != "system":
-        said = [Turn("system", form.system), *said]
-    for number, turn in enumerate(said):
-        final = number == len(said) - 1
+    messages = _merged(turns, where)
+    if form.system and messages[0].role != "system":
+        messages = [Turn("system", form.system), *messages]
+    for number, turn in enumerate(messages):
+        final = number == len(messages) - 1
         text = turn.text.strip() if form.trims else turn.text
         if turn.role != "assistant":
             yield from _header(form, tokenizer, turn.role, text)
@@ -293,7 +293,7 @@ def _chat_pieces(form: Template, tokenizer: Tokenizer, turns: Sequence[Turn], wh
 
 
 def _header(form: Template, tokenizer: Tokenizer, role: str, text: str = "") -> Iterator[Piece]:
-    """A role's name between its control tokens, and the text in one piece with what stands before it."""
+    """A role name between its control tokens, and the text in one piece with what precedes it."""
     yield _control(form, tokenizer, form.start), False
     if form.head:
         yield role, False
@@ -304,7 +304,7 @@ def _header(form: Template, tokenizer: Tokenizer, role: str, text: str = "") -> 
 
 
 def _thought(form: Template, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The empty thought of a model that is asked not to think."""
+    """The empty thought that turns thinking off."""
     yield _control(form, tokenizer, THINK), False
     yield "\n\n", False
     yield _control(form, tokenizer, THOUGHT), False
@@ -312,7 +312,7 @@ def _thought(form: Template, tokenizer: Tokenizer) -> Iterator[Piece]:
 
 
 def _without_thought(form: Template, text: str, final: bool, where: str) -> str:
-    """What stands behind an answer's thought; the answer to be learned must have none."""
+    """An answer without its thought; the final one, to be trained on, must have none."""
     if final and THOUGHT in text and text.split(THOUGHT)[0].rstrip("\n").split(THINK)[-1].strip("\n"):
         what = f"an answer holds {THOUGHT}, and the template {form.name} is the one without thinking"
         hint = 'cut the thoughts out of the answers, or write template = "chatml"'
@@ -343,8 +343,8 @@ def _encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> tuple[list[int], l
 
 
 def _control(form: Template, tokenizer: Tokenizer, name: str) -> int:
-    found = tokenizer.control(name)
-    return _no_control(form, name) if found is None else found
+    token_id = tokenizer.control(name)
+    return _no_control(form, name) if token_id is None else token_id
 
 
 def _no_control(form: Template, name: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """Regular expressions of foreign tokenizers: those that may need exponential time are refused before they run.
 
-The rule: no group that repeats without end may hold something that repeats without end, as in `(a+)+`. No tokenizer in
-use has such a group. It is a rule on the text of the pattern: possessive repeats (`a++`) and atomic groups are let be.
+The rule: no group with an unbounded repeat may contain another unbounded repeat, as in `(a+)+`. No tokenizer in use has
+such a group. The rule looks at the pattern's text: possessive repeats (`a++`) pass, atomic groups count as any other.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ def patterns(value: Any) -> Iterator[str]:
 
 
 def may_explode(pattern: str) -> bool:
-    """Whether an endless repeat stands inside another one (or the pattern is longer than any in use)."""
-    groups, at, length = [False], 0, len(pattern)  # for each open group: whether it holds an endless repeat
+    """Whether an unbounded repeat occurs inside another one (or the pattern is longer than any in use)."""
+    groups, at, length = [False], 0, len(pattern)  # for each open group: whether it holds an unbounded repeat
     inner = False  # whether the last atom does
     while at < length:
         char = pattern[at]
@@ -55,7 +55,7 @@ def may_explode(pattern: str) -> bool:
 
 
 def _endless(pattern: str, at: int) -> int:
-    """The place after a repeat without end that begins at `at`; `at` itself where there is none."""
+    """The position after an unbounded repeat that begins at `at`; `at` itself where there is none."""
     if pattern[at] in _ENDLESS:
         return at + 1
     if pattern[at] == "{":
@@ -67,7 +67,7 @@ def _endless(pattern: str, at: int) -> int:
 
 
 def _after_class(pattern: str, at: int) -> int:
-    """The place after a class of characters; classes may hold classes."""
+    """The position after a character class; classes may be nested."""
     depth = 0
     while at < len(pattern):
         char = pattern[at]

@@ -1,10 +1,10 @@
 """Text to ids and back, over a Hugging Face `tokenizer.json`.
 
 User text is encoded by a twin of the tokenizer that has no control tokens, so that `<|im_end|>` or `<think>` in it is
-plain text and never one of them; control tokens are placed by id (template.py). An added token is a control token where
-it is special or stands in brackets, as `<think>` does; other words that were added to a vocabulary are text, with the
-ids that transformers gives them. Nothing is put around a text.
-A tokenizer that exists as a sentencepiece model alone is refused. Chat templates of a folder are never run.
+plain text and never one of them; control tokens are inserted by id (chat_template.py). An added token is a control
+token where it is special or enclosed in brackets, like `<think>`; other words that were added to a vocabulary are text,
+with the ids that transformers gives them. Nothing is added around a text.
+A tokenizer that exists only as a sentencepiece model is refused. Chat templates of a folder are never run.
 """
 
 import codecs
@@ -41,7 +41,7 @@ CONVERT = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in tran
 
 
 class ChatFormat(Protocol):
-    """What an exported folder must know of a template."""
+    """What an exported folder needs from a template."""
 
     def end_id(self, tokenizer: "Tokenizer") -> int: ...
     def jinja(self, tokenizer: "Tokenizer") -> str: ...
@@ -51,7 +51,7 @@ class ChatFormat(Protocol):
 class Tokenizer:
     """A vocabulary with its control tokens. size: ids are below it. eos_ids: all ids that end a text.
 
-    pad_id: a control token that ends nothing; None where there is none to spare (see `with_pad`).
+    pad_id: a control token that is not an end token; None where none is free (see `with_pad`).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Tokenizer:
         config: Mapping[str, Any] | None = None,
         spec: Mapping[str, Any] | None = None,
     ) -> None:
-        """text: tokenizer.json; spec: the same, where it was read before. eos_ids, pad_id: looked for by name where
+        """text: tokenizer.json; spec: the same, where it was read before. eos_ids, pad_id: looked up by name where
         missing. Errors: E-MODEL-TOKENIZER."""
         spec = spec or _load_spec(text)
         self.text = text
@@ -88,7 +88,7 @@ class Tokenizer:
             raise UserError("E-MODEL-TOKENIZER", "no token ends a text", hint=hint)
         self._added = set(added.values())
         spare = {name: i for name, i in self._controls.items() if i not in self.eos_ids}
-        unsaid = {name: i for name, i in spare.items() if i in self._special}  # a pad is taken out of texts
+        unsaid = {name: i for name, i in spare.items() if i in self._special}  # decoding removes a pad
         self.pad_id = pad_id if pad_id in spare.values() else _spare_pad(unsaid)
         self._byte_level = "ByteLevel" in json.dumps(spec.get("decoder") or {})
         ordered = sorted(self._controls, key=len, reverse=True)
@@ -130,7 +130,7 @@ class Tokenizer:
             return [self._placed(e.ids) for e in self._twin.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, keep_control: bool = False, partial: bool = False) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD. keep_control: special tokens are written out.
+        """The text of ids; bytes that are not UTF-8 become U+FFFD. keep_control: special tokens are written out.
 
         partial: more ids will follow, so an unfinished character at the end is left out.
         """
@@ -142,8 +142,8 @@ class Tokenizer:
         return codecs.getincrementaldecoder("utf-8")("replace").decode(raw, final=not partial)
 
     def is_utf8(self, ids: Sequence[int], text: str) -> bool:
-        """False where bytes of these ids are no UTF-8 and stand as U+FFFD in their text. text: what `decode` made of
-        them, or its beginning up to a stop text."""
+        """False where bytes of these ids are not UTF-8 and appear as U+FFFD in their text. text: what `decode` returned
+        for them, or its beginning up to a stop string."""
         if "\ufffd" not in text:
             return True
         text_ids = [int(i) for i in ids if self._says(int(i))]
@@ -154,8 +154,8 @@ class Tokenizer:
         return all(raw == raw.decode(errors="ignore").encode() for raw in raws)
 
     def stream(self) -> Callable[[int | None], str]:
-        """A decoder of one id at a time: it returns what the id adds to the text, whole characters alone, and for None
-        what is left at the end. Together that is `decode` of all the ids."""
+        """A decoder of one id at a time: it returns what the id adds to the text, only whole characters, and for None
+        the remainder at the end. Concatenated, that is `decode` of all the ids."""
         if not self._byte_level:
             return self._redecoded()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -168,19 +168,19 @@ class Tokenizer:
         return push
 
     def _redecoded(self) -> Callable[[int | None], str]:
-        """For a tokenizer whose pieces depend on their neighbours: all ids are decoded anew, up to the last byte that
-        stands alone, as bytes in a row become characters together or not at all."""
+        """For a tokenizer whose pieces depend on their neighbours: all ids are decoded again, up to a final run of
+        byte tokens, as consecutive bytes become characters together or not at all."""
         ids: list[int] = []
-        said = ""
+        emitted = ""
 
         def push(token: int | None) -> str:
-            nonlocal said
+            nonlocal emitted
             ids.extend((token,) if token is not None and self._says(token) else ())
             known = len(ids)
             while token is not None and known and _BYTE_NAME.fullmatch(self._names[ids[known - 1]]):
                 known -= 1
             text = self.decode(ids[:known], partial=token is not None)
-            new, said = text[len(said) :], text if len(text) > len(said) else said
+            new, emitted = text[len(emitted) :], text if len(text) > len(emitted) else emitted
             return new
 
         return push
@@ -199,7 +199,7 @@ class Tokenizer:
     def control_strings(self, texts: list[str]) -> int:
         """How often these user texts spell a control token."""
         joined = "\n".join(texts)
-        if not any(name in joined for name in self._controls):  # quick: nearly every text
+        if not any(name in joined for name in self._controls):  # fast path: nearly every text
             return 0
         return sum(len(self._control_pattern.findall(text)) for text in texts)
 
@@ -215,7 +215,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of tokenizer.json but for a padding token: what turns texts into ids."""
+        """sha256 of tokenizer.json without a padding token: what turns texts into ids."""
         spec = json.loads(self.text)
         spec["added_tokens"] = [t for t in spec.get("added_tokens") or () if t["content"] != PAD]
         return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
@@ -241,17 +241,17 @@ class Tokenizer:
     def files(self, template: ChatFormat | None = None) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json and special_tokens_map.json, read by transformers with equal ids.
 
-        template: its end token becomes the eos token and its Jinja twin the chat template.
+        template: its end token becomes the eos token and its Jinja equivalent the chat template.
         """
         end = template.end_id(self) if template else self.eos_ids[0]
         special = {"eos_token": self._names[end]}
         if self.pad_id is not None:
             special["pad_token"] = self._names[self.pad_id]
         foreign = {k: v for k, v in self.config.items() if k not in _NOT_PASSED_ON}
-        if _token_name(foreign.get("pad_token")) not in self._controls:  # transformers would take it out of texts
+        if _token_name(foreign.get("pad_token")) not in self._controls:  # transformers would remove it from texts
             foreign.pop("pad_token", None)
         more = self.config.get("extra_special_tokens")
-        if isinstance(more, list):  # as transformers 5 writes it; 4 takes a list under this name alone
+        if isinstance(more, list):  # as transformers 5 writes it; 4 accepts a list only under this name
             foreign["additional_special_tokens"] = more
         elif more:
             foreign["extra_special_tokens"] = more
@@ -267,7 +267,7 @@ class Tokenizer:
         return _build(self.text)
 
     def _placed(self, ids: list[int]) -> list[int]:
-        """The library numbers the twin's few added tokens anew: back to their own ids."""
+        """The library renumbers the twin's few added tokens: back to their own ids."""
         return [self._moved.get(i, i) for i in ids] if self._moved else ids
 
     def _bytes(self, token: int) -> bytes:
@@ -279,7 +279,7 @@ class Tokenizer:
 
 
 def _spare_pad(spare: Mapping[str, int]) -> int | None:
-    """Of control tokens that end nothing one that is named like a filler, else any."""
+    """Of control tokens that are not end tokens, one that is named like a filler, else any."""
     for word in (*_PADS, ""):
         for name, i in spare.items():
             if name not in _ENDS and word in name.lower():
@@ -318,7 +318,7 @@ def _build(text: str) -> tokenizers.Tokenizer:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """The library raises bare Exceptions, and a BaseException of its own where Rust panics (a regex out of retries)."""
+    """The library raises bare Exceptions, and its own BaseException where Rust panics (a regex out of retries)."""
     try:
         yield
     except BaseException as error:
@@ -332,9 +332,9 @@ def _told() -> Iterator[None]:
 def _twin_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer without control tokens: user text can spell none of them.
 
-    Words and runs of spaces that were added are text and stay. A control token that also stands in the model's own
-    vocabulary gets a name there that no text can know (a piece of Unigram or WordPiece would match it), and merges that
-    would build it or go on from it are left out.
+    Words and runs of spaces that were added are text and stay. A control token that also appears in the model's own
+    vocabulary gets an unguessable name there (a piece of Unigram or WordPiece would match it), and merges that would
+    build it or continue from it are left out.
     """
     nonce = secrets.token_hex(16)
     added = spec.get("added_tokens") or ()
@@ -355,13 +355,13 @@ def _twin_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(merge: str | Sequence[str]) -> tuple[str, ...]:
-    """The two pieces of a merge, and what it builds of them."""
+    """The two pieces of a merge, and what it builds from them."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second, first + second
 
 
 def _read_text(path: Path, limit: int) -> str:
-    """A file of the folder as text. Raises ValueError where it is no UTF-8."""
+    """A file of the folder as text. Raises ValueError where it is not UTF-8."""
     try:
         size, _ = disk.start_of(path, 0)
         raw = disk.start_of(path, limit)[1] if size <= limit else b""

@@ -3,7 +3,7 @@
 One iteration: sample responses, score them, read them with actor, reference and critic, turn scores and KL into rewards
 and those into advantages, then a few epochs of clipped updates (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et
 al. 2022). Old log-probabilities come from the training forward, not from the sampler. Arrays are [B, T] and already
-shifted: a value stands before its token, the score lands on the last token of the response, its end is terminal.
+shifted: a value is that before its token, the score lands on the last token of the response, its end is terminal.
 """
 
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ from tetrad.training.optimizer import lr_factor
 from tetrad.training.stage import start
 from tetrad.training.step import MAX, Loss, Metric, Microbatch, StepStats, Term, Terms, update
 
-SHOWN = ("score", "kl", "length", "finished")  # in the bar
+SHOWN = ("score", "kl", "length", "finished")  # in the progress bar
 
 
 @dataclass(frozen=True)
 class PPOState:
-    """What one iteration hands to the next beside the weights: beta, the monitor's memory, how scores have spread."""
+    """What one iteration passes to the next besides the weights: beta, the monitor's state, the spread of scores."""
 
     kl: KLController
     monitor: Monitor
@@ -74,7 +74,7 @@ def run(ctx: StageContext) -> None:
             judged = {name: judge(rollout.samples) for name, judge in judges.items()}
             losses = learn(models, batch, s, (seed, step), ptx)
             metrics = step_metrics(batch, kl.beta, models.device, models.train_score_p999, judged) | losses
-            if step >= s.critic_warmup:  # before, the actor can't move and its KL is nothing
+            if step >= s.critic_warmup:  # before, the actor can't move and its KL is 0
                 kl.update(metrics["kl"], s.batch_size * s.samples_per_prompt)
             if models.ema:
                 models.ema.update()
@@ -89,7 +89,7 @@ def run(ctx: StageContext) -> None:
 
 
 def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: int) -> PPOBatch:
-    """Scores, what three models read in the responses, rewards, advantages and returns."""
+    """Scores, the log-probabilities and values of three models, rewards, advantages and returns."""
     device, mask, read = models.device, rollout.mask_BT, (rollout, models.micro_batch_tokens, models.device)
     parts = models.reward.parts(rollout.samples)
     scores = torch.tensor(models.reward.total(parts), dtype=torch.float32)
@@ -142,8 +142,8 @@ def learn(
 
 
 def actor_terms(s: Ppo) -> Terms:
-    """The clipped policy loss and the entropy bonus; on a trunk of both, the value loss beside them; of text beside PPO
-    its language model's loss."""
+    """The clipped policy loss and the entropy bonus; on a shared trunk, the value loss too; for pre-training text
+    the language-model loss."""
 
     def terms(model: nn.Module, micro: Microbatch) -> list[Term]:
         actor = actor_of(model)
@@ -177,7 +177,7 @@ def policy_terms(logprobs: Tensor, tokens: PPOTokens, s: Ppo) -> list[Term]:
 
 
 def entropy_term(entropy: Tensor, bonus: float) -> Term:
-    """Its maximum is wanted, so the bonus is a negative loss."""
+    """Entropy is maximised, so the bonus is a negative loss."""
     if not bonus:
         return Metric("entropy", entropy.detach().sum(), "tokens")
     return Loss("entropy", entropy.sum(), "tokens", -bonus)

@@ -1,7 +1,7 @@
 """Pre-training: next-token prediction on documents packed into rows without padding.
 
-Row k of an epoch is tokens [kT, (k+1)T) of that epoch's permuted stream, so seed and step alone say what is read.
-Documents in one row never see each other.
+Row k of an epoch is tokens [kT, (k+1)T) of that epoch's permuted stream, so seed and step alone determine what is
+read. Documents in one row never attend to each other.
 """
 
 import math
@@ -28,9 +28,9 @@ from tetrad.types import Tokens
 def run(ctx: StageContext) -> None:
     s, micro_batch_tokens = ctx.recipe.pretrain, ctx.recipe.run.micro_batch_tokens
     device = choose(ctx.recipe.run)
-    found = prepared(ctx, documents)
-    tokenizer = found.tokenizer
-    rows = Rows(found.store, s.sequence_length, ctx.recipe.seed, found.mixture)
+    data = prepared(ctx, documents)
+    tokenizer = data.tokenizer
+    rows = Rows(data.store, s.sequence_length, ctx.recipe.seed, data.mixture)
     batch = s.batch_tokens // s.sequence_length
     steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.sequence_length) / s.batch_tokens))
     model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
@@ -82,7 +82,7 @@ def _new_model(ctx: StageContext, tokenizer: Tokenizer) -> CausalLM:
 
 
 def _held_out(ctx: StageContext, tokenizer: Tokenizer) -> list[Tokens]:
-    """The held-out documents in pieces of a row at most: longer contexts were never trained."""
+    """The validation documents in pieces of at most one row: longer contexts were never trained."""
     s = ctx.recipe.pretrain
     validation = tokenize_documents(tokenizer, read_documents(ctx.files(s.validation)))
     return [

@@ -2,9 +2,9 @@
 
 A comparison says P(i over j) = sigmoid(rho (r_i - r_j)), all pairs of a list averaged (Ouyang et al. 2022, eq. 1) or
 the order as a whole (Plackett-Luce); a score says y = r in units of the scores' standard deviation, or of their scale.
-The likelihoods are added, each divided by its own count. rho is learned where both kinds meet, so that neither forces
-its scale on the other; who is named as annotator may err and has a scale of scores of its own (reward.annotators).
-Training stops where held-out records gain no more; several seeds make an ensemble. What is measured afterwards is in
+The likelihoods are added, each divided by its own count. rho is learned where both kinds occur, so that neither
+forces its scale on the other; a named annotator may err and has a score scale of its own (reward.annotators). Training
+stops when the validation loss stops falling; several seeds make an ensemble. The evaluation afterwards is in
 reward.assessment, and the gate judges it.
 """
 
@@ -51,12 +51,12 @@ from tetrad.training.stage import Weights, finish, report_counts, start, templat
 from tetrad.training.step import Loss, Microbatch, StepStats, Term, Terms, measured, update
 from tetrad.types import IGNORE, Score
 
-LOOKS = 10  # at held-out records, where training may stop early
-MOST_HELD_OUT = 1000  # records of such a look
+LOOKS = 10  # evaluations on validation records, where training may stop early
+MOST_HELD_OUT = 1000  # records of such an evaluation
 
 
 class Latent(nn.Module):
-    """The reward model, rho and what is known of annotators, in one optimizer and one checkpoint."""
+    """The reward model, rho and the parameters of annotators, in one optimizer and one checkpoint."""
 
     def __init__(self, reward: ScalarModel, learn_rho: bool, annotators: Annotators | None = None) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Latent(nn.Module):
 
 @dataclass(frozen=True)
 class Member:
-    """One of the ensemble. Its head, its dropout and its order of the records follow from its seed."""
+    """One member of the ensemble. Its head, dropout and order of records follow from its seed."""
 
     latent: Latent
     optimizer: Optimizer
@@ -76,61 +76,61 @@ class Member:
 def run(ctx: StageContext) -> None:
     s, device = ctx.recipe.reward, choose(ctx.recipe.run)
     folder = first_parent(ctx, "from", *POLICY)
-    tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
+    tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
     models = new_models(ctx, folder, device)
     longest, counts = s.max_tokens or models[0].config.max_positions, Counts()
-    examples = read_examples(ctx, s.data, form, tokenizer, longest, counts)
+    examples = read_examples(ctx, s.data, template, tokenizer, longest, counts)
     report_counts(ctx, counts, len(examples.records))
     refuse_overlap(examples.records, read_preferences(ctx.files((*s.validation, *s.test)), s.score_scale))
     files = [f for f in (s.validation, s.test or s.validation) if f]
-    tests = [read_examples(ctx, f, form, tokenizer, longest, Counts()) for f in files]
+    tests = [read_examples(ctx, f, template, tokenizer, longest, Counts()) for f in files]
     baselines = {spec.rpartition(":")[2]: python_function(spec) for spec in s.baselines}
-    lessons = Lessons(ctx, examples, tests[0] if tests else None, device)
-    members = [lessons.member(model, seed) for model, seed in zip(models, seeds(ctx), strict=True)]
+    trainer = RewardTrainer(ctx, examples, tests[0] if tests else None, device)
+    members = [trainer.member(model, seed) for model, seed in zip(models, seeds(ctx), strict=True)]
     latents = nn.ModuleList(member.latent for member in members)
     best = EarlyStopping(latents, s.patience if tests else 0)
     optimizers = OptimizerGroup([member.optimizer for member in members])
     parts: dict[str, Stateful] = {"model": Weights(latents), "optimizer": optimizers, "best": best}
-    with start(ctx, device, lessons.steps, parts) as stage:
-        train(ctx, stage, lessons, members, best)
-        best.put_back()
-        judge = RewardModel(models, tokenizer, form, device, folder, ctx.recipe.run.micro_batch_tokens)
-        told = report_annotators(ctx, members[0].latent, lessons) if lessons.numbers else {}
-        figures, evaluation = normalise(ctx, judge), Json()
-        figures["train_score_p999"] = highest_seen(judge, examples)
+    with start(ctx, device, trainer.steps, parts) as stage:
+        train(ctx, stage, trainer, members, best)
+        best.restore_best()
+        reward_model = RewardModel(models, tokenizer, template, device, folder, ctx.recipe.run.micro_batch_tokens)
+        annotators = report_annotators(ctx, members[0].latent, trainer) if trainer.numbers else {}
+        metrics, evaluation = normalise(ctx, reward_model), Json()
+        metrics["train_score_p999"] = highest_seen(reward_model, examples)
         if tests:
-            found, evaluation = assess(ctx, judge, tests, baselines)
-            figures |= found
-        ctx.console.say(f"reward     {gate.apply(figures, ctx.recipe.gate)}")
+            test_metrics, evaluation = assess(ctx, reward_model, tests, baselines)
+            metrics |= test_metrics
+        ctx.console.say(f"reward     {gate.apply(metrics, ctx.recipe.gate)}")
         adapters.keep(ctx, models[0], folder)
         whole, tokenizer = exported(models, tokenizer)
-        extra = as_files({"annotators": told, "evaluation": evaluation}) | members_content(whole)
-        finish(ctx, stage, whole[0], tokenizer, form, figures, extra)
+        extra = as_files({"annotators": annotators, "evaluation": evaluation}) | members_content(whole)
+        finish(ctx, stage, whole[0], tokenizer, template, metrics, extra)
 
 
 def train(
-    ctx: StageContext, stage: StageRun, lessons: "Lessons", members: Sequence[Member], best: EarlyStopping
+    ctx: StageContext, stage: StageRun, trainer: "RewardTrainer", members: Sequence[Member], best: EarlyStopping
 ) -> None:
-    """All steps, or those up to the look at held-out records that is enough."""
-    if best.enough:
+    """All steps, or those up to the evaluation that stops training early."""
+    if best.should_stop:
         stage.enough()
-    looks = sum(map(lessons.looks, range(stage.step, lessons.steps))) if best.patience else 0
-    with ctx.console.progress("reward", lessons.steps, stage.step, looks=looks) as bar:
+    looks = sum(map(trainer.looks, range(stage.step, trainer.steps))) if best.patience else 0
+    with ctx.console.progress("reward", trainer.steps, stage.step, looks=looks) as bar:
         for step in stage.steps():
-            stats = [lessons.learn(member, step) for member in members]
-            stage.log(step, **lessons.figures(stats))
+            stats = [trainer.learn(member, step) for member in members]
+            stage.log(step, **trainer.figures(stats))
             speed = stage.timing(step, sum(one.tokens for one in stats))
             bar.advance(1, loss=sum(one.loss for one in stats) / len(stats), **speed)
-            if best.patience and lessons.looks(step):
+            if best.patience and trainer.looks(step):
                 with bar.look():
-                    best.see(lessons.eval_loss(members))
-            if best.enough:
+                    best.update(trainer.eval_loss(members))
+            if best.should_stop:
                 ctx.console.say(f"reward     stops after {step + 1} steps: held-out records gain no more")
                 stage.enough()
 
 
 def new_models(ctx: StageContext, folder: Path, device: Device) -> list[ScalarModel]:
-    """One a seed: the folder's model with a fresh head, or adapters on one frozen copy of it. Errors: E-MODEL-*,
+    """One per seed: the folder's model with a fresh head, or adapters on one frozen copy of it. Errors: E-MODEL-*,
     E-CKPT-*."""
     if not ctx.recipe.reward.adapters:
         return [read_scalar(folder, seed_for(seed, "head")) for seed in seeds(ctx)]
@@ -139,7 +139,7 @@ def new_models(ctx: StageContext, folder: Path, device: Device) -> list[ScalarMo
 
 
 def exported(models: Sequence[ScalarModel], tokenizer: Tokenizer) -> tuple[list[ScalarModel], Tokenizer]:
-    """Whole models, and a tokenizer with a padding token: transformers reads a score at the last token that is none."""
+    """Whole models, and a tokenizer with a padding token: transformers reads scores at the last non-padding token."""
     whole, tokenizer = [merged(model) for model in models], tokenizer.with_pad()
     for model in whole:
         grow_vocabulary(model, tokenizer.size)
@@ -147,13 +147,13 @@ def exported(models: Sequence[ScalarModel], tokenizer: Tokenizer) -> tuple[list[
 
 
 def seeds(ctx: StageContext) -> list[int]:
-    """One a member; the first is the recipe's own."""
+    """One per member; the first is the recipe's own."""
     own = ctx.recipe.seed
     return [own, *(seed_for(own, "member", k) for k in range(1, ctx.recipe.reward.ensemble_size))]
 
 
-class Lessons:
-    """What every member learns from, and how: the training records, the order of batches, the losses."""
+class RewardTrainer:
+    """What every member is trained on, and how: the training records, the order of batches, the losses."""
 
     def __init__(self, ctx: StageContext, examples: Examples, validation: Examples | None, device: Device) -> None:
         self.s, self.optim, self.run = ctx.recipe.reward, ctx.recipe.optim, ctx.recipe.run
@@ -184,23 +184,23 @@ class Lessons:
         factor = lr_factor(step, self.steps, self.s.warmup, self.s.schedule)
         member.latent.train()
         micros = self._micros(self.examples, wanted, keys)
-        how = {"factor": factor, "max_norm": self.optim.max_grad_norm}
-        return update(member.latent, member.optimizer, micros, self.terms, self.device, **how)
+        options = {"factor": factor, "max_norm": self.optim.max_grad_norm}
+        return update(member.latent, member.optimizer, micros, self.terms, self.device, **options)
 
     def figures(self, stats: Sequence[StepStats]) -> dict[str, float]:
         """Means over the members."""
         names = {name for one in stats for name in one.terms}
         known = {name: [one.terms[name] for one in stats if name in one.terms] for name in sorted(names)}
-        found = {name: sum(values) / len(values) for name, values in known.items()}
+        means = {name: sum(values) / len(values) for name, values in known.items()}
         rest = {name: sum(getattr(one, name) for one in stats) / len(stats) for name in ("loss", "grad_norm", "lr")}
-        return {**rest, **found}
+        return {**rest, **means}
 
     def looks(self, step: int) -> bool:
-        """Whether held-out records are looked at after this step."""
+        """Whether the validation loss is measured after this step."""
         return (step + 1) % math.ceil(self.steps / LOOKS) == 0
 
     def eval_loss(self, members: Sequence[Member]) -> float:
-        """The mean over members, without dropout. Rank 0's for all: a bit apart, some would stop and others not."""
+        """The mean over members, without dropout. Rank 0's for all: ranks that differ would stop at different steps."""
         losses = [measured(m.latent.eval(), self._held_out or [], self.terms, self.device) for m in members]
         return collectives.first(sum(losses) / len(losses))
 
@@ -208,8 +208,8 @@ class Lessons:
         records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
         # A shared prefix has no label after it but in the first answer, and every label counts here.
         shared = "never" if self.s.token_weight else self.s.shared_prefix
-        how = (self.run.micro_batch_tokens, self.zero, self.unit, self.device, self.numbers, shared, keys)
-        return preference_micros(records, documents, *how)
+        args = (self.run.micro_batch_tokens, self.zero, self.unit, self.device, self.numbers, shared, keys)
+        return preference_micros(records, documents, *args)
 
 
 def preference_terms(s: Reward) -> Terms:
@@ -217,81 +217,81 @@ def preference_terms(s: Reward) -> Terms:
 
     def terms(model: nn.Module, micro: Microbatch) -> list[Term]:
         latent = cast(Latent, model)
-        found: PreferenceTargets = micro.data
-        every_S = torch.arange(len(found.scored_S), device=found.scored_S.device)
+        targets: PreferenceTargets = micro.data
+        every_S = torch.arange(len(targets.scored_S), device=targets.scored_S.device)
         r_D = latent.reward(micro.packed, "both" if s.token_weight else "scores")
         r_D, read_N = r_D[: len(micro.packed.bounds) - 1], r_D[len(micro.packed.bounds) - 1 :]
-        sums = r_D[found.winners_P] + r_D[found.losers_P]
+        sums = r_D[targets.winners_P] + r_D[targets.losers_P]
+        lists = _comparison_loss(s, latent, targets, r_D)
+        scores = _score_losses(s, latent, targets, r_D[targets.scored_S], every_S).sum()
         parts: list[Term] = [
-            Loss("comparisons", _comparison_loss(s, latent, found, r_D), "comparisons", s.comparison_weight),
-            Loss(
-                "scores", _score_losses(s, latent, found, r_D[found.scored_S], every_S).sum(), "scores", s.score_weight
-            ),
-            Loss("centre", (found.weights_P * sums.square()).sum(), "comparisons", s.center),
+            Loss("comparisons", lists, "comparisons", s.comparison_weight),
+            Loss("scores", scores, "scores", s.score_weight),
+            Loss("centre", (targets.weights_P * sums.square()).sum(), "comparisons", s.center),
         ]
         if s.token_weight:
             parts += token_terms(s, latent, micro, read_N)
         if latent.annotators:
             of_lists, of_scores = latent.annotators.comparison_prior, latent.annotators.score_prior
-            parts.append(Loss("competence_prior", of_lists(found.by_L), "comparisons", s.comparison_weight))
-            parts.append(Loss("scale_prior", of_scores(found.by_S), "scores", s.score_weight))
+            parts.append(Loss("competence_prior", of_lists(targets.by_L), "comparisons", s.comparison_weight))
+            parts.append(Loss("scale_prior", of_scores(targets.by_S), "scores", s.score_weight))
         return parts
 
     return terms
 
 
 def token_terms(s: Reward, latent: Latent, micro: Microbatch, read_N: Tensor) -> list[Term]:
-    """The same losses on what is read so far (Cobbe et al. 2021, section 4.2): of a scored answer the mean over its
-    tokens, of a list on each answer's mean. read_N: the head before each token of the answers."""
-    found: PreferenceTargets = micro.data
+    """The same losses on each prefix (Cobbe et al. 2021, section 4.2): for a scored answer the mean over its tokens,
+    for a list on each answer's mean. read_N: the head's output before each token of the answers."""
+    targets: PreferenceTargets = micro.data
     ends = torch.tensor(micro.packed.bounds[1:], device=read_N.device)
     of_N = torch.searchsorted(ends, (micro.packed.targets_T != IGNORE).nonzero()[:, 0], right=True)
     count_D = torch.zeros(len(ends), device=read_N.device).index_add_(0, of_N, torch.ones_like(read_N))
     mean_D = torch.zeros_like(count_D).index_add(0, of_N, read_N) / count_D.clamp(min=1)
     score_of_D = torch.full_like(ends, -1)
-    score_of_D[found.scored_S] = torch.arange(len(found.scored_S), device=ends.device)
+    score_of_D[targets.scored_S] = torch.arange(len(targets.scored_S), device=ends.device)
     rated = score_of_D[of_N] >= 0
-    losses = _score_losses(s, latent, found, read_N[rated], score_of_D[of_N[rated]])
-    lists, scores = _comparison_loss(s, latent, found, mean_D), (losses / count_D[of_N[rated]]).sum()
+    losses = _score_losses(s, latent, targets, read_N[rated], score_of_D[of_N[rated]])
+    lists, scores = _comparison_loss(s, latent, targets, mean_D), (losses / count_D[of_N[rated]]).sum()
     return [
         Loss("comparisons_read", lists, "comparisons", s.token_weight * s.comparison_weight),
         Loss("scores_read", scores, "scores", s.token_weight * s.score_weight),
     ]
 
 
-def _comparison_loss(s: Reward, latent: Latent, found: PreferenceTargets, r_D: Tensor) -> Tensor:
-    """Summed over lists: the mean over a list's pairs, or the whole order; who gave it may have it the wrong way."""
+def _comparison_loss(s: Reward, latent: Latent, targets: PreferenceTargets, r_D: Tensor) -> Tensor:
+    """Summed over lists: the mean over a list's pairs, or the whole order; its annotator may have flipped it."""
     scaled, who = r_D * latent.log_rho.exp(), latent.annotators
-    if s.comparison_loss == "pairs" or not len(found.ranked_N):  # without lists, a sum of no pairs
-        labels = found.labels_P * (1 - s.label_smoothing) + (1 - found.labels_P) * s.label_smoothing
-        pairs = (found.winners_P, found.losers_P, found.weights_P, found.margins_P, labels)
-        return preference.pair_loss_sum(scaled, *pairs, who.competence(found.by_P) if who else None)
-    ranked = scaled[found.ranked_N]
-    losses = preference.plackett_luce_losses(ranked, found.ranks_N, found.bounds, "auto")
+    if s.comparison_loss == "pairs" or not len(targets.ranked_N):  # without lists, an empty sum
+        labels = targets.labels_P * (1 - s.label_smoothing) + (1 - targets.labels_P) * s.label_smoothing
+        pairs = (targets.winners_P, targets.losers_P, targets.weights_P, targets.margins_P, labels)
+        return preference.pair_loss_sum(scaled, *pairs, who.competence(targets.by_P) if who else None)
+    ranked = scaled[targets.ranked_N]
+    losses = preference.plackett_luce_losses(ranked, targets.ranks_N, targets.bounds, "auto")
     if who is None:
         return losses.sum()
-    back = preference.plackett_luce_losses(ranked, -found.ranks_N, found.bounds, "auto")
-    c = who.competence(found.by_L)
+    back = preference.plackett_luce_losses(ranked, -targets.ranks_N, targets.bounds, "auto")
+    c = who.competence(targets.by_L)
     return -torch.logaddexp(logsigmoid(c) - losses, logsigmoid(-c) - back).sum()
 
 
-def _score_losses(s: Reward, latent: Latent, found: PreferenceTargets, rewards_N: Tensor, of_N: Tensor) -> Tensor:
-    """The loss of each reward against score number of_N, on its annotator's own scale; uncertain ones count less."""
+def _score_losses(s: Reward, latent: Latent, targets: PreferenceTargets, rewards_N: Tensor, of_N: Tensor) -> Tensor:
+    """The loss of each reward against score number of_N, on its annotator's own scale; uncertain scores count less."""
     if latent.annotators:
-        rewards_N = latent.annotators.rated(rewards_N, found.by_S[of_N])
+        rewards_N = latent.annotators.rated(rewards_N, targets.by_S[of_N])
     kind: Literal["mse", "bce"] = "bce" if s.score_loss == "bce" else "mse"
-    return found.weights_S[of_N] * preference.score_losses(rewards_N, found.targets_S[of_N], kind)
+    return targets.weights_S[of_N] * preference.score_losses(rewards_N, targets.targets_S[of_N], kind)
 
 
-def report_annotators(ctx: StageContext, latent: Latent, lessons: Lessons) -> Json:
-    """Says who is how reliable; annotators.json has it all, with the records that look flipped."""
-    examples = lessons.examples
+def report_annotators(ctx: StageContext, latent: Latent, trainer: RewardTrainer) -> Json:
+    """Reports how reliable each annotator is; annotators.json has all of it, with the records that look flipped."""
+    examples = trainer.examples
     rewards = torch.tensor(
-        score_tokens(latent.reward, examples.tokens, lessons.device, ctx.recipe.run.micro_batch_tokens)
+        score_tokens(latent.reward, examples.tokens, trainer.device, ctx.recipe.run.micro_batch_tokens)
     )
-    found = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
+    targets = judgements(examples.records, 0.0, 1.0, torch.device("cpu"))
     scaled = rewards * latent.log_rho.detach().exp().cpu()
-    reliabilities, suspects = judged(examples.records, found, scaled, lessons.numbers)
+    reliabilities, suspects = judged(examples.records, targets, scaled, trainer.numbers)
     if reliabilities:
         columns = ("annotator", "comparisons", "right", "from", "to")
         ctx.console.table("Annotators, the least reliable first", columns, [astuple(r) for r in reliabilities[:20]])
@@ -300,7 +300,7 @@ def report_annotators(ctx: StageContext, latent: Latent, lessons: Lessons) -> Js
 
 
 def score_unit(s: Reward, records: Sequence[Record]) -> tuple[float, float]:
-    """What a target of 0 stands for, and the unit of targets: mean and standard deviation of the training scores (0
+    """The score whose target is 0, and the unit of targets: mean and standard deviation of the training scores (0
     and 1 without any), or the declared scale's lowest score and width."""
     if s.score_loss != "gaussian" and s.score_scale:
         low, high = s.score_scale
@@ -311,11 +311,11 @@ def score_unit(s: Reward, records: Sequence[Record]) -> tuple[float, float]:
 
 
 def read_examples(
-    ctx: StageContext, files: Sequence[str], form: Template, tokenizer: Tokenizer, longest: int, counts: Counts
+    ctx: StageContext, files: Sequence[str], template: Template, tokenizer: Tokenizer, longest: int, counts: Counts
 ) -> Examples:
-    """The records of these files and their documents; over-long ones as `overlong` says, whole records at a time."""
+    """The records of these files and their documents; too long ones as `overlong` says, whole records at a time."""
     s = ctx.recipe.reward
     records = read_preferences(ctx.files(files), s.score_scale, counts)
     conversations = (conversation for record in records for conversation in answers(record))
-    documents = list(tokenize(form, tokenizer, conversations, closed=False, counts=counts))
+    documents = list(tokenize(template, tokenizer, conversations, closed=False, counts=counts))
     return Examples.of(records, documents).fitted(longest, s.overlong, counts)

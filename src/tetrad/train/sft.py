@@ -28,23 +28,23 @@ def run(ctx: StageContext) -> None:
     s, micro_batch_tokens = ctx.recipe.sft, ctx.recipe.run.micro_batch_tokens
     device = choose(ctx.recipe.run)
     folder = first_parent(ctx, "pretrain", "base")
-    found = prepared(ctx, conversations)
-    store, tokenizer, form = found.store, found.tokenizer, found.template
-    assert form
-    ctx.console.say(f"sft        template {form.name}")
+    data = prepared(ctx, conversations)
+    store, tokenizer, template = data.store, data.tokenizer, data.template
+    assert template
+    ctx.console.say(f"sft        template {template.name}")
     model = read_causal(folder)
     if s.add_separator:
         grow_vocabulary(model, tokenizer.size)
     model.to(device.place)
     if s.adapters:
         adapters.adapt(ctx, model, ctx.recipe.seed)
-    validation = _held_out(ctx, form, tokenizer, model)
-    steps = steps_for(epoch_size(found.mixture), s.batch_size, s.epochs)
+    validation = _held_out(ctx, template, tokenizer, model)
+    steps = steps_for(epoch_size(data.mixture), s.batch_size, s.epochs)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("sft", steps, stage.step) as bar:
             for step in stage.steps():
-                wanted = collectives.share(batch_indices(ctx.recipe.seed, found.mixture, s.batch_size, step).tolist())
+                wanted = collectives.share(batch_indices(ctx.recipe.seed, data.mixture, s.batch_size, step).tolist())
                 micros = language_micros([store[i] for i in wanted], micro_batch_tokens, device)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
                 model.train()
@@ -59,20 +59,20 @@ def run(ctx: StageContext) -> None:
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
                 bar.advance(1, loss=stats.loss, **stage.timing(step, stats.tokens))
-        figures = validation_metrics(ctx, model, validation, device)
+        metrics = validation_metrics(ctx, model, validation, device)
         adapters.keep(ctx, model, folder)
-        finish(ctx, stage, merged(model), tokenizer, form, figures)
+        finish(ctx, stage, merged(model), tokenizer, template, metrics)
 
 
-def _held_out(ctx: StageContext, form: Template, tokenizer: Tokenizer, model: CausalLM) -> list[Tokens]:
+def _held_out(ctx: StageContext, template: Template, tokenizer: Tokenizer, model: CausalLM) -> list[Tokens]:
     s, counts = ctx.recipe.sft, Counts()
     limit = s.max_tokens or model.config.max_positions
     read = read_conversations(ctx.files(s.validation), counts)
     stream = tokenize(
-        form, tokenizer, read, train_on_prompt=s.train_on_prompt, last_only=s.train_turns == "last", counts=counts
+        template, tokenizer, read, train_on_prompt=s.train_on_prompt, last_only=s.train_turns == "last", counts=counts
     )
-    found = list(fit(stream, limit, s.overlong, counts))
+    documents = list(fit(stream, limit, s.overlong, counts))
     refuse_long(counts, limit, s.overlong)
-    if found:
-        report_counts(ctx, counts, len(found), "held-out ")
-    return found
+    if documents:
+        report_counts(ctx, counts, len(documents), "held-out ")
+    return documents

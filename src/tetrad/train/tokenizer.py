@@ -22,10 +22,10 @@ def run(ctx: StageContext) -> None:
         tokenizer = learn(texts, s.vocab_size, s.min_frequency, s.max_bytes)
         report_counts(ctx, counts, counts.kept)
         fit = report(tokenizer, islice((document.text for document in read_documents(given)), REPORTED))
-        figures = {"characters_per_token": fit.characters_per_token, "single_token_han_share": fit.single_han}
+        metrics = {"characters_per_token": fit.characters_per_token, "single_token_han_share": fit.single_han}
         ctx.console.say(f"tokenizer  {tokenizer.size} tokens, {fit.characters_per_token:.2f} characters a token")
         if tokenizer.size < s.vocab_size:
             many = f"the text gave {tokenizer.size} of the {s.vocab_size} tokens that tokenizer.vocab_size asks for"
             ctx.console.say(f"note: {many}; more text, or a lower tokenizer.min_frequency, gives more")
-        stage.finish(tokenizer.files(), {"key": ctx.key, "figures": figures, "lineage": dict(ctx.lineage)})
+        stage.finish(tokenizer.files(), {"key": ctx.key, "figures": metrics, "lineage": dict(ctx.lineage)})
         collectives.wait()

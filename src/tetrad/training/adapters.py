@@ -1,6 +1,6 @@
-"""Adapters as stages use them: onto a model before it trains, beside the result, and back onto the same base.
+"""Adapters in stages: added to a model before it trains, saved next to the result, and loaded onto the same base.
 
-A reward model's adapter belongs to the weights that it was trained on: their sha256 is noted with it and compared.
+A reward model's adapter belongs to the weights that it was trained on: their sha256 is saved with it and compared.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def targets(lora: Lora) -> tuple[str, ...]:
 
 
 def adapt(ctx: StageContext, model: CausalLM | ScalarModel, seed: int) -> None:
-    """Freezes the model but for fresh adapters and, where it has one, its scalar head."""
+    """Freezes the model except for fresh adapters and, where it has one, its scalar head."""
     lora = ctx.recipe.lora
     add_adapters(model, lora.rank, lora.alpha, targets(lora), seed_for(seed, "adapter"))
 

@@ -1,4 +1,4 @@
-"""Documents to micro-batches on the device, and the losses that are measured, not trained."""
+"""Documents to micro-batches on the device, and losses for evaluation only."""
 
 from collections.abc import Sequence
 
@@ -16,18 +16,18 @@ from tetrad.types import IGNORE, Tokens
 
 def language_micros(documents: Sequence[Tokens], micro_batch_tokens: int, device: Device) -> list[Microbatch]:
     """Micro-batches of at most `micro_batch_tokens` tokens; their count "tokens" is the number of targets."""
-    found = []
+    micros = []
     for group in micro_batches(documents, micro_batch_tokens):
         packed = pack([documents[i] for i in group])
-        found.append(Microbatch(device.put(packed), {"tokens": float((packed.targets_T != IGNORE).sum())}))
-    return found
+        micros.append(Microbatch(device.put(packed), {"tokens": float((packed.targets_T != IGNORE).sum())}))
+    return micros
 
 
 @torch.no_grad()
 def mean_nll(
     model: CausalLM, documents: Sequence[Tokens], micro_batch_tokens: int, device: Device
 ) -> tuple[float, int]:
-    """Nats a target token, and the number of targets."""
+    """Nats per target token, and the number of targets."""
     model.eval()
     nats = tokens = 0.0
     micros = language_micros(documents, micro_batch_tokens, device)
@@ -42,13 +42,13 @@ def mean_nll(
 def reply_logprobs(
     model: CausalLM, documents: Sequence[Tokens], micro_batch_tokens: int, device: Device, temperature: float = 1.0
 ) -> list[np.ndarray]:
-    """Log-probabilities of each document's labels, one float32 array a document."""
+    """Log-probabilities of each document's labels, one float32 array per document."""
     model.eval()
-    found: list[np.ndarray] = []
+    arrays: list[np.ndarray] = []
     for group in counted("reading", micro_batches(documents, micro_batch_tokens), len(documents), len):
         packed = device.put(pack([documents[i] for i in group]))
         with device.compute():
             logprobs, _ = model(packed, "logprobs", temperature)
         sizes = [int(documents[i].train[1:].sum()) for i in group]
-        found += [part.cpu().numpy() for part in logprobs.float().split(sizes)]
-    return found
+        arrays += [part.cpu().numpy() for part in logprobs.float().split(sizes)]
+    return arrays

@@ -1,8 +1,8 @@
-"""The checkpoints of a stopped stage, judged without torch: which is the newest that a stage can go on from.
+"""The checkpoints of a stopped stage, checked without torch: which is the newest that a stage can resume from.
 
-A checkpoint is checkpoints/step-000400/{<part>.safetensors, state.json, manifest.json}. It counts if its manifest
-vouches for each file, every part that the stage keeps is there and is that part, and state.json has the stage's own
-values. `training.run_folder` loads what was chosen here; the pipeline asks first: a damaged run is told at once.
+A checkpoint is checkpoints/step-000400/{<part>.safetensors, state.json, manifest.json}. It is valid if its
+manifest confirms each file, every part that the stage keeps is there and is that part, and state.json has the stage's
+own values. `training.run_folder` loads what was chosen here; the pipeline checks first, to report damage at once.
 """
 
 import json
@@ -23,10 +23,10 @@ Failures = list[tuple[Path, UserError]]
 
 
 def newest(checkpoints: Path, read: Callable[[Path], Any]) -> tuple[Path | None, Any, Failures]:
-    """The newest checkpoint that `read` takes, what it made of it, and the newer ones with their errors.
+    """The newest checkpoint that `read` accepts, what it returned, and the newer ones with their errors.
 
-    Newest is the highest step; the clock plays no part. None where there is no checkpoint at all. Raises the newest
-    one's UserError, naming all, if there are checkpoints but none is whole: a stage never begins afresh in silence.
+    Newest means the highest step; the clock plays no part. None where there is no checkpoint at all. Raises the newest
+    one's UserError, naming all, if there are checkpoints but none is intact: a stage never silently starts over.
     """
     failures: Failures = []
     for path in reversed(storage.step_folders(checkpoints).values()):
@@ -35,17 +35,17 @@ def newest(checkpoints: Path, read: Callable[[Path], Any]) -> tuple[Path | None,
         except UserError as error:
             failures.append((path, error))
     if failures:
-        told = "; ".join(f"{path.name}: {error.where}: {error.what}" for path, error in failures)
+        errors = "; ".join(f"{path.name}: {error.where}: {error.what}" for path, error in failures)
         hint = f"put back a whole checkpoint, or remove {checkpoints} to begin this stage again"
-        what = f"no checkpoint is whole: {told}"
+        what = f"no checkpoint is whole: {errors}"
         raise UserError(failures[0][1].code, what, where=str(checkpoints.parent), hint=hint)
     return None, None, failures
 
 
 def read_state(path: Path, parts: Collection[str], values: Collection[str], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """state.json of a checkpoint that is whole, has these parts and values, and is of this run.
+    """state.json of a checkpoint that is intact, has these parts and values, and belongs to this run.
 
-    ours: what state.json must say, beside the step of the folder's name. Raises UserError E-CKPT-*.
+    ours: what state.json must say, besides the step of the folder's name. Raises UserError E-CKPT-*.
     """
     files = storage.verify_folder(path)["files"]
     for name in ("state.json", *map(file_of, parts)):
@@ -55,18 +55,18 @@ def read_state(path: Path, parts: Collection[str], values: Collection[str], ours
     if missing := set(values) - set(state["values"]):
         what = f"lacks {', '.join(sorted(missing))}"
         raise UserError("E-CKPT-MISSING", what, where=str(path / "state.json"), hint=_HINT)
-    if found := differences(state, {**ours, "step": int(path.name.removeprefix("step-"))}):
-        raise UserError("E-CKPT-SETTINGS", f"is of another run: {found}", where=str(path), hint=_HINT)
+    if changed := differences(state, {**ours, "step": int(path.name.removeprefix("step-"))}):
+        raise UserError("E-CKPT-SETTINGS", f"is of another run: {changed}", where=str(path), hint=_HINT)
     for part in parts:
         _refuse_other_part(part, path / file_of(part))
     return state
 
 
 def check(folder: Path, stage: str, recipe: Recipe) -> None:
-    """Raises UserError E-CKPT-* if a stopped stage has checkpoints and can go on from none."""
+    """Raises UserError E-CKPT-* if a stopped stage has checkpoints and can resume from none."""
     row = STAGES[stage]
     place, parts, values = folder / "checkpoints", row.parts(recipe), row.values
-    if any(place.glob(".old-*")):  # a killed writer's, which the stage puts back first
+    if any(place.glob(".old-*")):  # left by a killed writer; the stage restores it first
         return
     newest(place, lambda path: read_state(path, parts, values, {"seed": recipe.seed}))
 
@@ -94,7 +94,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_part(part: str, path: Path) -> None:
-    """A critic has a scalar head, an actor none; headers that lie are refused for every part."""
+    """A critic has a scalar head, an actor none; invalid headers are refused for every part."""
     names = read_header(path)
     scalar = any(name == "score.weight" for name in names)
     if part in _HEADS and scalar != _HEADS[part]:

@@ -1,4 +1,4 @@
-"""What the pipeline hands to a stage."""
+"""What the pipeline passes to a stage."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from tetrad.storage import Json
 
 
 def renamed(pairs: Iterable[str]) -> dict[str, str]:
-    """Other names of fields by lower-case name: "question=Instruction" as {"question": "instruction"}."""
+    """Aliases of fields by lower-case name: "question=Instruction" as {"question": "instruction"}."""
     split = (pair.partition("=") for pair in pairs)
     return {other.strip().lower(): name.strip().lower() for other, _, name in split}
 
@@ -49,5 +49,5 @@ class StageContext:
         return self.recipe.run.workers or len(os.sched_getaffinity(0))
 
     def cache(self, name: str) -> Path:
-        """A folder for what can be made again; its maker checks that it is still right."""
+        """A folder for what can be rebuilt; its user checks that it is still valid."""
         return self.folder.parent / ".cache" / name

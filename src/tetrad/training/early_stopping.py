@@ -1,4 +1,4 @@
-"""Early stopping: the weights that did best on held-out data, and how long ago that was."""
+"""Early stopping: the best weights on validation data, and how long ago they were reached."""
 
 import math
 
@@ -9,8 +9,8 @@ from tetrad.training.stage import Weights
 
 
 class EarlyStopping:
-    """A part of a checkpoint. patience: evaluations without a lower loss after which there were enough; 0 keeps
-    nothing and never has."""
+    """A part of a checkpoint. patience: evaluations without a lower loss after which training stops; 0 keeps
+    nothing and never stops."""
 
     def __init__(self, model: nn.Module, patience: int) -> None:
         self.weights, self.patience = Weights(model), patience
@@ -18,20 +18,20 @@ class EarlyStopping:
         self.kept: dict[str, Tensor] = {}
 
     @property
-    def enough(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether training should stop."""
         return 0 < self.patience <= self.waited
 
-    def see(self, loss: float) -> None:
-        """Takes the held-out loss of the weights as they are."""
+    def update(self, loss: float) -> None:
+        """Takes the validation loss of the current weights."""
         if loss < self.loss:
             self.loss, self.waited = loss, 0
             self.kept = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
         else:
             self.waited += 1
 
-    def put_back(self) -> None:
-        """The model gets its best weights."""
+    def restore_best(self) -> None:
+        """Loads the best weights into the model."""
         if self.kept:
             self.weights.load_tensors(self.kept)
 

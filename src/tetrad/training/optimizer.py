@@ -1,4 +1,4 @@
-"""The optimizer of one model: AdamW, or Muon on the matrices with AdamW on the rest; and how learning rates move.
+"""The optimizer of one model: AdamW, or Muon on the matrices with AdamW on the rest; and learning-rate schedules.
 
 State is float32 and named by parameter, so that a checkpoint reads like the model. Only `update` steps it.
 """
@@ -35,7 +35,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 @dataclass
 class Group:
-    """Parameters that share a learning rate, which moves, and a weight decay."""
+    """Parameters that share a scheduled learning rate and a weight decay."""
 
     parameters: list[nn.Parameter]
     lr: float
@@ -46,7 +46,7 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), by torch's fused kernel. torch.optim.AdamW is the
     same, but loads all of torch.compile to do it: two seconds at every start."""
 
-    slots = 2  # numbers it keeps a weight
+    slots = 2  # state values per weight
 
     def __init__(self, groups: Sequence[Group], settings: Optim) -> None:
         self.groups, self.settings = groups, settings
@@ -121,7 +121,7 @@ class Optimizer:
     def __init__(
         self, model: nn.Module, lr: float, settings: Optim, *, muon_lr: float = 0.0, quick: Mapping[str, float] = _NONE
     ) -> None:
-        """quick: highest learning rates of their own for parameters whose name begins so."""
+        """quick: separate peak learning rates for parameters whose name begins so."""
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {n for n, p in self.names.items() if muon_lr and p.dim() == 2 and ".layers." in n}
         own = {n: rate for n in self.names for start, rate in quick.items() if n.startswith(start)}
@@ -138,7 +138,7 @@ class Optimizer:
         self.lr = lr
 
     def step(self, factor: float) -> None:
-        """One step at `factor` times the highest learning rate."""
+        """One step at `factor` times the peak learning rate."""
         for group, peak in zip(self.groups, self.peaks, strict=True):
             group.lr = peak * factor
         for part in self.parts:
@@ -150,12 +150,12 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """State by "<parameter>/<name>", for a checkpoint."""
-        found = {}
+        state = {}
         for name, parameter in self.names.items():
             for part in self.parts:
                 for key, value in part.state.get(parameter, {}).items():
-                    found[f"{name}/{key}"] = value
-        return found
+                    state[f"{name}/{key}"] = value
+        return state
 
     def full_bytes(self) -> int:
         return sum(p.nbytes * part.slots for part in self.parts for group in part.groups for p in group.parameters)
@@ -191,7 +191,7 @@ class OptimizerGroup:
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """The share of the highest learning rate at `step` (from 0) of `total`; warm-up is a share of the steps."""
+    """The share of the peak learning rate at `step` (from 0) of `total`; warm-up is a share of the steps."""
     rise = round(warmup * total)
     if step < rise:
         return (step + 1) / rise

@@ -1,4 +1,4 @@
-"""A stage's text made tokens, without torch: so bad data is found before a model is loaded, and in little memory.
+"""A stage's text as tokens, without torch: bad data is found before a model is loaded, and in little memory.
 
 The pipeline prepares a stage before it imports it; the stage opens what was prepared.
 """
@@ -48,14 +48,14 @@ def conversations(ctx: StageContext) -> Prepared:
     if s.add_separator:
         tokenizer = tokenizer.with_control(SEPARATOR)
     limit = s.max_tokens or read_config(folder).max_positions
-    form = choose(folder, s.template, s.separator, own=False)
+    template = choose(folder, s.template, s.separator, own=False)
     last_only = s.train_turns == "last"
-    encoding = Encoding(tokenizer.text, tokenizer.eos_ids, form, s.train_on_prompt, last_only, limit, s.overlong)
+    encoding = Encoding(tokenizer.text, tokenizer.eos_ids, template, s.train_on_prompt, last_only, limit, s.overlong)
     return _tokens(ctx, "sft.data", s.weights, encoding, tokenizer)
 
 
 def ptx(ctx: StageContext) -> Prepared:
-    """The text beside PPO, in the actor's tokens. Errors: E-DATA-*, E-MODEL-*, E-IO-*."""
+    """The pre-training text of PPO, in the actor's tokens. Errors: E-DATA-*, E-MODEL-*, E-IO-*."""
     tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
     return _tokens(ctx, "ptx.text", (), Encoding(tokenizer.text, tokenizer.eos_ids), tokenizer)
 
@@ -65,12 +65,12 @@ def _tokens(
 ) -> Prepared:
     table, _, key = setting.partition(".")
     given = ctx.files(getattr(getattr(ctx.recipe, table), key), weights)
-    said: list[int] = []
+    seen: list[int] = []
 
     def progress(done: int, parts: int) -> None:
-        if parts > 1 and not said and done < parts:
+        if parts > 1 and not seen and done < parts:
             ctx.console.say(f"{table:<10} tokenising {parts} parts, {done} of them there already")
-        said.append(done)
+        seen.append(done)
         bar.total = parts
         bar.advance(done - bar.done)
 
@@ -80,7 +80,7 @@ def _tokens(
 
 
 def check_sft(ctx: StageContext) -> None:
-    """Tokens, and no held-out record among those trained on. Errors: E-DATA-*, E-MODEL-*, E-IO-*."""
+    """Tokenises, and refuses validation records among those trained on. Errors: E-DATA-*, E-MODEL-*, E-IO-*."""
     s = ctx.recipe.sft
     if s.validation:
         refuse_overlap(*(read_conversations(ctx.files(files)) for files in (s.data, s.validation)))
@@ -88,6 +88,6 @@ def check_sft(ctx: StageContext) -> None:
 
 
 def check_ptx(ctx: StageContext) -> None:
-    """The tokens of the text beside PPO, where there is any."""
+    """Tokenises the pre-training text of PPO, where there is any."""
     if ctx.recipe.ptx.text:
         ptx(ctx)

@@ -7,12 +7,12 @@
             run.log(step, loss=update(...))
         run.finish(files, meta)
 
-A checkpoint (`training.checkpoint` says which counts) holds no random state, since all random numbers are keyed by
-(seed, purpose, step): the cursor is the number of finished steps. metrics.jsonl and samples.jsonl are cut back to where
-they were at the checkpoint, so a run that was killed leaves the bytes of one that never was; what depends on the clock
-goes to timing.jsonl, which only grows. After the last step all is saved, so that what follows (held-out figures,
-probes) can be stopped at once. A checkpoint is whole or it is passed over, by step number and never by the clock, and a
-run whose checkpoints are all damaged does not begin afresh in silence.
+A checkpoint (`training.checkpoint` says which is valid) holds no random state, since all random numbers are keyed by
+(seed, purpose, step): the cursor is the number of finished steps. metrics.jsonl and samples.jsonl are truncated to
+where they were at the checkpoint, so a run that was killed leaves the same bytes as one that never was; what depends on
+the clock goes to timing.jsonl, which only grows. After the last step everything is saved, so that what follows
+(validation metrics, probes) can be stopped at once. A checkpoint is intact or it is skipped, by step number and never
+by the clock, and a run whose checkpoints are all damaged does not silently start over.
 """
 
 import json
@@ -48,16 +48,16 @@ class Stateful(Protocol):
         """All of its state, by name."""
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes the state back; raises UserError E-CKPT-KEYS or E-CKPT-SHAPE if it isn't its own."""
+        """Restores the state; raises UserError E-CKPT-KEYS or E-CKPT-SHAPE if it isn't its own."""
 
     def full_bytes(self) -> int:
         """What the state takes on disk once the first step has filled it."""
 
 
 class StageRun:
-    """The run folder of a stage that is running; made by `open_run`.
+    """The run folder of a stage that is running; created by `open_run`.
 
-    folder: the stage's. step: steps finished. notes: what the user should hear, as passed-over checkpoints.
+    folder: the stage's. step: steps finished. notes: messages to the user, such as skipped checkpoints.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class StageRun:
         self._saved_step, self._enough, self._began = 0, False, 0.0
         self._first: Callable[[str], str] = str
         if save_every > total_steps:
-            told = "no checkpoint but the last, the finished model"
-            self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {told}")
+            effect = "no checkpoint but the last, the finished model"
+            self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {effect}")
 
     # Logs
 
@@ -100,9 +100,9 @@ class StageRun:
         self._append("samples.jsonl", record)
 
     def timing(self, step: int, tokens: float) -> dict[str, float]:
-        """A line of timing.jsonl, which is no part of what a resumed run repeats; returns what the bar shows of it.
+        """A line of timing.jsonl, which a resumed run does not reproduce; returns what the progress bar shows of it.
 
-        tokens: what the step, which ends here, learned from or sampled on all ranks.
+        tokens: what the step, which ends here, trained on or sampled, on all ranks.
         """
         seconds = time.monotonic() - self._began
         shown = {"tokens/s": tokens / max(seconds, 1e-9), "peak_MiB": peak_bytes() / 2**20}
@@ -115,7 +115,7 @@ class StageRun:
             self._log(name).append(record)
 
     def _log(self, name: str) -> LineLog:
-        """The open log; a stage that says nothing leaves no empty one."""
+        """The open log; a stage that logs nothing leaves no empty one."""
         if name not in self._logs:
             self._logs[name] = LineLog(self.folder / name)
         return self._logs[name]
@@ -134,9 +134,9 @@ class StageRun:
         self._values = values
 
     def resume(self, parts: Mapping[str, Stateful]) -> dict[str, Any] | None:
-        """Loads the newest whole checkpoint into `parts` and returns the stage's own values; None for a fresh start.
+        """Loads the newest intact checkpoint into `parts` and returns the stage's own values; None for a fresh start.
 
-        `parts` is also what is saved from now on. Raises UserError E-CKPT-* if there are checkpoints but none is whole.
+        `parts` is also what is saved from now on. Raises UserError E-CKPT-* if checkpoints exist but none is intact.
         """
         self._parts = dict(parts)
         path, state, failures = self._newest()
@@ -184,8 +184,8 @@ class StageRun:
 
     def _continue_from(self, path: Path, state: Mapping[str, Any]) -> None:
         self.step = self._saved_step = state["step"]
-        if found := differences(state["environment"], self._environment):
-            self.notes.append(f"{path.name} was written under other conditions, numbers may differ: {found}")
+        if changed := differences(state["environment"], self._environment):
+            self.notes.append(f"{path.name} was written under other conditions, numbers may differ: {changed}")
         if note := others_may_write(path):
             self.notes.append(note)
         for name in _CUT_BACK if self._main else ():
@@ -224,7 +224,7 @@ class StageRun:
     # The loop
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do; each body is followed by the count, the save if due, and the stop if asked for.
+        """The remaining steps; each body is followed by the count, the save if due, and the stop if requested.
 
         Raises Stopped; UserError E-IO-SPACE before the first step if the checkpoints won't fit; E-NUM-NONFINITE.
         """
@@ -248,11 +248,11 @@ class StageRun:
         self._stop.until = self._stop.lost = ""
 
     def enough(self) -> None:
-        """No step after the one that runs, or none at all: early stopping."""
+        """No step after the current one, or none at all: early stopping."""
         self._enough = True
 
     def _expect_stop(self) -> None:
-        """What a signal in the coming step waits for, and what is lost where that can't be waited for."""
+        """What a signal in the coming step waits for, and what is lost where it can't wait."""
         lost = f"{self.step - self._saved_step} finished steps since the last checkpoint"
         self._stop.until = f"after step {self.step + 1} of {self.total_steps}, with a checkpoint"
         self._stop.lost = f"this step and {lost}"
@@ -307,10 +307,10 @@ def open_run(
 ) -> Iterator[StageRun]:
     """Takes a stage's folder for this process: lock, leftovers of a killed writer, logs, signals.
 
-    save_every: steps between checkpoints, 0 for about ten a stage. keep: checkpoints kept, at least two. environment:
-    what a checkpoint records and a resume compares. grace: seconds that a step may go on after SIGTERM, None without
-    end. main: False on all ranks but one: they read and write nothing. agree: True on all ranks if it is on one.
-    first: what the first rank gives to all. warn: shows a line, from any thread: the answer to a signal.
+    save_every: steps between checkpoints, 0 for about ten per stage. keep: checkpoints kept, at least two. environment:
+    what a checkpoint records and a resume compares. grace: seconds that a step may continue after SIGTERM, None for no
+    limit. main: False on all ranks but one: they read and write nothing. agree: True on all ranks if it is on one.
+    first: the first rank's value on all ranks. warn: prints a line, from any thread, in response to a signal.
     Raises UserError E-RUN-LOCKED; Stopped, after the stage's end, for a stop that came too late to matter.
     """
     run = StageRun(folder, seed, total_steps, save_every, keep, environment or {}, main, warn)

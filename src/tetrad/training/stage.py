@@ -1,4 +1,4 @@
-"""What every stage does around its loop: open its folder, take up where it stopped, leave a model that others load."""
+"""What every stage does around its loop: open its folder, resume where it stopped, save a model that others load."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from tetrad.types import Tokens
 
 
 class Weights:
-    """A model as a part of a checkpoint: its trained parameters by name; frozen ones are read where they come from."""
+    """A model as a part of a checkpoint: its trained parameters by name; frozen ones are read from their source."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -51,7 +51,7 @@ class Weights:
             own[name].copy_(tensor)
 
     def check(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's own tensors, where these have their names and shapes. Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
+        """The model's own tensors, if these have their names and shapes. Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
         own = self.tensors()
         if own.keys() != tensors.keys():
             names = sorted(own.keys() ^ tensors.keys())
@@ -73,7 +73,7 @@ def start(
     restore: Callable[[Mapping[str, Any]], None] | None = None,
     grace: float | None = None,
 ) -> Iterator[StageRun]:
-    """The stage's run, taken up where it stopped. state: further numbers of a checkpoint; restore takes them back."""
+    """The stage's run, resumed where it stopped. state: further values of a checkpoint; restore takes them back."""
     settings = ctx.recipe.run
     collectives.phase(ctx.folder.name)
     _refuse_unlisted(ctx, parts, state())
@@ -104,7 +104,7 @@ def start(
 
 
 def _conditions(run: common.Run, device: Device) -> dict[str, Json]:
-    """What a checkpoint notes beside the recipe: numbers may differ in their last digits where one of these does."""
+    """What a checkpoint records besides the recipe: numbers may differ in their last digits where one of these does."""
     kind, dtype = device.place.type, str(device.dtype)
     return {
         "device": kind,
@@ -115,7 +115,7 @@ def _conditions(run: common.Run, device: Device) -> dict[str, Json]:
 
 
 def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
-    """The table by which checkpoints are judged before a stage starts must be what the stage keeps."""
+    """The table by which checkpoints are checked before a stage starts must match what the stage keeps."""
     row = STAGES.get(ctx.folder.name)
     listed = (row.parts(ctx.recipe), row.values) if row else ((), ())
     if listed[0] and listed != (tuple(parts), tuple(values)):
@@ -127,23 +127,23 @@ def finish(
     run: StageRun,
     model: CausalLM | ScalarModel,
     tokenizer: Tokenizer,
-    form: Template | None,
-    figures: Mapping[str, Json],
+    template: Template | None,
+    metrics: Mapping[str, Json],
     extra: Mapping[str, Content] | None = None,
 ) -> None:
-    """Writes <stage>/model: what transformers loads, with the figures and the lineage in its manifest."""
-    model.config = _ending_at(model.config, form.end_id(tokenizer) if form else tokenizer.document_end)
+    """Writes <stage>/model: what transformers loads, with the metrics and the lineage in its manifest."""
+    model.config = _ending_at(model.config, template.end_id(tokenizer) if template else tokenizer.document_end)
     model.config = replace(model.config, pad_id=tokenizer.pad_id)
-    files = {**model_files(model), **tokenizer.files(form), **(extra or {})}
-    card = _card(ctx, model, figures)
+    files = {**model_files(model), **tokenizer.files(template), **(extra or {})}
+    card = _card(ctx, model, metrics)
     if ctx.folder.name == "ppo":
-        card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, figures))
-    meta: dict[str, Json] = {"key": ctx.key, "figures": dict(figures), "lineage": dict(ctx.lineage)}
+        card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, metrics))
+    meta: dict[str, Json] = {"key": ctx.key, "figures": dict(metrics), "lineage": dict(ctx.lineage)}
     run.finish(files, meta, {outcome.CARD: card.encode(errors="backslashreplace")})
     collectives.wait()
 
 
-def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str, Json]) -> str:
+def _card(ctx: StageContext, model: CausalLM | ScalarModel, metrics: Mapping[str, Json]) -> str:
     """The folder's README: what this is, how to load it, how good it was, and what it was made from, without paths."""
     auto = "AutoModelForCausalLM"
     lines = [f"# {ctx.recipe.name}: {ctx.folder.name}", ""]
@@ -153,7 +153,7 @@ def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str
             f"Reward = logit + {float(model.bias):.6g} (`tetrad.reward_bias` in config.json), read at the last token."
         ]
     lines += [f"Loads in transformers with `{auto}.from_pretrained(folder)` and `AutoTokenizer`.", ""]
-    lines += [f"- {name}: {value}" for name, value in figures.items() if isinstance(value, int | float)]
+    lines += [f"- {name}: {value}" for name, value in metrics.items() if isinstance(value, int | float)]
     lines += ["", "Made from (all of it in manifest.json):", ""]
     parents = cast(Mapping[str, Mapping[str, str]], ctx.lineage.get("parents", {}))
     lines += [f"- {role}: key {parent['key'][:8]}" for role, parent in parents.items()]
@@ -163,15 +163,15 @@ def _card(ctx: StageContext, model: CausalLM | ScalarModel, figures: Mapping[str
 
 
 def figures_of(folder: Path) -> dict[str, Any]:
-    """What a stage noted about its model."""
+    """The metrics that a stage recorded about its model."""
     manifest = folder / "manifest.json"
     return dict(json.loads(manifest.read_bytes()).get("figures", {})) if manifest.is_file() else {}
 
 
-def read_policy(folder: Path, tokenizer: Tokenizer, form: Template) -> CausalLM:
-    """The model that answers; its replies end at the template's end token too."""
+def read_policy(folder: Path, tokenizer: Tokenizer, template: Template) -> CausalLM:
+    """The model that responds; its responses end at the template's end token too."""
     model = read_causal(folder)
-    model.config = _ending_at(model.config, form.end_id(tokenizer))
+    model.config = _ending_at(model.config, template.end_id(tokenizer))
     return model
 
 
@@ -181,18 +181,18 @@ def _ending_at(config: DecoderConfig, end: int) -> DecoderConfig:
 
 
 def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """What reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
+    """The folder's model reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
     refuse_other_tokenizer(folder, Tokenizer.load(folder), tokenizer)
 
 
 def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Prepared:
-    """The stage's tokens: made by one rank, opened by all."""
+    """The stage's tokens: built by one rank, opened by all."""
     if collectives.is_main():
         make(ctx)
     collectives.wait()
-    found = make(ctx)
-    report_counts(ctx, found.counts, len(found.store))
-    return found
+    data = make(ctx)
+    report_counts(ctx, data.counts, len(data.store))
+    return data
 
 
 def template_for(ctx: StageContext, folder: Path) -> Template:
@@ -203,19 +203,19 @@ def template_for(ctx: StageContext, folder: Path) -> Template:
 def validation_metrics(
     ctx: StageContext, model: CausalLM, documents: Sequence[Tokens], device: Device
 ) -> dict[str, float]:
-    """Loss and perplexity of a language model on documents that it never trained on; nothing without any."""
+    """Loss and perplexity of a language model on documents that it never trained on; empty without any."""
     if not documents:
         return {}
     loss, tokens = mean_nll(model, documents, ctx.recipe.run.micro_batch_tokens, device)
-    said = f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}, {tokens} tokens"
-    ctx.console.say(f"{ctx.folder.name:<10} {said}")
+    text = f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}, {tokens} tokens"
+    ctx.console.say(f"{ctx.folder.name:<10} {text}")
     return {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_tokens": float(tokens)}
 
 
 def report_counts(ctx: StageContext, counts: Counts, kept: int, which: str = "") -> None:
-    """Says what was read and what became of it; nothing is dropped or cut in silence."""
-    said = [f"{counts.read} {which}records read", f"{kept} kept"]
-    said += [f"{n} {name}" for name in ("blank", "cut", "dropped", "tied") if (n := getattr(counts, name))]
-    ctx.console.say(f"{ctx.folder.name:<10} {', '.join(said)}")
+    """Reports what was read and what became of it; nothing is silently dropped or truncated."""
+    parts = [f"{counts.read} {which}records read", f"{kept} kept"]
+    parts += [f"{n} {name}" for name in ("blank", "cut", "dropped", "tied") if (n := getattr(counts, name))]
+    ctx.console.say(f"{ctx.folder.name:<10} {', '.join(parts)}")
     for note in counts.notes:
         ctx.console.say(f"note: {note}")

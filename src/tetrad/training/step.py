@@ -24,7 +24,7 @@ from tetrad.types import Packed
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One forward and backward. counts: what this part adds to each denominator. data: what the terms read besides."""
+    """One forward and backward. counts: what this part adds to each denominator. data: further inputs of the terms."""
 
     packed: Packed
     counts: Mapping[str, float]
@@ -44,7 +44,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What is measured beside the loss: sum / (the whole batch's count named `per`), or the largest, per = MAX."""
+    """A metric besides the loss: sum / (the whole batch's count named `per`), or the maximum, per = MAX."""
 
     name: str
     sum: Tensor
@@ -59,8 +59,8 @@ MAX = "max"
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """What one optimizer step did. terms: each term's mean over the batch of all ranks, before its coefficient;
-    a term that the batch had nothing for is absent. tokens: what all ranks read."""
+    """The result of one optimizer step. terms: each term's mean over the batch of all ranks, before its coefficient;
+    a term without data in the batch is absent. tokens: read by all ranks."""
 
     loss: float
     grad_norm: float
@@ -82,7 +82,7 @@ def update(
     factor: float = 1.0,
     max_norm: float = 0.0,
 ) -> StepStats:
-    """One optimizer step on a batch in parts. factor: share of the learning rate; max_norm: 0 is no clipping.
+    """One optimizer step on a batch in parts. factor: share of the learning rate; max_norm: 0 means no clipping.
 
     Errors: E-NUM-NONFINITE before any weight changes, with the places of the batch's records.
     """
@@ -115,7 +115,7 @@ def update(
 
 @torch.no_grad()
 def measured(model: nn.Module, micros: Sequence[Microbatch], terms: Terms, device: Device) -> float:
-    """The loss of a batch as `update` would see it, on this rank alone; no weight changes."""
+    """The loss of a batch as `update` would compute it, on this rank alone; no weight changes."""
     counts = _counted(micros)
     loss = 0.0
     for micro in counted("held-out records", micros, len(micros)):
@@ -137,7 +137,7 @@ def _counted(micros: Sequence[Microbatch]) -> dict[str, float]:
 def _over_ranks(
     sums: dict[str, float], scales: dict[str, tuple[str, float]], most: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The sums and the largest of all ranks. A rank without rows has no terms of its own: `scales` gets the others'."""
+    """The sums and maxima over all ranks. A rank without rows has no terms of its own: `scales` gets the others'."""
     summed: dict[str, float] = {}
     highest: dict[str, float] = {}
     for part, others, theirs in collectives.everyone((sums, scales, most)):
@@ -160,7 +160,7 @@ def _stop(loss: float, norm: float, micros: Sequence[Microbatch], finite: Callab
     """Names the records of the micro-batches that are not finite by themselves, on the rank that has them."""
     guilty = [micro for micro in micros if not finite(micro)]
     if collectives.on_any(bool(guilty)) and not guilty:
-        collectives.wait()  # until a rank that is to blame ends all
+        collectives.wait()  # until a failing rank ends all
     places = [place for micro in guilty or micros for place in (micro.places or micro.packed.where)]
     named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     what = f"loss {loss}, gradient norm {norm}; no weight was changed. The records: {named or 'unnamed'}"
@@ -168,7 +168,7 @@ def _stop(loss: float, norm: float, micros: Sequence[Microbatch], finite: Callab
 
 
 def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device: Device, micro: Microbatch) -> bool:
-    """Whether loss and gradient of this part alone are."""
+    """Whether loss and gradient of this part alone are finite."""
     model.zero_grad(set_to_none=True)
     with device.compute():
         parts = _loss(terms(model, micro), totals)

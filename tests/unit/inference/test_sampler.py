@@ -181,7 +181,7 @@ def test_penalties_and_biases():
 
 def test_a_penalised_row_takes_another_token():
     said = [(Sampling(temperature=0.0, presence_penalty=2.5), [0], [1])]
-    found = draw(LOGITS[None], torch.tensor([0.5]), said[0][0], said=said)
+    found = draw(LOGITS[None], torch.tensor([0.5]), said[0][0], histories=said)
     assert found.ids.tolist() == [3]
     torch.testing.assert_close(found.logprobs, LOGITS.log_softmax(-1)[[3]])
 

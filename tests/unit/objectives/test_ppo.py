@@ -215,9 +215,9 @@ def test_masked_garbage_reaches_neither_losses_nor_gradients(how):
         results = []
         for source in (clean, dirty):
             leaf = source[names[0]].clone().requires_grad_()
-            loss = function(leaf, source[names[1]], source[names[2]], mask, how=how)[0]
+            loss = function(leaf, source[names[1]], source[names[2]], mask, reduction=how)[0]
             results.append((loss, torch.autograd.grad(loss, leaf)[0]))
         assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
         assert results[1][1][~mask].eq(0).all()
         with pytest.raises(ValueError, match="empty"):
-            function(*(clean[n] for n in names), torch.zeros_like(mask), how=how)
+            function(*(clean[n] for n in names), torch.zeros_like(mask), reduction=how)

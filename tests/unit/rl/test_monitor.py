@@ -75,7 +75,7 @@ def test_kl_is_held_against_its_target() -> None:
 
 def test_a_rare_share_is_told_by_enough_replies() -> None:
     """4 of 64 replies once are chance where one in a hundred is usual; in three iterations in a row they are not."""
-    found = Monitor(Alarms(), 0.0, warmup=0, replies=64)
+    found = Monitor(Alarms(), 0.0, warmup=0, responses=64)
     shares = [0.0, 0.01, 0.0, 0.0625, 0.0, 0.0625, 0.0625, 0.0625, 0.0, 0.0]
     told = [levels(found, step, unseen_scores=share).get("unseen_scores", 0) for step, share in enumerate(shares)]
     assert told == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]

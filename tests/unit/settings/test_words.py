@@ -54,7 +54,7 @@ def test_other_texts_have_no_escapes() -> None:
 
 def test_the_help_shows_what_can_be_typed() -> None:
     shown = " ".join(help_text(use.Generate).split())
-    (typed,) = re.findall(r'end a reply before them, for example "([^"]+)"', shown)
+    (typed,) = re.findall(r'end a response before them, for example "([^"]+)"', shown)
     assert parse(["--stop", typed], knobs(use.Generate))[1] == {"stop": ["\n"]}
 
 

@@ -109,27 +109,27 @@ def test_every_token_of_an_answer_can_learn() -> None:
 def test_best_weights_are_kept_and_put_back() -> None:
     model = toys.scalar(seed=1)
     best = EarlyStopping(model, patience=2)
-    best.see(1.0)
-    assert not best.enough
+    best.update(1.0)
+    assert not best.should_stop
     wanted = model.score.weight.detach().clone()
     for loss, enough in ((1.1, False), (1.0, True)):
         with torch.no_grad():
             model.score.weight += 1
-        best.see(loss)
-        assert best.enough is enough
+        best.update(loss)
+        assert best.should_stop is enough
     again = EarlyStopping(model, patience=2)
     again.load_tensors({name: tensor.clone() for name, tensor in best.tensors().items()})
-    assert (again.loss, again.waited, again.enough) == (1.0, 2, True)
-    again.put_back()
+    assert (again.loss, again.waited, again.should_stop) == (1.0, 2, True)
+    again.restore_best()
     assert torch.equal(model.score.weight, wanted)
 
 
 def test_without_patience_nothing_is_kept() -> None:
     best = EarlyStopping(toys.scalar(), 0)
-    assert not best.enough
+    assert not best.should_stop
     assert best.tensors() == {} and best.full_bytes() == 0
     best.load_tensors({})
-    best.put_back()
+    best.restore_best()
 
 
 def test_training_stops_where_held_out_records_gain_no_more(chain: Chain) -> None:
