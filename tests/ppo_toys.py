@@ -18,9 +18,8 @@ from tetrad.rl.experience import PPOBatch
 from tetrad.rl.models import Models
 from tetrad.rl.monitor import Monitor
 from tetrad.rl.rollout import Rollout, roll_out
-from tetrad.settings.alarms import Alarms
 from tetrad.settings.common import Optim, Sampling
-from tetrad.settings.ppo import Ppo
+from tetrad.settings.ppo import Alarms, Ppo
 from tetrad.train.ppo import PPOState, learn, make_batch
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer

@@ -8,17 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from tetrad.settings.alarms import Alarms
 from tetrad.settings.base import Seed, model_pays, settings
-from tetrad.settings.common import Data, Optim, Run, Sampling
+from tetrad.settings.common import Data, Lora, Optim, Run, Sampling
 from tetrad.settings.evaluate import Evaluate
-from tetrad.settings.gate import Gate
-from tetrad.settings.lora import Lora
 from tetrad.settings.model import Model
-from tetrad.settings.ppo import Ppo
+from tetrad.settings.ppo import Alarms, Ppo, Ptx
 from tetrad.settings.pretrain import Pretrain
-from tetrad.settings.ptx import Ptx
-from tetrad.settings.reward import Reward
+from tetrad.settings.reward import Gate, Reward
 from tetrad.settings.sft import Sft
 from tetrad.settings.tokenizer import Tokenizer
 

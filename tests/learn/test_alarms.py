@@ -16,8 +16,7 @@ from tetrad.inference.completions import EncodedPrompt
 from tetrad.rl.metrics import step_metrics
 from tetrad.rl.models import Models
 from tetrad.rl.monitor import Monitor
-from tetrad.settings.alarms import Alarms
-from tetrad.settings.ppo import Ppo
+from tetrad.settings.ppo import Alarms, Ppo
 from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn

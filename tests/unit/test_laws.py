@@ -157,6 +157,27 @@ def test_budgets(tmp_path: Path) -> None:
     ]
 
 
+def test_budgets_of_names_folders_and_imports(tmp_path: Path) -> None:
+    names = "".join(f"    x{number} = 0\n" for number in range(laws.NAMES_BUDGET - 1))
+    plant(tmp_path, "wide.py", f"def f(a):\n{names}    def g(b, c):\n        pass\n")
+    assert laws.check(tmp_path)[1] == []
+    plant(tmp_path, "wide.py", f"def f(a, b):\n{names}")
+    plant(tmp_path, "word.py", "def f(told):\n    for found in told:\n        pass\n")
+    assert laws.check(tmp_path)[1] == [
+        f"src/tetrad/wide.py:1: f binds {laws.NAMES_BUDGET + 1} names, over {laws.NAMES_BUDGET}",
+        "src/tetrad/word.py:1: f binds `found`, which says nothing of what it holds",
+        "src/tetrad/word.py:1: f binds `told`, which says nothing of what it holds",
+    ]
+    for name in ("wide.py", "word.py"):
+        (tmp_path / "src/tetrad" / name).unlink()
+    for number in range(16):
+        plant(tmp_path, f"rl/m{number}.py", "")
+    plant(tmp_path, "train/ppo.py", "".join(f"from tetrad.rl import m{number}\n" for number in range(15)))
+    assert laws.check(tmp_path)[1] == ["src/tetrad/rl: 16 files, over 14 a folder"]
+    plant(tmp_path, "train/ppo.py", "".join(f"from tetrad.rl.m{number} import x, y\n" for number in range(16)))
+    assert laws.check(tmp_path)[1][1:] == ["src/tetrad/train/ppo.py:1: imports 16 own modules, over 15"]
+
+
 def test_total_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(laws, "TOTAL_BUDGET", 4)
     plant(tmp_path, "a.py", "x = 0\n" * 2)

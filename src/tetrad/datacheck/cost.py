@@ -24,7 +24,7 @@ from tetrad.model.config import DecoderConfig
 from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table
 from tetrad.settings.base import model_pays
-from tetrad.settings.lora import Lora
+from tetrad.settings.common import Lora
 
 TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes per parameter
 BASE = 305 << 20  # bytes of a process with torch in it

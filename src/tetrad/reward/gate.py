@@ -15,7 +15,7 @@ from tetrad.data.similarity import covered
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
 from tetrad.settings.base import REWARD_MODEL, model_pays
-from tetrad.settings.gate import Gate
+from tetrad.settings.reward import Gate
 from tetrad.training.context import StageContext
 from tetrad.training.stage import figures_of
 from tetrad.types import Prompt, lines

@@ -17,9 +17,8 @@ from tetrad.report.verdict import AlarmSpan
 from tetrad.reward.functions import python_function
 from tetrad.reward.model import Reward
 from tetrad.reward.sources import named
-from tetrad.settings.alarms import Alarms
 from tetrad.settings.base import model_pays
-from tetrad.settings.ppo import Ppo
+from tetrad.settings.ppo import Alarms, Ppo
 from tetrad.storage import Json
 from tetrad.training.context import StageContext
 

@@ -27,7 +27,7 @@ from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, give_head
 from tetrad.registry import POLICY
 from tetrad.seeds import seed_for
-from tetrad.settings.lora import Lora
+from tetrad.settings.common import Lora
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
 

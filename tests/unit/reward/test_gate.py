@@ -12,8 +12,7 @@ from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.reward import gate
 from tetrad.reward.gate import GateResult, apply
-from tetrad.settings.gate import Gate
-from tetrad.settings.reward import Reward
+from tetrad.settings.reward import Gate, Reward
 from tetrad.types import Prompt, Turn
 
 SOUND = {

@@ -13,8 +13,7 @@ from tetrad.errors import UserError
 from tetrad.registry import Recipe
 from tetrad.report.verdict import AlarmSpan
 from tetrad.rl.monitor import Monitor, idle
-from tetrad.settings.alarms import Alarms
-from tetrad.settings.ppo import Ppo
+from tetrad.settings.ppo import Alarms, Ppo
 
 HEALTHY = {
     "kl": 3.0,
