@@ -8,12 +8,11 @@ import torch
 
 import toys
 from tetrad.cli.main import _report
-from tetrad.distributed import collectives
-from tetrad.distributed import watchdog
+from tetrad.distributed import collectives, watchdog
+from tetrad.settings.common import Optim
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import language_terms, update
-from tetrad.settings.common import Optim
 
 PATIENCE = 6.0
 

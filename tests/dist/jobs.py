@@ -1,7 +1,7 @@
 """The same training on one process or on two: what `test_gloo.py` runs here and in its workers.
 
-Each job trains for five steps on the whole batch, of which `collectives.share` gives each process its part (batches of 13: the
-parts differ in size), and returns every step's figures and the final weights. As a program: `jobs.py FOLDER`, with the
+Each job trains for five steps on the whole batch, of which `collectives.share` gives each process its part (batches of 13:
+the parts differ in size), and returns every step's figures and the final weights. As a program: `jobs.py FOLDER`, with the
 environment that torchrun sets.
 """
 
@@ -19,18 +19,18 @@ import ppo_toys
 import toys
 from tetrad.data.loader import batch_indices, whole
 from tetrad.distributed import collectives
-from tetrad.training.batches import language_micros
-from tetrad.training.optimizer import Optimizer
 from tetrad.reward.batches import preference_micros
 from tetrad.rl.rollout import Rollout
-from tetrad.training.step import language_terms, update
 from tetrad.seeds import seed_for
 from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.reward import Reward
 from tetrad.train.ppo import learn
 from tetrad.train.reward import Latent, preference_terms
-from tetrad.types import Comparison, Prompt, Score, StepStats
+from tetrad.training.batches import language_micros
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import StepStats, language_terms, update
+from tetrad.types import Comparison, Prompt, Score
 
 Found = dict[str, torch.Tensor]
 STEPS, BATCH, SEED = 5, 13, 3
@@ -103,7 +103,9 @@ def four(s: Ppo) -> ppo_toys.Models:
     return ppo_toys.four_models(s, *models, reward, toys.causal(seed=3, vocab_size=12))
 
 
-PPO = Ppo(batch_size=BATCH, max_new_tokens=6, ppo_epochs=2, actor_lr=1e-3, critic_lr=1e-3, steps=10, reward_scaling="whiten")
+PPO = Ppo(
+    batch_size=BATCH, max_new_tokens=6, ppo_epochs=2, actor_lr=1e-3, critic_lr=1e-3, steps=10, reward_scaling="whiten"
+)
 
 
 def ppo(s: Ppo = PPO) -> Found:

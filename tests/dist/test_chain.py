@@ -10,7 +10,16 @@ from dist.workers import popen
 from tiny import Chain
 
 pytestmark = pytest.mark.dist
-DROPOUT = ("--reward.dropout", "0.2", "--reward.token-dropout", "0.1", "--ppo.samples-per-prompt", "2", "--ppo.eval-every", "4")
+DROPOUT = (
+    "--reward.dropout",
+    "0.2",
+    "--reward.token-dropout",
+    "0.1",
+    "--ppo.samples-per-prompt",
+    "2",
+    "--ppo.eval-every",
+    "4",
+)
 
 
 def rows(home: Path, stage: str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Two processes of which one fails, hangs or is killed: one message that names it, one exit code, nobody left behind."""
+"""Of two processes one fails, hangs or is killed: one message that names it, one exit code, nobody left behind."""
 
 import os
 import re
