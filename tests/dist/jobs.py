@@ -1,8 +1,8 @@
 """The same training on one process or on two: what `test_gloo.py` runs here and in its workers.
 
-Each job trains for five steps on the whole batch, of which `collectives.share` gives each process its part (batches of 13:
-the parts differ in size), and returns every step's figures and the final weights. As a program: `jobs.py FOLDER`, with the
-environment that torchrun sets.
+Each job trains for five steps on the whole batch, of which `collectives.share` gives each process its part (batches of
+13: the parts differ in size), and returns every step's figures and the final weights. As a program: `jobs.py FOLDER`,
+with the environment that torchrun sets.
 """
 
 import math
