@@ -40,6 +40,12 @@ class PPOState:
     monitor: Monitor
     running_std: RunningStd
 
+    @classmethod
+    def of(cls, ctx: StageContext) -> "PPOState":
+        s = ctx.recipe.ppo
+        monitor = Monitor(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch_size * s.samples_per_prompt)
+        return cls(KLController(s.kl_coef, s.kl_target, s.kl_horizon), monitor, RunningStd())
+
     def state(self) -> dict[str, Any]:
         return {"beta": self.kl.beta, **self.monitor.state(), "scores": self.running_std.state()}
 
@@ -56,9 +62,7 @@ def run(ctx: StageContext) -> None:
     say_idle(ctx)
     failures = gate.before_ppo(ctx, [each.prompt for each in prompts.prompts])
     ptx, judges = ptx_batches(ctx, models.device), judges_of(ctx)
-    kl = KLController(s.kl_coef, s.kl_target, s.kl_horizon)
-    monitor = Monitor(ctx.recipe.alarms, s.kl_target, s.critic_warmup, s.batch_size * s.samples_per_prompt)
-    state = PPOState(kl, monitor, RunningStd())
+    state = PPOState.of(ctx)
     samples = Samples(ctx, models, prompts.prompts)
     with (
         start(ctx, models.device, s.steps, models.parts(), state.state, state.restore, ctx.recipe.run.grace) as stage,
@@ -73,19 +77,19 @@ def run(ctx: StageContext) -> None:
                 gate.check_scale(ctx, batch.parts)
             judged = {name: judge(rollout.samples) for name, judge in judges.items()}
             losses = learn(models, batch, s, (seed, step), ptx)
-            metrics = step_metrics(batch, kl.beta, models.device, models.train_score_p999, judged) | losses
+            metrics = step_metrics(batch, state.kl.beta, models.device, models.train_score_p999, judged) | losses
             if step >= s.critic_warmup:  # before, the actor can't move and its KL is 0
-                kl.update(metrics["kl"], s.batch_size * s.samples_per_prompt)
+                state.kl.update(metrics["kl"], s.batch_size * s.samples_per_prompt)
             if models.ema:
                 models.ema.update()
-            metrics |= monitor.check(ctx, step, metrics)
+            metrics |= state.monitor.check(ctx, step, metrics)
             stage.log(step, **metrics)
-            if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0) or monitor.broken:
+            if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0) or state.monitor.broken:
                 samples.show(stage.sample, step, batch)
             speed = stage.timing(step, metrics["length"] * s.batch_size * s.samples_per_prompt)
             bar.advance(1, **{name: metrics[name] for name in SHOWN}, **speed)
-            monitor.stop()
-        save_models(ctx, stage, models, notes_of(failures, monitor))
+            state.monitor.stop()
+        save_models(ctx, stage, models, notes_of(failures, state.monitor))
 
 
 def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: int) -> PPOBatch:

@@ -36,6 +36,7 @@ from tetrad.reward.annotators import Annotators, judged, numbers_of, written
 from tetrad.reward.assessment import Json, as_files, assess, highest_seen, normalise
 from tetrad.reward.batches import Examples, PreferenceTargets, Record, judgements, preference_micros
 from tetrad.reward.functions import python_function
+from tetrad.reward.model import Reward as RewardFunction
 from tetrad.reward.model import RewardModel, score_tokens
 from tetrad.seeds import seed_for
 from tetrad.settings.reward import Reward
@@ -73,39 +74,57 @@ class Member:
     seed: int
 
 
+@dataclass(frozen=True)
+class RewardData:
+    """What a reward model learns from, what it is measured on (validation, then test), and what it is compared with."""
+
+    train: Examples
+    tests: list[Examples]
+    baselines: dict[str, RewardFunction]
+
+
 def run(ctx: StageContext) -> None:
     s, device = ctx.recipe.reward, choose(ctx.recipe.run)
     folder = first_parent(ctx, "from", *POLICY)
     tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
     models = new_models(ctx, folder, device)
-    longest, counts = s.max_tokens or models[0].config.max_positions, Counts()
-    examples = read_examples(ctx, s.data, template, tokenizer, longest, counts)
-    report_counts(ctx, counts, len(examples.records))
-    refuse_overlap(examples.records, read_preferences(ctx.files((*s.validation, *s.test)), s.score_scale))
-    files = [f for f in (s.validation, s.test or s.validation) if f]
-    tests = [read_examples(ctx, f, template, tokenizer, longest, Counts()) for f in files]
-    baselines = {spec.rpartition(":")[2]: python_function(spec) for spec in s.baselines}
-    trainer = RewardTrainer(ctx, examples, tests[0] if tests else None, device)
+    data = read_data(ctx, template, tokenizer, s.max_tokens or models[0].config.max_positions)
+    trainer = RewardTrainer(ctx, data.train, data.tests[0] if data.tests else None, device)
     members = [trainer.member(model, seed) for model, seed in zip(models, seeds(ctx), strict=True)]
     latents = nn.ModuleList(member.latent for member in members)
-    best = EarlyStopping(latents, s.patience if tests else 0)
+    best = EarlyStopping(latents, s.patience if data.tests else 0)
     optimizers = OptimizerGroup([member.optimizer for member in members])
     parts: dict[str, Stateful] = {"model": Weights(latents), "optimizer": optimizers, "best": best}
     with start(ctx, device, trainer.steps, parts) as stage:
         train(ctx, stage, trainer, members, best)
         best.restore_best()
-        reward_model = RewardModel(models, tokenizer, template, device, folder, ctx.recipe.run.micro_batch_tokens)
-        annotators = report_annotators(ctx, members[0].latent, trainer) if trainer.numbers else {}
-        metrics, evaluation = normalise(ctx, reward_model), Json()
-        metrics["train_score_p999"] = highest_seen(reward_model, examples)
-        if tests:
-            test_metrics, evaluation = assess(ctx, reward_model, tests, baselines)
-            metrics |= test_metrics
-        ctx.console.say(f"reward     {gate.apply(metrics, ctx.recipe.gate)}")
-        adapters.keep(ctx, models[0], folder)
-        whole, tokenizer = exported(models, tokenizer)
-        extra = as_files({"annotators": annotators, "evaluation": evaluation}) | members_content(whole)
-        finish(ctx, stage, whole[0], tokenizer, template, metrics, extra)
+        model = RewardModel(models, tokenizer, template, device, folder, ctx.recipe.run.micro_batch_tokens)
+        save(ctx, stage, model, data, report_annotators(ctx, members[0].latent, trainer) if trainer.numbers else {})
+
+
+def read_data(ctx: StageContext, template: Template, tokenizer: Tokenizer, longest: int) -> RewardData:
+    """Errors: E-DATA-*, E-CONF-FUNCTION."""
+    s, counts = ctx.recipe.reward, Counts()
+    train = read_examples(ctx, s.data, template, tokenizer, longest, counts)
+    report_counts(ctx, counts, len(train.records))
+    refuse_overlap(train.records, read_preferences(ctx.files((*s.validation, *s.test)), s.score_scale))
+    files = [f for f in (s.validation, s.test or s.validation) if f]
+    tests = [read_examples(ctx, f, template, tokenizer, longest, Counts()) for f in files]
+    return RewardData(train, tests, {spec.rpartition(":")[2]: python_function(spec) for spec in s.baselines})
+
+
+def save(ctx: StageContext, stage: StageRun, model: RewardModel, data: RewardData, annotators: Json) -> None:
+    """Sets the scale, measures, asks the gate, and leaves a model that others load."""
+    metrics, evaluation = normalise(ctx, model), Json()
+    metrics["train_score_p999"] = highest_seen(model, data.train)
+    if data.tests:
+        test_metrics, evaluation = assess(ctx, model, data.tests, data.baselines)
+        metrics |= test_metrics
+    ctx.console.say(f"reward     {gate.apply(metrics, ctx.recipe.gate)}")
+    adapters.keep(ctx, model.members[0], model.folder)
+    whole, tokenizer = exported(model.members, model.tokenizer)
+    extra = as_files({"annotators": annotators, "evaluation": evaluation}) | members_content(whole)
+    finish(ctx, stage, whole[0], tokenizer, model.form, metrics, extra)
 
 
 def train(
