@@ -15,7 +15,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -195,12 +195,11 @@ def step_folders(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in matches))
 
 
-def prune(folder: Path, keep: int, protect: Collection[int] = ()) -> None:
-    """Deletes all but the `keep` highest `step-*` folders (at least two) and the steps in `protect`."""
+def prune(folder: Path, keep: int) -> None:
+    """Deletes all but the `keep` highest `step-*` folders (at least two)."""
     steps = step_folders(folder)
     for step in list(steps)[: -max(2, keep)]:
-        if step not in protect:
-            remove_folder(steps[step])
+        remove_folder(steps[step])
 
 
 # Reading

@@ -169,8 +169,8 @@ def test_prune_goes_by_number_and_keeps_two(tmp_path: Path) -> None:
     for step in (2, 10, 9, 100, 1000000):
         storage.write_folder(tmp_path / f"step-{step:06d}", {}, {})
     (tmp_path / "other").mkdir()
-    storage.prune(tmp_path, 3, protect=[2])
-    assert list(storage.step_folders(tmp_path)) == [2, 10, 100, 1000000]
+    storage.prune(tmp_path, 3)
+    assert list(storage.step_folders(tmp_path)) == [10, 100, 1000000]
     storage.prune(tmp_path, 0)
     assert list(storage.step_folders(tmp_path)) == [100, 1000000]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000100", "step-1000000"]

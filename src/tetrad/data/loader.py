@@ -110,7 +110,7 @@ class Rows:
     """Rows of `sequence_length` tokens for pre-training, cut from the concatenated documents of an epoch.
 
     Each epoch has its own permutation (of the documents that the mixture gives it); the remainder after its last full
-    row is not read in that epoch. per_epoch, left_out: full rows and remaining tokens of the first epoch.
+    row is not read in that epoch. per_epoch: full rows of the first epoch.
     """
 
     def __init__(self, store: TokenStore, sequence_length: int, seed: int, mixture: Mixture | None = None) -> None:
@@ -120,7 +120,7 @@ class Rows:
         self._ends = [0]  # rows before each epoch that was entered
         self._epoch, self._documents, self._starts = -1, np.zeros(0, np.int64), np.zeros(1, np.int64)
         self._enter(0)
-        self.per_epoch, self.left_out = divmod(int(self._starts[-1]), sequence_length)
+        self.per_epoch = int(self._starts[-1]) // sequence_length
         if not self.per_epoch:
             what = f"the first epoch has {int(self._starts[-1])} tokens, less than one row of {sequence_length}"
             hint = "give more text, lower sequence_length, or raise the weights"

@@ -47,18 +47,11 @@ def tokenize_documents(
     return _encode(tokenizer, (([(d.text, True), end], d.where) for d in documents), counts)
 
 
-def fit(
-    stream: Iterable[Tokens],
-    max_tokens: int,
-    overlong: OnLong,
-    counts: Counts,
-    *,
-    side: Literal["left", "right"] = "right",
-) -> Iterator[Tokens]:
+def fit(stream: Iterable[Tokens], max_tokens: int, overlong: OnLong, counts: Counts) -> Iterator[Tokens]:
     """Records of at most `max_tokens` tokens.
 
-    overlong: longer ones are refused (left out here; `refuse_long` raises once all are seen), cut (on this `side`)
-    or dropped; all are counted. A cut record that loses all tokens to train on is dropped.
+    overlong: longer ones are refused (left out here; `refuse_long` raises once all are seen), truncated on
+    the right, or dropped; all are counted. A cut record that loses all tokens to train on is dropped.
     """
     for tokens in stream:
         length = len(tokens.ids)
@@ -68,8 +61,7 @@ def fit(
         counts.long += 1
         counts.longest, counts.first_long = max(counts.longest, length), counts.first_long or tokens.where
         if overlong == "truncate":
-            part = slice(0, max_tokens) if side == "right" else slice(length - max_tokens, length)
-            short = Tokens(tokens.ids[part], tokens.train[part], tokens.where)
+            short = Tokens(tokens.ids[:max_tokens], tokens.train[:max_tokens], tokens.where)
             if short.train.any() or not tokens.train.any():
                 counts.cut += 1
                 yield short

@@ -4,12 +4,10 @@ No gradients. Ties are averaged, never broken by position, and randomness comes 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from tetrad.objectives.preference import pairs_of
 
 MOST_DRAWN = 1_000_000  # rows at a time
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
@@ -53,20 +51,6 @@ def fit_temperature(logits_P: Tensor, labels_P: Tensor) -> float:
         slope = float((logits * ((1 - labels) * torch.sigmoid(sharper) - labels * torch.sigmoid(-sharper))).sum())
         low, high = (middle, high) if slope < 0 else (low, middle)
     return math.exp(-(low + high) / 2)
-
-
-def pair_correct(scores_N: Tensor, winners_P: Tensor, losers_P: Tensor) -> Tensor:
-    """1 where the winner has the higher score, 0.5 where both have the same, else 0; [P] float64."""
-    gap = (scores_N[winners_P] - scores_N[losers_P]).detach()
-    return (gap.sign().double() + 1) / 2
-
-
-def pair_accuracy(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int]) -> float:
-    """Share of the untied pairs of all lists that the scores order as the ranks do. Raises ValueError without pairs."""
-    winners, losers, _ = pairs_of(ranks_N, bounds)
-    if winners.numel() == 0:
-        raise ValueError("no untied pair: accuracy is undefined")
-    return float(pair_correct(scores_N, winners, losers).mean())
 
 
 def spearman(x_N: Tensor, y_N: Tensor) -> float:

@@ -86,10 +86,6 @@ class Template:
         ids, train = _encode(tokenizer, self.pieces(tokenizer, turns, where))
         return Tokens(np.array(ids, np.int32), np.array(train, np.bool_), where)
 
-    def answer(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Ids of an answer with its end token."""
-        return [*tokenizer.encode(self.said(text)), self.end_id(tokenizer)]
-
     def said(self, text: str) -> str:
         """The last answer as this template writes it."""
         return text.strip() if self.trims else text.lstrip("\n") if self.thinks else text

@@ -204,11 +204,6 @@ class Tokenizer:
         return sum(len(self._control_pattern.findall(text)) for text in texts)
 
     @property
-    def separator_id(self) -> int | None:
-        """The control token <|sep|>; None on a foreign tokenizer."""
-        return self.control(SEPARATOR)
-
-    @property
     def document_end(self) -> int:
         """The id after each document of pre-training: <|endoftext|>, else the first end token."""
         return self._controls.get(END, self.eos_ids[0])

@@ -72,7 +72,7 @@ def store(tmp_path_factory):
 @pytest.mark.parametrize("sequence_length", [1, 4, 7, 32, 189])
 def test_rows_are_the_permuted_documents_end_to_end(store, sequence_length):
     rows = Rows(store, sequence_length, seed=3)
-    assert (rows.per_epoch, rows.left_out) == divmod(store.total, sequence_length)
+    assert rows.per_epoch == store.total // sequence_length
     for epoch in range(3):
         stream = np.concatenate([store[int(i)].ids for i in order(3, epoch, len(store))])
         found = [rows.row(epoch * rows.per_epoch + k) for k in range(rows.per_epoch)]

@@ -60,7 +60,7 @@ def test_documents_end_and_control_strings_are_counted():
     counts = Counts()
     (found,) = tokenize_documents(TOKENIZER, [Document("hello <|sep|><|sep|>", "f:1")], counts)
     assert found.ids.tolist() == [*TOKENIZER.encode("hello <|sep|><|sep|>"), TOKENIZER.document_end]
-    assert TOKENIZER.separator_id not in found.ids
+    assert TOKENIZER.control("<|sep|>") not in found.ids
     assert found.train.all() and found.where == "f:1" and counts.control_strings == 2
 
 
@@ -92,10 +92,8 @@ def test_fit_cuts_and_drops_with_counts():
     assert len(fitted(2, "truncate")) == 5
 
 
-def test_fit_cuts_the_side_that_is_asked_for():
+def test_fit_truncates_on_the_right_and_drops_what_has_no_answer_left():
     long = record(range(6), [False] * 4 + [True] * 2)
-    (left,) = fit([long], 3, "truncate", Counts(), side="left")
-    assert left.ids.tolist() == [3, 4, 5] and left.train.tolist() == [False, True, True]
     counts = Counts()
     short = record([1], where="g:1")
     assert list(fit([long, short], 3, "truncate", counts)) == [short]  # nothing of the answer is left

@@ -53,14 +53,6 @@ def test_without_a_minimum_an_end_of_the_range_is_given():
             calibration.fit_temperature(bad, bad)
 
 
-def test_accuracy_counts_untied_pairs_and_halves_equal_scores():
-    ranks, scores = torch.tensor([1, 2, 2, 1, 2]), torch.tensor([3.0, 1.0, 3.0, 0.0, 1.0])
-    # list 1: (0 over 1) right, (0 over 2) equal; list 2: wrong
-    assert calibration.pair_accuracy(scores, ranks, [0, 3, 5]) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="undefined"):
-        calibration.pair_accuracy(scores[:2], torch.ones(2), [0, 2])
-
-
 def test_spearman():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert calibration.spearman(x, x.exp()) == pytest.approx(1)

@@ -27,7 +27,6 @@ def test_sizes_and_controls(learned):
     assert ids == list(range(learned.size - 5, learned.size))
     assert learned.eos_ids == (learned.control("<|endoftext|>"),)
     assert learned.pad_id == learned.control("<|pad|>")
-    assert learned.separator_id == learned.control("<|sep|>")
 
 
 def test_learning_repeats(learned):

@@ -42,7 +42,11 @@ def test_instruction():
     assert shown(tokens.ids) == "翻译<|sep|>hello<|sep|>你好<|endoftext|>"
     assert trained(tokens) == "你好<|endoftext|>"
     assert tokens.where == "f:1" and tokens.ids.dtype == np.int32 and tokens.train.dtype == np.bool_
-    assert list(tokens.ids) == INSTRUCTION.prompt(TOKENIZER, ASKED) + INSTRUCTION.answer(TOKENIZER, "你好")
+    answer = [*TOKENIZER.encode("你好"), INSTRUCTION.end_id(TOKENIZER)]
+    assert list(tokens.ids) == [*INSTRUCTION.prompt(TOKENIZER, ASKED), *answer]
+        *TOKENIZER.encode("你好"),
+        INSTRUCTION.end_id(TOKENIZER),
+    ]
 
 
 def test_both_separators_always():

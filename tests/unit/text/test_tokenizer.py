@@ -324,10 +324,10 @@ def test_named_special_tokens_stay_named(tmp_path):
 def test_with_control_adds_one_id(tmp_path):
     tokenizer = Tokenizer.from_json(foreign("<|endoftext|>"))
     grown = tokenizer.with_control("<|sep|>")
-    assert grown.separator_id == tokenizer.size and grown.size == tokenizer.size + 1
+    assert grown.control("<|sep|>") == tokenizer.size and grown.size == tokenizer.size + 1
     assert grown.with_control("<|sep|>") is grown
     assert grown.encode("a <|sep|> b") == tokenizer.encode("a <|sep|> b")
-    assert tokenizer.separator_id is None
+    assert tokenizer.control("<|sep|>") is None
 
 
 def test_files_drop_what_would_run(tmp_path):
