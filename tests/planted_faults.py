@@ -145,9 +145,9 @@ FAULTS = (
     ),
     Fault(
         "15 centring draws the difference to 0, not the sum",
-        "train/reward.py",
-        "sums = r_D[targets.winners_P] + r_D[targets.losers_P]",
-        "sums = r_D[targets.winners_P] - r_D[targets.losers_P]",
+        "objectives/preference.py",
+        "rewards_N[winners_P] + rewards_N[losers_P]",
+        "rewards_N[winners_P] - rewards_N[losers_P]",
         "conformance/test_losses.py::test_reward_loss_by_hand",
     ),
     Fault(

@@ -138,6 +138,36 @@ def _whiten_of_ranks(x: Inputs) -> dict[str, Tensor]:
     return {"whitened": ppo.whiten(x["x"], x["mask"], x["shift_mean"], mean_and_variance=known)}
 
 
+def _explained_variance(x: Inputs) -> dict[str, Tensor]:
+    def mean_variance(values: Tensor) -> tuple[Tensor, Tensor]:
+        mean, _ = ppo.mean_variance(ppo.moments(values, x["mask"]))
+        return ppo.mean_variance(ppo.moments(values, x["mask"], mean), mean)
+
+    _, residual = mean_variance(x["returns"] - x["values"])
+    return {"ev": ppo.explained_variance(*mean_variance(x["returns"]), residual)}
+
+
+def _center_penalty(x: Inputs) -> dict[str, Tensor]:
+    """Of pairs; `square` is that of each reward with one that is 0."""
+    first, second = x["chosen"], x["rejected"]
+    if x["kind"] == "square":
+        first = torch.cat([first, second])
+        second = torch.zeros_like(first)
+    n, rewards = len(first), torch.cat([first, second])
+    weights = torch.full((n,), 1 / n, dtype=torch.float64)
+    return {"loss": x["coef"] * preference.center_loss_sum(rewards, torch.arange(n), torch.arange(n, 2 * n), weights)}
+
+
+def _crowd_bt_loss(x: Inputs) -> dict[str, Tensor]:
+    """The prior is `lam` wins and as many defeats of every item against one whose reward is 0."""
+    s, answers = x["s"], len(x["i"])
+    losses = preference.crowd_pair_losses(s[x["i"]] - s[x["j"]], x["eta"][x["k"]].logit())
+    n, half, weights = len(s), torch.full_like(s, 0.5), torch.full_like(s, 2 * x["lam"])
+    items = torch.cat([s, torch.zeros_like(s)])
+    prior = preference.pair_loss_sum(items, torch.arange(n), torch.arange(n, 2 * n), weights, labels_P=half)
+    return {"loss": (losses.sum() + prior) / answers}
+
+
 def _policy_loss(x: Inputs) -> dict[str, Tensor]:
     arrays = (x["logp"], x["old_logp"], x["adv"], x["mask"])
     loss, stats = ppo.policy_loss(*arrays, x["eps_low"], x["eps_high"], x["how"], x.get("dual_clip"))
@@ -203,15 +233,15 @@ ANSWERS: dict[str, list[AnswerFunction]] = {
     "shape_rewards": [_direct("rewards", ppo.shape_rewards, "scores kl_tok mask beta")],
     "gae": [_gae],
     "whiten": [_direct("whitened", ppo.whiten, "x mask shift_mean unbiased"), _whiten_of_ranks],
-    "explained_variance": [_direct("ev", ppo.explained_variance, "values returns mask")],
+    "explained_variance": [_explained_variance],
     "policy_loss": [_policy_loss],
     "value_loss": [_value_loss],
     "bt_loss": [lambda x: {"loss": preference.bt_loss(**x)}],
     "plackett_luce_loss": [_direct("loss", preference.plackett_luce_loss, "scores ranks ties")],
     "kwise_loss": [_direct("loss", preference.kwise_loss, "scores ranks ties")],
     "score_regression": [_direct("loss", preference.score_regression, "pred target lo hi kind")],
-    "center_penalty": [_direct("loss", preference.center_penalty, "chosen rejected coef kind")],
-    "crowd_bt_loss": [_direct("loss", preference.crowd_bt_loss, "s eta i j k lam")],
+    "center_penalty": [_center_penalty],
+    "crowd_bt_loss": [_crowd_bt_loss],
     "ece": [_direct("ece", calibration.ece, "confidence correct bins")],
     "pack": [_pack],
 }

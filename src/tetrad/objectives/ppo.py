@@ -168,13 +168,12 @@ def whiten(
     return select(whitened if shift_mean else whitened + mean, mask)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the mask; NaN (undefined) if all returns are equal."""
-    require_any(mask)
-    target, error = returns[mask].double(), (returns[mask] - values[mask]).double()
-    if bool(target.max() == target.min()):
-        return torch.full_like(target[0], float("nan")).to(values.dtype)
-    return (1 - error.var(correction=0) / target.var(correction=0)).to(values.dtype)
+def explained_variance(
+    returns_mean: Tensor | float, returns_variance: Tensor | float, residual_variance: Tensor | float
+) -> Tensor:
+    """1 - Var(returns - values) / Var(returns); NaN (undefined) where all returns are equal but for rounding."""
+    mean, variance, rest = (torch.as_tensor(x).double() for x in (returns_mean, returns_variance, residual_variance))
+    return torch.where(variance <= (1e-12 * mean).square(), torch.nan, 1 - rest / variance)
 
 
 def policy_loss_sum(

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 PairTies = Literal["skip", "half"]
 OrderTies = Literal["exact", "breslow", "auto"]
@@ -145,12 +145,9 @@ def score_regression(
     return score_losses(pred_N, (target_N - lo) / (hi - lo), kind).mean()
 
 
-def center_penalty(chosen: Tensor, rejected: Tensor, coef: float, kind: Literal["square", "sum"] = "sum") -> Tensor:
-    """coef times the mean over pairs of (chosen + rejected)^2 (`sum`), or over all rewards of r^2 (`square`)."""
-    _require_values(chosen)
-    if kind == "sum":
-        return coef * (chosen + rejected).square().mean()
-    return coef * torch.cat([chosen, rejected]).square().mean()
+def center_loss_sum(rewards_N: Tensor, winners_P: Tensor, losers_P: Tensor, weights_P: Tensor) -> Tensor:
+    """Weighted sum over pairs of (winner + loser)^2, which draws rewards to 0."""
+    return (weights_P * (rewards_N[winners_P] + rewards_N[losers_P]).square()).sum()
 
 
 def crowd_pair_losses(gap_P: Tensor, competence_P: Tensor) -> Tensor:
@@ -158,21 +155,6 @@ def crowd_pair_losses(gap_P: Tensor, competence_P: Tensor) -> Tensor:
     that the first is better (Chen et al. 2013). Broadcasts; as exact for large numbers as for small ones."""
     right = logsigmoid(competence_P) + logsigmoid(gap_P)
     return -torch.logaddexp(right, logsigmoid(-competence_P) + logsigmoid(-gap_P))
-
-
-def crowd_bt_loss(s: Tensor, eta: Tensor, i: Tensor, j: Tensor, k: Tensor, lam: float = 0.5) -> Tensor:
-    """Mean over P answers "annotator k: item i beats item j" of -log P, where k is right with probability eta_k.
-
-    P = eta_k sigmoid(s_i - s_j) + (1 - eta_k) sigmoid(s_j - s_i); `lam` wins and lam defeats of every item against
-    a virtual one of reward 0 are added before the mean is taken (Chen et al. 2013). s: items' rewards; eta: in [0, 1];
-    i, j, k: [P] indices. Raises ValueError without answers.
-    """
-    _require_values(i)
-    gap = s[i] - s[j]
-    right = eta[k]
-    likelihood = torch.log(right * torch.sigmoid(gap) + (1 - right) * torch.sigmoid(-gap))
-    prior = (softplus(s) + softplus(-s)).sum()
-    return (lam * prior - likelihood.sum()) / len(i)
 
 
 def _pair_losses(gap: Tensor, label: Tensor) -> Tensor:

@@ -64,10 +64,14 @@ def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:
     """How much of the returns' variance the critic explains, and whether its last values rank responses as their scores
     do; undefined metrics are absent."""
     mask = batch.rollout.mask_BT
-    whole, left = (float(mean_variance(x, mask, device)[1]) for x in (batch.returns, batch.returns - batch.values))
+    mean, variance = mean_variance(batch.returns, mask, device)
+    _, residual = mean_variance(batch.returns - batch.values, mask, device)
     last = batch.values.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
     last, scores = (torch.tensor(collectives.gather(x.tolist())) for x in (last, batch.scores))
-    metrics = {"explained_variance": 1 - left / whole if whole else math.nan, "value_rank": spearman(last, scores)}
+    metrics = {
+        "explained_variance": float(ppo.explained_variance(mean, variance, residual)),
+        "value_rank": spearman(last, scores),
+    }
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 

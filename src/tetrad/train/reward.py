@@ -240,13 +240,13 @@ def preference_terms(s: Reward) -> Terms:
         every_S = torch.arange(len(targets.scored_S), device=targets.scored_S.device)
         r_D = latent.reward(micro.packed, "both" if s.token_weight else "scores")
         r_D, read_N = r_D[: len(micro.packed.bounds) - 1], r_D[len(micro.packed.bounds) - 1 :]
-        sums = r_D[targets.winners_P] + r_D[targets.losers_P]
+        centre = preference.center_loss_sum(r_D, targets.winners_P, targets.losers_P, targets.weights_P)
         lists = _comparison_loss(s, latent, targets, r_D)
         scores = _score_losses(s, latent, targets, r_D[targets.scored_S], every_S).sum()
         parts: list[Term] = [
             Loss("comparisons", lists, "comparisons", s.comparison_weight),
             Loss("scores", scores, "scores", s.score_weight),
-            Loss("centre", (targets.weights_P * sums.square()).sum(), "comparisons", s.center),
+            Loss("centre", centre, "comparisons", s.center),
         ]
         if s.token_weight:
             parts += token_terms(s, latent, micro, read_N)

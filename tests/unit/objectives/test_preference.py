@@ -159,29 +159,25 @@ def test_scores_are_regressed_on_the_share_of_their_scale():
 
 
 def test_centring_draws_rewards_to_zero():
-    chosen, rejected = torch.tensor([3.0]), torch.tensor([-3.0])
-    assert float(preference.center_penalty(chosen, rejected, 0.1, "sum")) == 0
-    assert float(preference.center_penalty(chosen, rejected, 0.1, "square")) == pytest.approx(0.9)
-    assert float(preference.center_penalty(chosen, -rejected, 0.1, "sum")) == pytest.approx(3.6)
+    first, second, weights = torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5])
+    assert float(preference.center_loss_sum(torch.tensor([3.0, -3.0]), first, second, weights)) == 0
+    assert float(preference.center_loss_sum(torch.tensor([3.0, 3.0]), first, second, weights)) == 18
 
 
 def test_a_reliable_annotator_is_bradley_terry_and_a_random_one_says_nothing():
     s = torch.tensor([1.0, -0.5], dtype=torch.float64, requires_grad=True)
-    i, j, k = torch.tensor([0]), torch.tensor([1]), torch.tensor([0])
-    sure = preference.crowd_bt_loss(s, torch.ones(1, dtype=torch.float64), i, j, k, 0.0)
+    sure = preference.crowd_pair_losses(s[0] - s[1], torch.tensor(torch.inf, dtype=torch.float64))
     assert torch.allclose(sure, preference.bt_loss(s[:1], s[1:]))
-    random = preference.crowd_bt_loss(s, torch.full((1,), 0.5, dtype=torch.float64), i, j, k, 0.0)
+    random = preference.crowd_pair_losses(s[0] - s[1], torch.zeros((), dtype=torch.float64))
     assert torch.autograd.grad(random, s)[0].abs().max() < 1e-15
 
 
-@pytest.mark.parametrize("reliability", [0.0, 1.0])
-def test_certain_annotators_and_far_items_keep_finite_gradients(reliability):
-    s = torch.tensor([400.0, -1.0], dtype=torch.float64, requires_grad=True)
-    eta = torch.tensor([reliability], dtype=torch.float64, requires_grad=True)
-    i, j = torch.tensor([0, 1]), torch.tensor([1, 0])
-    loss = preference.crowd_bt_loss(s, eta, i, j, torch.zeros(2, dtype=torch.int64))
-    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (s, eta)))
-    assert torch.autograd.gradcheck(
-        lambda r: preference.crowd_bt_loss(r, torch.full((1,), 0.7, dtype=torch.float64), i, j, i * 0),
-        torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True),
-    )
+@pytest.mark.parametrize("logit", [-40.0, 0.0, 40.0])
+def test_certain_annotators_and_far_items_keep_finite_gradients(logit):
+    gaps = torch.tensor([401.0, -401.0, 0.3], dtype=torch.float64, requires_grad=True)
+    competence = torch.full((3,), logit, dtype=torch.float64, requires_grad=True)
+    losses = preference.crowd_pair_losses(gaps, competence)
+    assert losses.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(losses.sum(), (gaps, competence)))
+    near = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(preference.crowd_pair_losses, (near, near.detach().clone().requires_grad_()))

@@ -44,9 +44,6 @@ def test_instruction():
     assert tokens.where == "f:1" and tokens.ids.dtype == np.int32 and tokens.train.dtype == np.bool_
     answer = [*TOKENIZER.encode("你好"), INSTRUCTION.end_id(TOKENIZER)]
     assert list(tokens.ids) == [*INSTRUCTION.prompt(TOKENIZER, ASKED), *answer]
-        *TOKENIZER.encode("你好"),
-        INSTRUCTION.end_id(TOKENIZER),
-    ]
 
 
 def test_both_separators_always():
