@@ -21,6 +21,7 @@ import numpy as np
 
 from tetrad.datacheck.reading import Reading
 from tetrad.model.config import DecoderConfig
+from tetrad.model.inspect import parameters as tensors
 from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table
 from tetrad.settings.base import model_pays
@@ -53,12 +54,8 @@ class StageCost:
 
 
 def parameters(config: DecoderConfig) -> int:
-    """Parameters of a decoder with its head."""
-    c, inner = config, config.heads * config.head_dim
-    kv = config.kv_heads * config.head_dim
-    bias = (inner + 2 * kv) if c.qkv_bias else 2 * c.head_dim if c.qk_norm else 0
-    layer = c.hidden_size * (2 * inner + 2 * kv) + bias + 3 * c.hidden_size * c.ff + 2 * c.hidden_size
-    return c.layers * layer + c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tied else 2)
+    """Of a decoder with its head."""
+    return sum(math.prod(shape) for _, shape in tensors(config))
 
 
 def kept_bytes(config: DecoderConfig, micro_batch_tokens: int) -> int:
