@@ -173,7 +173,7 @@ FAULTS = (
     ),
     Fault(
         "18 the KL coefficient has no effect",
-        "rl/advantages.py",
+        "rl/rewards.py",
         "return ppo.shape_rewards(scores, kl, rollout.mask_BT, beta)",
         "return ppo.shape_rewards(scores, kl, rollout.mask_BT, 0.05)",
         f"{PPO}::test_kl_coefficient_has_an_effect",
@@ -187,14 +187,14 @@ FAULTS = (
     ),
     Fault(
         "19 running scaling knows the last batch alone",
-        "rl/advantages.py",
+        "rl/rewards.py",
         "        self.count = total\n",
         "        self.count, self.squares = n, variance * n\n",
         f"{OPTIONS}::test_running_spread_is_that_of_all_scores",
     ),
     Fault(
         "20 each rank whitens by itself",
-        "rl/advantages.py",
+        "rl/rewards.py",
         "return collectives.sum_tensor(ppo.moments(x, mask, about).to(device.place)).cpu()",
         "return ppo.moments(x, mask, about)",
         "dist/test_gloo.py::test_whitening_spans_the_ranks",
@@ -531,7 +531,7 @@ FAULTS = (
     ),
     Fault(
         "a reward model among others is cut twice",
-        "rl/advantages.py",
+        "rl/rewards.py",
         "or not s.rewards  #",
         "or True  #",
         "unit/train/test_ppo_stage.py::test_the_reward_model_among_others_is_cut_and_then_weighed",

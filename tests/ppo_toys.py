@@ -13,10 +13,10 @@ from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.reward.model import Reward
 from tetrad.reward.sources import RewardSource, RewardSources
-from tetrad.rl.advantages import KLController, RunningStd
 from tetrad.rl.experience import PPOBatch
 from tetrad.rl.models import Models
 from tetrad.rl.monitor import Monitor
+from tetrad.rl.rewards import KLController, RunningStd
 from tetrad.rl.rollout import Rollout, roll_out
 from tetrad.settings.common import Optim, Sampling
 from tetrad.settings.ppo import Alarms, Ppo

@@ -10,9 +10,9 @@ import toys
 from tetrad.inference.completions import Completion
 from tetrad.objectives import ppo
 from tetrad.reward.model import score_tokens, trained
-from tetrad.rl.advantages import token_rewards, whitened
 from tetrad.rl.experience import minibatches
 from tetrad.rl.models import Models
+from tetrad.rl.rewards import token_rewards, whitened
 from tetrad.rl.rollout import read_logprobs, read_values
 from tetrad.settings.ppo import Ppo
 from tetrad.train.ppo import actor_terms, learn

@@ -12,10 +12,10 @@ import toys
 from tetrad.objectives import ppo
 from tetrad.reward.model import trained
 from tetrad.reward.sources import RewardSource, RewardSources, named
-from tetrad.rl.advantages import RunningStd, token_rewards
 from tetrad.rl.experience import minibatches
 from tetrad.rl.models import EMA, ActorCritic, Models, _shared
 from tetrad.rl.prompts import PtxBatch
+from tetrad.rl.rewards import RunningStd, token_rewards
 from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
 from tetrad.train.ppo import actor_terms, learn

@@ -193,16 +193,17 @@ def agreement(pairs: Sequence[Pair], scores: Sequence[Score]) -> Section:
         for what, alpha in (("pair", figures["alpha_pairs"]), ("text", figures["alpha_scores"]))
         if alpha is not None and alpha < 0.2
     ]
-    verdicts = dict(_against_others(by_key))
-    if not verdicts:
-        verdicts = dict(_against_reader(pairs))
-    people, odd = _people(verdicts)
+    people, odd = _people(dict(_against_others(by_key)) or dict(_against_reader(pairs)))
     if people:
         figures["annotators"] = {name: {"judged": n, "agreement": rate} for name, n, rate, *_ in people}
-        shown = tuple((name, n, f"{rate:.2f} [{low:.2f}, {high:.2f}]") for name, n, rate, low, high in people[:SHOWN])
-        tables.append(Table("agreement of each annotator, lowest first", ("annotator", "pairs", "agrees"), shown))
+        tables.append(_table_of(people))
     findings += odd
     return Section("", "", figures, tuple(tables), (), tuple(findings))
+
+
+def _table_of(people: Sequence[tuple[str, int, float, float, float]]) -> Table:
+    rows = tuple((name, n, f"{rate:.2f} [{low:.2f}, {high:.2f}]") for name, n, rate, low, high in people[:SHOWN])
+    return Table("agreement of each annotator, lowest first", ("annotator", "pairs", "agrees"), rows)
 
 
 def _alpha(units: Sequence[Counter[Any]], level: Literal["nominal", "interval"]) -> float | None:

@@ -35,6 +35,7 @@ from tetrad.reward.functions import python_function
 from tetrad.reward.model import Reward, reward_model
 from tetrad.reward.sources import named
 from tetrad.rl.rollout import Rollout, roll_out
+from tetrad.settings.common import Sampling
 from tetrad.storage import RunLock, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.batches import reply_logprobs
@@ -53,6 +54,8 @@ class Answers:
     kl: float
 
 
+POLICIES = ("ppo",)
+"""Roles of what is compared with the SFT model."""
 Scores = Mapping[str, Sequence[float]]
 """Of one system's answers, by judge."""
 Referee = Callable[[Answers], float | None]
@@ -68,25 +71,43 @@ def run(ctx: StageContext) -> None:
     collectives.wait()
 
 
+@dataclass(frozen=True)
+class Task:
+    """The prompts that every policy answers, and how. key: of their random numbers, the same for each policy."""
+
+    prompts: Sequence[EncodedPrompt]
+    tokenizer: Tokenizer
+    sampling: Sampling
+    key: tuple[int, str, int]
+    device: Device
+    micro_batch_tokens: int
+
+    def rollout(self, model: CausalLM, copies: int = 1) -> Rollout:
+        """`copies` responses per prompt, one after another."""
+        repeated = [prompt for prompt in self.prompts for _ in range(copies)]
+        places = range(len(repeated))
+        return roll_out(model, repeated, places, self.key, self.sampling, self.tokenizer, self.device)
+
+    def logprobs(self, model: CausalLM, rollout: Rollout) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Of each response's tokens, at the temperature that sampled them."""
+        heat = self.sampling.temperature or 1.0
+        return reply_logprobs(model, rollout.documents, self.micro_batch_tokens, self.device, heat)
+
+
 def _run(ctx: StageContext, device: Device) -> None:
     s, seed = ctx.recipe.evaluate, ctx.recipe.seed
-    folder = first_parent(ctx, *POLICY)
-    tokenizer, form = Tokenizer.load(folder), template_for(ctx, folder)
-    sft = frozen(read_policy(folder, tokenizer, form)).to(device.place)
-    limit = sft.config.max_positions
-    prompts = read_questions(ctx.files(s.prompts), form, tokenizer, Counts(), limit, s.max_new_tokens)
-    prompts = [prompts[i] for i in order(seed, 0, len(prompts))[: s.samples]]
+    sft, task = _task(ctx, device)
     names = named(s.judges, ["reward", "kl", "external_nll", *reply_figures((), ())])
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
-    systems = answers_of_all(ctx, sft, prompts, tokenizer, judges.get("reward"), device)
+    systems = answers_of_all(ctx, sft, task, judges.get("reward"))
     referee = _referee(ctx, device)
     scores = {name: _judged(name, answers, judges) for name, answers in systems.items()}
     table = {name: figures(answers, scores[name], scores["sft"], referee, seed) for name, answers in systems.items()}
     stages = {name: figures_of(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")}
     samples = side_by_side(systems, s.side_by_side)
-    report = {"prompts": len(prompts), "systems": table, "stages": stages, "samples": samples}
+    report = {"prompts": len(task.prompts), "systems": table, "stages": stages, "samples": samples}
     show(ctx, report)
     independent = [name for name, spec in zip(names, s.judges, strict=True) if spec not in ctx.recipe.ppo.rewards]
     result = verdict_of(ctx, table, scores, independent)
@@ -95,40 +116,45 @@ def _run(ctx: StageContext, device: Device) -> None:
     write_folder(ctx.folder / "report", files, {"key": ctx.key, "lineage": dict(ctx.lineage)})
 
 
-def answers_of_all(
-    ctx: StageContext,
-    sft: CausalLM,
-    prompts: Sequence[EncodedPrompt],
-    tokenizer: Tokenizer,
-    reward: Reward | None,
-    device: Device,
-) -> dict[str, Answers]:
-    """One answer per prompt from the SFT model, from best-of-N if there is a reward, from PPO if there is one."""
-    s, key = ctx.recipe.evaluate, (ctx.recipe.seed, "evaluate", 0)
-    micro_batch_tokens = ctx.recipe.run.micro_batch_tokens
+def _task(ctx: StageContext, device: Device) -> tuple[CausalLM, Task]:
+    """The SFT model, which the others are compared with, and what all are asked. Errors: E-DATA-*, E-MODEL-*."""
+    s, seed, folder = ctx.recipe.evaluate, ctx.recipe.seed, first_parent(ctx, *POLICY)
+    tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
+    sft = frozen(read_policy(folder, tokenizer, template)).to(device.place)
+    limit = sft.config.max_positions
+    prompts = read_questions(ctx.files(s.prompts), template, tokenizer, Counts(), limit, s.max_new_tokens)
+    chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.samples]]
     sampling = replace(ctx.recipe.sampling, max_new_tokens=s.max_new_tokens)
-    copies = max(1, s.best_of if reward else 1)
-    repeated = [prompt for prompt in prompts for _ in range(copies)]
+    return sft, Task(chosen, tokenizer, sampling, (seed, "evaluate", 0), device, ctx.recipe.run.micro_batch_tokens)
+
+
+def answers_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Reward | None) -> dict[str, Answers]:
+    """One answer per prompt from the SFT model, from best-of-N if there is a reward, and from each policy trained on
+    from it."""
+    systems = _answers_of_sft(sft, task, reward, max(1, ctx.recipe.evaluate.best_of if reward else 1))
+    for role in (role for role in POLICIES if role in ctx.parents):
+        folder = ctx.parents[role]
+        policy = frozen(read_policy(folder, task.tokenizer, template_for(ctx, folder))).to(task.device.place)
+        with phase(f"answers of {role}"):
+            rollout = task.rollout(policy)
+        new, old = (task.logprobs(model, rollout) for model in (policy, sft))
+        kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
+        systems[role] = _chosen(rollout, list(range(len(task.prompts))), kl)
+    return systems
+
+
+def _answers_of_sft(sft: CausalLM, task: Task, reward: Reward | None, copies: int) -> dict[str, Answers]:
+    """Its first answer to each prompt, and the best of all that it gives."""
     with phase("answers of sft"):
-        many = roll_out(sft, repeated, range(len(repeated)), key, sampling, tokenizer, device)
-    systems = {"sft": _chosen(many, list(range(0, len(repeated), copies)), 0.0)}
+        many = task.rollout(sft, copies)
+    rows = [slice(at, at + copies) for at in range(0, len(many.samples), copies)]
+    systems = {"sft": _chosen(many, [row.start for row in rows], 0.0)}
     if reward and copies > 1:
         with phase(f"best of {copies}"):
             scores = reward(many.samples)
-        rows = [slice(at, at + copies) for at in range(0, len(repeated), copies)]
         chosen = [row.start + best(many.samples[row], scores[row]) for row in rows]
         # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
         systems[f"best of {copies}"] = _chosen(many, chosen, math.log(copies) - (copies - 1) / copies)
-    if "ppo" in ctx.parents:
-        actor = frozen(read_policy(ctx.parents["ppo"], tokenizer, template_for(ctx, ctx.parents["ppo"]))).to(
-            device.place
-        )
-        with phase("answers of ppo"):
-            rollout = roll_out(actor, prompts, range(len(prompts)), key, sampling, tokenizer, device)
-        heat = sampling.temperature or 1.0
-        new, old = (reply_logprobs(m, rollout.documents, micro_batch_tokens, device, heat) for m in (actor, sft))
-        kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
-        systems["ppo"] = _chosen(rollout, list(range(len(prompts))), kl)
     return systems
 
 

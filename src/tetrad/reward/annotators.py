@@ -21,6 +21,7 @@ from tetrad.types import Comparison, Score
 
 START = 2.2  # logit of the initial competence, 0.9
 SPREAD, OFFSET_SPREAD, GAIN_SPREAD = 1.5, 0.5, 0.3  # of logits; of offsets and log gains, in standard deviations
+_LOGITS = torch.linspace(-5, 5, 201, dtype=torch.float64)  # of competence
 LR = 0.2  # these few parameters must move far in few steps
 
 
@@ -107,32 +108,33 @@ def judged(
     rows: dict[str, list[int]] = defaultdict(list)
     for pair, number in enumerate(of_list.tolist()):
         rows[lists[number].annotator].append(pair)
-    places = torch.linspace(-5, 5, 201, dtype=torch.float64)  # logits of competence
     logs = {
-        name: -(crowd_pair_losses(gaps[pairs, None].double(), places) * weights[pairs, None].double()).sum(0)
+        name: -(crowd_pair_losses(gaps[pairs, None].double(), _LOGITS) * weights[pairs, None].double()).sum(0)
         for name, pairs in rows.items()
         if name in numbers
     }
     if not logs:
         return [], []
-    common = places[torch.stack(list(logs.values())).sum(0).argmax()]
-    chances = {name: (log - 0.5 * ((places - common) / SPREAD) ** 2).softmax(0) for name, log in logs.items()}
-    right = places.sigmoid()
-    reliabilities = []
-    for name, chance in chances.items():
-        low, high = (float(right[(chance.cumsum(0) < q).sum()]) for q in (0.025, 0.975))
-        comparisons = len({int(of_list[pair]) for pair in rows[name]})
-        reliabilities.append(Reliability(name, comparisons, float(chance @ right), low, high))
-    competence = {r.annotator: torch.tensor(r.right).logit() for r in reliabilities}
+    reliabilities = _reliabilities(logs, {name: len(of_list[rows[name]].unique()) for name in logs})
     flips: dict[int, float] = defaultdict(float)
-    for name, pairs in rows.items():
-        if name in competence:
-            c = competence[name]
-            odds = logsigmoid(-c) + logsigmoid(-gaps[pairs]) - logsigmoid(c) - logsigmoid(gaps[pairs])
-            for pair, chance in zip(pairs, (odds.sigmoid() * weights[pairs]).tolist(), strict=True):
-                flips[int(of_list[pair])] += chance
-    suspects = [Suspect(lists[i].where, lists[i].annotator, chance) for i, chance in flips.items() if chance > 0.5]
+    for name, c in ((r.annotator, torch.tensor(r.right).logit()) for r in reliabilities):
+        own = rows[name]
+        odds = logsigmoid(-c) + logsigmoid(-gaps[own]) - logsigmoid(c) - logsigmoid(gaps[own])
+        for number, chance in zip(of_list[own].tolist(), (odds.sigmoid() * weights[own]).tolist(), strict=True):
+            flips[number] += chance
+    suspects = (Suspect(lists[i].where, lists[i].annotator, chance) for i, chance in flips.items() if chance > 0.5)
     return sorted(reliabilities, key=lambda r: r.right), sorted(suspects, key=lambda s: -s.chance)
+
+
+def _reliabilities(logs: Mapping[str, Tensor], comparisons: Mapping[str, int]) -> list[Reliability]:
+    """logs: of each annotator, the log-likelihood of each of _LOGITS."""
+    common = _LOGITS[torch.stack(list(logs.values())).sum(0).argmax()]
+    right, reliabilities = _LOGITS.sigmoid(), []
+    for name, log in logs.items():
+        chance = (log - 0.5 * ((_LOGITS - common) / SPREAD) ** 2).softmax(0)
+        low, high = (float(right[(chance.cumsum(0) < q).sum()]) for q in (0.025, 0.975))
+        reliabilities.append(Reliability(name, comparisons[name], float(chance @ right), low, high))
+    return reliabilities
 
 
 def written(reliabilities: Sequence[Reliability], suspects: Sequence[Suspect]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ probes, baselines, and each member of an ensemble.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
+from tetrad.distributed.device import Device
 from tetrad.inference.completions import Completion, complete, read_questions
 from tetrad.model.transformer import ScalarModel, frozen
 from tetrad.objectives.calibration import spearman
@@ -25,6 +27,7 @@ from tetrad.reward.model import Reward, RewardModel, reader
 from tetrad.reward.probes import Probe, probes, worst
 from tetrad.settings.common import Sampling
 from tetrad.storage import Content
+from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
@@ -39,18 +42,9 @@ def normalise(ctx: StageContext, reward_model: RewardModel) -> dict[str, float]:
 
     Returns the statistics before, and those of fresh responses to the same prompts afterwards.
     """
-    s, seed, device = ctx.recipe.reward, ctx.recipe.seed, reward_model.device
     folder = first_parent(ctx, *POLICY)
     tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
-    actor = frozen(read_policy(folder, tokenizer, template)).to(device.place)
-    files, limit = ctx.files(s.validation or s.data), actor.config.max_positions
-    prompts = read_questions(files, template, tokenizer, Counts(), limit, s.normalise_max_new_tokens)
-    chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.normalise]]
-    sampling = Sampling(max_new_tokens=s.normalise_max_new_tokens, max_num_seqs=ctx.recipe.sampling.max_num_seqs)
-    used, fresh = (
-        [s for s, _ in complete(actor, chosen, range(len(chosen)), (seed, name, 0), sampling, tokenizer, device)]
-        for name in ("normalise", "fresh")
-    )
+    used, fresh = _responses(ctx, folder, tokenizer, template, reward_model.device)
     read = reader(ctx, reward_model.folder, tokenizer, template)
 
     def scores(samples: Sequence[Completion]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -71,6 +65,21 @@ def normalise(ctx: StageContext, reward_model: RewardModel) -> dict[str, float]:
     lengths = torch.tensor([float(len(sample.reply_ids)) for sample in fresh])
     correlation = spearman(torch.from_numpy(again.mean(0)), lengths)
     return metrics | ({"length_correlation": correlation} if np.isfinite(correlation) else {})
+
+
+def _responses(
+    ctx: StageContext, folder: Path, tokenizer: Tokenizer, template: Template, device: Device
+) -> Iterator[list[Completion]]:
+    """The policy's to validation prompts, twice."""
+    s, seed = ctx.recipe.reward, ctx.recipe.seed
+    actor = frozen(read_policy(folder, tokenizer, template)).to(device.place)
+    files, limit = ctx.files(s.validation or s.data), actor.config.max_positions
+    prompts = read_questions(files, template, tokenizer, Counts(), limit, s.normalise_max_new_tokens)
+    chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.normalise]]
+    sampling = Sampling(max_new_tokens=s.normalise_max_new_tokens, max_num_seqs=ctx.recipe.sampling.max_num_seqs)
+    for name in ("normalise", "fresh"):
+        key = (seed, name, 0)
+        yield [c for c, _ in complete(actor, chosen, range(len(chosen)), key, sampling, tokenizer, device)]
 
 
 def highest_seen(reward_model: RewardModel, examples: Examples) -> float:
@@ -100,31 +109,40 @@ def assess(
     validation, pairs = (Pairs.of(e, torch.from_numpy(r.mean(0)), gap) for e, r in zip(tests, scored, strict=True))
     temperature = validation.temperature()
     metrics = {"temperature": temperature, **pairs.figures(temperature)}
-    lengths = torch.tensor([float(len(sample.text)) for sample in test.samples()])
-    of_length = _accuracy(Pairs.of(test, lengths, gap))
+    of_length = _accuracy(Pairs.of(test, torch.tensor([float(len(c.text)) for c in test.samples()]), gap))
     metrics |= {"length_accuracy": max(of_length, 1 - of_length)} if of_length is not None else {}
-    beside = {name: Pairs.of(test, torch.tensor(f(test.samples())), gap) for name, f in baselines.items()}
-    for name, other in beside.items():
-        measured = {"pair_accuracy": _accuracy(other), "spearman": other.ranks().get("spearman")}
-        metrics |= {f"{name}_{key}": value for key, value in measured.items() if value is not None}
+    metrics |= _of_baselines(test, baselines, gap)
     probed = probes(test.samples(), reward_model.of_texts, ctx.recipe.reward.probes)
     for name in ("padded", "duplicated", "phrase"):
         metrics |= {f"probe_{name}": probe.shift} if (probe := worst(probed, name)) else {}
-    alone = [Pairs.of(test, torch.from_numpy(row), gap) for row in scored[1]]
-    members = [{"pair_accuracy": _accuracy(p), "spearman": p.ranks().get("spearman")} for p in alone]
-    if len(members) > 1:
-        for name in ("pair_accuracy", "spearman"):
-            known = [value for member in members if (value := member[name]) is not None]
-            metrics |= {f"{name}_sd": float(np.std(known, ddof=1))} if len(known) > 1 else {}
+    members = [_both(Pairs.of(test, torch.from_numpy(row), gap)) for row in scored[1]]
+    metrics |= _spread(members)
     parts = slices(test, pairs, temperature)
     metrics |= by_length(parts)
     show(ctx, metrics, parts, probed)
-    return metrics, {
-        "figures": metrics,
-        "slices": [asdict(part) for part in parts],
-        "probes": [asdict(probe) for probe in probed],
-        "members": members,
-    }
+    details = {"slices": list(map(asdict, parts)), "probes": list(map(asdict, probed)), "members": members}
+    return metrics, {"figures": metrics, **details}
+
+
+def _of_baselines(test: Examples, baselines: Mapping[str, Reward], gap: float) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, baseline in baselines.items():
+        measured = _both(Pairs.of(test, torch.tensor(baseline(test.samples())), gap))
+        metrics |= {f"{name}_{key}": value for key, value in measured.items() if value is not None}
+    return metrics
+
+
+def _both(pairs: Pairs) -> dict[str, float | None]:
+    return {"pair_accuracy": _accuracy(pairs), "spearman": pairs.ranks().get("spearman")}
+
+
+def _spread(members: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Standard deviations over the members of an ensemble; nothing of one."""
+    metrics: dict[str, float] = {}
+    for name in members[0]:
+        known = [value for member in members if (value := member[name]) is not None]
+        metrics |= {f"{name}_sd": float(np.std(known, ddof=1))} if len(known) > 1 else {}
+    return metrics
 
 
 def by_length(parts: Sequence[Slice]) -> dict[str, float]:

@@ -35,7 +35,7 @@ class Examples:
 
     @classmethod
     def of(cls, records: Sequence[Record], tokens: Sequence[Tokens]) -> "Examples":
-        sizes = [1 if isinstance(record, Score) else len(record.answers) for record in records]
+        sizes = [_size(record) for record in records]
         return cls(tuple(records), tuple(tokens), (0, *np.cumsum(sizes).tolist()))
 
     def documents(self, i: int) -> tuple[Tokens, ...]:
@@ -115,18 +115,13 @@ def judgements(
     """zero, unit: the score whose target is 0, and the difference for a target of 1; numbers: of the annotators."""
     lists = [record for record in records if isinstance(record, Comparison)]
     rated = [record for record in records if isinstance(record, Score)]
-    starts = np.cumsum([0, *(1 if isinstance(r, Score) else len(r.answers) for r in records)]).tolist()
-    scored = [start for start, record in zip(starts, records, strict=False) if isinstance(record, Score)]
-    firsts = [start for start, record in zip(starts, records, strict=False) if isinstance(record, Comparison)]
-    sizes = [len(record.answers) for record in lists]
-    bounds = (0, *np.cumsum(sizes).tolist())
-    ranked = torch.tensor([first + i for first, size in zip(firsts, sizes, strict=True) for i in range(size)])
+    ranked, scored = _documents(records)
+    bounds = (0, *np.cumsum([len(record.answers) for record in lists]).tolist())
     ranks = torch.tensor([rank for record in lists for rank in record.ranks], dtype=torch.float32)
     none = torch.empty(0, dtype=torch.int64)
     winners, losers, weights = pairs_of(ranks, bounds) if lists else (none, none, torch.empty(0))
     of_list = torch.searchsorted(torch.tensor(bounds), winners, right=True) - 1
     margins = torch.tensor([record.margin for record in lists])[of_list] if lists else torch.empty(0)
-    ranked = ranked.long()
     by = [torch.tensor([numbers.get(r.annotator, 0) for r in of]).long() for of in (lists, rated)]
     return PreferenceTargets(
         winners_P=ranked[winners].to(place),
@@ -138,13 +133,25 @@ def judgements(
         ranked_N=ranked.to(place),
         ranks_N=ranks.to(place),
         bounds=bounds,
-        scored_S=torch.tensor(scored).long().to(place),
+        scored_S=scored.to(place),
         targets_S=torch.tensor([(record.score - zero) / unit for record in rated]).to(place),
         weights_S=torch.tensor([1 / (1 + (record.spread / unit) ** 2) for record in rated]).to(place),
         by_P=by[0][of_list].to(place),
         by_L=by[0].to(place),
         by_S=by[1].to(place),
     )
+
+
+def _documents(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+    """The documents of the answers of comparisons, and those of scores; int64."""
+    kinds = [np.full(_size(r), isinstance(r, Comparison)) for r in records]
+    of_lists = np.concatenate([np.zeros(0, np.bool_), *kinds])
+    return torch.from_numpy(np.flatnonzero(of_lists)), torch.from_numpy(np.flatnonzero(~of_lists))
+
+
+def _size(record: Record) -> int:
+    """Its documents."""
+    return 1 if isinstance(record, Score) else len(record.answers)
 
 
 def _labels(lists: Sequence[Comparison], winners: Tensor, losers: Tensor) -> Tensor:

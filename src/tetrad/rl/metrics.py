@@ -11,8 +11,8 @@ from tetrad.inference.completions import Completion
 from tetrad.inference.text_metrics import reply_figures
 from tetrad.objectives import ppo
 from tetrad.objectives.calibration import spearman
-from tetrad.rl.advantages import mean_variance
 from tetrad.rl.experience import PPOBatch
+from tetrad.rl.rewards import mean_variance
 from tetrad.rl.rollout import Rollout
 from tetrad.settings.base import REWARD_MODEL
 from tetrad.training.step import StepStats

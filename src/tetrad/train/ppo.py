@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from tetrad.objectives import ppo
 from tetrad.reward import gate
-from tetrad.rl.advantages import KLController, RunningStd, token_rewards, whitened
 from tetrad.rl.experience import PPOBatch, PPOTokens, minibatches
 from tetrad.rl.metrics import step_metrics, update_metrics
 from tetrad.rl.models import ActorCritic, Models, actor_of, critic_of, load_models, save_models
 from tetrad.rl.monitor import Monitor, judges_of, notes_of, say_idle
 from tetrad.rl.prompts import PtxBatch, PtxBatches, ptx_batches, read_ppo_prompts
+from tetrad.rl.rewards import KLController, RunningStd, token_rewards, whitened
 from tetrad.rl.rollout import Rollout, read_logprobs, read_values, roll_out
 from tetrad.rl.samples import Samples
 from tetrad.settings.ppo import Ppo

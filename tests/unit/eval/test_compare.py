@@ -5,7 +5,7 @@ from typing import Any
 
 import served
 import toys
-from tetrad.eval.compare import answers_of_all, figures
+from tetrad.eval.compare import Task, answers_of_all, figures
 from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.settings.common import Sampling
 from tetrad.settings.evaluate import Evaluate
@@ -18,19 +18,15 @@ def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
     model = toys.causal(seed=1, std=0.25, vocab_size=words.size, eos_ids=words.eos_ids, pad_id=words.pad_id)
     prompt = Prompt((Turn("instruction", "Go on."),))
     questions = [EncodedPrompt((5, 6, number), prompt) for number in range(7, 47)]
-    recipe = SimpleNamespace(
-        seed=0,
-        sampling=Sampling(),
-        evaluate=Evaluate(max_new_tokens=2, best_of=8),
-        run=SimpleNamespace(micro_batch_tokens=1000),
-    )
+    recipe = SimpleNamespace(evaluate=Evaluate(best_of=8))
+    task = Task(questions, words, Sampling(max_new_tokens=2), (0, "evaluate", 0), toys.CPU, 1000)
     seen: list[Completion] = []
 
     def fond(samples: Any) -> list[float]:
         seen.extend(samples)
         return [float("\ufffd" in sample.text) for sample in samples]
 
-    systems = answers_of_all(SimpleNamespace(recipe=recipe, parents={}), model, questions, words, fond, toys.CPU)  # type: ignore[arg-type]
+    systems = answers_of_all(SimpleNamespace(recipe=recipe, parents={}), model, task, fond)  # type: ignore[arg-type]
     groups = [seen[at : at + 8] for at in range(0, len(seen), 8)]
     for chosen, group in zip(systems["best of 8"].samples, groups, strict=True):
         assert chosen in group

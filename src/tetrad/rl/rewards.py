@@ -1,4 +1,4 @@
-"""From scores to advantages: the KL coefficient, per-token rewards, and whitening over the whole batch of all ranks."""
+"""From scores to token rewards: the KL coefficient, the scale of scores, and whitening over the batch of all ranks."""
 
 import math
 from collections.abc import Sequence
