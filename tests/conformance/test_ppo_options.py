@@ -71,7 +71,7 @@ def test_shared_trunk_learns_both_in_one_step():
         assert four.critic.model is four.actor.model
         made, _ = ppo_toys.experience(four, rolled(four, s), s)
         (micro,) = next(minibatches(made, s, (0, 0), 4096, toys.CPU))
-        terms = {t.name: t for t in actor_terms(s)(four.both, micro)}
+        terms = {t.name: t for t in actor_terms(s)(four.actor_critic, micro)}
         assert terms["value_loss"].coefficient == coefficient
         before = weights(four.actor)
         learned = learn(four, made, s, (0, 0))

@@ -78,7 +78,7 @@ class EMA:
 
 @dataclass(frozen=True)
 class Models:
-    """Actor and critic are updated. reference: the actor before PPO; reward: completions in, scores out. both:
+    """Actor and critic are updated. reference: the actor before PPO; reward: completions in, scores out. actor_critic:
     actor and critic on one trunk, with actor_optimizer for the two. train_score_p999: the 99.9 % quantile of the reward
     model's scores on its training answers. micro_batch_tokens: what a model reads at once."""
 
@@ -91,13 +91,13 @@ class Models:
     tokenizer: Tokenizer
     device: Device
     micro_batch_tokens: int
-    both: ActorCritic | None = None
+    actor_critic: ActorCritic | None = None
     ema: EMA | None = None
     train_score_p999: float = math.inf
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint must hold to resume exactly; the frozen models are read from their own stages."""
-        own_head = nn.ModuleDict({"score": self.critic.score}) if self.both else self.critic
+        own_head = nn.ModuleDict({"score": self.critic.score}) if self.actor_critic else self.critic
         parts: dict[str, Any] = {
             "actor": Weights(self.actor),
             "actor_optimizer": self.actor_optimizer,
@@ -108,7 +108,7 @@ class Models:
 
     def freeze_actor(self, held: bool) -> None:
         """While the critic warms up on the actor's trunk, that trunk must not move."""
-        for name, parameter in self.actor_optimizer.names.items() if self.both else ():
+        for name, parameter in self.actor_optimizer.names.items() if self.actor_critic else ():
             parameter.requires_grad_(not held or name.startswith("critic.score"))
 
 
@@ -130,20 +130,20 @@ def load_models(ctx: StageContext) -> Models:
     elif critic is None:
         critic = _critic(ctx, folder, tokenizer).to(place)
     optim = replace(ctx.recipe.optim, eps=s.adam_eps)
-    both = ActorCritic(actor, critic) if s.critic == "shared" else None
-    quick = {"critic.score": s.critic_lr} if both else {}
+    actor_critic = ActorCritic(actor, critic) if s.critic == "shared" else None
+    quick = {"critic.score": s.critic_lr} if actor_critic else {}
     used = model_pays(s.rewards)
     return Models(
         actor,
         critic,
         reference,
         reward_sources(ctx, tokenizer, device, reward),
-        Optimizer(both or actor, s.actor_lr, optim, quick=quick),
-        None if both else Optimizer(critic, s.critic_lr, optim),
+        Optimizer(actor_critic or actor, s.actor_lr, optim, quick=quick),
+        None if actor_critic else Optimizer(critic, s.critic_lr, optim),
         tokenizer,
         device,
         ctx.recipe.run.micro_batch_tokens,
-        both,
+        actor_critic,
         EMA(actor, s.ema_decay) if s.ema_decay else None,
         figures_of(ctx.parents["reward"]).get("train_score_p999", math.inf) if used else math.inf,
     )

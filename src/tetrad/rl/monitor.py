@@ -211,7 +211,7 @@ def notes_of(failures: Sequence[str], monitor: Monitor) -> dict[str, Json]:
     return outcome.notes(failures, [*monitor.spans.values()])
 
 
-def say_idle(ctx: StageContext) -> None:
+def warn_unused_settings(ctx: StageContext) -> None:
     """Reports which settings have no effect."""
     for note in idle(ctx.recipe):
         ctx.console.say(f"note: {note}")

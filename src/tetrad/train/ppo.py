@@ -18,7 +18,7 @@ from tetrad.reward import gate
 from tetrad.rl.experience import PPOBatch, PPOTokens, minibatches
 from tetrad.rl.metrics import step_metrics, update_metrics
 from tetrad.rl.models import ActorCritic, Models, actor_of, critic_of, load_models, save_models
-from tetrad.rl.monitor import Monitor, judges_of, notes_of, say_idle
+from tetrad.rl.monitor import Monitor, judges_of, notes_of, warn_unused_settings
 from tetrad.rl.prompts import PtxBatch, PtxBatches, ptx_batches, read_ppo_prompts
 from tetrad.rl.rewards import KLController, RunningStd, token_rewards, whitened
 from tetrad.rl.rollout import Rollout, read_logprobs, read_values, roll_out
@@ -59,7 +59,7 @@ def run(ctx: StageContext) -> None:
     s, seed = ctx.recipe.ppo, ctx.recipe.seed
     models = load_models(ctx)
     prompts = read_ppo_prompts(ctx, models)
-    say_idle(ctx)
+    warn_unused_settings(ctx)
     failures = gate.before_ppo(ctx, [each.prompt for each in prompts.prompts])
     ptx, judges = ptx_batches(ctx, models.device), judges_of(ctx)
     state = PPOState.of(ctx)
@@ -100,8 +100,8 @@ def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: 
     logprobs = read_logprobs(models.actor, *read, s.temperature)
     ref_logprobs = read_logprobs(models.reference, *read, s.temperature)
     values, bootstrap = read_values(models.critic, *read)
-    unit = state.running_std.update(scores, device) if s.reward_scaling == "running" else 1.0
-    rewards = token_rewards(s, scores / unit, logprobs, ref_logprobs, rollout, state.kl.beta)
+    score_std = state.running_std.update(scores, device) if s.reward_scaling == "running" else 1.0
+    rewards = token_rewards(s, scores / score_std, logprobs, ref_logprobs, rollout, state.kl.beta)
     if s.reward_scaling == "whiten":
         rewards = whitened(rewards, mask, device, shift_mean=False)
     bootstrap = torch.where(rollout.finished_B, 0, bootstrap) if s.bootstrap_truncated else torch.zeros_like(scores)
@@ -116,28 +116,27 @@ def learn(
 ) -> dict[str, float]:
     """Epochs of mini-batches: one step of the actor and one of the critic each. key: seed and iteration."""
     step, per_step = key[1], s.ppo_epochs * s.num_minibatches
-    factor = lr_factor(step, s.steps, 0.0, s.schedule)
+    factor = lr_factor(step, s.steps, warmup=0.0, schedule=s.schedule)
     warming = step < s.critic_warmup
     value_clip_range = 0.0 if warming else s.value_clip_range  # while the critic warms up it may move freely
     steps: list[tuple[str, StepStats]] = []
     actor_learns = not warming
 
-    def train(who: str, model: nn.Module, micros: list[Microbatch], terms: Terms) -> StepStats:
+    def train(role: str, model: nn.Module, micros: list[Microbatch], terms: Terms) -> StepStats:
         optimizer = models.critic_optimizer if model is models.critic else models.actor_optimizer
         assert optimizer
-        steps.append(
-            (who, update(model, optimizer, micros, terms, models.device, factor=factor, max_norm=s.max_grad_norm))
-        )
-        return steps[-1][1]
+        stats = update(model, optimizer, micros, terms, models.device, factor=factor, max_norm=s.max_grad_norm)
+        steps.append((role, stats))
+        return stats
 
     models.freeze_actor(warming)
     for number, micros in enumerate(minibatches(batch, s, key, models.micro_batch_tokens, models.device)):
         if actor_learns:
             text = ptx(step * per_step + number)
-            stats = train("actor", models.both or models.actor, micros + text, actor_terms(s))
+            stats = train("actor", models.actor_critic or models.actor, micros + text, actor_terms(s))
             actor_learns = not s.early_stop_kl or stats.terms["approx_kl"] <= s.early_stop_kl
-        elif warming and models.both:
-            train("critic", models.both, micros, critic_terms(value_clip_range))
+        elif warming and models.actor_critic:
+            train("critic", models.actor_critic, micros, critic_terms(value_clip_range))
         if models.critic_optimizer:
             train("critic", models.critic, micros, critic_terms(value_clip_range))
     models.freeze_actor(False)
@@ -167,9 +166,9 @@ def actor_terms(s: Ppo) -> Terms:
 
 def policy_terms(logprobs: Tensor, tokens: PPOTokens, s: Ppo) -> list[Term]:
     """ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))."""
-    every, clip = torch.ones_like(logprobs, dtype=torch.bool), s.clip_range
+    all_tokens, clip = torch.ones_like(logprobs, dtype=torch.bool), s.clip_range
     old, advantages = tokens.old_logprobs, tokens.advantages
-    sums = ppo.policy_loss_sum(logprobs, old, advantages, every, clip, clip, s.dual_clip or None, tokens.weights)
+    sums = ppo.policy_loss_sum(logprobs, old, advantages, all_tokens, clip, clip, s.dual_clip or None, tokens.weights)
     return [
         Loss("policy_loss", sums.loss, "losses"),
         Metric("clip_fraction", sums.clipped, "tokens"),
@@ -198,8 +197,8 @@ def critic_terms(clip: float) -> Terms:
 
 def value_terms(values: Tensor, tokens: PPOTokens, clip: float, coefficient: float) -> list[Term]:
     """loss = max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2."""
-    every = torch.ones_like(values, dtype=torch.bool)
-    sums = ppo.value_loss_sum(values, tokens.values, tokens.returns, every, clip or None, tokens.weights)
+    all_tokens = torch.ones_like(values, dtype=torch.bool)
+    sums = ppo.value_loss_sum(values, tokens.values, tokens.returns, all_tokens, clip or None, tokens.weights)
     return [
         Loss("value_loss", sums.loss, "losses", coefficient),
         Metric("value_clip_fraction", sums.clipped, "tokens"),
