@@ -117,7 +117,9 @@ def freeze(example: str, folder: Path) -> Frozen:
 def renamed(value: Any) -> Any:
     """The same tree under the names of today."""
     if isinstance(value, dict):
-        now = {_WORD.sub(lambda word: RENAMED.get(word[0], word[0]), key): key for key in value}
+        now = {
+            _WORD.sub(lambda w: RENAMED.get(w[0], w[0]).replace("held_out", "validation"), key): key for key in value
+        }
         return {new: renamed(value[old]) for new, old in now.items()}
     return [renamed(part) for part in value] if isinstance(value, list) else value
 
