@@ -171,16 +171,17 @@ def test_every_form_is_scored_as_it_was_trained_on(run: Path, here: Path) -> Non
         {"input": "a film", "output": "is warm"},
         {"prompt": "a film", "completion": "is warm", "score": 4},
         {"Instruction": "a film", "reply": "", "finished": False},
+        {"Instruction": "a film", "reply": "", "ended": False},  # as an earlier version wrote it
     ]  # fmt: skip
     write("s.jsonl", forms)
-    assert scored(run, "s.jsonl", "o.jsonl").startswith("7 scores, mean ")
+    assert scored(run, "s.jsonl", "o.jsonl").startswith("8 scores, mean ")
     records = read("o.jsonl")
     judge = load_reward(run / "reward")
     two = [Prompt((Turn("instruction", "Go on."), Turn("input", "the plot"))), Prompt((Turn("user", "a film"),))]
     first, second, nothing = rate(
         judge, written(judge, [*two, two[1]], ["is warm", "is warm", ""], [True, True, False])
     )
-    assert [r["score"] for r in records] == pytest.approx([first] * 4 + [second] * 2 + [nothing], abs=1e-5)
+    assert [r["score"] for r in records] == pytest.approx([first] * 4 + [second] * 2 + [nothing] * 2, abs=1e-5)
     assert len({round(value, 3) for value in (first, second, nothing)}) == 3
     assert records[5]["given_score"] == 4
     assert [{k: v for k, v in r.items() if "score" not in k} for r in records[:5]] == forms[:5]

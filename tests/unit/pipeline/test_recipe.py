@@ -186,7 +186,12 @@ MISTAKES = [
     ("[pretrain]\ntext = ['x']\ntokens = 10", "RANGE", ":3", "batch_tokens = 16384"),
     ("name = '../x'", "RANGE", ":1", "letters"),
     ("[evaluate]\njudges = ['judge.py']", "RANGE", ":2", "file.py:function"),
-    ("[ppo]\nbatch_size = 10\nnum_minibatches = 4", "DIVIDE", ":2", "batch_size = 8 or 12, or num_minibatches"),
+    (
+        "[ppo]\nbatch_size = 10\nnum_minibatches = 4",
+        "DIVIDE",
+        ":2",
+        "batch_size = 8 or 12, or num_minibatches = 2 or 5",
+    ),
     ("[model]\nhidden_size = 130", "DIVIDE", ":2", "hidden_size = 128 or 132"),
     ("[model]\nhidden_size = 12", "DIVIDE", ":2", "must be even"),
     ("[model]\nheads = 8\nkv_heads = 3", "DIVIDE", ":2", "kv_heads = 2 or 4"),

@@ -1,0 +1,25 @@
+"""What an iteration of PPO is measured by."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ppo_toys
+import toys
+from tetrad.rl.metrics import critic_metrics
+from tetrad.settings.ppo import Ppo
+
+S = Ppo(batch_size=4, max_new_tokens=4)
+
+
+def test_a_critic_of_equal_returns_explains_nothing_that_is_defined() -> None:
+    """0.1 is no binary number, so that the variance of its copies is a rounding error and not 0."""
+    models = ppo_toys.four_models(S, toys.causal(seed=1), toys.scalar(seed=2), ppo_toys.by_ids(len))
+    batch, _ = ppo_toys.experience(models, ppo_toys.sampled(models, ppo_toys.questions(4), S, (0, 0)), S)
+    mask, device = batch.rollout.mask_BT, toys.CPU
+    known = critic_metrics(batch, device)["explained_variance"]
+    returns, values = (x[mask].double() for x in (batch.returns, batch.values))
+    assert known == pytest.approx(float(1 - (returns - values).var(correction=0) / returns.var(correction=0)), abs=1e-5)
+    equal = torch.full_like(batch.returns, 0.1, dtype=torch.float64)
+    assert "explained_variance" not in critic_metrics(replace(batch, returns=equal), device)
