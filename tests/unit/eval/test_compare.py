@@ -28,6 +28,7 @@ def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
 
     systems = answers_of_all(SimpleNamespace(recipe=recipe, parents={}), model, task, fond)  # type: ignore[arg-type]
     groups = [seen[at : at + 8] for at in range(0, len(seen), 8)]
+    assert list(systems["sft"].samples) == [group[0] for group in groups]
     for chosen, group in zip(systems["best of 8"].samples, groups, strict=True):
         assert chosen in group
         assert chosen.valid_utf8 == any(sample.valid_utf8 for sample in group)

@@ -13,8 +13,7 @@ from tetrad.settings.ppo import Ppo
 S = Ppo(batch_size=4, max_new_tokens=4)
 
 
-def test_a_critic_of_equal_returns_explains_nothing_that_is_defined() -> None:
-    """0.1 is no binary number, so that the variance of its copies is a rounding error and not 0."""
+def test_what_the_critic_explains_is_a_share_of_the_returns_variance_and_nothing_where_there_is_none() -> None:
     models = ppo_toys.four_models(S, toys.causal(seed=1), toys.scalar(seed=2), ppo_toys.by_ids(len))
     batch, _ = ppo_toys.experience(models, ppo_toys.sampled(models, ppo_toys.questions(4), S, (0, 0)), S)
     mask, device = batch.rollout.mask_BT, toys.CPU
