@@ -61,7 +61,7 @@ class Stage:
         self.beta *= 1.1
         run.log(step, loss=float(self.model.numbers.sum()), beta=self.beta)
         run.sample({"step": step, "text": f"样本 {step}"})
-        run.timing(step, tokens=10)
+        run.timing(tokens=10)
 
 
 def result(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tetrad.reward.model import Reward, reward_model
 from tetrad.settings.base import REWARD_MODEL, entries, is_function
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
+from tetrad.training.step import timed
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RewardSources:
     def __init__(self, sources: Mapping[str, RewardSource]) -> None:
         self.sources = dict(sources)
 
+    @timed("reward")
     def parts(self, samples: Sequence[Completion]) -> dict[str, list[float]]:
         """The raw scores of each source."""
         return {name: list(source.reward(samples)) for name, source in self.sources.items()}

@@ -21,6 +21,7 @@ from tetrad.settings.base import model_pays
 from tetrad.settings.ppo import Alarms, Ppo
 from tetrad.storage import Json
 from tetrad.training.context import StageContext
+from tetrad.training.step import timed
 
 START, RECENT = 128, 192  # responses averaged for the start, and to compare with it: single lengths vary
 WINDOW = 10  # iterations whose means are compared between score and judges
@@ -203,7 +204,10 @@ _IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
 def judges_of(ctx: StageContext) -> dict[str, Reward]:
     """The judges that watch besides the reward, each as a metric `judge_NAME`."""
     specs = ctx.recipe.alarms.judges
-    return {f"judge_{name}": python_function(spec) for name, spec in zip(named(specs, ()), specs, strict=True)}
+    return {
+        f"judge_{name}": timed("eval")(python_function(spec))
+        for name, spec in zip(named(specs, ()), specs, strict=True)
+    }
 
 
 def notes_of(failures: Sequence[str], monitor: Monitor) -> dict[str, Json]:

@@ -20,6 +20,7 @@ from tetrad.inference.completions import Completion, EncodedPrompt, complete
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.settings.common import Sampling
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.training.step import timed
 from tetrad.types import Packed, Tokens
 
 
@@ -37,6 +38,7 @@ class Rollout:
     sampled_BT: Tensor
 
 
+@timed("rollout")
 def roll_out(
     actor: CausalLM,
     prompts: Sequence[EncodedPrompt],

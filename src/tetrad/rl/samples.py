@@ -20,6 +20,7 @@ from tetrad.rl.models import Models
 from tetrad.rl.rollout import places
 from tetrad.settings.common import Sampling
 from tetrad.training.context import StageContext
+from tetrad.training.step import timed
 from tetrad.types import lines
 
 SHOWN = 3
@@ -34,6 +35,7 @@ class Samples:
     def __init__(self, ctx: StageContext, models: Models, prompts: Sequence[EncodedPrompt]) -> None:
         self.ctx, self.models, self.fixed = ctx, models, list(prompts[:SHOWN])
 
+    @timed("eval")
     def show(self, keep: Callable[[dict[str, Any]], None], step: int, batch: PPOBatch) -> None:
         """On the terminal and in samples.jsonl."""
         say = self.ctx.console.say

@@ -27,7 +27,7 @@ from tetrad.settings.ppo import Ppo
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import lr_factor
 from tetrad.training.stage import start
-from tetrad.training.step import MAX, Loss, Metric, Microbatch, StepStats, Term, Terms, update
+from tetrad.training.step import MAX, Loss, Metric, Microbatch, StepStats, Term, Terms, timed, update
 
 SHOWN = ("score", "kl", "length", "finished")  # in the progress bar
 
@@ -86,12 +86,13 @@ def run(ctx: StageContext) -> None:
             stage.log(step, **metrics)
             if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0) or state.monitor.broken:
                 samples.show(stage.sample, step, batch)
-            speed = stage.timing(step, metrics["length"] * s.batch_size * s.samples_per_prompt)
+            speed = stage.timing(metrics["length"] * s.batch_size * s.samples_per_prompt)
             bar.advance(1, **{name: metrics[name] for name in SHOWN}, **speed)
             state.monitor.stop()
         save_models(ctx, stage, models, notes_of(failures, state.monitor))
 
 
+@timed("forward")
 def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: int) -> PPOBatch:
     """Scores, the log-probabilities and values of three models, rewards, advantages and returns."""
     device, mask, read = models.device, rollout.mask_BT, (rollout, models.micro_batch_tokens, models.device)
@@ -111,6 +112,7 @@ def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: 
     return PPOBatch(rollout, parts, scores, logprobs, ref_logprobs, values, bootstrap, rewards, advantages, returns)
 
 
+@timed("update")
 def learn(
     models: Models, batch: PPOBatch, s: Ppo, key: tuple[int, int], ptx: PtxBatches = lambda _: []
 ) -> dict[str, float]:

@@ -21,7 +21,7 @@ from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer, lr_factor
 from tetrad.training.prepare import documents
 from tetrad.training.stage import Weights, finish, prepared, start, validation_metrics
-from tetrad.training.step import language_terms, update
+from tetrad.training.step import language_terms, timed, update
 from tetrad.types import Tokens
 
 
@@ -40,10 +40,11 @@ def run(ctx: StageContext) -> None:
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("pretrain", steps, stage.step) as bar:
             for step in stage.steps():
-                wanted = collectives.share(range(step * batch, (step + 1) * batch))
-                pieces = [piece for row in wanted for piece in rows.row(row)]
+                with timed("data"):
+                    wanted = collectives.share(range(step * batch, (step + 1) * batch))
+                    pieces = [piece for row in wanted for piece in rows.row(row)]
+                    micros = language_micros(pieces, micro_batch_tokens, device)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
-                micros = language_micros(pieces, micro_batch_tokens, device)
                 model.train()
                 stats = update(
                     model,
@@ -55,7 +56,7 @@ def run(ctx: StageContext) -> None:
                     max_norm=ctx.recipe.optim.max_grad_norm,
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
-                bar.advance(1, loss=stats.loss, **stage.timing(step, stats.tokens))
+                bar.advance(1, loss=stats.loss, **stage.timing(stats.tokens))
         finish(ctx, stage, model, tokenizer, None, validation_metrics(ctx, model, validation, device))
 
 

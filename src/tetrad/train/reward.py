@@ -49,7 +49,7 @@ from tetrad.training.optimizer import Optimizer, OptimizerGroup, lr_factor
 from tetrad.training.prepare import first_parent
 from tetrad.training.run_folder import StageRun, Stateful
 from tetrad.training.stage import Weights, finish, report_counts, start, template_for
-from tetrad.training.step import Loss, Microbatch, StepStats, Term, Terms, measured, update
+from tetrad.training.step import Loss, Microbatch, StepStats, Term, Terms, measured, timed, update
 from tetrad.types import IGNORE, Score
 
 LOOKS = 10  # evaluations on validation records, where training may stop early
@@ -138,7 +138,7 @@ def train(
         for step in stage.steps():
             stats = [trainer.learn(member, step) for member in members]
             stage.log(step, **trainer.figures(stats))
-            speed = stage.timing(step, sum(one.tokens for one in stats))
+            speed = stage.timing(sum(one.tokens for one in stats))
             bar.advance(1, loss=sum(one.loss for one in stats) / len(stats), **speed)
             if best.patience and trainer.looks(step):
                 with bar.look():
@@ -218,11 +218,13 @@ class RewardTrainer:
         """Whether the validation loss is measured after this step."""
         return (step + 1) % math.ceil(self.steps / LOOKS) == 0
 
+    @timed("eval")
     def eval_loss(self, members: Sequence[Member]) -> float:
         """The mean over members, without dropout. Rank 0's for all: ranks that differ would stop at different steps."""
         losses = [measured(m.latent.eval(), self._held_out or [], self.terms, self.device) for m in members]
         return collectives.first(sum(losses) / len(losses))
 
+    @timed("data")
     def _micros(self, examples: Examples, wanted: Sequence[int], keys: Sequence[int] = ()) -> list[Microbatch]:
         records, documents = [examples.records[i] for i in wanted], [examples.documents(i) for i in wanted]
         # A shared prefix has no label after it but in the first answer, and every label counts here.

@@ -20,7 +20,7 @@ from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer, lr_factor
 from tetrad.training.prepare import conversations, first_parent
 from tetrad.training.stage import Weights, finish, prepared, report_counts, start, validation_metrics
-from tetrad.training.step import language_terms, update
+from tetrad.training.step import language_terms, timed, update
 from tetrad.types import Tokens
 
 
@@ -44,8 +44,10 @@ def run(ctx: StageContext) -> None:
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("sft", steps, stage.step) as bar:
             for step in stage.steps():
-                wanted = collectives.share(batch_indices(ctx.recipe.seed, data.mixture, s.batch_size, step).tolist())
-                micros = language_micros([store[i] for i in wanted], micro_batch_tokens, device)
+                with timed("data"):
+                    wanted = batch_indices(ctx.recipe.seed, data.mixture, s.batch_size, step).tolist()
+                    documents = [store[i] for i in collectives.share(wanted)]
+                    micros = language_micros(documents, micro_batch_tokens, device)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
                 model.train()
                 stats = update(
@@ -58,7 +60,7 @@ def run(ctx: StageContext) -> None:
                     max_norm=ctx.recipe.optim.max_grad_norm,
                 )
                 stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
-                bar.advance(1, loss=stats.loss, **stage.timing(step, stats.tokens))
+                bar.advance(1, loss=stats.loss, **stage.timing(stats.tokens))
         metrics = validation_metrics(ctx, model, validation, device)
         adapters.keep(ctx, model, folder)
         finish(ctx, stage, merged(model), tokenizer, template, metrics)

@@ -17,7 +17,6 @@ by the clock, and a run whose checkpoints are all damaged does not silently star
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,9 +34,11 @@ from tetrad.signals import Stop
 from tetrad.storage import Content, Json, LineLog
 from tetrad.training import checkpoint
 from tetrad.training.checkpoint import differences, file_of
+from tetrad.training.step import timed, timer
 
 _SAVES_A_STAGE = 10
 _GIVE_BACK_EVERY = 20  # steps
+_SHOWN_PHASES = 2  # of a step, the longest, in the progress bar
 _CUT_BACK = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -83,7 +84,8 @@ class StageRun:
         self._main, self._logs = main, dict[str, LineLog]()
         self._stop = Stop(warn, lambda: f"what follows step {self.step}", self._stopped_after)
         self._stop.until = "before the next step"
-        self._saved_step, self._enough, self._began = 0, False, 0.0
+        self._saved_step, self._enough = 0, False
+        self._timing: dict[str, Json] = {}
         self._first: Callable[[str], str] = str
         if save_every > total_steps:
             effect = "no checkpoint but the last, the finished model"
@@ -99,16 +101,26 @@ class StageRun:
         """A line of samples.jsonl."""
         self._append("samples.jsonl", record)
 
-    def timing(self, step: int, tokens: float) -> dict[str, float]:
-        """A line of timing.jsonl, which a resumed run does not reproduce; returns what the progress bar shows of it.
+    def timing(self, tokens: float) -> dict[str, float | str]:
+        """What the progress bar shows of the step's speed. A line of timing.jsonl, which a resumed run does not
+        reproduce, follows when the step has been saved.
 
-        tokens: what the step, which ends here, trained on or sampled, on all ranks.
+        tokens: what the step trained on or sampled, on all ranks.
         """
-        seconds = time.monotonic() - self._began
-        shown = {"tokens/s": tokens / max(seconds, 1e-9), "peak_MiB": peak_bytes() / 2**20}
-        names = {"tokens_per_second": shown["tokens/s"], "peak_mib": shown["peak_MiB"]}
-        self._append("timing.jsonl", {"step": step, "seconds": seconds, **names})
-        return shown
+        timer.enter("other")
+        seconds = {name: value for name, value in timer.seconds.items() if name != "eval"}
+        rate, peak = tokens / max(sum(seconds.values()), 1e-9), peak_bytes() / 2**20
+        self._timing = {"tokens_per_second": rate, "peak_mib": peak}
+        longest = sorted(seconds.items(), key=lambda item: -item[1])[:_SHOWN_PHASES]
+        phases = ", ".join(f"{name} {value:.2g} s" for name, value in longest)
+        return {"tokens/s": rate, "peak_MiB": peak, "phases": phases}
+
+    def _log_timing(self) -> None:
+        timer.enter("other")
+        if self._timing:
+            seconds = sum(timer.seconds.values())
+            record = {"step": self.step - 1, "seconds": seconds, **self._timing, "phases": timer.seconds}
+            self._append("timing.jsonl", record)
 
     def _append(self, name: str, record: Mapping[str, Json]) -> None:
         if self._main:
@@ -195,6 +207,7 @@ class StageRun:
             if size > recorded:
                 self._logs[name].truncate(recorded)
 
+    @timed("save")
     def _save(self) -> None:
         contents: dict[str, Content] = {}
         for name, part in self._parts.items():  # on every rank: a sharded part is gathered here
@@ -233,7 +246,8 @@ class StageRun:
             raise Stopped(f"stopped before step {self.step} of {self.total_steps}; the same command goes on from there")
         while self.step < self.total_steps and not self._enough:
             self._expect_stop()
-            self._began = time.monotonic()
+            timer.restart()
+            self._timing = {}
             yield self.step
             self._stop.message = ""
             self.step += 1
@@ -242,6 +256,7 @@ class StageRun:
             stop, last = self._stop.agreed(), self._enough or self.step == self.total_steps
             if stop or self.step % self._every == 0 or (last and self._every <= self.total_steps):
                 self._save()
+            self._log_timing()
             if stop:
                 done = f"stopped after {self.step} of {self.total_steps} steps, all saved"
                 raise Stopped(f"{done}; the same command goes on from there")

@@ -5,8 +5,10 @@ counted (and summed over ranks) before the first backward.
 """
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,6 +74,41 @@ class StepStats:
 _READ = "tokens read"  # a count that no loss is divided by
 
 
+class StepTimer:
+    """Seconds of the running step by phase; those outside every phase are `other`, so that all add up to the step."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds = {"other": 0.0}
+        self._phase, self._since = "other", time.monotonic()
+
+    def enter(self, phase: str) -> str:
+        """Ends the current phase, and returns its name."""
+        now, ended = time.monotonic(), self._phase
+        self.seconds[ended] = self.seconds.get(ended, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        return ended
+
+
+timer = StepTimer()
+
+
+@contextmanager
+def timed(phase: str) -> Iterator[None]:
+    """Counts a block, or each call of a function that it decorates, as this phase of the step. Of nested phases the
+    inner one counts; what a GPU has been given to do belongs to the phase that gave it."""
+    outer = timer.enter(phase)
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized() and phase != outer:
+            torch.cuda.synchronize()
+        timer.enter(outer)
+
+
+@timed("update")
 def update(
     model: nn.Module,
     optimizer: Optimizer,

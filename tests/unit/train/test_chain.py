@@ -37,6 +37,25 @@ def test_every_stage_leaves_a_model_and_every_step_a_line(chain: Chain) -> None:
     assert chain.lines("pretrain")[-1]["loss"] < chain.lines("pretrain")[0]["loss"] - 0.5
 
 
+PHASES = {
+    "pretrain": {"data", "update"},
+    "sft": {"data", "update"},
+    "reward": {"data", "update", "eval"},
+    "ppo": {"rollout", "reward", "forward", "update", "eval"},
+}
+
+
+@pytest.mark.parametrize("stage", PHASES)
+def test_the_phases_of_a_step_add_up_to_its_seconds(stage: str, chain: Chain) -> None:
+    lines = [json.loads(line) for line in (chain.home / stage / "timing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [line["step"] for line in chain.lines(stage)]
+    for line in lines:
+        assert sum(line["phases"].values()) == pytest.approx(line["seconds"])
+        assert line["tokens_per_second"] > 0 and line["peak_mib"] > 0
+    assert set().union(*(line["phases"] for line in lines)) == {*PHASES[stage], "save", "other"}
+    assert np.median([line["phases"]["other"] / line["seconds"] for line in lines]) < 0.1
+
+
 def test_ppo_starts_at_the_reference_and_moves_beta(chain: Chain) -> None:
     lines = chain.lines("ppo")
     assert lines[0]["kl"] == 0 and lines[0]["kl_k3"] == 0

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import torch
 from faults.toy import EVERY, STEPS, Part, Stage, result
 from tetrad import disk, storage
 from tetrad.errors import Stopped, UserError
+from tetrad.training import step
 from tetrad.training.run_folder import open_run
+from tetrad.training.step import timed
 
 NAN = float("nan")
 
@@ -126,10 +129,40 @@ def test_timing_only_grows(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 5, 6]
     for line in lines[3:]:
-        assert list(line) == ["step", "seconds", "tokens_per_second", "peak_mib"]
-        assert line["seconds"] >= 0.01
-        assert line["tokens_per_second"] == pytest.approx(10 / line["seconds"])
+        assert list(line) == ["step", "seconds", "tokens_per_second", "peak_mib", "phases"]
+        assert line["seconds"] == pytest.approx(sum(line["phases"].values()))
+        assert line["phases"].keys() == ({"other", "save"} if line["step"] in (3, 5, 6) else {"other"})
+        assert line["phases"]["other"] >= 0.01
+        assert 10 / line["phases"]["other"] <= line["tokens_per_second"] <= 1000
         assert 10 < line["peak_mib"] < 100_000
+
+
+def test_seconds_of_a_phase_within_another_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(step, "time", clock)
+
+    @timed("eval")
+    def evaluate() -> None:
+        clock.now += 3
+        with timed("update"):
+            clock.now += 1
+
+    with open_run(tmp_path, seed=0, total_steps=1) as run:
+        run.resume({"model": Part(0.0)})
+        for _ in run.steps():
+            with timed("update"):
+                clock.now += 4
+                evaluate()
+                with pytest.raises(DiedError), timed("data"):
+                    clock.now += 2
+                    die()
+            shown = run.timing(tokens=14)
+            clock.now += 5
+    line = json.loads((tmp_path / "timing.jsonl").read_text())
+    assert line["phases"] == {"other": 5, "update": 5, "eval": 3, "data": 2, "save": 0}
+    assert line["seconds"] == 15
+    assert shown["tokens/s"] == line["tokens_per_second"] == 2  # evaluation and saving do not count
+    assert shown["phases"] == "update 5 s, data 2 s"
 
 
 def test_a_stage_without_samples_leaves_no_empty_log(tmp_path: Path) -> None:
