@@ -8,7 +8,6 @@ innermost one, in a log every ten seconds and in a stage of hours every minute, 
 import sys
 import threading
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from itertools import zip_longest
 from typing import Any, TextIO, TypeVar
 
 from rich import progress as bars
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console as Terminal
 from rich.table import Table
 from rich.text import Text
@@ -60,12 +60,10 @@ class Console:
             self._live.print(Text(text), soft_wrap=True)  # above the bar
         else:
             self._out.write(text + "\n")
-            self._out.flush()
 
     def write(self, text: str) -> None:
         """A piece of a line, shown at once."""
         self._out.write(text)
-        self._out.flush()
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table; numbers are shown with four significant digits. Plain columns in a log."""
@@ -78,8 +76,8 @@ class Console:
                 drawn.add_row(*map(Text, row))
             (self._live or Terminal(file=self._out)).print(drawn)
             return
-        widths = [max(map(_width, column)) for column in zip(columns, *cells, strict=True)]
-        lines = ["  ".join(_padded(c, w) for c, w in zip(row, widths, strict=True)) for row in [columns, *cells]]
+        widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+        lines = ["  ".join(map(set_cell_size, row, widths)) for row in [columns, *cells]]
         self.say("\n".join([title, *("  " + line.rstrip() for line in lines)]))
 
     def marked(self, title: str, runs: Iterable[tuple[str, bool]]) -> None:
@@ -99,7 +97,6 @@ class Console:
                 self._live.print(Text(text), soft_wrap=True)
             else:
                 self._err.write(text + "\n")
-                self._err.flush()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -170,7 +167,6 @@ class Console:
     def _line(self, item: "Progress") -> None:
         label = item.place if item.every else self.doing
         self._err.write("  ".join(part for part in (label, item.numbers, item.pace()) if part) + "\n")
-        self._err.flush()
         self._last_line = time.monotonic()
 
     def _draw(self, item: "Progress") -> None:
@@ -303,12 +299,3 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _width(text: str) -> int:
-    """Columns on a terminal: Han characters take two."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def _padded(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))

@@ -9,14 +9,15 @@ It knows nothing of tensors or of stages, and never opens a link or a path outsi
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -29,7 +30,6 @@ Content: TypeAlias = bytes | Iterable[bytes | memoryview]
 MANIFEST = "manifest.json"
 VERSION = 1
 _MANIFEST_BYTES = 16 << 20
-_TAIL = 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}")
 _STEP = re.compile(r"step-(\d+)")
 _NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -64,34 +64,35 @@ def write_folder(
     for name in (*files, *unlisted):
         if not _NAME.fullmatch(name) or name == MANIFEST:
             raise ValueError(f"not a file name for a manifest: {name!r}")
-    make_folder(path.parent)
-    temp = _beside(path, "tmp")
-    with disk.told(path):
-        try:
-            disk.calls.mkdir(temp)
-            entries = {name: _write_new(temp / name, content) for name, content in files.items()}
-            for name, content in unlisted.items():
-                _write_new(temp / name, content)
-            manifest = _render({**meta, "version": VERSION, "files": entries})
-            _write_new(temp / MANIFEST, manifest)
-            disk.sync_folder(temp)
-            _put_in_place(temp, path)
-        except BaseException:
-            _discard(temp)
-            raise
+    with _begun_beside(path) as temp:
+        disk.calls.mkdir(temp)
+        entries = {name: _write_new(temp / name, content) for name, content in files.items()}
+        for name, content in unlisted.items():
+            _write_new(temp / name, content)
+        manifest = _render({**meta, "version": VERSION, "files": entries})
+        _write_new(temp / MANIFEST, manifest)
+        disk.sync_folder(temp)
+        _put_in_place(temp, path)
     if _read_file(path / MANIFEST) != manifest:
         raise UserError("E-IO-WRITE", "the disk gave back other bytes than were written", where=str(path / MANIFEST))
 
 
 def write_file(path: Path, content: Content) -> None:
     """Writes one whole file: the old one stays until the new one is on the disk. Raises E-IO-SPACE, E-IO-WRITE."""
+    with _begun_beside(path) as temp:
+        _write_new(temp, content)
+        disk.calls.rename(temp, path)
+        disk.sync_folder(path.parent)
+
+
+@contextmanager
+def _begun_beside(path: Path) -> Iterator[Path]:
+    """The path of a new file or folder that will replace `path`; after an error what was begun is deleted."""
     make_folder(path.parent)
     temp = _beside(path, "tmp")
     with disk.told(path):
         try:
-            _write_new(temp, content)
-            disk.calls.rename(temp, path)
-            disk.sync_folder(path.parent)
+            yield temp
         except BaseException:
             _discard(temp)
             raise
@@ -177,14 +178,13 @@ def remove_leftovers(folder: Path) -> list[str]:
 def move_aside(path: Path, to: Path) -> Path:
     """Renames `path` to `to`, or to `to`-2, -3 ... if that is taken, and returns the new path."""
     make_folder(to.parent)
-    place, number = to, 2
-    while os.path.lexists(place):
-        place, number = to.with_name(f"{to.name}-{number}"), number + 1
+    numbered = (to.with_name(f"{to.name}-{number}") for number in itertools.count(2))
+    target = next(path for path in itertools.chain((to,), numbered) if not os.path.lexists(path))
     with disk.told(path):
-        disk.calls.rename(path, place)
-        disk.sync_folder(place.parent)
+        disk.calls.rename(path, target)
+        disk.sync_folder(target.parent)
         disk.sync_folder(path.parent)
-    return place
+    return target
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
@@ -218,11 +218,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises UserError E-CKPT-{MANIFEST,VERSION,PATH,SIZE}.
     """
-    place = path / MANIFEST
-    where = str(place)
-    if not os.path.lexists(place):
+    where = str(path / MANIFEST)
+    if not os.path.lexists(where):
         raise UserError("E-CKPT-MANIFEST", "has no manifest.json: it is not whole", where=str(path), hint=_HINT)
-    raw = _read_file(place)
+    raw = _read_file(path / MANIFEST)
     try:
         manifest = json_of(raw)
         version = manifest["version"]
@@ -253,20 +252,17 @@ def verify_folder(path: Path) -> dict[str, Any]:
         if entry.suffix in _READ_BY_LOADERS and entry.name not in {MANIFEST, *manifest["files"]}:
             raise UserError("E-CKPT-MANIFEST", "is not named in the manifest", where=str(entry), hint="remove it")
     for name, entry in manifest["files"].items():
-        _verify_file(path / name, entry["size"], entry["sha256"])
+        where = str(path / name)
+        if not os.path.lexists(where):
+            raise UserError("E-CKPT-MISSING", "is missing", where=where, hint=_HINT)
+        size, sha256 = disk.scan(path / name)
+        if size != entry["size"]:
+            what = f"has {size} bytes, the manifest says {entry['size']}"
+            raise UserError("E-CKPT-SIZE", what, where=where, hint=_HINT)
+        if sha256 != entry["sha256"]:
+            what = f"is damaged: sha256 {sha256}, the manifest says {entry['sha256']}"
+            raise UserError("E-CKPT-HASH", what, where=where, hint=_HINT)
     return manifest
-
-
-def _verify_file(path: Path, size: int, sha256: str) -> None:
-    if not os.path.lexists(path):
-        raise UserError("E-CKPT-MISSING", "is missing", where=str(path), hint=_HINT)
-    actual_size, actual = disk.scan(path)
-    if actual_size != size:
-        what = f"has {actual_size} bytes, the manifest says {size}"
-        raise UserError("E-CKPT-SIZE", what, where=str(path), hint=_HINT)
-    if actual != sha256:
-        what = f"is damaged: sha256 {actual}, the manifest says {sha256}"
-        raise UserError("E-CKPT-HASH", what, where=str(path), hint=_HINT)
 
 
 def sha256_file(path: Path) -> str:
@@ -313,19 +309,9 @@ class LineLog:
         with disk.told(path):
             self._descriptor = disk.calls.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             self._size = os.fstat(self._descriptor).st_size
-        whole = self._end_of_last_line()
-        if whole < self._size:
-            self.truncate(whole)
-
-    def _end_of_last_line(self) -> int:
-        end = self._size
-        while end:
-            start = max(0, end - _TAIL)
-            newline = os.pread(self._descriptor, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            end = start
-        return 0
+            end_of_last_line = path.read_bytes().rfind(b"\n") + 1
+        if end_of_last_line < self._size:
+            self.truncate(end_of_last_line)
 
     def append(self, record: Mapping[str, Json]) -> None:
         """Adds one line, or raises E-NUM-NONFINITE (NaN, infinity), E-IO-SPACE, E-IO-WRITE and adds none."""
@@ -374,31 +360,26 @@ class RunLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.note = ""
-        self._descriptor = -1
+        self.path, self.note = path, ""
 
     def __enter__(self) -> Self:
         make_folder(self.path.parent)
-        with disk.told(self.path):
-            descriptor = disk.calls.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        with disk.told(self.path), ExitStack() as stack:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = descriptor = disk.calls.open(self.path, flags, 0o666)
+            stack.callback(disk.calls.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if before := os.pread(descriptor, 1000, 0).decode(errors="replace"):
-                    self.note = f"took over the lock of {before.strip()}, which ended without leaving it"
-                holder = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-                disk.calls.truncate(descriptor, 0)
-                disk.write_all(descriptor, memoryview(holder.encode()))
             except BlockingIOError as error:
-                holder = self._holder(descriptor)
-                disk.calls.close(descriptor)
                 hint = "wait for it, stop it, or give this run another name"
-                what = f"the run folder is in use by {holder}"
+                what = f"the run folder is in use by {self._holder(descriptor)}"
                 raise UserError("E-RUN-LOCKED", what, where=str(self.path.parent), hint=hint) from error
-            except BaseException:
-                disk.calls.close(descriptor)
-                raise
-        self._descriptor = descriptor
+            if before := os.pread(descriptor, 1000, 0).decode(errors="replace"):
+                self.note = f"took over the lock of {before.strip()}, which ended without leaving it"
+            holder = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            disk.calls.truncate(descriptor, 0)
+            disk.write_all(descriptor, memoryview(holder.encode()))
+            stack.pop_all()
         return self
 
     @staticmethod

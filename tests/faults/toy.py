@@ -11,7 +11,7 @@ from tetrad.errors import UserError
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.seeds import generator_for
 from tetrad.storage import remove_leftovers, step_folders, verify_folder
-from tetrad.training.run_folder import StageRun, open_run
+from tetrad.training.run_folder import StageRun
 
 STEPS, EVERY = 7, 2
 
@@ -43,9 +43,8 @@ class Stage:
 
     def run(self, **options: object) -> None:
         arguments = {"seed": 3, "total_steps": STEPS, "save_every": EVERY, **options}
-        with open_run(self.folder, **arguments) as run:
-            run.state(lambda: {"beta": self.beta})
-            saved = run.resume({"model": self.model, "optimizer": self.optimizer})
+        with StageRun(self.folder, **arguments) as run:
+            saved = run.resume({"model": self.model, "optimizer": self.optimizer}, lambda: {"beta": self.beta})
             if saved is not None:
                 self.beta = saved["beta"]
             self.began, self.notes = run.step, run.notes

@@ -132,7 +132,7 @@ def train(
 ) -> None:
     """All steps, or those up to the evaluation that stops training early."""
     if best.should_stop:
-        stage.enough()
+        stage.end_early()
     looks = sum(map(trainer.looks, range(stage.step, trainer.steps))) if best.patience else 0
     with ctx.console.progress("reward", trainer.steps, stage.step, looks=looks) as bar:
         for step in stage.steps():
@@ -145,7 +145,7 @@ def train(
                     best.update(trainer.eval_loss(members))
             if best.should_stop:
                 ctx.console.say(f"reward     stops after {step + 1} steps: held-out records gain no more")
-                stage.enough()
+                stage.end_early()
 
 
 def new_models(ctx: StageContext, folder: Path, device: Device) -> list[ScalarModel]:

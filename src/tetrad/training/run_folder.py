@@ -1,8 +1,7 @@
 """One stage's run folder: its lock, its logs, its checkpoints, and an orderly stop.
 
-    with open_run(folder, seed=0, total_steps=1000) as run:
-        run.state(lambda: {"beta": kl.beta})
-        saved = run.resume({"model": model_part, "optimizer": optimizer})
+    with StageRun(folder, seed=0, total_steps=1000) as run:
+        saved = run.resume({"model": model_part, "optimizer": optimizer}, lambda: {"beta": kl.beta})
         for step in run.steps():
             run.log(step, loss=update(...))
         run.finish(files, meta)
@@ -18,14 +17,15 @@ by the clock, and a run whose checkpoints are all damaged does not silently star
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
 from tetrad import storage
 from tetrad.console import phase
+from tetrad.distributed import collectives
 from tetrad.distributed.device import give_back, peak_bytes
 from tetrad.errors import Stopped, UserError
 from tetrad.inference.model_folder import others_may_write
@@ -39,7 +39,7 @@ from tetrad.training.step import timed, timer
 _SAVES_A_STAGE = 10
 _GIVE_BACK_EVERY = 20  # steps
 _SHOWN_PHASES = 2  # of a step, the longest, in the progress bar
-_CUT_BACK = ("metrics.jsonl", "samples.jsonl")
+_TRUNCATED = ("metrics.jsonl", "samples.jsonl")
 
 
 class Stateful(Protocol):
@@ -56,40 +56,65 @@ class Stateful(Protocol):
 
 
 class StageRun:
-    """The run folder of a stage that is running; created by `open_run`.
+    """The run folder of a stage, taken for this process while entered: lock, logs, checkpoints, signals.
 
-    folder: the stage's. step: steps finished. notes: messages to the user, such as skipped checkpoints.
+    Of several processes the first alone writes. step: steps finished. notes: messages to the user, such as skipped
+    checkpoints. Raises UserError E-RUN-LOCKED on entering; Stopped on leaving, for a stop that came too late to matter.
     """
 
     def __init__(
         self,
         folder: Path,
+        *,
         seed: int,
         total_steps: int,
-        save_every: int,
-        keep: int,
-        environment: Mapping[str, Json],
-        main: bool,
-        warn: Callable[[str], None],
+        save_every: int = 0,
+        keep: int = 2,
+        environment: Mapping[str, Json] | None = None,
+        grace: float | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.folder, self.step, self.total_steps = folder, 0, total_steps
+        """save_every: steps between checkpoints, 0 for about ten per stage. keep: checkpoints kept, at least two.
+        environment: what a checkpoint records and a resume compares. grace: seconds that a step may continue after
+        SIGTERM, None for no limit. warn: prints a line, from any thread, in response to a signal."""
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.step, self.total_steps = 0, total_steps
         self.notes: list[str] = []
-        self.checkpoints = folder / "checkpoints"
         self._every = save_every or max(1, math.ceil(total_steps / _SAVES_A_STAGE))
         self._keep, self._seed = max(2, keep), seed
-        conditions = {**environment, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+        conditions = {**(environment or {}), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
         self._environment: dict[str, Json] = json.loads(json.dumps(conditions))  # as it is read back
         self._parts: dict[str, Stateful] = {}
         self._values: Callable[[], Mapping[str, Json]] = dict
-        self._main, self._logs = main, dict[str, LineLog]()
+        self._main, self._logs = collectives.is_main(), dict[str, LineLog]()
         self._stop = Stop(warn, lambda: f"what follows step {self.step}", self._stopped_after)
-        self._stop.until = "before the next step"
-        self._saved_step, self._enough = 0, False
+        self._stop.until, self._stop.grace = "before the next step", grace
+        self._stop.agree = collectives.on_any
+        self._saved_step, self._ends_early = 0, False
         self._timing: dict[str, Json] = {}
-        self._first: Callable[[str], str] = str
         if save_every > total_steps:
             effect = "no checkpoint but the last, the finished model"
             self.notes.append(f"save_every = {save_every} is more than all {total_steps} steps: {effect}")
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            if self._main:
+                lock = stack.enter_context(storage.RunLock(self.folder / "lock"))
+                self.notes += [lock.note] if lock.note else []
+                storage.remove_leftovers(self.folder)
+                storage.remove_leftovers(self.checkpoints)
+                stack.callback(self._close_logs)
+                for name in _TRUNCATED:
+                    if (self.folder / name).exists():
+                        self._log(name)
+            stack.enter_context(self._stop.listening())
+            self._leave = stack.pop_all()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._leave.close()
+        if self._stop.wanted and not error:
+            raise Stopped("stopped at the end of the stage; the same command goes on with the next one")
 
     # Logs
 
@@ -136,44 +161,40 @@ class StageRun:
         for log in self._logs.values():
             log.close()
 
-    def _log_size(self, name: str) -> int:
-        return self._logs[name].size() if name in self._logs else 0
+    def _log_sizes(self) -> dict[str, int]:
+        return {name: self._logs[name].size() if name in self._logs else 0 for name in _TRUNCATED}
 
     # Checkpoints
 
-    def state(self, values: Callable[[], Mapping[str, Json]]) -> None:
-        """Registers the stage's own numbers for state.json (KL beta, score statistics); before `resume`."""
-        self._values = values
-
-    def resume(self, parts: Mapping[str, Stateful]) -> dict[str, Any] | None:
+    def resume(
+        self, parts: Mapping[str, Stateful], values: Callable[[], Mapping[str, Json]] = dict
+    ) -> dict[str, Any] | None:
         """Loads the newest intact checkpoint into `parts` and returns the stage's own values; None for a fresh start.
 
-        `parts` is also what is saved from now on. Raises UserError E-CKPT-* if checkpoints exist but none is intact.
+        `parts` and what `values` returns (KL beta, score statistics) are also what is saved from now on. Raises
+        UserError E-CKPT-* if checkpoints exist but none is intact.
         """
-        self._parts = dict(parts)
+        self._parts, self._values = dict(parts), values
         path, state, failures = self._newest()
         if path is not None:
             self._set_aside(failures)
             self._continue_from(path, state)
             return dict(state["values"])
-        for name in self._logs.keys() & set(_CUT_BACK):
-            self._logs[name].truncate(0)
+        for log in self._logs.values():
+            log.truncate(0)
         return None
 
     def _newest(self) -> tuple[Path | None, Any, checkpoint.Failures]:
         """The first rank chooses, the others load what it has chosen."""
-        if self._main:
-            path, state, failures = checkpoint.newest(self.checkpoints, self._load)
-            self._first(path.name if path else "")
-            return path, state, failures
-        if not (name := self._first("")):
-            return None, None, []
+        newest = checkpoint.newest(self.checkpoints, self._load) if self._main else (None, None, [])
+        name = collectives.first(newest[0].name if newest[0] else "")
+        if self._main or not name:
+            return newest
         path = self.checkpoints / name
         if not path.is_dir():
+            what = f"rank 0 goes on from {name}, which is not here"
             hint = "let run.out be a folder on a disk that all machines share"
-            raise UserError(
-                "E-RANK-FOLDER", f"rank 0 goes on from {name}, which is not here", where=str(path), hint=hint
-            )
+            raise UserError("E-RANK-FOLDER", what, where=str(path), hint=hint)
         return path, self._load(path), []
 
     def _load(self, path: Path) -> dict[str, Any]:
@@ -200,8 +221,8 @@ class StageRun:
             self.notes.append(f"{path.name} was written under other conditions, numbers may differ: {changed}")
         if note := others_may_write(path):
             self.notes.append(note)
-        for name in _CUT_BACK if self._main else ():
-            recorded, size = state["logs"][name], self._log_size(name)
+        for name, size in self._log_sizes().items() if self._main else ():
+            recorded = state["logs"][name]
             if size < recorded:
                 self.notes.append(f"{name} has lost lines: {size} bytes of {recorded}")
             if size > recorded:
@@ -225,14 +246,19 @@ class StageRun:
 
     def _state_json(self) -> bytes:
         values = dict(self._values())
-        logs = {name: self._log_size(name) for name in _CUT_BACK}
-        state = {"step": self.step, "seed": self._seed, "total_steps": self.total_steps, "logs": logs}
+        state = {
+            "step": self.step,
+            "seed": self._seed,
+            "total_steps": self.total_steps,
+            "logs": self._log_sizes(),
+            "values": values,
+            "environment": self._environment,
+        }
         try:
-            text = json.dumps({**state, "values": values, "environment": self._environment}, indent=1, allow_nan=False)
+            return json.dumps(state, indent=1, allow_nan=False).encode()
         except ValueError as error:
             what = f"a number of the stage's state is not finite: {values!s:.200}"
             raise UserError("E-NUM-NONFINITE", what, where="state.json") from error
-        return text.encode()
 
     # The loop
 
@@ -244,7 +270,7 @@ class StageRun:
         self._check_space()
         if self._stop.agreed():
             raise Stopped(f"stopped before step {self.step} of {self.total_steps}; the same command goes on from there")
-        while self.step < self.total_steps and not self._enough:
+        while self.step < self.total_steps and not self._ends_early:
             self._expect_stop()
             timer.restart()
             self._timing = {}
@@ -253,7 +279,7 @@ class StageRun:
             self.step += 1
             if self.step % _GIVE_BACK_EVERY == 0:
                 give_back()
-            stop, last = self._stop.agreed(), self._enough or self.step == self.total_steps
+            stop, last = self._stop.agreed(), self._ends_early or self.step == self.total_steps
             if stop or self.step % self._every == 0 or (last and self._every <= self.total_steps):
                 self._save()
             self._log_timing()
@@ -262,9 +288,9 @@ class StageRun:
                 raise Stopped(f"{done}; the same command goes on from there")
         self._stop.until = self._stop.lost = ""
 
-    def enough(self) -> None:
+    def end_early(self) -> None:
         """No step after the current one, or none at all: early stopping."""
-        self._enough = True
+        self._ends_early = True
 
     def _expect_stop(self) -> None:
         """What a signal in the coming step waits for, and what is lost where it can't wait."""
@@ -303,48 +329,6 @@ class StageRun:
                 storage.write_folder(self.folder / "model", files, meta, unlisted)
                 storage.verify_folder(self.folder / "model")
                 storage.remove_folder(self.checkpoints)
-
-
-@contextmanager
-def open_run(
-    folder: Path,
-    *,
-    seed: int,
-    total_steps: int,
-    save_every: int = 0,
-    keep: int = 2,
-    environment: Mapping[str, Json] | None = None,
-    grace: float | None = None,
-    main: bool = True,
-    agree: Callable[[bool], bool] = bool,
-    warn: Callable[[str], None] = lambda _: None,
-    first: Callable[[str], str] = str,
-) -> Iterator[StageRun]:
-    """Takes a stage's folder for this process: lock, leftovers of a killed writer, logs, signals.
-
-    save_every: steps between checkpoints, 0 for about ten per stage. keep: checkpoints kept, at least two. environment:
-    what a checkpoint records and a resume compares. grace: seconds that a step may continue after SIGTERM, None for no
-    limit. main: False on all ranks but one: they read and write nothing. agree: True on all ranks if it is on one.
-    first: the first rank's value on all ranks. warn: prints a line, from any thread, in response to a signal.
-    Raises UserError E-RUN-LOCKED; Stopped, after the stage's end, for a stop that came too late to matter.
-    """
-    run = StageRun(folder, seed, total_steps, save_every, keep, environment or {}, main, warn)
-    run._stop.agree, run._stop.grace, run._first = agree, grace, first
-    with ExitStack() as stack:
-        if main:
-            lock = stack.enter_context(storage.RunLock(folder / "lock"))
-            if lock.note:
-                run.notes.append(lock.note)
-            storage.remove_leftovers(folder)
-            storage.remove_leftovers(run.checkpoints)
-            for name in _CUT_BACK:
-                if (folder / name).exists():
-                    run._log(name)
-            stack.callback(run._close_logs)
-        stack.enter_context(run._stop.listening())
-        yield run
-        if run._stop.wanted:
-            raise Stopped("stopped at the end of the stage; the same command goes on with the next one")
 
 
 def _refuse_nonfinite(part: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -21,14 +21,13 @@ from tetrad.model.safetensors_io import file_bytes
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.registry import STAGES
 from tetrad.report import outcome
-from tetrad.settings import common
 from tetrad.storage import Content, Json
 from tetrad.text.chat_template import Template, choose
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.batches import mean_nll
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import Prepared
-from tetrad.training.run_folder import StageRun, Stateful, open_run
+from tetrad.training.run_folder import StageRun, Stateful
 from tetrad.types import Tokens
 
 
@@ -77,21 +76,23 @@ def start(
     settings = ctx.recipe.run
     collectives.phase(ctx.folder.name)
     _refuse_unlisted(ctx, parts, state())
-    with open_run(
+    environment: dict[str, Json] = {  # numbers may differ in their last digits where one of these does
+        "device": device.place.type,
+        "dtype": str(device.dtype),
+        "processes": collectives.size(),
+        "micro_batch_tokens": settings.micro_batch_tokens,
+    }
+    with StageRun(
         ctx.folder,
         seed=ctx.recipe.seed,
         total_steps=total_steps,
         save_every=settings.save_every,
         keep=settings.keep,
-        environment=_conditions(settings, device),
+        environment=environment,
         grace=grace,
-        main=collectives.is_main(),
-        agree=collectives.on_any,
         warn=ctx.console.warn,
-        first=collectives.first,
     ) as run:
-        run.state(state)
-        saved = run.resume(parts)
+        saved = run.resume(parts, state)
         if saved is not None and restore:
             restore(saved)
         for part in (part for part in parts.values() if isinstance(part, Weights)):
@@ -101,17 +102,6 @@ def start(
         if run.step:
             ctx.console.say(f"resumes after step {run.step} of {total_steps}")
         yield run
-
-
-def _conditions(run: common.Run, device: Device) -> dict[str, Json]:
-    """What a checkpoint records besides the recipe: numbers may differ in their last digits where one of these does."""
-    kind, dtype = device.place.type, str(device.dtype)
-    return {
-        "device": kind,
-        "dtype": dtype,
-        "processes": collectives.size(),
-        "micro_batch_tokens": run.micro_batch_tokens,
-    }
 
 
 def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:

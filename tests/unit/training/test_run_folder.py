@@ -12,9 +12,10 @@ import torch
 
 from faults.toy import EVERY, STEPS, Part, Stage, result
 from tetrad import disk, storage
+from tetrad.distributed import collectives
 from tetrad.errors import Stopped, UserError
 from tetrad.training import step
-from tetrad.training.run_folder import open_run
+from tetrad.training.run_folder import StageRun
 from tetrad.training.step import timed
 
 NAN = float("nan")
@@ -69,7 +70,7 @@ def test_saves_come_when_due_and_two_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 10, 11, 250])
 def test_zero_means_about_ten(steps: int, tmp_path: Path) -> None:
     part, saves = Part(0.0), set[int]()
-    with open_run(tmp_path, seed=0, total_steps=steps) as run:
+    with StageRun(tmp_path, seed=0, total_steps=steps) as run:
         assert run.resume({"model": part}) is None
         for _ in run.steps():
             saves |= {run._saved_step}
@@ -147,7 +148,7 @@ def test_seconds_of_a_phase_within_another_are_its_own(tmp_path: Path, monkeypat
         with timed("update"):
             clock.now += 1
 
-    with open_run(tmp_path, seed=0, total_steps=1) as run:
+    with StageRun(tmp_path, seed=0, total_steps=1) as run:
         run.resume({"model": Part(0.0)})
         for _ in run.steps():
             with timed("update"):
@@ -166,7 +167,7 @@ def test_seconds_of_a_phase_within_another_are_its_own(tmp_path: Path, monkeypat
 
 
 def test_a_stage_without_samples_leaves_no_empty_log(tmp_path: Path) -> None:
-    with open_run(tmp_path, seed=0, total_steps=2, save_every=1) as run:
+    with StageRun(tmp_path, seed=0, total_steps=2, save_every=1) as run:
         run.resume({"model": Part(0.0)})
         for step in run.steps():
             run.log(step, loss=0.0)
@@ -178,7 +179,7 @@ def test_the_last_step_is_saved(tmp_path: Path) -> None:
     """What follows the steps may take long, and a stop there must not lose any of them."""
     with pytest.raises(Stopped, match=r"after 7 of 7 steps, in what follows them; the last checkpoint is of step 7"):
         stop_after_the_steps(tmp_path, steps=7)
-    with open_run(tmp_path, seed=0, total_steps=7, save_every=2) as run:
+    with StageRun(tmp_path, seed=0, total_steps=7, save_every=2) as run:
         run.resume({"model": Part(0.0)})
         assert (run.step, list(run.steps())) == (7, [])
 
@@ -189,11 +190,11 @@ def test_an_early_end_is_saved(tmp_path: Path) -> None:
 
 
 def stop_after_the_steps(folder: Path, steps: int) -> None:
-    with open_run(folder, seed=0, total_steps=7, save_every=2) as run:
+    with StageRun(folder, seed=0, total_steps=7, save_every=2) as run:
         run.resume({"model": Part(0.0)})
         for step in run.steps():
             if step == steps - 1:
-                run.enough()
+                run.end_early()
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
 
@@ -253,7 +254,7 @@ def test_a_stop_during_finish_comes_after_the_model(tmp_path: Path, calm: dict[s
         os.kill(os.getpid(), signal.SIGTERM)
         yield b"x"
 
-    with pytest.raises(Stopped, match="end of the stage"), open_run(tmp_path, seed=0, total_steps=1) as run:
+    with pytest.raises(Stopped, match="end of the stage"), StageRun(tmp_path, seed=0, total_steps=1) as run:
         run.resume({"model": part})
         list(run.steps())
         run.finish({"a": contents()}, {})
@@ -271,7 +272,7 @@ def test_a_model_that_reads_back_otherwise_keeps_the_checkpoints(
     )
     with (
         pytest.raises(UserError, match="E-CKPT-HASH"),
-        open_run(tmp_path, seed=0, total_steps=1, save_every=1) as run,
+        StageRun(tmp_path, seed=0, total_steps=1, save_every=1) as run,
     ):
         run.resume({"model": Part(0.0)})
         list(run.steps())
@@ -279,36 +280,47 @@ def test_a_model_that_reads_back_otherwise_keeps_the_checkpoints(
     assert saved(tmp_path) == [1]
 
 
-def test_one_rank_stops_all(tmp_path: Path) -> None:
-    """`agree` carries the wish of another rank."""
+def test_one_rank_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "on_any", lambda wanted: wanted or bool(saved(tmp_path)))
     with pytest.raises(Stopped):
-        Stage(tmp_path).run(agree=lambda wanted: wanted or bool(saved(tmp_path)))
+        Stage(tmp_path).run()
     assert saved(tmp_path) == [2, 3]
 
 
-def test_other_ranks_only_read(tmp_path: Path) -> None:
+def become_another_rank(monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    """chosen: the checkpoint that rank 0 resumes from."""
+    monkeypatch.setattr(collectives, "is_main", lambda: False)
+    monkeypatch.setattr(collectives, "first", lambda _: chosen)
+
+
+def test_other_ranks_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop(tmp_path, 3)
+    become_another_rank(monkeypatch, "step-000004")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with storage.RunLock(tmp_path / "lock"):
         stage = Stage(tmp_path)
-        stage.run(main=False, first=lambda _: "step-000004")
+        stage.run()
     assert stage.began == 4
     before.pop(tmp_path / "lock")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "lock"} == before
 
 
-def test_other_ranks_load_what_the_first_has_chosen(tmp_path: Path) -> None:
+def test_other_ranks_load_what_the_first_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what they would choose, and not from the start where it is not to be seen."""
     stop(tmp_path, 5)
     older, newest = saved(tmp_path)
-    other = Stage(tmp_path)
-    other.run(main=False, first=lambda _: f"step-{older:06d}")
-    assert other.began == older
-    with pytest.raises(UserError, match="rank 0 goes on from step-000099, which is not here") as raised:
-        Stage(tmp_path).run(main=False, first=lambda _: "step-000099")
+    with monkeypatch.context() as patch:
+        become_another_rank(patch, f"step-{older:06d}")
+        other = Stage(tmp_path)
+        other.run()
+        assert other.began == older
+        become_another_rank(patch, "step-000099")
+        with pytest.raises(UserError, match="rank 0 goes on from step-000099, which is not here") as raised:
+            Stage(tmp_path).run()
     assert (raised.value.code, raised.value.exit_code) == ("E-RANK-FOLDER", 8)
     chosen: list[str] = []
-    Stage(tmp_path).run(first=lambda name: chosen.append(name) or name)
+    monkeypatch.setattr(collectives, "first", lambda name: chosen.append(name) or name)
+    Stage(tmp_path).run()
     assert chosen == [f"step-{newest:06d}"]
 
 
@@ -416,7 +428,7 @@ def test_weights_that_are_no_numbers_are_never_saved(wrong: float, tmp_path: Pat
     part = Part(1.0)
     with (
         pytest.raises(UserError, match=r"E-NUM-NONFINITE.*critic: numbers: 1 of 4") as caught,
-        open_run(tmp_path, seed=0, total_steps=4, save_every=1) as run,
+        StageRun(tmp_path, seed=0, total_steps=4, save_every=1) as run,
     ):
         run.resume({"actor": Part(1.0), "critic": part})
         for step in run.steps():
@@ -429,7 +441,7 @@ def test_nor_do_they_become_the_model(tmp_path: Path) -> None:
     part = Part(1.0)
     with (
         pytest.raises(UserError, match=r"E-NUM-NONFINITE"),
-        open_run(tmp_path, seed=0, total_steps=4, save_every=3) as run,
+        StageRun(tmp_path, seed=0, total_steps=4, save_every=3) as run,
     ):
         run.resume({"model": part})
         for step in run.steps():
@@ -442,10 +454,9 @@ def test_nor_do_they_become_the_model(tmp_path: Path) -> None:
 def test_a_value_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"E-NUM-NONFINITE.*'beta': nan"),
-        open_run(tmp_path, seed=0, total_steps=4, save_every=1) as run,
+        StageRun(tmp_path, seed=0, total_steps=4, save_every=1) as run,
     ):
-        run.state(lambda: {"beta": NAN})
-        run.resume({"model": Part(0.0)})
+        run.resume({"model": Part(0.0)}, lambda: {"beta": NAN})
         list(run.steps())
     assert saved(tmp_path) == []
 
@@ -453,7 +464,7 @@ def test_a_value_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
 def test_a_metric_that_is_no_number_ends_the_step(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"E-NUM-NONFINITE.*'step': 1"),
-        open_run(tmp_path, seed=0, total_steps=4, save_every=1) as run,
+        StageRun(tmp_path, seed=0, total_steps=4, save_every=1) as run,
     ):
         run.resume({"model": Part(0.0)})
         for step in run.steps():
