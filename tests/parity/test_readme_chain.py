@@ -1,4 +1,5 @@
-"""A recipe of all stages is run small, and what README says about the result is done to it, in transformers too."""
+"""A recipe of all stages is run small, and what README and docs/commands.md say about the result is done to it, in
+transformers too; for each language with its example."""
 
 import io
 import json
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -18,8 +20,8 @@ pytestmark = pytest.mark.parity
 ROOT = Path(__file__).parents[2]
 DEMO = "examples/reviews-en/quick.toml"
 INSTRUCTION, INPUT = "Continue this movie review.", "The plot is"
+ASKED = {"docs/commands.md": (INSTRUCTION, INPUT), "docs/zh/commands.md": ("续写这条评论。", "房间很")}
 RECIPE = """
-name = "reviews-en-quick"
 model = { hidden_size = 32, layers = 2, heads = 4, kv_heads = 2, max_positions = 512 }
 tokenizer = { text = ["text.txt"], vocab_size = 500 }
 pretrain = { text = ["text.txt"], tokens = 2048, sequence_length = 32, batch_tokens = 256 }
@@ -57,69 +59,75 @@ def write_data(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which the chain has run, as `scripts/demo --quick` runs it: `runs/reviews-en-quick` is below it."""
+    """The folder in which the chains have run, as `scripts/demo --quick` runs them: `runs/reviews-en-quick` and
+    `runs/reviews-zh-quick` are below it."""
     path = tmp_path_factory.mktemp("chain")
-    (path / DEMO).parent.mkdir(parents=True)
-    write_data((path / DEMO).parent)
-    (path / DEMO).write_text(RECIPE, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        assert main(["run", DEMO]) == 0
+        for example in ("reviews-en", "reviews-zh"):
+            recipe = path / "examples" / example / "quick.toml"
+            recipe.parent.mkdir(parents=True)
+            write_data(recipe.parent)
+            recipe.write_text(f'name = "{example}-quick"{RECIPE}', encoding="utf-8")
+            assert main(["run", str(recipe.relative_to(path))]) == 0
         yield path
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_commands_run_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "demo"),
+    [("README.md", "scripts/demo --quick\n"), ("README.zh-CN.md", "scripts/demo --quick reviews-zh\n")],
+)
+def test_commands_run_in_their_order(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, demo: str) -> None:
     """Whoever runs the demo and then types README's lines one by one meets no error. Chat's input ends at once."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert "scripts/demo --quick\n" in text.partition(".venv/bin/tetrad")[0]
+    assert demo in text.partition(".venv/bin/tetrad")[0]
     commands = re.findall(r"^\.venv/bin/tetrad (.+)$", text, re.MULTILINE)
     assert len(commands) >= 4
     for command in commands:
         assert main(shlex.split(command, comments=True)) == 0, command
 
 
-def run_python_block(word: str) -> tuple[dict[str, object], str]:
-    """Runs the README's Python lines that name this import: their names, and what they printed."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+def run_python_block(page: str, word: str) -> tuple[dict[str, object], str]:
+    """Runs the page's Python lines that name this import: their names, and what they printed."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
     (block,) = (block for block in blocks if f"import {word}" in block)
     names: dict[str, object] = {}
     with redirect_stdout(io.StringIO()) as printed:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
     return names, printed.getvalue()
 
 
-def test_python_lines_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def generate(page: str, *words: str) -> dict[str, Any]:
+    """What `tetrad generate` answers to the page's prompt with the page's model."""
+    example = "reviews-zh" if "zh/" in page else "reviews-en"
+    instruction, text = ASKED[page]
+    asked = ["--instruction", instruction, "--input", text]
+    assert main(["generate", f"runs/{example}-quick/ppo", *asked, *words, "--out", "one.jsonl"]) == 0
+    (answer,) = map(json.loads, Path("one.jsonl").read_text(encoding="utf-8").splitlines())
+    return dict(answer)
+
+
+@pytest.mark.parametrize("page", ASKED)
+def test_python_lines_answer(folder: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.chdir(folder)
-    _, printed = run_python_block("tetrad")
-    words = [
-        "generate",
-        "runs/reviews-en-quick/ppo",
-        "--instruction",
-        INSTRUCTION,
-        "--input",
-        INPUT,
-        "--max-new-tokens",
-        "40",
-    ]
-    assert main([*words, "--out", "one.jsonl"]) == 0
-    assert printed == f"{[json.loads(Path('one.jsonl').read_text(encoding='utf-8'))['reply']]}\n"
+    _, printed = run_python_block(page, "tetrad")
+    assert printed == f"{[generate(page, '--max-new-tokens', '40')['reply']]}\n"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_transformers_lines_give_what_tetrad_generates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ASKED)
+def test_transformers_lines_give_what_tetrad_generates(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
     monkeypatch.chdir(folder)
-    names, printed = run_python_block("AutoTokenizer")
+    names, printed = run_python_block(page, "AutoTokenizer")
     ids, prompt = names["output"][0].tolist(), names["inputs"]["input_ids"][0].tolist()  # type: ignore[index]
     assert ids[: len(prompt)] == prompt
-    assert len(prompt) < len(ids) <= 30
-    words = ["generate", "runs/reviews-en-quick/ppo", "--instruction", INSTRUCTION, "--input", INPUT, "--greedy"]
-    words += ["--max-new-tokens", str(30 - len(prompt)), "--out", "answers.jsonl"]
-    assert main(words) == 0
-    (answer,) = map(json.loads, Path("answers.jsonl").read_text(encoding="utf-8").splitlines())
+    assert len(prompt) < len(ids) <= 60
+    answer = generate(page, "--greedy", "--max-new-tokens", str(60 - len(prompt)))
     reply = names["tokenizer"].decode(ids[len(prompt) :], skip_special_tokens=True)  # type: ignore[attr-defined]
     assert (answer["reply"], answer["tokens"]) == (reply, len(ids) - len(prompt))
     assert reply in printed
@@ -141,11 +149,11 @@ def test_every_figure_is_explained(folder: Path, name: str) -> None:
 
 def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")}
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/reviews-en-quick").rglob("model/*")}
     start = time.monotonic()
     assert main(["run", DEMO]) == 0
     assert time.monotonic() - start < 5
-    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("model/*")} == before
+    assert {path: path.stat().st_mtime_ns for path in Path("runs/reviews-en-quick").rglob("model/*")} == before
     assert len({path.parents[1].name for path in before}) == 5
 
 

@@ -1,5 +1,7 @@
-"""What both READMEs show is true: recipe, records, commands, exit codes; and the two say the same."""
+"""What both READMEs and docs/commands.md show is true: recipe, records, commands, exit codes, figures; both languages
+say the same."""
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from tiny import write_tiny
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
 RECIPES = ("docs/recipe.md", "docs/zh/recipe.md")
+COMMANDS = ("docs/commands.md", "docs/zh/commands.md")
+RUN, PICTURE = ROOT / "benchmarks/results/reviews-en-0", ROOT / "docs/ppo-run.svg"
 READERS: dict[str, Callable[[list[Path]], Any]] = {
     "pre-training": lambda paths: list(records.read_documents(paths)),
     "SFT": lambda paths: list(records.read_conversations(paths)),
@@ -94,18 +98,73 @@ def test_record_is_read(name: str, use: str, text: str, tmp_path: Path) -> None:
         assert isinstance(record, Score if "score" in use else Comparison)
 
 
+def commands(name: str, language: str) -> str:
+    """The page's blocks without comments, placeholders and what is Chinese in them: the Chinese pages lead with the
+    Chinese example, English is the demo's default."""
+    text = re.sub(r"<.*?>|#.*", "", "\n".join(blocks(name, language)))
+    return re.sub(r'"[^"]*"', '""', text.replace("--quick reviews-zh", "--quick").replace("reviews-zh", "reviews-en"))
+
+
 def test_both_say_the_same() -> None:
-    for language in ("bash", "python"):
-        english, chinese = (re.sub(r"<.*?>|#.*", "", "\n".join(blocks(name, language))) for name in READMES)
-        assert english == chinese
+    for pages in (READMES, COMMANDS):
+        for language in ("bash", "python"):
+            english, chinese = (commands(name, language) for name in pages)
+            assert english == chinese
     for pages in (READMES, RECIPES):
         english, chinese = (re.sub(r"#.*", "", blocks(name, "toml")[0]) for name in pages)
         assert [line.rstrip() for line in english.splitlines()] == [line.rstrip() for line in chinese.splitlines()]
     first = (re.findall(r"^\| `(tetrad .*?)` \|", text_of(name), re.MULTILINE) for name in READMES)
-    assert len({tuple(commands) for commands in first}) == 1
+    assert len({tuple(rows) for rows in first}) == 1
+    (asked,) = re.findall(r'^INSTRUCTION = "(.*?)"', text_of("examples/reviews-zh/fetch.py"), re.MULTILINE)
+    assert all(f'"{asked}"' in text_of(page) for page in (READMES[1], COMMANDS[1]))
+
+
+def test_both_show_the_same_figures() -> None:
+    """Those with two or three decimals: of the results, and of the comparison with TRL."""
+    figures = [sorted(re.findall(r"(?<![\d.-])-?\d\.\d{2,3}(?!\d)", text_of(name))) for name in READMES]
+    assert figures[0] == figures[1]
+
+
+def test_the_picture_is_of_its_run() -> None:
+    """The bars' means are written above them; the same means and gains stand in both READMEs."""
+    systems = json.loads((RUN / "evaluate/report/report.json").read_text())["systems"]
+    picture = PICTURE.read_text(encoding="utf-8")
+    assert len(picture.encode()) < 60_000
+    assert "<dc:date>" not in picture
+    means = [f"{system[name]['mean']:.2f}" for name in ("reward", "ridge") for system in systems.values()]
+    assert re.findall(r">(-?\d\.\d\d)</text>", picture) == means
+    gain = systems["ppo"]["ridge_gain"]
+    for name in READMES:
+        text = text_of(name)
+        assert "docs/ppo-run.svg)" in text
+        assert " → ".join(means[3:]) in text
+        assert all(f"{gain[end]:.2f}" in text for end in ("mean", "low", "high"))
+
+
+def test_the_picture_is_what_the_script_draws(tmp_path: Path) -> None:
+    """Twice the same bytes, of the kept files as of a run's own, and with the version of constraints.txt those kept."""
+    matplotlib = pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("ppo_run", ROOT / "benchmarks/ppo_run.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.keep(RUN, tmp_path, ["ridge"])
+    for name, folder in (("a.svg", RUN), ("b.svg", tmp_path)):
+        script.draw(folder, tmp_path / name, "ridge")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    if matplotlib.__version__ == "3.11.2":
+        assert (tmp_path / "a.svg").read_bytes() == PICTURE.read_bytes()
 
 
 @pytest.mark.parametrize("name", READMES)
+def test_twenty_minutes(name: str) -> None:
+    rows = re.findall(r"^\| `([a-z_/]+\.py)` \| (\d+) \|", text_of(name), re.MULTILINE)
+    assert len(rows) >= 5
+    assert all((ROOT / "src/tetrad" / path).is_file() for path, _ in rows)
+    assert sum(int(minutes) for _, minutes in rows) == 20
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_exit_codes(name: str) -> None:
     cells = re.findall(r"\| (\d+) \| ([^|]+)", text_of(name))
     codes = {int(code) for code, _ in cells}
