@@ -195,7 +195,7 @@ FAULTS = (
     Fault(
         "20 each rank whitens by itself",
         "rl/rewards.py",
-        "return collectives.sum_tensor(ppo.moments(x, mask, about).to(device.place)).cpu()",
+        "return collectives.sum_tensor(ppo.moments(x, mask, about).to(device.torch_device)).cpu()",
         "return ppo.moments(x, mask, about)",
         "dist/test_gloo.py::test_whitening_spans_the_ranks",
     ),

@@ -124,7 +124,7 @@ class Console:
     def doing(self) -> str:
         """What is being done, the whole before its parts."""
         within = zip_longest(self._open, self._open[1:])  # steps of a stage stand for the stage
-        return ": ".join(item.place for item, inner in within if not inner or inner.label != item.label)
+        return ": ".join(item.heading for item, inner in within if not inner or inner.label != item.label)
 
     def tick(self) -> None:
         """Shows the innermost phase, if it is due."""
@@ -165,7 +165,7 @@ class Console:
                 self._line(item)
 
     def _line(self, item: "Progress") -> None:
-        label = item.place if item.every else self.doing
+        label = item.heading if item.every else self.doing
         self._err.write("  ".join(part for part in (label, item.numbers, item.pace()) if part) + "\n")
         self._last_line = time.monotonic()
 
@@ -182,7 +182,7 @@ class Console:
             item.task = self._screen.add_task("", beside="")
         self._screen.update(
             item.task,
-            description=item.place,
+            description=item.heading,
             completed=item.done,
             total=item.total or None,
             beside=f"{item.pace()}  {item.numbers}",
@@ -223,7 +223,7 @@ class Progress:
             self._console._closed(self)
 
     @property
-    def place(self) -> str:
+    def heading(self) -> str:
         """The label, and how much is done."""
         count = f"{self.done}/{self.total}" if self.total else str(self.done or "")
         return f"{self.label} {count}".rstrip()

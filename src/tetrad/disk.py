@@ -42,7 +42,7 @@ calls = Calls()
 
 
 @contextmanager
-def told(path: Path, code: str = "E-IO-WRITE") -> Iterator[None]:
+def explained(path: Path, code: str = "E-IO-WRITE") -> Iterator[None]:
     """Turns an OSError into a UserError with this code, or E-IO-SPACE for a full disk."""
     try:
         yield
@@ -75,7 +75,7 @@ def sync_folder(path: Path) -> None:
 
 def chunks(path: Path) -> Iterator[bytes]:
     """A file piece by piece. Raises E-IO-READ; E-CKPT-PATH for what is not a plain file."""
-    with told(path, "E-IO-READ"):
+    with explained(path, "E-IO-READ"):
         descriptor = calls.open(path, _READ_FLAGS)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -123,5 +123,5 @@ def free_bytes(path: Path) -> int:
     place = path.absolute()
     while not place.exists():
         place = place.parent
-    with told(place, "E-IO-READ"):
+    with explained(place, "E-IO-READ"):
         return calls.free_bytes(place)

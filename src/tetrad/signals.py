@@ -21,7 +21,7 @@ _SAME_KEYPRESS_SECONDS = 0.3  # torchrun forwards the Ctrl-C that the terminal h
 _ANSWER_SECONDS = 0.5  # what ends sooner needs no answer
 _LAST_SECONDS = 1.0  # for the main thread to end after a second Ctrl-C
 
-also_told: list[Callable[[], None]] = []
+on_stop_request: list[Callable[[], None]] = []
 """Callbacks, run from a thread, for when this process is requested to stop."""
 
 
@@ -102,7 +102,7 @@ class Stop:
                     return
                 if raw[0] in (signal.SIGTERM, signal.SIGINT) and first == math.inf:
                     first, answer_due = now, now + _ANSWER_SECONDS
-                    for tell in also_told:
+                    for tell in on_stop_request:
                         tell()
                 if raw[0] == signal.SIGINT:
                     if now - interrupted > _SAME_KEYPRESS_SECONDS:

@@ -45,7 +45,7 @@ def make_folder(path: Path) -> None:
     if path.is_dir():
         return
     make_folder(path.parent)
-    with disk.told(path):
+    with disk.explained(path):
         with suppress(FileExistsError):
             disk.calls.mkdir(path)
         disk.sync_folder(path.parent)
@@ -90,7 +90,7 @@ def _begun_beside(path: Path) -> Iterator[Path]:
     """The path of a new file or folder that will replace `path`; after an error what was begun is deleted."""
     make_folder(path.parent)
     temp = _beside(path, "tmp")
-    with disk.told(path):
+    with disk.explained(path):
         try:
             yield temp
         except BaseException:
@@ -154,7 +154,7 @@ def remove_folder(path: Path) -> None:
     """Deletes a folder so that it is never seen half deleted under its name. Does nothing if it doesn't exist."""
     if os.path.lexists(path):
         temp = _beside(path, "tmp")
-        with disk.told(path):
+        with disk.explained(path):
             disk.calls.rename(path, temp)
             _delete(temp)
 
@@ -167,7 +167,7 @@ def remove_leftovers(folder: Path) -> list[str]:
     leftovers = sorted(folder.glob(".tmp-*")) + sorted(folder.glob(".old-*")) if folder.is_dir() else []
     for path in leftovers:
         home = path.with_name(path.name[len(".old-") : -len("-12345678")])
-        with disk.told(path):
+        with disk.explained(path):
             if path.name.startswith(".old-") and not os.path.lexists(home):
                 disk.calls.rename(path, home)
             else:
@@ -180,7 +180,7 @@ def move_aside(path: Path, to: Path) -> Path:
     make_folder(to.parent)
     numbered = (to.with_name(f"{to.name}-{number}") for number in itertools.count(2))
     target = next(path for path in itertools.chain((to,), numbered) if not os.path.lexists(path))
-    with disk.told(path):
+    with disk.explained(path):
         disk.calls.rename(path, target)
         disk.sync_folder(target.parent)
         disk.sync_folder(path.parent)
@@ -306,7 +306,7 @@ class LineLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         make_folder(path.parent)
-        with disk.told(path):
+        with disk.explained(path):
             self._descriptor = disk.calls.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             self._size = os.fstat(self._descriptor).st_size
             end_of_last_line = path.read_bytes().rfind(b"\n") + 1
@@ -321,7 +321,7 @@ class LineLog:
         except ValueError as error:
             what = f"a number to be logged is not finite: {record!s:.200}"
             raise UserError("E-NUM-NONFINITE", what, where=str(self.path)) from error
-        with disk.told(self.path):
+        with disk.explained(self.path):
             try:
                 disk.write_all(self._descriptor, memoryview(line))
             except OSError:
@@ -338,13 +338,13 @@ class LineLog:
         """Cuts the log to `size` bytes. Raises ValueError if it is shorter."""
         if size > self._size:
             raise ValueError(f"{self.path} has {self._size} bytes, not {size}")
-        with disk.told(self.path):
+        with disk.explained(self.path):
             disk.calls.truncate(self._descriptor, size)
         self._size = size
 
     def sync(self) -> None:
         """Returns when all lines are on the disk."""
-        with disk.told(self.path):
+        with disk.explained(self.path):
             disk.calls.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -364,7 +364,7 @@ class RunLock:
 
     def __enter__(self) -> Self:
         make_folder(self.path.parent)
-        with disk.told(self.path), ExitStack() as stack:
+        with disk.explained(self.path), ExitStack() as stack:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = descriptor = disk.calls.open(self.path, flags, 0o666)
             stack.callback(disk.calls.close, descriptor)

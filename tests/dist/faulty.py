@@ -40,7 +40,7 @@ def one_step_more(model, optimizer, documents):
     if faulty():
         time.sleep(2)
         step(model, optimizer, documents)
-    collectives.wait()
+    collectives.barrier()
 
 
 def raises(model, optimizer, documents):

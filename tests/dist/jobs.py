@@ -1,6 +1,6 @@
 """The same training on one process or on two: what `test_gloo.py` runs here and in its workers.
 
-Each job trains for five steps on the whole batch, of which `collectives.share` gives each process its part (batches of
+Each job trains for five steps on the whole batch, of which `collectives.shard` gives each process its part (batches of
 13: the parts differ in size), and returns every step's figures and the final weights. As a program: `jobs.py FOLDER`,
 with the environment that torchrun sets.
 """
@@ -52,7 +52,7 @@ def sft(muon_lr: float = 0.0) -> Found:
     documents = toys.documents(31)
     stats = []
     for step in range(STEPS):
-        wanted = collectives.share(batch_indices(SEED, whole(len(documents)), BATCH, step).tolist())
+        wanted = collectives.shard(batch_indices(SEED, whole(len(documents)), BATCH, step).tolist())
         micros = language_micros([documents[i] for i in wanted], 64, toys.CPU)
         stats.append(update(model, optimizer, micros, language_terms, toys.CPU, max_norm=0.5))
     return found(stats, model)
@@ -75,9 +75,9 @@ def reward() -> Found:
     optimizer = Optimizer(latent, 1e-3, Optim())
     stats = []
     for step in range(STEPS):
-        wanted = collectives.share(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
+        wanted = collectives.shard(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
         chosen = [records[i] for i in wanted], [answers[i] for i in wanted]
-        keys = [seed_for(SEED, "dropout", step, place) for place in collectives.share(range(BATCH))]
+        keys = [seed_for(SEED, "dropout", step, place) for place in collectives.shard(range(BATCH))]
         micros = preference_micros(*chosen, 48, 2.0, 1.5, toys.CPU, keys=keys)
         terms = preference_terms(Reward(center=0.01))
         stats.append(update(latent, optimizer, micros, terms, toys.CPU, max_norm=0.5))
@@ -86,7 +86,7 @@ def reward() -> Found:
 
 def own_rows(rollout: Rollout) -> Rollout:
     """This process's rows of a rollout that all have."""
-    rows = collectives.share(range(len(rollout.samples)))
+    rows = collectives.shard(range(len(rollout.samples)))
     index = torch.tensor(list(rows))
     return Rollout(
         tuple(rollout.samples[i] for i in rows),
@@ -130,7 +130,7 @@ def ppo_sampled(s: Ppo = PPO) -> Found:
     models = four(s)
     replies = []
     for step in range(STEPS):
-        mine, numbers = collectives.share(asked), collectives.share(range(BATCH))
+        mine, numbers = collectives.shard(asked), collectives.shard(range(BATCH))
         rollout = ppo_toys.sampled(models, mine, s, (SEED, step), numbers)
         made, _ = ppo_toys.experience(models, rollout, s, 64)
         learn(replace(models, micro_batch_tokens=64), made, s, (SEED, step))
@@ -164,7 +164,7 @@ def every_collective() -> Found:
     rank, model = collectives.rank(), toys.causal(seed=collectives.rank())
     counts = collectives.sum_counts({"b": 10.0 + rank, "a": 1.0})
     collectives.same_weights(model)
-    collectives.wait()
+    collectives.barrier()
     missing = nn.Linear(2, 1, bias=False)
     if rank == 0:
         missing.weight.grad = torch.tensor([[3.0, 4.0]])
@@ -173,14 +173,14 @@ def every_collective() -> Found:
     unused = nn.Linear(2, 1, bias=False)
     collectives.sum_gradients(unused.parameters())
     return {
-        "share": torch.tensor(list(collectives.share(range(5)))),
-        "gather": torch.tensor(collectives.gather(collectives.share(range(5)))),
+        "share": torch.tensor(list(collectives.shard(range(5)))),
+        "gather": torch.tensor(collectives.gather(collectives.shard(range(5)))),
         "counts": torch.tensor([counts["a"], counts["b"]]),
         "sum": collectives.sum_tensor(torch.tensor([1.0, float(rank)])),
-        "any": torch.tensor([collectives.on_any(False), collectives.on_any(rank == 1), collectives.on_any(True)]),
+        "any": torch.tensor([collectives.any_rank(False), collectives.any_rank(rank == 1), collectives.any_rank(True)]),
         "unused": torch.tensor([unused.weight.grad is None]),
         "floats": torch.tensor(collectives.gather([0.1 + rank, 1 / 3, math.inf]), dtype=torch.float64),
-        "first": torch.tensor(collectives.first(rank)),
+        "first": torch.tensor(collectives.from_main(rank)),
         "gradient": missing.weight.grad,
         "weights": weights(model),
         "rank": torch.tensor([rank, collectives.size(), int(collectives.is_main())]),

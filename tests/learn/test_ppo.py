@@ -15,7 +15,7 @@ from tetrad.objectives import ppo
 from tetrad.rl.experience import PPOBatch
 from tetrad.rl.models import Models
 from tetrad.settings.ppo import Ppo
-from tetrad.training.batches import reply_logprobs
+from tetrad.training.batches import response_logprobs
 from tetrad.types import Prompt
 
 pytestmark = pytest.mark.learn
@@ -33,7 +33,7 @@ REPLIES = [(a, b) for a in range(WORDS) for b in range(WORDS)]
 def log_chances(model: CausalLM) -> torch.Tensor:
     """Of all 36 replies."""
     documents = [toys.document([3, 4, *reply], 2) for reply in REPLIES]
-    found = torch.tensor([part.sum() for part in reply_logprobs(model, documents, 4096, toys.CPU)])
+    found = torch.tensor([part.sum() for part in response_logprobs(model, documents, 4096, toys.CPU)])
     assert float(found.exp().sum()) == pytest.approx(1, abs=1e-4)
     return found
 

@@ -11,7 +11,7 @@ import toys
 from tetrad.inference.engine import generate
 from tetrad.model.config import RopeScaling
 from tetrad.model.transformer import CausalLM
-from tetrad.training.batches import reply_logprobs
+from tetrad.training.batches import response_logprobs
 from tetrad.types import Response
 
 transformers = pytest.importorskip("transformers")
@@ -71,11 +71,11 @@ def test_logprobs_are_the_training_forwards(temperature: float) -> None:
     replies = sampled(model, 8, temperature=temperature)
     assert len({len(reply.ids) for reply in replies}) > 3
     documents = [toys.document([*p, *r.ids], len(p)) for p, r in zip(PROMPTS, replies, strict=True)]
-    read = reply_logprobs(model, documents, 256, toys.CPU, temperature)
+    read = response_logprobs(model, documents, 256, toys.CPU, temperature)
     for reply, logprobs in zip(replies, read, strict=True):
         assert len(reply.logprobs) == len(reply.ids) == len(logprobs)
         assert (torch.tensor(reply.logprobs) - torch.from_numpy(logprobs)).abs().max() <= 1e-4
-    hot = reply_logprobs(model, documents, 256, toys.CPU, 2 * temperature)
+    hot = response_logprobs(model, documents, 256, toys.CPU, 2 * temperature)
     assert max(abs(float(b[0]) - r.logprobs[0]) for r, b in zip(replies, hot, strict=True)) > 1e-2
 
 
@@ -83,7 +83,7 @@ def test_greedy_logprobs_are_those_at_temperature_one() -> None:
     model = model_of("qwen2")
     replies = greedy(model, 8)
     documents = [toys.document([*p, *r.ids], len(p)) for p, r in zip(PROMPTS, replies, strict=True)]
-    for reply, logprobs in zip(replies, reply_logprobs(model, documents, 256, toys.CPU), strict=True):
+    for reply, logprobs in zip(replies, response_logprobs(model, documents, 256, toys.CPU), strict=True):
         assert (torch.tensor(reply.logprobs) - torch.from_numpy(logprobs)).abs().max() <= 1e-4
 
 

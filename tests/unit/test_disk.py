@@ -18,7 +18,7 @@ from tetrad.errors import UserError
     ],
 )
 def test_failures_have_names(number: int, asked: str, code: str) -> None:
-    with pytest.raises(UserError) as caught, disk.told(Path("runs/a"), asked):
+    with pytest.raises(UserError) as caught, disk.explained(Path("runs/a"), asked):
         raise OSError(number, "why")
     assert caught.value.code == code
     assert caught.value.exit_code == 6

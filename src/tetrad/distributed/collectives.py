@@ -1,6 +1,6 @@
 """The only collectives: the same for one process and many. On one process every function is an identity.
 
-Data parallel: each rank holds the whole model and its share of every batch; counts are summed first, gradients are
+Data parallel: each rank holds the whole model and its shard of every batch; counts are summed first, gradients are
 summed once per update, so that accumulation and ranks add up to the same step. No collective happens in generation.
 Anything but tensors travels as JSON, in which floats keep every bit. `distributed.watchdog` watches waiting ranks.
 """
@@ -42,7 +42,7 @@ def stop() -> None:
 
 
 @contextmanager
-def _together(name: str) -> Iterator[bool]:
+def _collective(name: str) -> Iterator[bool]:
     """Around a collective; false on one process, which needs none."""
     if not dist.is_initialized():
         yield False
@@ -69,22 +69,22 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """This rank's part of a batch."""
     return items[rank() :: size()]
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:
     """The sum over ranks, on every rank."""
-    with _together("sum of tensors") as many:
+    with _collective("sum of tensors") as many:
         if many:
             dist.all_reduce(tensor)
     return tensor
 
 
-def everyone(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Each rank's value, in the order of ranks. A value is anything JSON can hold; tuples come back as lists."""
-    with _together("exchange of values") as many:
+    with _collective("exchange of values") as many:
         if not many:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -97,15 +97,15 @@ def everyone(value: T) -> list[T]:
     return [json.loads(text) for text in texts]
 
 
-def first(value: T) -> T:
+def from_main(value: T) -> T:
     """Rank 0's value, on every rank: what is decided once."""
-    return everyone(value)[0]
+    return all_gather(value)[0]
 
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
     """Sums by name over ranks, in rank order; a rank without work may lack names."""
     total: dict[str, float] = {}
-    for part in everyone(dict(counts)):
+    for part in all_gather(dict(counts)):
         for name, count in part.items():
             total[name] = total.get(name, 0.0) + count
     return total
@@ -114,13 +114,13 @@ def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sums every gradient over ranks; a rank without work counts as zeros. A parameter without one on all ranks
     keeps none, so that the optimizer skips it as it does on one process."""
-    with _together("sum of gradients") as many:
+    with _collective("sum of gradients") as many:
         if not many:
             return
-        everywhere = list(parameters)
-        there = torch.tensor([parameter.grad is not None for parameter in everywhere], dtype=torch.int32)
-        dist.all_reduce(there)
-        for parameter, ranks in zip(everywhere, there.tolist(), strict=True):
+        every = list(parameters)
+        ranks_with_one = torch.tensor([parameter.grad is not None for parameter in every], dtype=torch.int32)
+        dist.all_reduce(ranks_with_one)
+        for parameter, ranks in zip(every, ranks_with_one.tolist(), strict=True):
             if ranks and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if ranks:
@@ -129,25 +129,25 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def same_weights(model: nn.Module) -> None:
     """Gives every rank the weights of rank 0."""
-    with _together("broadcast of weights") as many:
+    with _collective("broadcast of weights") as many:
         for parameter in model.parameters() if many else ():
             dist.broadcast(parameter.data, 0)
 
 
 def gather(items: Sequence[T]) -> list[T]:
-    """Every rank's items, undoing `share`: item i of the batch at place i."""
-    parts = everyone(list(items))
+    """Every rank's items, undoing `shard`: item i of the batch at index i."""
+    parts = all_gather(list(items))
     longest = max(map(len, parts))
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-def on_any(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
-    return any(everyone(flag))
+    return any(all_gather(flag))
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every rank is here."""
-    with _together("barrier") as many:
+    with _collective("barrier") as many:
         if many:
             dist.barrier()

@@ -24,21 +24,25 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 @dataclass(frozen=True)
 class Device:
-    """place: the device; dtype: what matrix products are computed in."""
+    """dtype: what matrix products are computed in."""
 
-    place: torch.device
+    torch_device: torch.device
     dtype: torch.dtype
 
     def compute(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.place.type, self.dtype)
+        return torch.autocast(self.torch_device.type, self.dtype)
 
     def put(self, packed: Packed) -> Packed:
         """numpy to tensors: ids, positions, targets and keys as int64."""
         arrays = (packed.ids_T, packed.positions_T, packed.targets_T)
-        ids, positions, targets = (torch.as_tensor(a).to(self.place, torch.int64, non_blocking=True) for a in arrays)
-        keys = None if packed.keys_T is None else torch.as_tensor(packed.keys_T).to(self.place, non_blocking=True)
+        ids, positions, targets = (
+            torch.as_tensor(a).to(self.torch_device, torch.int64, non_blocking=True) for a in arrays
+        )
+        keys = (
+            None if packed.keys_T is None else torch.as_tensor(packed.keys_T).to(self.torch_device, non_blocking=True)
+        )
         return replace(packed, ids_T=ids, positions_T=positions, targets_T=targets, keys_T=keys)
 
 
@@ -51,12 +55,14 @@ def choose(run: Run) -> Device:
     collectives.start(kind)
     if run.threads:
         torch.set_num_threads(run.threads)
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        if place.index >= torch.cuda.device_count():
-            what = f"process {place.index} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
+        if device.index >= torch.cuda.device_count():
+            what = (
+                f"process {device.index} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
+            )
             raise UserError("E-CONF-DEVICE", what, where="run.nproc", hint="start no more processes than GPUs")
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = run.dtype != "float32"
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -65,7 +71,7 @@ def choose(run: Run) -> Device:
         what = "bfloat16 on a CPU is several times slower than float32 and not offered"
         raise UserError("E-CONF-DTYPE", what, where="run.dtype", hint='set dtype = "float32"')
     brain = run.dtype != "float32" and kind == "cuda" and torch.cuda.is_bf16_supported()
-    return Device(place, torch.bfloat16 if brain else torch.float32)
+    return Device(device, torch.bfloat16 if brain else torch.float32)
 
 
 def peak_bytes() -> int:
@@ -75,18 +81,18 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Returns the memory of freed tensors to the system, where the C library does not by itself: with batches of many
     lengths it would hold what the rarest ones took. Takes milliseconds."""
     if _malloc_trim:
         _malloc_trim(0)
 
 
-def free_bytes(place: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated: of the GPU, or of the machine and this process's container."""
-    if place.type == "cuda":
-        held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-        return int(torch.cuda.mem_get_info(place)[0]) + held
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     try:
         available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:

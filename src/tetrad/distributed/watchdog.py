@@ -24,7 +24,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from tetrad.errors import Stopped, UserError
-from tetrad.signals import also_told
+from tetrad.signals import on_stop_request
 
 _BEAT = 1.0  # seconds between heartbeats
 _AFTER_STOP = 10.0  # seconds that a rank requested to stop waits for one that no longer responds
@@ -57,7 +57,7 @@ class Watchdog:
         self._said = False  # this rank has reported why all end
         self._hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # the store itself
         self._ends = threading.Event()
-        also_told.append(self._ask)
+        on_stop_request.append(self._ask)
         self._own: Store = self.store.clone()  # a connection of its own: a wait on the other would block it
         self._beat()
         self._thread = threading.Thread(target=self._live, daemon=True)

@@ -38,10 +38,10 @@ from tetrad.rl.rollout import Rollout, roll_out
 from tetrad.settings.common import Sampling
 from tetrad.storage import RunLock, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.training.batches import reply_logprobs
+from tetrad.training.batches import response_logprobs
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
-from tetrad.training.stage import figures_of, read_policy, template_for
+from tetrad.training.stage import read_policy, recorded_metrics, template_for
 from tetrad.types import Tokens
 
 
@@ -68,7 +68,7 @@ def run(ctx: StageContext) -> None:
         with RunLock(ctx.folder / "lock"):
             remove_leftovers(ctx.folder)
             _run(ctx, device)
-    collectives.wait()
+    collectives.barrier()
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Task:
     def logprobs(self, model: CausalLM, rollout: Rollout) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
         """Of each response's tokens, at the temperature that sampled them."""
         heat = self.sampling.temperature or 1.0
-        return reply_logprobs(model, rollout.documents, self.micro_batch_tokens, self.device, heat)
+        return response_logprobs(model, rollout.documents, self.micro_batch_tokens, self.device, heat)
 
 
 def _run(ctx: StageContext, device: Device) -> None:
@@ -105,7 +105,9 @@ def _run(ctx: StageContext, device: Device) -> None:
     referee = _referee(ctx, device)
     scores = {name: _judged(name, answers, judges) for name, answers in systems.items()}
     table = {name: figures(answers, scores[name], scores["sft"], referee, seed) for name, answers in systems.items()}
-    stages = {name: figures_of(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")}
+    stages = {
+        name: recorded_metrics(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")
+    }
     samples = side_by_side(systems, s.side_by_side)
     report = {"prompts": len(task.prompts), "systems": table, "stages": stages, "samples": samples}
     show(ctx, report)
@@ -120,7 +122,7 @@ def _task(ctx: StageContext, device: Device) -> tuple[CausalLM, Task]:
     """The SFT model, which the others are compared with, and what all are asked. Errors: E-DATA-*, E-MODEL-*."""
     s, seed, folder = ctx.recipe.evaluate, ctx.recipe.seed, first_parent(ctx, *POLICY)
     tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
-    sft = frozen(read_policy(folder, tokenizer, template)).to(device.place)
+    sft = frozen(read_policy(folder, tokenizer, template)).to(device.torch_device)
     limit = sft.config.max_positions
     prompts = read_questions(ctx.files(s.prompts), template, tokenizer, Counts(), limit, s.max_new_tokens)
     chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.samples]]
@@ -134,7 +136,7 @@ def answers_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Reward 
     systems = _answers_of_sft(sft, task, reward, max(1, ctx.recipe.evaluate.best_of if reward else 1))
     for role in (role for role in POLICIES if role in ctx.parents):
         folder = ctx.parents[role]
-        policy = frozen(read_policy(folder, task.tokenizer, template_for(ctx, folder))).to(task.device.place)
+        policy = frozen(read_policy(folder, task.tokenizer, template_for(ctx, folder))).to(task.device.torch_device)
         with phase(f"answers of {role}"):
             rollout = task.rollout(policy)
         new, old = (task.logprobs(model, rollout) for model in (policy, sft))
@@ -191,9 +193,9 @@ def verdict_of(
     pairs = permutations(table, 2)
     gains = {(a, b): {j: Difference.of(scores[a][j], scores[b][j]) for j in judges} for a, b in pairs}
     if PPO in table:
-        notes = figures_of(ctx.parents[PPO])
+        notes = recorded_metrics(ctx.parents[PPO])
     else:
-        metrics = figures_of(ctx.parents["reward"]) if "reward" in ctx.parents else {}
+        metrics = recorded_metrics(ctx.parents["reward"]) if "reward" in ctx.parents else {}
         notes = outcome.notes(gate.apply(metrics, ctx.recipe.gate).failures, [])
     return verdict(outcome.faults(notes), guards, gains)
 
@@ -211,7 +213,7 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
     if "referee" not in ctx.parents:
         return None
     folder: Path = ctx.parents["referee"]
-    model, tokenizer = frozen(read_causal(folder)).to(device.place), Tokenizer.load(folder)
+    model, tokenizer = frozen(read_causal(folder)).to(device.torch_device), Tokenizer.load(folder)
 
     def nll(answers: Answers) -> float | None:
         documents, end = [], tokenizer.document_end
@@ -219,7 +221,7 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
             prompt = [end, *tokenizer.encode(sample.asked)]
             ids = np.asarray(prompt + tokenizer.encode(sample.text) + [end] * finished, np.int32)
             documents.append(Tokens(ids, np.arange(len(ids)) >= len(prompt)))
-        logprobs = np.concatenate(reply_logprobs(model, documents, ctx.recipe.run.micro_batch_tokens, device))
+        logprobs = np.concatenate(response_logprobs(model, documents, ctx.recipe.run.micro_batch_tokens, device))
         return float(-logprobs.mean()) if len(logprobs) else None
 
     return nll

@@ -32,7 +32,7 @@ class Replayed:
     """Calls `compute` with one id and its position per row."""
 
     def __init__(self, compute: Compute, slots: int, positions: int, device: Device) -> None:
-        self._compute, self._slots, self._positions, self._place = compute, slots, positions, device.place
+        self._compute, self._slots, self._positions, self._place = compute, slots, positions, device.torch_device
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._pool: Any = None
 

@@ -246,7 +246,7 @@ class Engine:
 
     def _prefill(self, slots: list[int]) -> Tensor:
         """Computes the prompts of these slots' rows, packed; returns the logits after each, [prompts, V]."""
-        place, prompts = self.device.place, [self._rows[slot].request.ids for slot in slots]
+        place, prompts = self.device.torch_device, [self._rows[slot].request.ids for slot in slots]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ends = lengths.cumsum(0)
         total = int(ends[-1])
@@ -272,7 +272,7 @@ class Engine:
     # Sampling
 
     def _sample(self, logits: Tensor) -> list[Event]:
-        rows, place = self._rows, self.device.place
+        rows, place = self._rows, self.device.torch_device
         if self._rules is None:
             requests = [row.request for row in rows]
             size, biases = logits.shape[-1], [request.bias for request in requests]
@@ -305,13 +305,13 @@ def _forward_of(model: Fused, cache: Cache) -> Callable[[Tensor, Tensor, int, bo
 
 def _cache(model: Fused, slots: int, positions: int, device: Device) -> Cache:
     """With a spare row."""
-    needed, free = cache_bytes(model.config, slots + 1, positions, model.dtype), free_bytes(device.place)
+    needed, free = cache_bytes(model.config, slots + 1, positions, model.dtype), free_bytes(device.torch_device)
     if needed > free:
         what = (
             f"a cache of {slots} slots with {positions} positions needs {needed >> 20} MiB, {free >> 20} MiB are free"
         )
         raise UserError("E-MEM-FULL", what, hint="lower max_num_seqs or max_new_tokens")
-    return Cache(model.config, slots + 1, positions, model.dtype, device.place)
+    return Cache(model.config, slots + 1, positions, model.dtype, device.torch_device)
 
 
 def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Event:
@@ -354,7 +354,7 @@ def generate(
     """
     if not requests:
         return []
-    positions = padded(max(len(r.ids) + r.sampling.max_new_tokens for r in requests), device.place)
+    positions = padded(max(len(r.ids) + r.sampling.max_new_tokens for r in requests), device.torch_device)
     fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
     engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
     tickets = [engine.add(request) for request in requests]

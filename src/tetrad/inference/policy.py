@@ -53,7 +53,7 @@ class Policy:
     @property
     def at(self) -> Device:
         """Where the weights are now."""
-        return replace(self.device, place=self.model.head_weight.device)
+        return replace(self.device, torch_device=self.model.head_weight.device)
 
     @property
     def fused(self) -> Fused:
@@ -91,7 +91,7 @@ def load(folder: str | Path, template: str = "") -> Policy:
     """
     path = model_folder(folder)
     device = choose(Run())
-    model, tokenizer = frozen(read_causal(path)).to(device.place), Tokenizer.load(path)
+    model, tokenizer = frozen(read_causal(path)).to(device.torch_device), Tokenizer.load(path)
     refuse_small_vocabulary(model.config.vocab_size, tokenizer, path)
     return Policy(model, tokenizer, folder_template(path, template), device, path)
 

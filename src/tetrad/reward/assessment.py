@@ -72,7 +72,7 @@ def _responses(
 ) -> Iterator[list[Completion]]:
     """The policy's to validation prompts, twice."""
     s, seed = ctx.recipe.reward, ctx.recipe.seed
-    actor = frozen(read_policy(folder, tokenizer, template)).to(device.place)
+    actor = frozen(read_policy(folder, tokenizer, template)).to(device.torch_device)
     files, limit = ctx.files(s.validation or s.data), actor.config.max_positions
     prompts = read_questions(files, template, tokenizer, Counts(), limit, s.normalise_max_new_tokens)
     chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.normalise]]

@@ -182,13 +182,13 @@ def preference_micros(
         scores = sum(isinstance(record, Score) for record in chosen)
         lists = sum(isinstance(record, Comparison) and _informative(record) for record in chosen)
         counts = {"comparisons": float(lists), "scores": float(scores)}
-        micros.append(Microbatch(packed, counts, judgements(chosen, zero, unit, device.place, numbers)))
+        micros.append(Microbatch(packed, counts, judgements(chosen, zero, unit, device.torch_device, numbers)))
     return micros
 
 
 def _prefix(answers: Sequence[Tokens], shared_prefix: str, device: Device) -> int:
     """Tokens of a record that are computed once for all its answers; none on a GPU, which has no such kernel."""
-    if shared_prefix == "never" or device.place.type != "cpu":
+    if shared_prefix == "never" or device.torch_device.type != "cpu":
         return 0
     prefix = common_prefix(answers)
     pays = shared_prefix == "always" or prefix_pays(prefix, [len(tokens.ids) for tokens in answers])

@@ -17,7 +17,7 @@ from tetrad.errors import UserError
 from tetrad.settings.base import REWARD_MODEL, model_pays
 from tetrad.settings.reward import Gate
 from tetrad.training.context import StageContext
-from tetrad.training.stage import figures_of
+from tetrad.training.stage import recorded_metrics
 from tetrad.types import Prompt, lines
 
 
@@ -122,7 +122,7 @@ def apply(metrics: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) 
 def check(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateResult:
     """Before PPO on these prompts: reports what the gate finds, and returns it. Errors: E-NUM-GATE where it fails and
     `gate.strict` is set."""
-    metrics = figures_of(folder)
+    metrics = recorded_metrics(folder)
     if ctx.recipe.reward.data:
         known = read_prompts(ctx.files(ctx.recipe.reward.data))
         near = covered([lines(prompt.turns) for prompt in prompts], [lines(prompt.turns) for prompt in known])

@@ -150,7 +150,7 @@ def load_reward(folder: str | Path, template: str = "") -> RewardModel:
     device = choose(Run())
     members, tokenizer = read_members(path), Tokenizer.load(path)
     for member in members:
-        member.requires_grad_(False).eval().to(device.place)
+        member.requires_grad_(False).eval().to(device.torch_device)
     refuse_small_vocabulary(members[0].config.vocab_size, tokenizer, path)
     return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), device, path)
 
@@ -181,7 +181,7 @@ def reward_model(
 ) -> Reward:
     """A finished reward model; see `trained`. tokenizer: of the policy that it trains, whose sampled ids it reads;
     without one it reads the text."""
-    members = [member.requires_grad_(False).to(device.place) for member in read_members(folder)]
+    members = [member.requires_grad_(False).to(device.torch_device) for member in read_members(folder)]
     if tokenizer:
         read = reader(ctx, folder, tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
     else:

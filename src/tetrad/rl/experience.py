@@ -68,7 +68,7 @@ def _micro(batch: PPOBatch, rows: Sequence[int], s: Ppo, device: Device) -> Micr
     mask = rollout.mask_BT[index]
     arrays = (batch.logprobs, batch.values, batch.advantages, batch.returns)
     weights = mask / mask.sum(1, keepdim=True) if s.reduction == "sequence" else mask.float()
-    data = PPOTokens(*(x[mask].to(device.place) for x in (*(x[index] for x in arrays), weights)))
+    data = PPOTokens(*(x[mask].to(device.torch_device) for x in (*(x[index] for x in arrays), weights)))
     packed = device.put(pack([rollout.documents[i] for i in rows]))
     tokens = float(mask.sum())
     return Microbatch(packed, {"tokens": tokens, "losses": len(rows) if s.reduction == "sequence" else tokens}, data)

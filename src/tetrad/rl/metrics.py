@@ -46,7 +46,7 @@ def step_metrics(
     return {
         **means,
         **texts_of_step(batch.rollout),
-        "sampler_gap": max(collectives.everyone(gap)),
+        "sampler_gap": max(collectives.all_gather(gap)),
         **critic_metrics(batch, device),
         "score_std": float(variance) ** 0.5,
         "beta": beta,

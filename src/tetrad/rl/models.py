@@ -32,7 +32,7 @@ from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.prepare import first_parent
 from tetrad.training.run_folder import StageRun
-from tetrad.training.stage import Weights, figures_of, finish, read_policy, require_tokenizer, template_for
+from tetrad.training.stage import Weights, finish, read_policy, recorded_metrics, require_tokenizer, template_for
 
 
 class ActorCritic(nn.Module):
@@ -119,7 +119,7 @@ def load_models(ctx: StageContext) -> Models:
     """
     s, folder = ctx.recipe.ppo, first_parent(ctx, *POLICY)
     tokenizer, device = Tokenizer.load(folder), choose(ctx.recipe.run)
-    template, place = template_for(ctx, folder), device.place
+    template, place = template_for(ctx, folder), device.torch_device
     reference = frozen(read_policy(folder, tokenizer, template)).to(place)
     if s.adapters:
         actor, critic, reward = _on_one_base(ctx, reference, tokenizer, device)
@@ -145,7 +145,7 @@ def load_models(ctx: StageContext) -> Models:
         ctx.recipe.run.micro_batch_tokens,
         actor_critic,
         EMA(actor, s.ema_decay) if s.ema_decay else None,
-        figures_of(ctx.parents["reward"]).get("train_score_p999", math.inf) if used else math.inf,
+        recorded_metrics(ctx.parents["reward"]).get("train_score_p999", math.inf) if used else math.inf,
     )
 
 

@@ -162,7 +162,7 @@ class Monitor:
                 ctx.console.say(f"alarm      step {step}: {alarm.text}")
         self.reported = now
         worst = [alarm for alarm in alarms if alarm.level == 2]
-        if self.s.strict and collectives.on_any(bool(worst)):  # metrics differ between ranks: all stop, or none
+        if self.s.strict and collectives.any_rank(bool(worst)):  # metrics differ between ranks: all stop, or none
             self.broken = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
         return {"alarms": float(len(alarms))}
 

@@ -32,7 +32,7 @@ class Prompts:
 
     def batch(self, step: int) -> tuple[list[EncodedPrompt], list[int]]:
         """This rank's prompts of an iteration, a prompt for each response, and their places in the whole batch."""
-        chosen = collectives.share(batch_indices(self.seed, self.mixture, self.size, step).tolist())
+        chosen = collectives.shard(batch_indices(self.seed, self.mixture, self.size, step).tolist())
         return [self.prompts[i] for i in chosen for _ in range(self.copies)], places(self.size, self.copies)
 
 
@@ -73,7 +73,7 @@ def ptx_batches(ctx: StageContext, device: Device) -> PtxBatches:
     size = s.batch_tokens // s.sequence_length
 
     def batch(update: int) -> list[Microbatch]:
-        own = collectives.share(range(update * size, (update + 1) * size))
+        own = collectives.shard(range(update * size, (update + 1) * size))
         pieces = [piece for row in own for piece in rows.row(row)]
         micros = language_micros(pieces, ctx.recipe.run.micro_batch_tokens, device)
         return [Microbatch(m.packed, {"ptx_tokens": m.counts["tokens"]}, PtxBatch(s.coef)) for m in micros]

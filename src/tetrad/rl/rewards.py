@@ -69,7 +69,7 @@ def mean_variance(x: Tensor, mask: Tensor, device: Device) -> tuple[Tensor, Tens
     """Over the masked values of all ranks, float64."""
 
     def summed(about: Tensor | float) -> Tensor:
-        return collectives.sum_tensor(ppo.moments(x, mask, about).to(device.place)).cpu()
+        return collectives.sum_tensor(ppo.moments(x, mask, about).to(device.torch_device)).cpu()
 
     first, _ = ppo.mean_variance(summed(0.0))
     return ppo.mean_variance(summed(first), first)

@@ -63,7 +63,7 @@ def roll_out(
 
 def places(prompts: int, copies: int) -> list[int]:
     """The places of this rank's responses in the whole batch: those to one prompt are adjacent."""
-    return [n * copies + k for n in collectives.share(range(prompts)) for k in range(copies)]
+    return [n * copies + k for n in collectives.shard(range(prompts)) for k in range(copies)]
 
 
 def spread(flat_N: Tensor, mask_BT: Tensor) -> Tensor:

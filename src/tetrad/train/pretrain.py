@@ -34,14 +34,14 @@ def run(ctx: StageContext) -> None:
     batch = s.batch_tokens // s.sequence_length
     steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.sequence_length) / s.batch_tokens))
     model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
-    model.to(device.place)
+    model.to(device.torch_device)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
     validation = _held_out(ctx, tokenizer)
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         with ctx.console.progress("pretrain", steps, stage.step) as bar:
             for step in stage.steps():
                 with timed("data"):
-                    wanted = collectives.share(range(step * batch, (step + 1) * batch))
+                    wanted = collectives.shard(range(step * batch, (step + 1) * batch))
                     pieces = [piece for row in wanted for piece in rows.row(row)]
                     micros = language_micros(pieces, micro_batch_tokens, device)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)

@@ -153,7 +153,7 @@ def new_models(ctx: StageContext, folder: Path, device: Device) -> list[ScalarMo
     E-CKPT-*."""
     if not ctx.recipe.reward.adapters:
         return [read_scalar(folder, seed_for(seed, "head")) for seed in seeds(ctx)]
-    base = frozen(read_causal(folder)).to(device.place)
+    base = frozen(read_causal(folder)).to(device.torch_device)
     return [adapters.scalar_on(ctx, base, seed_for(seed, "head")) for seed in seeds(ctx)]
 
 
@@ -190,7 +190,7 @@ class RewardTrainer:
         s = self.s
         annotators = Annotators(self.examples.records, self.numbers) if self.numbers else None
         both = len({type(record) for record in self.examples.records}) > 1
-        latent = Latent(model, both, annotators).to(self.device.place)
+        latent = Latent(model, both, annotators).to(self.device.torch_device)
         model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
         muon_lr = s.muon_lr if s.optimizer == "muon" else 0.0
         quick = {"annotators.": ANNOTATORS_LR}
@@ -198,8 +198,8 @@ class RewardTrainer:
 
     def learn(self, member: Member, step: int) -> StepStats:
         """One optimizer step of one member."""
-        wanted = collectives.share(batch_indices(member.seed, self.mixture, self.s.batch_size, step).tolist())
-        keys = [seed_for(member.seed, "dropout", step, place) for place in collectives.share(range(self.s.batch_size))]
+        wanted = collectives.shard(batch_indices(member.seed, self.mixture, self.s.batch_size, step).tolist())
+        keys = [seed_for(member.seed, "dropout", step, place) for place in collectives.shard(range(self.s.batch_size))]
         factor = lr_factor(step, self.steps, self.s.warmup, self.s.schedule)
         member.latent.train()
         micros = self._micros(self.examples, wanted, keys)
@@ -222,7 +222,7 @@ class RewardTrainer:
     def eval_loss(self, members: Sequence[Member]) -> float:
         """The mean over members, without dropout. Rank 0's for all: ranks that differ would stop at different steps."""
         losses = [measured(m.latent.eval(), self._held_out or [], self.terms, self.device) for m in members]
-        return collectives.first(sum(losses) / len(losses))
+        return collectives.from_main(sum(losses) / len(losses))
 
     @timed("data")
     def _micros(self, examples: Examples, wanted: Sequence[int], keys: Sequence[int] = ()) -> list[Microbatch]:

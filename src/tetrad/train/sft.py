@@ -35,7 +35,7 @@ def run(ctx: StageContext) -> None:
     model = read_causal(folder)
     if s.add_separator:
         grow_vocabulary(model, tokenizer.size)
-    model.to(device.place)
+    model.to(device.torch_device)
     if s.adapters:
         adapters.adapt(ctx, model, ctx.recipe.seed)
     validation = _held_out(ctx, template, tokenizer, model)
@@ -46,7 +46,7 @@ def run(ctx: StageContext) -> None:
             for step in stage.steps():
                 with timed("data"):
                     wanted = batch_indices(ctx.recipe.seed, data.mixture, s.batch_size, step).tolist()
-                    documents = [store[i] for i in collectives.share(wanted)]
+                    documents = [store[i] for i in collectives.shard(wanted)]
                     micros = language_micros(documents, micro_batch_tokens, device)
                 factor = lr_factor(step, steps, s.warmup, s.schedule)
                 model.train()

@@ -28,4 +28,4 @@ def run(ctx: StageContext) -> None:
             many = f"the text gave {tokenizer.size} of the {s.vocab_size} tokens that tokenizer.vocab_size asks for"
             ctx.console.say(f"note: {many}; more text, or a lower tokenizer.min_frequency, gives more")
         stage.finish(tokenizer.files(), {"key": ctx.key, "figures": metrics, "lineage": dict(ctx.lineage)})
-        collectives.wait()
+        collectives.barrier()

@@ -78,17 +78,17 @@ def on_reward_base(ctx: StageContext, base: CausalLM) -> ScalarModel:
     Errors: E-CONF-CONFLICT where it was trained in full or has another base; E-CKPT-*.
     """
     folder, base_folder = ctx.parents["reward"], first_parent(ctx, *POLICY)
-    place = folder.parent / "adapter"
+    adapter = folder.parent / "adapter"
     hint = "train it with [reward] adapters = true on this SFT model, or set ppo.adapters = false"
-    if not (place / CONFIG).is_file():
+    if not (adapter / CONFIG).is_file():
         what = "ppo.adapters = true needs a reward model that is an adapter; this one was trained in full"
         raise UserError("E-CONF-CONFLICT", what, where=str(folder), hint=hint)
-    storage.verify_folder(place)
-    config = json.loads((place / CONFIG).read_bytes())
+    storage.verify_folder(adapter)
+    config = json.loads((adapter / CONFIG).read_bytes())
     if config["tetrad"]["base_sha256"] != weights_digest(base_folder):
         what = "the reward model's adapter was trained on other weights than the SFT model's"
-        raise UserError("E-CONF-CONFLICT", what, where=str(place), hint=hint)
+        raise UserError("E-CONF-CONFLICT", what, where=str(adapter), hint=hint)
     model = on_base(ScalarModel, base, read_config(folder))
-    load_adapters(model, read_tensors(place / WEIGHTS), config["lora_alpha"] / config["r"], str(place))
+    load_adapters(model, read_tensors(adapter / WEIGHTS), config["lora_alpha"] / config["r"], str(adapter))
     model.bias = base.model.norm.weight.new_tensor(config["tetrad"]["reward_bias"])
     return model

@@ -39,7 +39,7 @@ def mean_nll(
 
 
 @torch.no_grad()
-def reply_logprobs(
+def response_logprobs(
     model: CausalLM, documents: Sequence[Tokens], micro_batch_tokens: int, device: Device, temperature: float = 1.0
 ) -> list[np.ndarray]:
     """Log-probabilities of each document's labels, one float32 array per document."""

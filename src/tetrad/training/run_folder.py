@@ -26,7 +26,7 @@ import torch
 from tetrad import storage
 from tetrad.console import phase
 from tetrad.distributed import collectives
-from tetrad.distributed.device import give_back, peak_bytes
+from tetrad.distributed.device import peak_bytes, release_memory
 from tetrad.errors import Stopped, UserError
 from tetrad.inference.model_folder import others_may_write
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
@@ -89,7 +89,7 @@ class StageRun:
         self._main, self._logs = collectives.is_main(), dict[str, LineLog]()
         self._stop = Stop(warn, lambda: f"what follows step {self.step}", self._stopped_after)
         self._stop.until, self._stop.grace = "before the next step", grace
-        self._stop.agree = collectives.on_any
+        self._stop.agree = collectives.any_rank
         self._saved_step, self._ends_early = 0, False
         self._timing: dict[str, Json] = {}
         if save_every > total_steps:
@@ -187,7 +187,7 @@ class StageRun:
     def _newest(self) -> tuple[Path | None, Any, checkpoint.Failures]:
         """The first rank chooses, the others load what it has chosen."""
         newest = checkpoint.newest(self.checkpoints, self._load) if self._main else (None, None, [])
-        name = collectives.first(newest[0].name if newest[0] else "")
+        name = collectives.from_main(newest[0].name if newest[0] else "")
         if self._main or not name:
             return newest
         path = self.checkpoints / name
@@ -278,7 +278,7 @@ class StageRun:
             self._stop.message = ""
             self.step += 1
             if self.step % _GIVE_BACK_EVERY == 0:
-                give_back()
+                release_memory()
             stop, last = self._stop.agreed(), self._ends_early or self.step == self.total_steps
             if stop or self.step % self._every == 0 or (last and self._every <= self.total_steps):
                 self._save()

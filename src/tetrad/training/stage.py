@@ -77,7 +77,7 @@ def start(
     collectives.phase(ctx.folder.name)
     _refuse_unlisted(ctx, parts, state())
     environment: dict[str, Json] = {  # numbers may differ in their last digits where one of these does
-        "device": device.place.type,
+        "device": device.torch_device.type,
         "dtype": str(device.dtype),
         "processes": collectives.size(),
         "micro_batch_tokens": settings.micro_batch_tokens,
@@ -130,7 +130,7 @@ def finish(
         card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, metrics))
     meta: dict[str, Json] = {"key": ctx.key, "figures": dict(metrics), "lineage": dict(ctx.lineage)}
     run.finish(files, meta, {outcome.CARD: card.encode(errors="backslashreplace")})
-    collectives.wait()
+    collectives.barrier()
 
 
 def _card(ctx: StageContext, model: CausalLM | ScalarModel, metrics: Mapping[str, Json]) -> str:
@@ -152,7 +152,7 @@ def _card(ctx: StageContext, model: CausalLM | ScalarModel, metrics: Mapping[str
     return "\n".join(lines) + "\n"
 
 
-def figures_of(folder: Path) -> dict[str, Any]:
+def recorded_metrics(folder: Path) -> dict[str, Any]:
     """The metrics that a stage recorded about its model."""
     manifest = folder / "manifest.json"
     return dict(json.loads(manifest.read_bytes()).get("figures", {})) if manifest.is_file() else {}
@@ -179,7 +179,7 @@ def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Pre
     """The stage's tokens: built by one rank, opened by all."""
     if collectives.is_main():
         make(ctx)
-    collectives.wait()
+    collectives.barrier()
     data = make(ctx)
     report_counts(ctx, data.counts, len(data.store))
     return data

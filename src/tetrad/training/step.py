@@ -31,7 +31,6 @@ class Microbatch:
     packed: Packed
     counts: Mapping[str, float]
     data: Any = None
-    places: Sequence[str] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ def update(
 ) -> StepStats:
     """One optimizer step on a batch in parts. factor: share of the learning rate; max_norm: 0 means no clipping.
 
-    Errors: E-NUM-NONFINITE before any weight changes, with the places of the batch's records.
+    Errors: E-NUM-NONFINITE before any weight changes, naming the batch's records.
     """
     read = float(sum(len(micro.packed.ids_T) for micro in micros))
     totals = collectives.sum_counts({**_counted(micros), _READ: read})
@@ -177,7 +176,7 @@ def _over_ranks(
     """The sums and maxima over all ranks. A rank without rows has no terms of its own: `scales` gets the others'."""
     summed: dict[str, float] = {}
     highest: dict[str, float] = {}
-    for part, others, theirs in collectives.everyone((sums, scales, most)):
+    for part, others, theirs in collectives.all_gather((sums, scales, most)):
         summed |= {name: value + summed.get(name, 0.0) for name, value in part.items()}
         highest |= {name: max(value, highest.get(name, -math.inf)) for name, value in theirs.items()}
         scales |= {name: (per, coefficient) for name, (per, coefficient) in others.items()}
@@ -195,11 +194,11 @@ def _backward(parts: list[Tensor]) -> None:
 
 def _stop(loss: float, norm: float, micros: Sequence[Microbatch], finite: Callable[[Microbatch], bool]) -> None:
     """Names the records of the micro-batches that are not finite by themselves, on the rank that has them."""
-    guilty = [micro for micro in micros if not finite(micro)]
-    if collectives.on_any(bool(guilty)) and not guilty:
-        collectives.wait()  # until a failing rank ends all
-    places = [place for micro in guilty or micros for place in (micro.places or micro.packed.where)]
-    named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    failing = [micro for micro in micros if not finite(micro)]
+    if collectives.any_rank(bool(failing)) and not failing:
+        collectives.barrier()  # until a failing rank ends all
+    records = [where for micro in failing or micros for where in micro.packed.where]
+    named = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
     what = f"loss {loss}, gradient norm {norm}; no weight was changed. The records: {named or 'unnamed'}"
     raise UserError("E-NUM-NONFINITE", what, hint="lower the learning rate, or look at these records")
 

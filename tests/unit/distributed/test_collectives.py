@@ -10,14 +10,14 @@ from tetrad.distributed import collectives
 def test_one_process():
     collectives.start("cpu")  # nothing to join
     assert (collectives.rank(), collectives.size(), collectives.is_main()) == (0, 1, True)
-    assert list(collectives.share([5, 6, 7])) == [5, 6, 7]
+    assert list(collectives.shard([5, 6, 7])) == [5, 6, 7]
     assert collectives.gather((5, 6, 7)) == [5, 6, 7]
     assert collectives.sum_counts({"a": 2.0}) == {"a": 2.0}
-    assert collectives.on_any(True)
-    assert not collectives.on_any(False)
+    assert collectives.any_rank(True)
+    assert not collectives.any_rank(False)
     tensor = torch.tensor([1.0, 2.0])
     assert torch.equal(collectives.sum_tensor(tensor), torch.tensor([1.0, 2.0]))
-    collectives.wait()
+    collectives.barrier()
     collectives.stop()
 
 

@@ -97,7 +97,7 @@ def test_few_pairs_in_the_wrong_order_are_no_proof() -> None:
 def test_ppo_is_told_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gate, "figures_of", lambda folder: {**SOUND, "ece": 0.3})
+    monkeypatch.setattr(gate, "recorded_metrics", lambda folder: {**SOUND, "ece": 0.3})
 
     def heed(strict: bool) -> None:
         recipe = SimpleNamespace(gate=Gate(strict=strict), reward=Reward())
@@ -114,7 +114,7 @@ def test_ppo_is_told_or_refused(
 def test_prompts_unlike_the_reward_models_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gate, "figures_of", lambda folder: dict(SOUND))
+    monkeypatch.setattr(gate, "recorded_metrics", lambda folder: dict(SOUND))
     data = planted.write(tmp_path / "rm.jsonl", planted.comparisons(planted.prompts(200)))
     recipe = SimpleNamespace(gate=Gate(), reward=Reward(data=(data,)))
     ctx: Any = SimpleNamespace(recipe=recipe, console=Console(), files=lambda names: names)

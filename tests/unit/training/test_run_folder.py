@@ -281,7 +281,7 @@ def test_a_model_that_reads_back_otherwise_keeps_the_checkpoints(
 
 
 def test_one_rank_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "on_any", lambda wanted: wanted or bool(saved(tmp_path)))
+    monkeypatch.setattr(collectives, "any_rank", lambda wanted: wanted or bool(saved(tmp_path)))
     with pytest.raises(Stopped):
         Stage(tmp_path).run()
     assert saved(tmp_path) == [2, 3]
@@ -290,7 +290,7 @@ def test_one_rank_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def become_another_rank(monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
     """chosen: the checkpoint that rank 0 resumes from."""
     monkeypatch.setattr(collectives, "is_main", lambda: False)
-    monkeypatch.setattr(collectives, "first", lambda _: chosen)
+    monkeypatch.setattr(collectives, "from_main", lambda _: chosen)
 
 
 def test_other_ranks_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_other_ranks_load_what_the_first_has_chosen(tmp_path: Path, monkeypatch:
             Stage(tmp_path).run()
     assert (raised.value.code, raised.value.exit_code) == ("E-RANK-FOLDER", 8)
     chosen: list[str] = []
-    monkeypatch.setattr(collectives, "first", lambda name: chosen.append(name) or name)
+    monkeypatch.setattr(collectives, "from_main", lambda name: chosen.append(name) or name)
     Stage(tmp_path).run()
     assert chosen == [f"step-{newest:06d}"]
 
