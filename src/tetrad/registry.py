@@ -6,6 +6,7 @@ checks before a run and checkpoints read these rows. Recipe files are read and w
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any
 
 from tetrad.settings.base import Seed, model_pays, settings
@@ -175,6 +176,10 @@ class Recipe:
     lora: Lora = Lora()
     optim: Optim = Optim()
     sampling: Sampling = Sampling()
+
+    def value(self, name: str) -> Any:
+        """The value of a setting by its dotted TOML name, as "ppo.steps"."""
+        return attrgetter(name.replace(".from", ".from_"))(self)
 
 
 STAGES: Mapping[str, Stage] = {

@@ -12,7 +12,7 @@ from tetrad import __version__
 from tetrad.cli.main import commands, main
 from tetrad.registry import Recipe
 from tetrad.settings import use
-from tetrad.settings.base import knobs
+from tetrad.settings.base import options, tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,9 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["ppo", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["run", "--help"], ["ppo", "--help"], ["generate", "--help"], ["run", "--help-all"]]
+)
 def test_help_is_quick(words: list[str]) -> None:
     seconds = []
     for _ in range(3):
@@ -60,29 +62,37 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_setting_has_its_meaning_and_default(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--help"]) == 0
+    assert main(["run", "--help-all"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for knob in knobs(Recipe).values():
-        assert knob.help, f"{knob.name} has no docstring"
-        assert f"{knob.flag} {knob.help}" in text
+    for option in options(Recipe).values():
+        assert option.help, f"{option.name} has no docstring"
+        assert f"{option.flag} {option.help}" in text
     assert "--ppo.actor-lr Learning rate of the actor. (a number, above 0 and at most 1) Default: 1e-05." in text
     assert "--model.from " in text
 
 
 def test_a_stage_shows_its_own_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["ppo", "--help-all"])
+    everything = capsys.readouterr().out
     main(["ppo", "--help"])
     text = capsys.readouterr().out
+    assert len(text) < len(everything) / 2
+    named = set(re.findall(r"[a-z][\w-]*", text))
+    for table in ("ppo", "ptx", "gate", "alarms", "run", "lora", "optim"):
+        for option in options(tables(Recipe)[table], f"{table}."):
+            assert f"--{option.replace('_', '-')} " in text or option.partition(".")[2].replace("_", "-") in named
+    assert "--ppo.kl-coef " in text and "--ppo.clip-range" not in text and "tetrad ppo --help-all" in text
     assert re.findall(r"^\[(\w+)\]", text, re.MULTILINE) == ["ppo", "ptx", "gate", "alarms", "run", "lora", "optim"]
 
 
 @pytest.mark.parametrize("cls", [use.Generate, use.Chat, use.ScoreFile, use.Explain, use.Doctor])
 def test_arguments_of_the_other_commands(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
     verb = {"ScoreFile": "score"}.get(cls.__name__, cls.__name__.lower())
-    assert main([verb, "-h"]) == 0
+    assert main([verb, "--help-all"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for knob in knobs(cls).values():
-        assert knob.help
-        assert knob.name == "model" or f"{knob.flag} {knob.help}" in text
+    for option in options(cls).values():
+        assert option.help
+        assert option.name == "model" or f"{option.flag} {option.help}" in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

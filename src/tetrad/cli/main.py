@@ -107,8 +107,8 @@ def _dispatch(words: list[str]) -> int:
         near = difflib.get_close_matches(verb, known, n=1)
         hint = f"did you mean `tetrad {near[0]}`?" if near else "`tetrad --help` lists the commands"
         raise UserError("E-CONF-UNKNOWN", f"unknown command {verb}", where="tetrad", hint=hint)
-    if "-h" in rest or "--help" in rest:
-        _write(_help(verb))
+    if wanted := {"-h", "--help", "--help-all"}.intersection(rest):
+        _write(_help(verb, everything="--help-all" in wanted))
         return 0
     if not known[verb].settings:
         return _recipe(verb, rest)
@@ -156,23 +156,27 @@ def _write(text: str) -> None:
 
 
 def _overview() -> str:
-    lines = ["usage: tetrad COMMAND ...   (tetrad COMMAND --help shows all its settings)", ""]
+    lines = ["usage: tetrad COMMAND ...   (tetrad COMMAND --help shows its settings)", ""]
     lines += [f"  {verb + ' ' + one.argument:<27} {one.summary}" for verb, one in commands().items()]
     lines += ["", "Every setting of a recipe can be given as a flag: tetrad run recipe.toml --ppo.steps 50"]
     return "\n".join([*lines, "--debug shows the traceback of an error. --version shows the version.", _EXITS])
 
 
-def _help(verb: str) -> str:
-    from tetrad.registry import Recipe
+def _help(verb: str, *, everything: bool) -> str:
+    from tetrad.registry import STAGES, Recipe
     from tetrad.settings import use
-    from tetrad.settings.words import help_text
+    from tetrad.settings.arguments import help_text
 
     command = commands()[verb]
     usage = f"usage: tetrad {verb} {command.argument} [--SETTING VALUE ...]".replace("  ", " ")
     usage += f"\n\n{command.summary}\n\n"
+    more = "" if everything else f"\n\n`tetrad {verb} --help-all` explains what is only named here."
     if command.settings:
-        return usage + help_text(getattr(use, command.settings), skip=("model",))
-    return usage + "Each setting is TABLE.KEY in the recipe too.\n" + help_text(Recipe, only=command.tables)
+        text = help_text(getattr(use, command.settings), everything=everything)
+        return usage + text + (more if "\n  sampling:" in text else "")
+    first = command.tables[:1] or ("model", *STAGES)
+    text = help_text(Recipe, command.tables, first, everything=everything)
+    return f"{usage}Each setting is TABLE.KEY in the recipe too.\n{text}{more}"
 
 
 def _recipe(verb: str, words: list[str]) -> int:
@@ -224,12 +228,12 @@ def _flags(words: list[str]) -> list[str]:
 def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
     """The settings of a command that uses a model, whose folder is the only argument without a flag."""
     from tetrad.inference.model_folder import own_sampling
-    from tetrad.settings.base import knobs
+    from tetrad.settings.arguments import nest, parse
+    from tetrad.settings.base import options
     from tetrad.settings.check import build
     from tetrad.settings.use import Sample
-    from tetrad.settings.words import nest, parse
 
-    known = knobs(cls)
+    known = options(cls)
     plain, values, places = parse(_flags(words), known)
     if "model" in known and plain and "model" not in values:
         values["model"] = plain.pop(0)
@@ -302,14 +306,14 @@ def _score(words: list[str]) -> int:
 
 def _check(words: list[str]) -> int:
     """A recipe with its overrides, or data files; the flags of `check` itself are separated from the recipe's."""
-    from tetrad.settings.base import knobs
+    from tetrad.settings.arguments import nest, parse, split
+    from tetrad.settings.base import options
     from tetrad.settings.check import build
     from tetrad.settings.use import Check
-    from tetrad.settings.words import nest, parse, split
 
     words = words if any(word.endswith(".toml") for word in words) else _flags(words)
-    mine, rest = split(words, knobs(Check))
-    _, values, places = parse(mine, knobs(Check))
+    mine, rest = split(words, options(Check))
+    _, values, places = parse(mine, options(Check))
     settings = build(Check, nest(values), places)
     targets = [word for word in rest if not word.startswith("--")]
     from tetrad.datacheck.check import check_files, check_recipe

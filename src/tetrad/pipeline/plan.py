@@ -18,11 +18,11 @@ from tetrad.inference import model_folder
 from tetrad.pipeline.hashes import Hashes
 from tetrad.pipeline.status import Step
 from tetrad.registry import FOLDERS, STAGES, Recipe
-from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, is_function, knobs
+from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, is_function, options
 from tetrad.storage import Json
 
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")
-_KNOBS = cache(knobs)
+_OPTIONS = cache(options)
 
 
 def plan(recipe: Recipe, hashes: Hashes, upto: str = "") -> list[Step]:
@@ -45,7 +45,7 @@ def plan(recipe: Recipe, hashes: Hashes, upto: str = "") -> list[Step]:
 
 def _roles(recipe: Recipe, stage: str, on: list[str]) -> list[str]:
     """The parents of a stage: stages of this recipe, and models from elsewhere."""
-    there = [*on, *(role for role, setting in FOLDERS.items() if _get(recipe, setting))]
+    there = [*on, *(role for role, setting in FOLDERS.items() if recipe.value(setting))]
     roles: list[str] = []
     for parent in STAGES[stage].parents:
         if not parent.when(recipe):
@@ -63,7 +63,7 @@ def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes
     if role in steps:
         return steps[role].result, steps[role].key
     setting = FOLDERS[role]
-    folder = Path(_get(recipe, setting))
+    folder = Path(recipe.value(setting))
     for step in steps.values():  # a stage of this very run
         if folder.resolve() in (step.folder.resolve(), step.result.resolve()):
             return step.result, step.key
@@ -77,19 +77,19 @@ def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes
 def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, tuple[Path, str]], hashes: Hashes) -> Step:
     row = STAGES[stage]
     tables = row.keyed(recipe)
-    names = [name for name in _KNOBS(Recipe) if name.partition(".")[0] in tables]
+    names = [name for name in _OPTIONS(Recipe) if name.partition(".")[0] in tables]
     names += ["data.rename", *(["seed", "run.dtype"] if row.seeded else [])]
     names += _TEMPLATE if row.template and not has_sft else ()
     settings: dict[str, Json] = {}
     data: dict[str, list[dict[str, str]]] = {}
     for name in names:
-        knob, value = _KNOBS(Recipe)[name], _get(recipe, name)
-        if knob.mark == FILES:
+        option, value = _OPTIONS(Recipe)[name], recipe.value(name)
+        if option.mark == FILES:
             data[name] = [{"path": str(path), "sha256": hashes.of(path)} for path in source.files(value)]
-        elif knob.mark in (FUNCTIONS, REWARDS):
+        elif option.mark in (FUNCTIONS, REWARDS):
             data[name] = [_function(text, hashes) for text in value]
-        elif knob.keyed and name not in FOLDERS.values():
-            settings[name] = float(value) if knob.kind == "number" else value
+        elif option.keyed and name not in FOLDERS.values():
+            settings[name] = float(value) if option.kind == "float" else value
     contents = {name: [[item["sha256"], item.get("function", "")] for item in items] for name, items in data.items()}
     keys = {role: key for role, (_, key) in parents.items()}
     key = _digest([stage, row.version, settings, contents, keys])
@@ -105,11 +105,6 @@ def _function(text: str, hashes: Hashes) -> dict[str, str]:
     if not Path(file).is_file():
         raise UserError("E-CONF-MISSING", "there is no such Python file", where=file, hint="write FILE.py:FUNCTION")
     return {"path": file, "sha256": hashes.of(Path(file)), "function": function}
-
-
-def _get(recipe: Recipe, name: str) -> Any:
-    table, _, key = name.rpartition(".")
-    return getattr(getattr(recipe, table) if table else recipe, "from_" if key == "from" else key)
 
 
 def _digest(value: Json) -> str:

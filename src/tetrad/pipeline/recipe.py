@@ -18,9 +18,9 @@ from tetrad import disk
 from tetrad.errors import UserError
 from tetrad.pipeline.validation import PATHS, check, check_values
 from tetrad.registry import Recipe
-from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Knob, is_function, knobs, toml_name
+from tetrad.settings.arguments import nest, parse
+from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, options, toml_name
 from tetrad.settings.check import build
-from tetrad.settings.words import nest, parse
 
 __all__ = ["Recipe", "read", "write"]
 
@@ -30,7 +30,7 @@ _KEY_LINE = re.compile(r"\s*([\w.\"'-]+)\s*=")
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){16}""")
 _TWICE = ("Cannot overwrite a value", "Cannot declare", "Cannot redefine", "Duplicate inline table key")
 _DEPTH = 16
-_KNOBS = cache(knobs)
+_OPTIONS = cache(options)
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,7 +42,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     text = _text(path)
     values = _toml(path, text)
     places = {name: f"{path}:{line}" for name, line in _lines(text)}
-    stray, given, flags = parse(overrides, _KNOBS(Recipe))
+    stray, given, flags = parse(overrides, _OPTIONS(Recipe))
     if stray:
         hint = "a setting is written --TABLE.KEY VALUE, as --ppo.steps 50"
         raise UserError("E-CONF-SYNTAX", f"unexpected argument {stray[0]!r}", hint=hint)
@@ -158,17 +158,17 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
         table = getattr(recipe, item.name)
         if is_dataclass(table):
             inside = {f.name: (f"{item.name}.{toml_name(f.name)}", getattr(table, f.name)) for f in fields(table)}
-            new = {key: _path(_KNOBS(Recipe)[name], value, folder) for key, (name, value) in inside.items()}
+            new = {key: _path(_OPTIONS(Recipe)[name], value, folder) for key, (name, value) in inside.items()}
             changes[item.name] = replace(table, **new)  # type: ignore[type-var]
     return replace(recipe, **changes)
 
 
-def _path(knob: Knob, value: Any, folder: Path) -> Any:
-    if knob.mark in (FUNCTIONS, REWARDS):
+def _path(option: Option, value: Any, folder: Path) -> Any:
+    if option.mark in (FUNCTIONS, REWARDS):
         return tuple(os.path.abspath(_from(folder, text)) if is_function(text) else text for text in value)
-    if knob.mark == FILES:
+    if option.mark == FILES:
         return tuple(str(_from(folder, text)) for text in value)
-    if knob.name in PATHS and value:
+    if option.name in PATHS and value:
         beside = folder / os.path.expanduser(value)
         return str(beside if beside.exists() else Path(value))  # a run's stage is relative to the current folder
     return value

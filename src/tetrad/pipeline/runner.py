@@ -17,16 +17,14 @@ from contextlib import contextmanager
 from tetrad import storage
 from tetrad.console import Console, phase
 from tetrad.errors import UserError
-from tetrad.pipeline.ahead import read_ahead
 from tetrad.pipeline.hashes import Hashes
 from tetrad.pipeline.plan import hashes_of, home, plan
-from tetrad.pipeline.preflight import Preflight
+from tetrad.pipeline.preflight import preflight
 from tetrad.pipeline.recipe import write
 from tetrad.pipeline.status import Step, differences, lineage, show, state, verdict_of, verify
 from tetrad.registry import STAGES, Recipe
 from tetrad.report import outcome
 from tetrad.report.verdict import UNTRUSTED
-from tetrad.training import checkpoint
 from tetrad.training.context import StageContext
 
 StageFunction = Callable[[StageContext], None]
@@ -46,7 +44,10 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         _refuse_missing_parents(steps, hashes)
     wanted, todo = steps[-1:] if only else steps, 0
     if not stages and is_first():
-        _look_ahead(wanted, recipe, hashes, console)
+        unfinished = [(step, current) for step in wanted if (current := state(step, hashes)) != "done"]
+        memory = home(recipe) / ".cache" / "read.json"
+        for note in preflight(recipe, unfinished, lambda folder: verify(folder, hashes), memory):
+            console.say(f"note: {note}")
     for step in wanted:
         current = state(step, hashes)
         if current == "done":
@@ -79,21 +80,6 @@ def _named(function: str) -> StageFunction:
     """MODULE:FUNCTION, imported when it is needed: training modules import torch."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
-
-
-def _look_ahead(steps: list[Step], recipe: Recipe, hashes: Hashes, console: Console) -> None:
-    """Refuses what a stage can't start from and records that can't be read, before the first one runs."""
-    todo = [(step, current) for step in steps if (current := state(step, hashes)) != "done"]
-    look = Preflight(recipe, [step.result for step, _ in todo], lambda folder: verify(folder, hashes))
-    for step, current in todo:
-        look.refuse(step.stage, step.parents)
-        if current == "stopped":
-            checkpoint.check(step.folder, step.stage, recipe)
-    for note in look.notes:
-        console.say(f"note: {note}")
-    if todo:
-        names, keys = zip(*((step.stage, step.key) for step, _ in todo), strict=True)
-        read_ahead(recipe, names, keys, home(recipe) / ".cache" / "read.json")
 
 
 def _conclude(recipe: Recipe, steps: list[Step], hashes: Hashes, console: Console) -> None:

@@ -1,18 +1,18 @@
-"""What all settings share: the decorator, the constrained types, the marks on a field, and a class's knobs.
+"""What all settings share: the decorator, the constrained types, the marks on a field, and a class's options.
 
-A knob's name is its TOML name (`ppo.actor_lr`, `model.from`); its flag is `--ppo.actor-lr`. Nothing here imports torch,
-pydantic or a terminal library, so that `--help` is quick.
+An option's name is its TOML name (`ppo.actor_lr`, `model.from`); its flag is `--ppo.actor-lr`. Nothing here imports
+torch, pydantic or a terminal library, so that `--help` is quick.
 """
 
 import ast
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -79,6 +79,15 @@ def unkeyed(default: Any) -> Any:
     return field(default=default, metadata={"keyed": False})
 
 
+_NOUNS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "strings": "a list of text",
+    "floats": "a list of numbers, each at least 0",
+    "range": "two numbers, the lowest and the highest",
+}
 _LISTS = {
     FILES: "a list of files",
     FUNCTIONS: "a list of file.py:name",
@@ -87,9 +96,10 @@ _LISTS = {
 
 
 @dataclass(frozen=True)
-class Knob:
-    """One setting. kind: truth | whole | number | text | choice | list | numbers | series. mark: files, functions,
-    rewards, file, escaped or empty."""
+class Option:
+    """One setting. kind: bool | int | float | str | choice | strings | floats | range (the lowest and the highest).
+    mark: files, functions, rewards, file, escaped or empty. group: in its class's GROUPS; none for what people change
+    first."""
 
     name: str
     default: Any
@@ -99,6 +109,7 @@ class Knob:
     mark: str = ""
     choices: tuple[str, ...] = ()
     limits: str = ""
+    group: str = ""
 
     @property
     def flag(self) -> str:
@@ -111,15 +122,7 @@ class Knob:
             return " or ".join(f'"{choice}"' for choice in self.choices)
         if self.mark in _LISTS:
             return _LISTS[self.mark]
-        noun = {
-            "truth": "true or false",
-            "whole": "a whole number",
-            "number": "a number",
-            "text": "text",
-            "list": "a list of text",
-            "numbers": "two numbers, the lowest and the highest",
-            "series": "a list of numbers, each at least 0",
-        }[self.kind]
+        noun = _NOUNS[self.kind]
         return f"{noun}, {self.limits}" if self.limits else noun
 
 
@@ -134,41 +137,39 @@ def tables(cls: type[Any]) -> dict[str, type[Any]]:
     return {toml_name(f.name): hints[f.name] for f in fields(cls) if is_dataclass(hints[f.name])}
 
 
-def knobs(cls: type[Any], prefix: str = "") -> dict[str, Knob]:
+def options(cls: type[Any], prefix: str = "") -> dict[str, Option]:
     """Every setting of a settings class and of the tables in it, by dotted TOML name, in source order."""
     hints = get_type_hints(cls, include_extras=True)
-    named: dict[str, Knob] = {}
+    groups = {name: group for group, names in getattr(cls, "GROUPS", {}).items() for name in names.split()}
+    named: dict[str, Option] = {}
     for item in fields(cls):
         name, hint = prefix + toml_name(item.name), hints[item.name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            named |= knobs(hint, name + ".")
+        if is_dataclass(hint):
+            named |= options(cast(type[Any], hint), name + ".")
             continue
-        text = docstrings(cls).get(item.name, "")
-        named[name] = _knob(name, hint, item.default, text, item.metadata.get("keyed", True))
+        hint, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        named[name] = Option(
+            name=name,
+            default=item.default,
+            help=docstrings(cls).get(item.name, ""),
+            keyed=item.metadata.get("keyed", True),
+            kind=_kind(hint),
+            mark=next((mark for mark in marks if isinstance(mark, str)), ""),
+            choices=get_args(hint) if get_origin(hint) is Literal else (),
+            limits=_limits(marks),
+            group=groups.get(toml_name(item.name), ""),
+        )
     return named
 
 
-def _knob(name: str, hint: Any, default: Any, text: str, keyed: bool) -> Knob:
-    marks: tuple[Any, ...] = ()
-    if get_origin(hint) is Annotated:
-        hint, *rest = get_args(hint)
-        marks = tuple(rest)
-    mark = next((m for m in marks if isinstance(m, str)), "")
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    return Knob(name, default, text, keyed, _kind(hint), mark, choices, _limits(marks))
-
-
 def _kind(hint: Any) -> str:
-    simple = {bool: "truth", int: "whole", float: "number", str: "text"}
-    if hint in simple:
-        return simple[hint]
-    if get_origin(hint) is tuple and get_args(hint)[0] is not str:
-        return "series"
-    kinds = {Literal: "choice", tuple: "list", UnionType: "numbers"}
+    if hint in (bool, int, float, str):
+        return str(hint.__name__)
+    kinds = {Literal: "choice", tuple: "strings" if hint == tuple[str, ...] else "floats", UnionType: "range"}
     return kinds[get_origin(hint)]
 
 
-def _limits(marks: tuple[Any, ...]) -> str:
+def _limits(marks: Sequence[Any]) -> str:
     words: list[str] = []
     mark: Any
     for mark in marks:

@@ -15,15 +15,15 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from tetrad.errors import UserError
-from tetrad.settings.base import FILE, Knob, knobs, tables
+from tetrad.settings.base import FILE, Option, options, tables
 from tetrad.settings.names import SECRET_VALUE, secret, shown, unknown
 
 T = TypeVar("T")
 _TYPES: dict[str, tuple[type, ...]] = {
-    "truth": (bool,),
-    "whole": (int,),
-    "number": (int, float),
-    "text": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
     "choice": (str,),
 }
 
@@ -63,8 +63,8 @@ def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
 
 
 @cache
-def _known(cls: type[Any]) -> tuple[dict[str, Knob], dict[str, type[Any]]]:
-    return knobs(cls), tables(cls)
+def _known(cls: type[Any]) -> tuple[dict[str, Option], dict[str, type[Any]]]:
+    return options(cls), tables(cls)
 
 
 def is_text(value: str) -> bool:
@@ -97,7 +97,7 @@ def _by_field(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _explained(
-    error: ValidationError, values: Mapping[str, Any], known: Mapping[str, Knob], places: Mapping[str, str]
+    error: ValidationError, values: Mapping[str, Any], known: Mapping[str, Option], places: Mapping[str, str]
 ) -> UserError:
     """pydantic's first error, in our words."""
     path = [str(part).rstrip("_") for part in error.errors(include_url=False)[0]["loc"]]
@@ -109,20 +109,20 @@ def _explained(
     if name not in known:
         what = f"{name} = {shown(value)} must be a table, [{name}]."
         return UserError("E-CONF-TYPE", what, where=where, hint=f"write [{name}] on a line of its own")
-    knob = known[name]
-    what = f"{name} = {shown(value)} must be {knob.wanted}."
-    fits = isinstance(value, _TYPES.get(knob.kind, ())) and (knob.kind == "truth" or not isinstance(value, bool))
-    return UserError("E-CONF-RANGE" if fits else "E-CONF-TYPE", what, where=where, hint=_hint(knob, value))
+    option = known[name]
+    what = f"{name} = {shown(value)} must be {option.wanted}."
+    fits = isinstance(value, _TYPES.get(option.kind, ())) and (option.kind == "bool" or not isinstance(value, bool))
+    return UserError("E-CONF-RANGE" if fits else "E-CONF-TYPE", what, where=where, hint=_hint(option, value))
 
 
-def _hint(knob: Knob, value: Any) -> str:
-    key = knob.name.rpartition(".")[2]
-    if knob.kind == "list" and isinstance(value, str):
+def _hint(option: Option, value: Any) -> str:
+    key = option.name.rpartition(".")[2]
+    if option.kind == "strings" and isinstance(value, str):
         return f"write {key} = [{shown(value)}]"
-    if knob.kind == "choice" and isinstance(value, str):
-        for match in difflib.get_close_matches(value, knob.choices, n=1):
+    if option.kind == "choice" and isinstance(value, str):
+        for match in difflib.get_close_matches(value, option.choices, n=1):
             return f'did you mean "{match}"?'
-    if knob.kind in ("whole", "number") and isinstance(value, str) and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value):
+    if option.kind in ("int", "float") and isinstance(value, str) and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value):
         return f"write {key} = {value}, without quotes"
-    default = [] if isinstance(knob.default, tuple) else knob.default
+    default = [] if isinstance(option.default, tuple) else option.default
     return f"the default is {shown(default)}"

@@ -1,11 +1,18 @@
 """The comparison at the end of a recipe."""
 
+from typing import ClassVar
+
 from tetrad.settings.base import Count, Files, Functions, Limits, NotNegative, Positive, Share, Whole, settings, unkeyed
 
 
 @settings
 class Evaluate:
     """SFT, best-of-N and PPO on validation prompts, scored by the reward model and by judges unseen in training."""
+
+    GROUPS: ClassVar = {
+        "report": "side_by_side",
+        "limits": "strict max_kl min_finished length_range min_distinct_2 max_common_word max_perplexity",
+    }
 
     prompts: Files = ()
     """Files of validation prompts."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tetrad.errors import UserError
-from tetrad.settings.base import Knob
+from tetrad.settings.base import Option
 
 _SECRET_KEY = re.compile(r"api_?key|(^|_)token$|passw|secret|credential|private_?key", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\b(sk-[\w-]{16,}|hf_\w{20,}|gh[pousr]_\w{20,}|AKIA[A-Z0-9]{16})")
@@ -33,7 +33,7 @@ _RENAMED = {
 """Names of an earlier version."""
 
 
-def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
+def unknown(name: str, known: Mapping[str, Option], where: str) -> UserError:
     """The error for an unknown setting, with the nearest known one."""
     if _SECRET_KEY.search(name.rpartition(".")[2].replace("-", "_")):
         return secret(name, where)
@@ -42,30 +42,30 @@ def unknown(name: str, known: Mapping[str, Knob], where: str) -> UserError:
     now = _RENAMED.get(key.replace("-", "_"), "")
     if table + dot + now in known:
         return UserError("E-CONF-UNKNOWN", f"unknown setting {name}.", where=where, hint=f"{key} is now {now}")
-    siblings = [knob.rpartition(".")[2] for knob in known if knob.rpartition(".")[0] == table]
+    siblings = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == table]
     hint = f"did you mean {' or '.join(near)}?" if near else ""
     hint = hint or (f"[{table}] has {', '.join(siblings)}" if table and siblings else "")
-    hint = hint or "the settings are: " + ", ".join(dict.fromkeys(knob.partition(".")[0] for knob in known))
+    hint = hint or "the settings are: " + ", ".join(dict.fromkeys(option.partition(".")[0] for option in known))
     short = name if len(name) <= 100 else name[:97] + "..."
     return UserError("E-CONF-UNKNOWN", f"unknown setting {short}.", where=where, hint=hint)
 
 
-def nearest(name: str, known: Mapping[str, Knob]) -> list[str]:
+def nearest(name: str, known: Mapping[str, Option]) -> list[str]:
     """The settings that a misspelt one may mean: in its table, else in another, hyphens and case aside."""
     table, _, key = name[:100].rpartition(".")
-    here = {_plain(knob.rpartition(".")[2]): knob for knob in known if knob.rpartition(".")[0] == table}
+    here = {_plain(option.rpartition(".")[2]): option for option in known if option.rpartition(".")[0] == table}
     aliases = {alias: here[_plain(real)] for alias, real in _OTHER_NAMES.items() if _plain(real) in here}
     for match in difflib.get_close_matches(_plain(key), [*here, *aliases], n=1, cutoff=0.7):
         return [here.get(match) or aliases[match]]
-    elsewhere = [knob for knob in known if _plain(knob.rpartition(".")[2]) == _plain(key)]
+    elsewhere = [option for option in known if _plain(option.rpartition(".")[2]) == _plain(key)]
     if elsewhere:
         return elsewhere[:4]
-    groups = list(dict.fromkeys(knob.partition(".")[0] for knob in known if "." in knob))
+    groups = list(dict.fromkeys(option.partition(".")[0] for option in known if "." in option))
     other = [t for t in difflib.get_close_matches(table or key, groups, n=1) if t != table]
     moved = [f"{t}.{key}" for t in other if table and f"{t}.{key}" in known]
     if moved or (other and not table):
         return moved or [f"[{other[0]}]"]
-    everywhere = {_plain(knob): knob for knob in known}
+    everywhere = {_plain(option): option for option in known}
     return [everywhere[match] for match in difflib.get_close_matches(_plain(name), [*everywhere], n=1, cutoff=0.7)]
 
 

@@ -1,6 +1,6 @@
 """PPO with four models."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tetrad.settings.base import (
     Below1,
@@ -24,6 +24,17 @@ from tetrad.settings.common import Sampling
 @settings
 class Ppo:
     """Proximal policy optimisation with a critic and a penalty per token. Runs when `prompts` is given."""
+
+    GROUPS: ClassVar = {
+        "rollout": "weights samples_per_prompt max_prompt overlong temperature",
+        "reward": "reward_weights reward_clip reward_scaling missing_eos_penalty uncertainty_penalty",
+        "KL penalty": "kl_target kl_horizon",
+        "advantages": "gamma gae_lambda bootstrap_truncated",
+        "loss": "reduction clip_range dual_clip early_stop_kl entropy_coef",
+        "critic": "critic_warmup value_coef value_clip_range",
+        "optimizer": "num_minibatches schedule adam_eps max_grad_norm ema_decay",
+        "log": "eval_every",
+    }
 
     prompts: Files = ()
     """Files of prompts; SFT and RM files are allowed, their answers are ignored."""

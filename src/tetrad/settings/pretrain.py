@@ -1,6 +1,6 @@
 """Pre-training on documents."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tetrad.settings.base import Count, Files, Rate, Share, Weights, Whole, settings
 
@@ -8,6 +8,11 @@ from tetrad.settings.base import Count, Files, Rate, Share, Weights, Whole, sett
 @settings
 class Pretrain:
     """Next-token prediction on packed rows without padding. Runs when `text` is given."""
+
+    GROUPS: ClassVar = {
+        "data": "weights",
+        "optimizer": "optimizer muon_lr warmup schedule",
+    }
 
     text: Files = ()
     """Files of documents: txt (one per paragraph between blank lines) or jsonl with `text`."""

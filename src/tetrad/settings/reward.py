@@ -1,6 +1,6 @@
 """The reward model."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tetrad.settings.base import (
     Below1,
@@ -22,6 +22,14 @@ from tetrad.settings.base import (
 @settings
 class Reward:
     """One latent reward from comparisons and scores, mixed in one run. Runs when `data` is given."""
+
+    GROUPS: ClassVar = {
+        "data": "weights test pair_gap max_tokens overlong shared_prefix",
+        "loss": "label_smoothing score_loss comparison_weight score_weight token_weight annotators center",
+        "regularisation": "dropout token_dropout ensemble_size patience",
+        "optimizer": "optimizer muon_lr warmup schedule",
+        "report": "baselines normalise normalise_max_new_tokens probes",
+    }
 
     data: Files = ()
     """Files of comparisons and scores."""

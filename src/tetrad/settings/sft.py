@@ -1,6 +1,6 @@
 """Supervised fine-tuning."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tetrad.settings.base import Count, Escaped, Files, Positive, Rate, Share, TemplateName, Weights, Whole, settings
 
@@ -8,6 +8,12 @@ from tetrad.settings.base import Count, Escaped, Files, Positive, Rate, Share, T
 @settings
 class Sft:
     """Cross-entropy on the answers and their end tokens. Runs when `data` is given."""
+
+    GROUPS: ClassVar = {
+        "data": "weights train_turns train_on_prompt max_tokens overlong",
+        "template": "separator add_separator",
+        "optimizer": "optimizer muon_lr warmup schedule",
+    }
 
     data: Files = ()
     """Files of Instruction, messages or prompt/completion records."""

@@ -1,7 +1,7 @@
 """Arguments of the commands that use a model: generate, chat, score, doctor."""
 
 from dataclasses import replace
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from tetrad.errors import UserError
 from tetrad.settings.base import ESCAPED, Count, File, NotNegative, Seed, Share, TemplateName, Whole, settings
@@ -13,6 +13,10 @@ T = TypeVar("T", bound="Sample")
 @settings
 class Sample(Sampling):
     """How responses are sampled. A small model is best at the likelier half of what it could say."""
+
+    GROUPS: ClassVar = {
+        "sampling": "top_k min_p repetition_penalty presence_penalty frequency_penalty max_num_seqs",
+    }
 
     temperature: NotNegative = 0.7
     """Logits are divided by it; 0 is greedy, 1 samples as PPO and evaluate do."""

@@ -13,7 +13,6 @@ from typing import Any
 from tetrad import storage
 from tetrad.errors import UserError
 from tetrad.model.headers import read_header
-from tetrad.registry import STAGES, Recipe
 
 _STATE = ("step", "seed", "total_steps", "logs", "values", "environment")
 _HEADS = {"critic": True, "actor": False}  # whether a part has a scalar head
@@ -60,15 +59,6 @@ def read_state(path: Path, parts: Collection[str], values: Collection[str], ours
     for part in parts:
         _refuse_other_part(part, path / file_of(part))
     return state
-
-
-def check(folder: Path, stage: str, recipe: Recipe) -> None:
-    """Raises UserError E-CKPT-* if a stopped stage has checkpoints and can resume from none."""
-    row = STAGES[stage]
-    place, parts, values = folder / "checkpoints", row.parts(recipe), row.values
-    if any(place.glob(".old-*")):  # left by a killed writer; the stage restores it first
-        return
-    newest(place, lambda path: read_state(path, parts, values, {"seed": recipe.seed}))
 
 
 def file_of(part: str) -> str:

@@ -63,8 +63,8 @@ def ptx(ctx: StageContext) -> Prepared:
 def _tokens(
     ctx: StageContext, setting: str, weights: tuple[float, ...], encoding: Encoding, tokenizer: Tokenizer
 ) -> Prepared:
-    table, _, key = setting.partition(".")
-    given = ctx.files(getattr(getattr(ctx.recipe, table), key), weights)
+    table = setting.partition(".")[0]
+    given = ctx.files(ctx.recipe.value(setting), weights)
     seen: list[int] = []
 
     def progress(done: int, parts: int) -> None:

@@ -17,7 +17,7 @@ from tetrad.console import Console
 from tetrad.datacheck.check import check_files, check_recipe
 from tetrad.errors import UserError
 from tetrad.pipeline import recipe
-from tetrad.pipeline.ahead import read_ahead
+from tetrad.pipeline.preflight import read_records
 from tetrad.settings.use import Check
 
 Checked = Callable[..., dict[str, Any]]
@@ -307,7 +307,7 @@ def test_reading_ahead_finds_a_bad_line_of_the_text_beside_ppo(tmp_path: Path) -
     planted.write(tmp_path / "t.jsonl", [{"text": "a"}, {"texts": "b"}])
     (tmp_path / "r.toml").write_text('[ppo]\nprompts = ["p.jsonl"]\n[ptx]\ntext = ["t.jsonl"]\n')
     with pytest.raises(UserError, match=r"t.jsonl:2"):
-        read_ahead(recipe.read(tmp_path / "r.toml"), ["ppo"], ["k"], tmp_path / "memory.json")
+        read_records(recipe.read(tmp_path / "r.toml"), ["ppo"], ["k"], tmp_path / "memory.json")
 
 
 def test_reading_ahead_finds_what_the_last_stage_would(tmp_path: Path) -> None:
@@ -316,10 +316,10 @@ def test_reading_ahead_finds_what_the_last_stage_would(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('[sft]\ndata = ["s.jsonl"]\n[ppo]\nprompts = ["p.jsonl"]\n')
     read, memory = recipe.read(tmp_path / "r.toml"), tmp_path / "memory.json"
     with pytest.raises(UserError, match=r"E-DATA-BLANK. \S+p.jsonl:2"):
-        read_ahead(read, ["sft", "ppo"], ["k1", "k2"], memory)
+        read_records(read, ["sft", "ppo"], ["k1", "k2"], memory)
     assert not memory.exists()
-    read_ahead(read, ["sft"], ["k1"], memory)
+    read_records(read, ["sft"], ["k1"], memory)
     (tmp_path / "s.jsonl").write_text("{")
-    read_ahead(read, ["sft"], ["k1"], memory)  # the key says that these very files passed
+    read_records(read, ["sft"], ["k1"], memory)  # the key says that these very files passed
     with pytest.raises(UserError, match="E-DATA-SYNTAX"):
-        read_ahead(read, ["sft"], ["k3"], memory)
+        read_records(read, ["sft"], ["k3"], memory)

@@ -15,7 +15,7 @@ from tetrad.inference.model_folder import (
     refuse_other_tokenizer,
     usable,
 )
-from tetrad.pipeline.preflight import Preflight
+from tetrad.pipeline.preflight import Folders
 from tetrad.registry import Recipe
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.sft import Sft
@@ -81,7 +81,7 @@ def test_other_tokenizers(language: Path) -> None:
 
 def test_each_folder_is_read_once_and_what_is_ahead_not_at_all(language: Path, judge: Path, tmp_path: Path) -> None:
     verified: list[Path] = []
-    look = Preflight(Recipe(), [tmp_path / "ahead"], verified.append)
+    look = Folders(Recipe(), [tmp_path / "ahead"], verified.append)
     look.refuse("sft", {"base": language})
     look.refuse("ppo", {"sft": language, "reward": judge})
     look.refuse("evaluate", {"sft": tmp_path / "ahead", "reward": judge, "referee": language})
@@ -95,7 +95,7 @@ def test_another_tokenizer_of_the_reward_model(language: Path, tmp_path: Path) -
     ways = [("ppo", {"sft": language, "reward": other}), ("reward", {"from": other, "base": language})]
     for stage, parents in ways:
         for ppo, wrong in ((Ppo(prompts=("p",)), True), (Ppo(prompts=("p",), critic="actor"), False), (Ppo(), False)):
-            look = Preflight(Recipe(ppo=ppo), [], lambda folder: None)
+            look = Folders(Recipe(ppo=ppo), [], lambda folder: None)
             if wrong:
                 refused("E-MODEL-TOKENIZER", look.refuse, stage, parents)
             else:
@@ -107,9 +107,9 @@ def test_the_template_needs_its_control_tokens(language: Path, tmp_path: Path) -
     served.write_model(tmp_path)
     (tmp_path / "model/tokenizer.json").write_text(words)
     for settings in (Sft(add_separator=True), Sft(template="chatml"), Sft(separator="\n\n")):
-        Preflight(Recipe(sft=settings), [], lambda folder: None).refuse("sft", {"base": tmp_path / "model"})
+        Folders(Recipe(sft=settings), [], lambda folder: None).refuse("sft", {"base": tmp_path / "model"})
     with pytest.raises(UserError, match=r"E-MODEL-TOKENIZER.*sft\.template.*add_separator"):
-        Preflight(Recipe(), [], lambda folder: None).refuse("sft", {"base": tmp_path / "model"})
+        Folders(Recipe(), [], lambda folder: None).refuse("sft", {"base": tmp_path / "model"})
 
 
 QWEN = {

@@ -12,6 +12,7 @@ import torch
 from tetrad import storage
 from tetrad.errors import UserError
 from tetrad.model.safetensors_io import tensor_chunks
+from tetrad.pipeline.preflight import refuse_checkpoints
 from tetrad.registry import STAGES as REGISTRY
 from tetrad.registry import Recipe
 from tetrad.settings.ppo import Ppo
@@ -42,7 +43,7 @@ def write(folder: Path, number: int, drop: str = "", **changes: Any) -> Path:
 
 
 def check(folder: Path) -> None:
-    checkpoint.check(folder, "ppo", Recipe(seed=3))
+    refuse_checkpoints(folder, "ppo", Recipe(seed=3))
 
 
 def test_nothing_to_go_on_from(tmp_path: Path) -> None:

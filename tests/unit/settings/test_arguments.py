@@ -11,13 +11,13 @@ import pytest
 import tetrad
 from tetrad.registry import Recipe
 from tetrad.settings import use
-from tetrad.settings.base import knobs, tables
+from tetrad.settings.arguments import help_text, nest, parse
+from tetrad.settings.base import options, tables
 from tetrad.settings.check import build
-from tetrad.settings.words import help_text, nest, parse
 
 SOURCE = Path(tetrad.__file__).parent
 COMMANDS = (use.Check, use.Generate, use.Chat, use.ScoreFile, use.Explain, use.Doctor)
-WITHOUT_SETTINGS = {"help", "debug", "version", "nproc"}
+WITHOUT_SETTINGS = {"help", "help_all", "debug", "version", "nproc"}
 
 
 @pytest.mark.parametrize(
@@ -36,26 +36,26 @@ WITHOUT_SETTINGS = {"help", "debug", "version", "nproc"}
 def test_escapes_of_texts(typed: str, text: str) -> None:
     for cls, flag, name in ((use.Generate, "--stop", "stop"), (Recipe, "--sft.separator", "sft.separator")):
         for words in ([flag, typed], [f"{flag}={typed}"]):
-            _, values, _ = parse(words, knobs(cls))
+            _, values, _ = parse(words, options(cls))
             assert values == {name: [text] if name == "stop" else text}
-    _, values, places = parse(["--stop", "a", typed, "--stop", typed], knobs(use.Chat))
+    _, values, places = parse(["--stop", "a", typed, "--stop", typed], options(use.Chat))
     assert build(use.Chat, nest(values), places).stop == ("a", text, text)
 
 
 def test_a_list_as_toml_has_toml_s_escapes() -> None:
-    _, values, _ = parse(["--stop", r'["\n", "\\n"]'], knobs(use.Chat))
+    _, values, _ = parse(["--stop", r'["\n", "\\n"]'], options(use.Chat))
     assert values == {"stop": ["\n", r"\n"]}
 
 
 def test_other_texts_have_no_escapes() -> None:
-    _, values, _ = parse(["--instruction", r"a\nb", "--out", r"c\new"], knobs(use.Generate))
+    _, values, _ = parse(["--instruction", r"a\nb", "--out", r"c\new"], options(use.Generate))
     assert values == {"instruction": r"a\nb", "out": r"c\new"}
 
 
 def test_the_help_shows_what_can_be_typed() -> None:
     shown = " ".join(help_text(use.Generate).split())
     (typed,) = re.findall(r'end a response before them, for example "([^"]+)"', shown)
-    assert parse(["--stop", typed], knobs(use.Generate))[1] == {"stop": ["\n"]}
+    assert parse(["--stop", typed], options(use.Generate))[1] == {"stop": ["\n"]}
 
 
 def said(path: Path) -> Iterator[str]:
@@ -73,7 +73,7 @@ def flags(text: str) -> set[str]:
 
 
 def test_every_flag_that_a_text_names_exists() -> None:
-    known = set(knobs(Recipe)) | WITHOUT_SETTINGS | {name for cls in COMMANDS for name in knobs(cls)}
+    known = set(options(Recipe)) | WITHOUT_SETTINGS | {name for cls in COMMANDS for name in options(cls)}
     pages = {SOURCE / "report/page.py"}  # its variables of CSS begin so too
     texts = {path: set.union(set(), *map(flags, said(path))) for path in {*SOURCE.rglob("*.py")} - pages}
     assert {path: names - known for path, names in texts.items() if names - known} == {}
@@ -81,7 +81,7 @@ def test_every_flag_that_a_text_names_exists() -> None:
 
 
 def test_every_setting_that_a_text_names_exists() -> None:
-    known = set(knobs(Recipe))
+    known = set(options(Recipe))
     files = "safetensors|json|embed_tokens|norm|layers"
     pattern = re.compile(rf"(?<![\w./-])(?:{'|'.join(tables(Recipe))})\.(?!(?:{files})\b)[a-z][a-z0-9_]*\b(?![.(])")
     texts = {path: set(pattern.findall("\n".join(said(path)))) for path in SOURCE.rglob("*.py")}
@@ -92,6 +92,6 @@ def test_every_setting_that_a_text_names_exists() -> None:
 
 @pytest.mark.parametrize("path", ["cli/batch.py", "cli/chat.py", "inference/policy.py"])
 def test_commands_without_a_recipe_name_their_own_settings(path: str) -> None:
-    own: set[Any] = {name for cls in (use.Generate, use.Chat, use.ScoreFile) for name in knobs(cls)}
+    own: set[Any] = {name for cls in (use.Generate, use.Chat, use.ScoreFile) for name in options(cls)}
     named = set.union(set(), *map(flags, said(SOURCE / path)))
     assert named <= own

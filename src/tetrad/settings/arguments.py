@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tetrad.errors import UserError
-from tetrad.settings.base import ESCAPED, Knob, knobs, tables
+from tetrad.settings.base import ESCAPED, Option, options, tables
 from tetrad.settings.names import shown, unknown
 
-_MANY = ("list", "numbers", "series")
+_MANY = ("strings", "range", "floats")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _ESCAPE = re.compile(r"\\([ntr\\])")
 
 
-def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], dict[str, Any], dict[str, str]]:
+def parse(arguments: Sequence[str], known: Mapping[str, Option]) -> tuple[list[str], dict[str, Any], dict[str, str]]:
     """Words that are neither flags nor their values, in order; values by dotted name; and the flag of each value.
 
     A list takes every word up to the next flag, or one word `["a", "b"]`; a repeated flag extends its list.
@@ -29,7 +29,7 @@ def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], d
     plain: list[str] = []
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    rest = list(words)
+    rest = list(arguments)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -38,7 +38,7 @@ def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], d
         flag, equals, text = word.partition("=")
         name, negated = _name(flag, known)
         given = [text] if equals else _take(known[name], rest, negated)
-        if name in values and known[name].kind != "list":
+        if name in values and known[name].kind != "strings":
             raise UserError("E-CONF-DUPKEY", f"{flag} is given twice.", where=flag, hint="keep one of them")
         value = _value(known[name], given, flag, negated)
         joined = isinstance(value, list) and isinstance(values.get(name), list)
@@ -47,11 +47,11 @@ def parse(words: Sequence[str], known: Mapping[str, Knob]) -> tuple[list[str], d
     return plain, values, places
 
 
-def split(words: Sequence[str], mine: Mapping[str, Knob]) -> tuple[list[str], list[str]]:
-    """The flags of `mine` with their values, and all other words in their order."""
+def split(arguments: Sequence[str], mine: Mapping[str, Option]) -> tuple[list[str], list[str]]:
+    """The flags of `mine` with their values, and all other arguments in their order."""
     taken: list[str] = []
     others: list[str] = []
-    rest = list(words)
+    rest = list(arguments)
     while rest:
         word = rest.pop(0)
         name = word[2:].partition("=")[0].replace("-", "_")
@@ -71,46 +71,46 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _name(flag: str, known: Mapping[str, Knob]) -> tuple[str, bool]:
+def _name(flag: str, known: Mapping[str, Option]) -> tuple[str, bool]:
     name = flag[2:].replace("-", "_")
     if name in known:
         return name, False
     table, dot, key = name.rpartition(".")
     positive = table + dot + key.removeprefix("no_")
-    if key.startswith("no_") and positive in known and known[positive].kind == "truth":
+    if key.startswith("no_") and positive in known and known[positive].kind == "bool":
         return positive, True
     raise unknown(name, known, flag)
 
 
-def _take(knob: Knob, rest: list[str], negated: bool) -> list[str]:
-    """Removes a flag's values from the words after it."""
+def _take(option: Option, rest: list[str], negated: bool) -> list[str]:
+    """Removes a flag's values from the arguments after it."""
     taken: list[str] = []
-    if knob.kind == "truth":
+    if option.kind == "bool":
         return [rest.pop(0)] if rest and not negated and rest[0] in ("true", "false") else []
     while rest and not rest[0].startswith("--"):
         taken.append(rest.pop(0))
-        if knob.kind not in _MANY or taken[0].startswith("["):
+        if option.kind not in _MANY or taken[0].startswith("["):
             break
     return taken
 
 
-def _value(knob: Knob, given: Sequence[str], flag: str, negated: bool) -> Any:
-    if knob.kind == "truth":
+def _value(option: Option, given: Sequence[str], flag: str, negated: bool) -> Any:
+    if option.kind == "bool":
         return not negated if not given else {"true": True, "false": False}.get(given[0], given[0])
-    if not given and knob.kind != "list":
-        raise UserError("E-CONF-MISSING", f"{flag} has no value.", where=flag, hint=f"give it {knob.wanted}")
-    if given and given[0].startswith("[") and knob.kind in _MANY:
+    if not given and option.kind != "strings":
+        raise UserError("E-CONF-MISSING", f"{flag} has no value.", where=flag, hint=f"give it {option.wanted}")
+    if given and given[0].startswith("[") and option.kind in _MANY:
         try:
             return tomllib.loads("value = " + given[0])["value"]
         except (ValueError, RecursionError):
             what = f"{flag} {shown(given[0])} is no list."
             raise UserError("E-CONF-SYNTAX", what, where=flag, hint='write it as \'["a", "b"]\'') from None
-    if knob.mark == ESCAPED:
+    if option.mark == ESCAPED:
         given = [_ESCAPE.sub(lambda match: _ESCAPES[match[1]], word) for word in given]
-    if knob.kind in ("text", "choice"):
+    if option.kind in ("str", "choice"):
         return given[0]
-    items = [_number(word) if knob.kind != "list" else word for word in given]
-    return items if knob.kind in _MANY else items[0]
+    items = [_number(word) if option.kind != "strings" else word for word in given]
+    return items if option.kind in _MANY else items[0]
 
 
 def _number(word: str) -> Any:
@@ -122,31 +122,46 @@ def _number(word: str) -> Any:
     return word
 
 
-def help_text(cls: type[Any], only: Sequence[str] = (), skip: Sequence[str] = ()) -> str:
-    """Each setting's meaning, unit, allowed values and default; `only` these tables, if any."""
-    groups = tables(cls)
+def help_text(cls: type[Any], only: Sequence[str] = (), first: Sequence[str] = (), *, everything: bool = False) -> str:
+    """The meaning, allowed values and default of what people change first, and the names of the rest by group.
+
+    only: these tables, if any. first: the tables that people change first; of others all settings are named only.
+    everything: all settings in full, in source order.
+    """
     width = min(shutil.get_terminal_size((100, 40)).columns, 110)
-    lines: list[str] = []
-    loose = [knob for name, knob in knobs(cls).items() if "." not in name and name not in skip]
-    for knob in loose:
-        lines += _entry(knob, width)
-    for name, table in groups.items():
+    loose = [option for name, option in options(cls).items() if "." not in name and name != "model"]
+    lines = _entries(loose, width, everything)
+    for name, table in tables(cls).items():
         if only and name not in only:
             continue
-        lines += ["", *textwrap.wrap(f"[{name}] {_summary(table)}", width)]
-        for knob in knobs(table, name + ".").values():
-            lines += _entry(knob, width)
+        inside = list(options(table, name + ".").values())
+        lines += ["", *textwrap.wrap(f"[{name}] {' '.join((table.__doc__ or '').split())}", width)]
+        lines += _entries(inside, width, everything) if everything or name in first else _names("", inside, width)
     return "\n".join(lines)
 
 
-def _summary(cls: type[Any]) -> str:
-    return " ".join((cls.__doc__ or "").split())
+def _entries(among: Sequence[Option], width: int, everything: bool) -> list[str]:
+    """Options in full; those of a group by name only, unless everything is asked for."""
+    lines: list[str] = []
+    for option in among:
+        lines += _entry(option, width) if everything or not option.group else ()
+    if not everything:
+        for group in dict.fromkeys(option.group for option in among if option.group):
+            lines += _names(group, [option for option in among if option.group == group], width)
+    return lines
 
 
-def _entry(knob: Knob, width: int) -> list[str]:
-    default = "none" if knob.default in ("", ()) else shown(knob.default)
-    text = knob.help if knob.kind == "truth" else f"{knob.help} ({knob.wanted})"
+def _names(group: str, among: Sequence[Option], width: int) -> list[str]:
+    head = f"  {group + ':':<27} " if group else "  "
+    names = ", ".join(option.name.rpartition(".")[2].replace("_", "-") for option in among)
+    indent = " " * (30 if group else 2)
+    return textwrap.wrap(names, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _entry(option: Option, width: int) -> list[str]:
+    default = "none" if option.default in ("", ()) else shown(option.default)
+    text = option.help if option.kind == "bool" else f"{option.help} ({option.wanted})"
     body = textwrap.wrap(f"{text} Default: {default}.", width - 30, break_on_hyphens=False)
-    flag = f"  {knob.flag}"
+    flag = f"  {option.flag}"
     first = [f"{flag:<29} {body[0]}"] if len(flag) < 29 else [flag, " " * 30 + body[0]]
     return first + [" " * 30 + line for line in body[1:]]
