@@ -122,7 +122,7 @@ def _family(code: str) -> tuple[int, str]:
 
 
 def page() -> str:
-    """docs/errors.md: the codes by exit status, each with its meaning. `python scripts/errors.py` writes it."""
+    """docs/errors.md: the codes by exit status, each with its meaning. `python scripts/pages.py` writes it."""
     text = _PAGE
     for exit_code, title in dict.fromkeys(_FAMILIES.values()):
         text += f"\n## Exit {exit_code}: {title}\n\n| code | meaning |\n| --- | --- |\n"

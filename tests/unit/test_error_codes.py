@@ -41,6 +41,6 @@ def test_exit_statuses() -> None:
 
 
 def test_the_page_is_made_from_the_table() -> None:
-    assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == page(), "python scripts/errors.py"
+    assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == page(), "python scripts/pages.py"
     for code, meaning in CODES.items():
         assert page().count(f"| {code} | {meaning} |") == 1

@@ -6,6 +6,7 @@ Imports are local, so that `--help` is quick and only commands that train or sam
 import difflib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -137,6 +138,7 @@ def commands() -> dict[str, Command]:
     stages = {n: Command(recipe, f"only this stage: {row.summary}", tables=row.tables) for n, row in STAGES.items()}
     every = "run all stages in order; finished ones are skipped, an interrupted one resumes"
     reads = "read every record, train nothing, and report what would spoil the training"
+    explains = "one step of PPO with its real numbers, token by token; or what a metric means"
     shows = "which stages are done, stale or running, what each model was made from, and the verdict"
     return {
         "run": Command(recipe, every),
@@ -146,7 +148,7 @@ def commands() -> dict[str, Command]:
         "generate": Command("MODEL", "answer one prompt or a file of prompts", _generate, "Generate"),
         "chat": Command("MODEL", "talk to a model", _chat, "Chat"),
         "score": Command("MODEL", "score answers with a reward model", _score, "ScoreFile"),
-        "explain": Command("RUN", "one step of PPO with its real numbers, token by token", _explain, "Explain"),
+        "explain": Command("RUN | METRIC", explains, _explain, "Explain"),
         "doctor": Command("", "versions, device, memory; with --vectors FILE the numeric self-test", _doctor, "Doctor"),
     }
 
@@ -338,6 +340,11 @@ def _explain(words: list[str]) -> int:
     from tetrad.settings.use import Explain
 
     settings, _ = _settings(Explain, "explain", words)
+    if re.fullmatch(r"[\w.]+", settings.model) and not os.path.exists(settings.model):
+        from tetrad.report.glossary import explain_metric
+
+        _write(explain_metric(settings.model))
+        return 0
     from tetrad.pipeline.recipe import read
     from tetrad.rl.explain import explain
 

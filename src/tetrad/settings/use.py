@@ -109,10 +109,10 @@ class Check:
 
 @settings
 class Explain:
-    """One step of PPO with its real numbers, token by token."""
+    """One step of PPO with its real numbers, token by token; or what a metric means."""
 
     model: str = ""
-    """A run or its PPO stage ("runs/NAME/ppo")."""
+    """A run or its PPO stage ("runs/NAME/ppo"); or the name of a metric."""
     step: int = -1
     """The step, as in metrics.jsonl; the last recorded one by default."""
     replies: Count = 1
