@@ -6,6 +6,9 @@
 says what was not as promised: the code, the place and the exit status, one line of error and no traceback, within 5 s
 and 256 MiB, and no model or checkpoint that was not there before, or is no longer there. A case without a code must
 end well, with `place` somewhere in what is printed.
+
+The process is a fork of one that has done the imports (`forked`), for whose start `START` seconds are left of the 5, or
+one that is started as a user does it (`started`).
 """
 
 import hashlib
@@ -22,9 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Lock
 
 import tiny
+from forks import Fork
 
 ROOT = Path(__file__).parents[2]
 EXITS = {"CONF": 2, "DATA": 3, "CKPT": 4, "MODEL": 4, "NUM": 5, "IO": 6, "MEM": 6, "RUN": 7, "RANK": 8}
@@ -33,13 +36,16 @@ _MEASURE = """
 import json, os, resource, sys
 child = os.fork()
 if not child:
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 34, 1 << 34))
-    os.execv(sys.argv[1], sys.argv[1:])
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+    os.execv(sys.argv[2], sys.argv[2:])
 _, status, used = os.wait4(child, 0)
 sys.stderr.write("\\n" + json.dumps([os.waitstatus_to_exitcode(status), used.ru_maxrss]))
 """
-TIMEOUT = 60
-_building = Lock()
+TIMEOUT, START = 60, 0.5
+ADDRESS_SPACE = 1 << 34
+
+
+Words = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Case:
 
     id: str
     make: Callable[[Path], object]
-    words: str | tuple[str, ...]
+    words: Words
     code: str
     place: str = ""
     seconds: float = 5.0
@@ -70,26 +76,51 @@ class Outcome:
     mib: float
 
 
-def run(words: str | tuple[str, ...], folder: Path) -> Outcome:
-    """`tetrad <words>` in `folder`, as a process whose time and peak memory are measured."""
-    given = shlex.split(words) if isinstance(words, str) else list(words)
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1", "RUST_BACKTRACE": "0"}
-    command = [sys.executable, "-ISc", _MEASURE, sys.executable, "-m", "tetrad", *given]
+Run = Callable[[Words, Path], Outcome]
+
+
+def forked(words: Words, folder: Path) -> Outcome:
+    """`tetrad <words>` in `folder`, as a process whose time and peak memory are measured; the time with `START`."""
     began = time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes) as done:
-        try:
-            out, raw = done.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(done.pid, signal.SIGKILL)
-            return Outcome(-9, "", f"killed after {TIMEOUT} s", float(TIMEOUT), 0.0)
+    how = {"cwd": folder, "env": _environment(), "start_new_session": True, **pipes}
+    with Fork(["-m", "tetrad", *_split(words)], light=True, address_space=ADDRESS_SPACE, **how) as process:
+        out, err = _ended(process)
+    return Outcome(process.returncode, out, err, time.monotonic() - began + START, process.mib)
+
+
+def started(words: Words, folder: Path) -> Outcome:
+    """The same from its very start, with the interpreter's own time and memory."""
+    began = time.monotonic()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    command = [sys.executable, "-ISc", _MEASURE, str(ADDRESS_SPACE), sys.executable, "-m", "tetrad", *_split(words)]
+    with subprocess.Popen(command, cwd=folder, env=_environment(), start_new_session=True, **pipes) as process:
+        out, raw = _ended(process)
     seconds = time.monotonic() - began
-    err, _, measured = raw.decode(errors="replace").rpartition("\n")
-    status, peak = json.loads(measured)
-    return Outcome(status, out.decode(errors="replace"), err, seconds, peak / 1024)
+    err, _, measured = raw.rpartition("\n")
+    status, peak = json.loads(measured) if process.returncode == 0 else (process.returncode, 0)
+    return Outcome(status, out, err, seconds, peak / 1024)
 
 
-def faults(case: Case, folder: Path) -> tuple[list[str], Outcome]:
+def _split(words: Words) -> list[str]:
+    return shlex.split(words) if isinstance(words, str) else list(words)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1", "RUST_BACKTRACE": "0"}
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> tuple[str, str]:
+    """What it printed; kills it and all that it started after `TIMEOUT`."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = b"", f"killed after {TIMEOUT} s\n".encode()
+    return out.decode(errors="replace"), err.decode(errors="replace")
+
+
+def faults(case: Case, folder: Path, run: Run = forked) -> tuple[list[str], Outcome]:
     """Makes the case in `folder`, runs it, and says what is not as it must be."""
     folder.mkdir(parents=True)
     case.make(folder)
@@ -155,9 +186,7 @@ def _trained() -> Path:
 
 def world(folder: Path) -> Path:
     """Fills `folder` with the tiny recipe, its data and its run, stopped in PPO (`run recipe.toml --ppo.steps 40`)."""
-    with _building:
-        source = _trained()
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+    shutil.copytree(_trained(), folder, dirs_exist_ok=True)
     return folder
 
 
