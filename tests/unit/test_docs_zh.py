@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.zh-CN.md", *sorted((ROOT / "docs/zh").glob("*.md"))]
+PAGES = [
+    ROOT / "README.zh-CN.md",
+    *sorted((ROOT / "docs/zh").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*-zh/README.zh-CN.md")),
+]
 CODE = re.compile(r"`[^`]*`|\]\([^)]*\)|<[^>\s][^>]*>|https?://\S+|\*\*")
 HAN = "\u3400-\u9fff"
 HALF_WIDTH = re.compile(rf"[{HAN}] ?[,;:!?(]|[,;:!?)] ?[{HAN}]")
@@ -32,7 +36,7 @@ def wrong(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_chinese_page(page: Path) -> None:
     assert not wrong(page.read_text(encoding="utf-8"))
 
