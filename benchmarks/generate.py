@@ -186,9 +186,9 @@ def steady(fused: Fused, batch: int, context: int, seconds: float) -> float:
     prompts = [draw.integers(3, fused.config.vocab_size, context).tolist() for _ in range(batch)]
     began = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - began < seconds:
-        tickets = []
+        request_ids = []
         for number, prompt in enumerate(prompts):
-            tickets.append(
+            request_ids.append(
                 engine.add(Request(tuple(prompt), Sampling(max_new_tokens=64), ((0, "growth", 0, number),), ()))
             )
         while len(engine.advance()) < batch:  # long prompts come one after another
@@ -197,8 +197,8 @@ def steady(fused: Fused, batch: int, context: int, seconds: float) -> float:
         for _ in range(32):
             engine.advance()
         times.append(time.perf_counter() - start)
-        for ticket in tickets:
-            engine.cancel(ticket)
+        for request_id in request_ids:
+            engine.cancel(request_id)
     return 32 * batch / statistics.median(times)
 
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from tetrad.console import Console
 from tetrad.data.source import Counts
-from tetrad.inference.completions import read_questions
+from tetrad.inference.completions import read_encoded_prompts
 from tetrad.inference.model_folder import model_folder
 from tetrad.model.huggingface import read_scalar
 from tetrad.pipeline import recipe, runner
@@ -91,7 +91,7 @@ def trl(run: Path, seed: int, steps: int) -> Curve:
     head.weight.data, head.bias.data = judge.score.weight.data, read_scalar(reward, 0).bias.reshape(1)
     judge.score = head
     form, tokenizer = choose(policy, "instruction", own=True), Tokenizer.load(policy)
-    questions = read_questions([PROMPTS], form, tokenizer, Counts(), 512, LONGEST)
+    questions = read_encoded_prompts([PROMPTS], form, tokenizer, Counts(), 512, LONGEST)
     with tempfile.TemporaryDirectory() as out:
         how = PPOConfig(
             output_dir=out,

@@ -34,7 +34,7 @@ FAULTS = (
         "1 the mask hides the end token, as ids != pad does",
         "rl/rollout.py",
         "< lengths[:, None]",
-        "< lengths[:, None] - torch.tensor([s.ended for s, _ in pairs])[:, None].long()",
+        "< lengths[:, None] - torch.tensor([s.finished for s in samples])[:, None].long()",
         f"{PPO}::test_layout_of_a_rollout",
     ),
     Fault(
@@ -61,9 +61,9 @@ FAULTS = (
     Fault(
         "4 replies are scored by their text, not as sampled",
         "reward/model.py",
-        "Tokens(np.asarray(s.prompt_ids + s.reply_ids, np.int32)",
-        "Tokens(np.asarray((s.prompt_ids + tuple(3 + ord(c) % 9 for c in s.text) + s.reply_ids)"
-        "[: len(s.prompt_ids + s.reply_ids)], np.int32)",
+        "np.asarray(s.prompt_ids + s.response_ids, np.int32)",
+        "np.asarray((s.prompt_ids + tuple(3 + ord(c) % 9 for c in s.text) + s.response_ids)"
+        "[: len(s.prompt_ids + s.response_ids)], np.int32)",
         f"{PPO}::test_replies_are_scored_as_sampled",
     ),
     Fault(
@@ -602,7 +602,7 @@ FAULTS = (
     Fault(
         "every batch has a size of its own",
         "kernels/onednn.py",
-        'return rows + -rows % _step(rows - 1) if place.type == "cpu" else rows',
+        'return rows + -rows % _step(rows - 1) if device.type == "cpu" else rows',
         "return rows",
         "unit/train/test_resident.py::test_memory_of_sft_is_flat",
     ),

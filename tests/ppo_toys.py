@@ -56,7 +56,7 @@ def by_ids(score: Callable[[tuple[int, ...]], float]) -> Reward:
     """A reward that reads a reply's ids."""
 
     def reward(samples: Sequence[Completion]) -> list[float]:
-        return [score(sample.reply_ids) for sample in samples]
+        return [score(sample.response_ids) for sample in samples]
 
     return reward
 

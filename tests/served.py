@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import toys
-from tetrad.inference.completions import Completion
+from tetrad.inference import policy
+from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.model.huggingface import model_files
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.reward import model as reward_model
 from tetrad.reward.model import RewardModel
+from tetrad.settings import use
 from tetrad.storage import write_folder
 from tetrad.text.bpe import learn
 from tetrad.text.chat_template import TEMPLATES
@@ -39,6 +41,14 @@ def write_model(
     toys.randomise(model, seed, std=0.25)
     write_folder(folder / "model", {**model_files(model), **words.files(template)}, {"key": "k"})
     return folder
+
+
+def completed(
+    model: policy.Policy, prompts: Sequence[EncodedPrompt], settings: use.Sample, samples_per_prompt: int = 1
+) -> list[Completion]:
+    """The completions of all prompts, one after another."""
+    groups = policy.completions(model, prompts, settings, samples_per_prompt)
+    return [completion for group in groups for completion in group]
 
 
 def written(

@@ -60,7 +60,7 @@ def test_generate_then_score(run: Path, tmp_path: Path, capsys: Capture, monkeyp
             assert line["score"] == pytest.approx(record.get("score", line["score"]), abs=1e-6)
     assert means[1] > means[0]
     said = capsys.readouterr().out
-    broken = ["\ufffd" in json.loads(line)["reply"] for line in Path("one.jsonl").read_text().splitlines()]
+    broken = ["\ufffd" in json.loads(line)["response"] for line in Path("one.jsonl").read_text().splitlines()]
     first = f"the first answers p.jsonl:{broken.index(True) + 1}"
     assert re.search(rf"note: {sum(broken)} answers? (is|are) not valid UTF-8, .*; {first}", said)
 
@@ -82,7 +82,7 @@ def test_a_file_with_other_names_is_read_as_the_hint_says(
         hints[words[0]] = hint.split()
         assert "question=instruction" in hints[words[0]]
     assert main([*generate, flag, *hints["generate"]]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == {*record, "reply", "tokens", "finished"}
+    assert json.loads(capsys.readouterr().out).keys() == {*record, "response", "tokens", "finished"}
     assert main([*score, flag, "question=Instruction", "answer=Output"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == {*record, "score"}
     assert main(["check", "q.jsonl", "--kind", "conversations", flag, "question=Instruction", "answer=Output"]) == 0

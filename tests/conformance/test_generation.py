@@ -151,23 +151,23 @@ def schedule(seed: int, alone: list[list[Response]]) -> int:
             number = wanted.pop()
             running[engine.add(POOL[number])] = number
         for event in engine.advance():
-            assert event.ticket in running
-            key = event.ticket, event.copy
+            assert event.request_id in running
+            key = event.request_id, event.sample_index
             texts[key] = texts.get(key, "") + event.text
-            if event.reply:
-                expected = alone[running[event.ticket]][event.copy]
-                assert (event.reply.ids, event.reply.reason) == (expected.ids, expected.reason)
-                assert event.reply.text == expected.text == texts[key]
+            if event.response:
+                expected = alone[running[event.request_id]][event.sample_index]
+                assert (event.response.ids, event.response.reason) == (expected.ids, expected.reason)
+                assert event.response.text == expected.text == texts[key]
         assert len(engine._rows) <= engine.slots
         if running and chance.random() < 0.1:
-            ticket = chance.choice(list(running))
-            number = running.pop(ticket)
-            for reply in engine.cancel(ticket):
+            request_id = chance.choice(list(running))
+            number = running.pop(request_id)
+            for reply in engine.cancel(request_id):
                 cancelled += 1
                 copies = [whole.ids[: len(reply.ids)] for whole in alone[number]]
                 assert reply.ids in copies and reply.reason == "cancelled"
-            assert engine.cancel(ticket) == []
-    assert not engine._rows and not engine._waiting and engine._shelf is None
+            assert engine.cancel(request_id) == []
+    assert not engine._rows and not engine._waiting and engine._cached is None
     return cancelled
 
 

@@ -102,17 +102,17 @@ def test_layout_of_a_rollout():
     """Position t of a row is reply token t; the document's labels are exactly the reply's tokens."""
     four = some_models()
     rollout = ppo_toys.sampled(four, ASKED, S, (0, 0))
-    lengths = [len(sample.reply_ids) for sample in rollout.samples]
+    lengths = [len(sample.response_ids) for sample in rollout.samples]
     assert min(lengths) < max(lengths) == rollout.mask_BT.shape[1] == S.max_new_tokens
     assert rollout.mask_BT.sum(1).tolist() == lengths
     for sample, document, finished, question in zip(
         rollout.samples, rollout.documents, rollout.finished_B.tolist(), ASKED, strict=True
     ):
         assert sample.prompt_ids == question.ids
-        assert document.ids[document.train].tolist() == list(sample.reply_ids)
-        assert tuple(document.ids.tolist()) == question.ids + sample.reply_ids
-        assert finished == (sample.reply_ids[-1] == toys.EOS)
-        assert toys.EOS not in sample.reply_ids[:-1]
+        assert document.ids[document.train].tolist() == list(sample.response_ids)
+        assert tuple(document.ids.tolist()) == question.ids + sample.response_ids
+        assert finished == (sample.response_ids[-1] == toys.EOS)
+        assert toys.EOS not in sample.response_ids[:-1]
     assert 0 < rollout.finished_B.sum() < len(ASKED)
 
 
@@ -122,11 +122,11 @@ def test_values_stand_before_their_tokens():
     rollout = ppo_toys.sampled(four, ASKED[:4], S, (0, 0))
     values, after = read_values(four.critic, rollout, 64, toys.CPU)
     whole = torch.tensor(
-        score_tokens(four.critic, [toys.document(s.prompt_ids + s.reply_ids) for s in rollout.samples], toys.CPU, 64)
+        score_tokens(four.critic, [toys.document(s.prompt_ids + s.response_ids) for s in rollout.samples], toys.CPU, 64)
     )
     torch.testing.assert_close(after, whole.float(), rtol=0, atol=1e-5)
     for row, sample in enumerate(rollout.samples):
-        cut = [toys.document(sample.prompt_ids + sample.reply_ids[:t]) for t in range(len(sample.reply_ids))]
+        cut = [toys.document(sample.prompt_ids + sample.response_ids[:t]) for t in range(len(sample.response_ids))]
         expected = torch.tensor(score_tokens(four.critic, cut, toys.CPU, 64)).float()
         torch.testing.assert_close(values[row, : len(cut)], expected, rtol=0, atol=1e-5)
         assert not values[row, len(cut) :].any()
@@ -137,7 +137,7 @@ def test_score_lands_on_the_last_token_and_moves_with_the_end():
     rollout = ppo_toys.sampled(four, ASKED, S, (0, 0))
     made, rewards = ppo_toys.experience(four, rollout, replace(S, kl_coef=0.0, missing_eos_penalty=0.0))
     scores = torch.tensor(four.reward(rollout.samples)).float()
-    last = torch.tensor([len(sample.reply_ids) - 1 for sample in rollout.samples])
+    last = torch.tensor([len(sample.response_ids) - 1 for sample in rollout.samples])
     assert len(last.unique()) > 2
     expected = torch.zeros_like(rewards).scatter_(1, last[:, None], scores[:, None].clamp(-5, 5))
     assert torch.equal(rewards, expected)
@@ -291,7 +291,7 @@ def test_replies_are_scored_as_sampled():
     reward = trained([toys.scalar(seed=2)], toys.CPU, 64)
     plain = Completion((5, 6), (7, 8, 9), (), "w7 w8 w9")
     assert reward([plain]) == reward([replace(plain, text="w9 w9 <|endoftext|>")])
-    assert reward([plain]) != reward([replace(plain, reply_ids=(7, 8, 9, toys.EOS))])
+    assert reward([plain]) != reward([replace(plain, response_ids=(7, 8, 9, toys.EOS))])
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 23, 4096])

@@ -198,7 +198,7 @@ def test_a_sum_of_sources_is_weighed_and_told_in_parts():
     samples = rolled(some_models()).samples
     parts = found.parts(samples)
     assert parts["high"] == [9.0] * len(samples)
-    assert found.total(parts) == [0.5 * len(s.reply_ids) + 10 for s in samples] == found(samples)
+    assert found.total(parts) == [0.5 * len(s.response_ids) + 10 for s in samples] == found(samples)
 
 
 def test_no_two_sources_of_a_reward_share_a_name():
@@ -215,7 +215,7 @@ def test_several_replies_to_a_prompt_are_learned_from_once_each():
     four = some_models(s)
     repeated = [question for question in ASKED[:4] for _ in range(3)]
     rollout = ppo_toys.sampled(four, repeated, s, (0, 0))
-    texts = {sample.reply_ids for sample in rollout.samples[:3]}
+    texts = {sample.response_ids for sample in rollout.samples[:3]}
     assert len(texts) == 3
     made, _ = ppo_toys.experience(four, rollout, s)
     parts = [[len(micro.packed.where) for micro in micros] for micros in minibatches(made, s, (0, 0), 9999, toys.CPU)]

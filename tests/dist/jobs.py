@@ -134,7 +134,7 @@ def ppo_sampled(s: Ppo = PPO) -> Found:
         rollout = ppo_toys.sampled(models, mine, s, (SEED, step), numbers)
         made, _ = ppo_toys.experience(models, rollout, s, 64)
         learn(replace(models, micro_batch_tokens=64), made, s, (SEED, step))
-        for ids in collectives.gather([sample.reply_ids for sample in rollout.samples]):
+        for ids in collectives.gather([sample.response_ids for sample in rollout.samples]):
             replies.append(torch.tensor([*ids, *[-1] * (s.max_new_tokens - len(ids))]))
     return {"replies": torch.stack(replies), "weights": weights(models.actor, models.critic)}
 

@@ -84,7 +84,7 @@ def some_models(s: Ppo, seed: int, reward: ppo_toys.Reward) -> Models:
 def share_right(four: Models, s: Ppo, seed: int, liked: set[int]) -> float:
     """Of 200 replies with random numbers that no training used."""
     rollout = ppo_toys.sampled(four, asked(200), s, (seed, 10_000))
-    return sum(bool(liked & set(sample.reply_ids)) for sample in rollout.samples) / 200
+    return sum(bool(liked & set(sample.response_ids)) for sample in rollout.samples) / 200
 
 
 def nats(made: PPOBatch) -> float:

@@ -17,7 +17,7 @@ import toys
 from tetrad.cli.main import main
 from tetrad.console import Console
 from tetrad.inference.completions import EncodedPrompt
-from tetrad.inference.text_metrics import reply_figures
+from tetrad.inference.text_metrics import response_metrics
 from tetrad.pipeline import recipe, runner
 from tetrad.report.verdict import Difference, Verdict, failed_guards, verdict
 from tetrad.settings.evaluate import Evaluate
@@ -97,8 +97,8 @@ def concluded(seed: int, steps: int, reward: ppo_toys.Reward) -> Verdict:
     for step in range(steps):
         ppo_toys.iterate(four, ASKED, s, (seed, step))
     after = ppo_toys.sampled(four, ASKED, s, (seed, 20_000))
-    sft, ppo = ({"kl": 0.0, **reply_figures(r.samples, r.finished_B.tolist())} for r in (before, after))
-    scores, others = ([judge(sample.reply_ids) for sample in r.samples] for r in (after, before))
+    sft, ppo = ({"kl": 0.0, **response_metrics(r.samples, r.finished_B.tolist())} for r in (before, after))
+    scores, others = ([judge(sample.response_ids) for sample in r.samples] for r in (after, before))
     gains = {("ppo", "sft"): {"judge": Difference.of(scores, others)}}
     gains["sft", "ppo"] = {"judge": Difference.of(others, scores)}
     found = verdict([], {"sft": (), "ppo": failed_guards(ppo, sft, Evaluate())}, gains)

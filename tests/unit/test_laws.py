@@ -26,7 +26,7 @@ BREACHES = {
     "step": ("optimizer.step()", "only update steps an optimizer"),
     "multinomial": ("import torch\nids = torch.multinomial(shares, 1)", "only generate draws tokens"),
     "categorical": ("from torch.distributions import Categorical", "only generate draws tokens"),
-    "draw": ("from tetrad.inference.sampler import draw", "only generate draws tokens"),
+    "draw": ("from tetrad.inference.sampler import sample", "only generate draws tokens"),
     "onednn": ("import torch\ny = torch.ops.mkldnn._linear_pointwise(x, w)", "only product knows oneDNN"),
     "distributed": ("import torch.distributed as dist", "only collectives communicate"),
     "distributed-from": ("from torch import distributed", "only collectives communicate"),

@@ -1,7 +1,7 @@
 """`tetrad generate` and `tetrad score`: records in, the same records with responses or scores out.
 
-A record keeps all its fields; if it has one that is written here (reply, tokens, finished, logprobs, score), its own is
-kept as given_<name>. With `out` the file appears when complete, without it each line is printed when ready.
+A record keeps all its fields; if it has one that is written here (response, tokens, finished, logprobs, score), its own
+is kept as given_<name>. With `out` the file appears when complete, without it each line is printed when ready.
 """
 
 import json
@@ -21,19 +21,19 @@ from tetrad.data.records import read_prompts
 from tetrad.data.rows import Row, rows
 from tetrad.data.source import Counts, sources
 from tetrad.errors import UserError
-from tetrad.inference.completions import Completion, EncodedPrompt, best, read_questions
-from tetrad.inference.policy import Generated, Policy, answered, asked, cache_need, cache_shape, load, question
+from tetrad.inference import policy
+from tetrad.inference.completions import Completion, EncodedPrompt, best, read_encoded_prompts
 from tetrad.reward.model import RewardModel, load_reward, rate, rate_samples, written
 from tetrad.settings.use import Generate, ScoreFile
 from tetrad.storage import write_file
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import renamed
-from tetrad.types import Response
 
 Fields = dict[str, Any]
 SCORES_AT_ONCE = 128
 MOST_LINES = 50  # of progress
-_ANSWERS = ("reply", "output", "completion")  # `reply` is written by generate, beside the answer that a record had
+_GENERATED = ("response", "reply")  # written by generate, now and before, beside the answer that a record had
+_ANSWERS = (*_GENERATED, "output", "completion")
 
 
 def generate_file(settings: Generate, console: Console) -> None:
@@ -44,23 +44,24 @@ def generate_file(settings: Generate, console: Console) -> None:
     _check_out(settings.out, settings.prompts)
     given = sources([settings.prompts] if settings.prompts else [], rename=renamed(settings.rename))
     records = _records(given.paths)
-    model = load(settings.model, settings.template)
+    model = policy.load(settings.model, settings.template)
     judge = load_reward(settings.reward, settings.template) if settings.reward else None
     if settings.prompts:
         counts, limit = Counts(), model.model.config.max_positions
-        prompts = read_questions(given, model.form, model.tokenizer, counts, limit, settings.max_new_tokens)
+        prompts = read_encoded_prompts(given, model.form, model.tokenizer, counts, limit, settings.max_new_tokens)
     else:
-        prompts = [question(model, asked(settings.instruction, settings.input, where="--instruction"))]
+        prompt = policy.instruction_prompt(settings.instruction, settings.input, where="--instruction")
+        prompts = [policy.encode_prompt(model, prompt)]
         records = [{"Instruction": settings.instruction, **({"Input": settings.input} if settings.input else {})}]
         if not settings.out:
-            ((answer, _),) = _best(model, judge, prompts, settings)
-            console.say(answer.sample.text)
+            ((completion, _),) = _best(model, judge, prompts, settings)
+            console.say(completion.text)
             return
     if settings.out:
-        shape = cache_shape(prompts, settings, settings.best_of)
-        console.say(f"cache of keys and values: {cache_need(model, *shape)}")
+        shape = policy.cache_shape(prompts, settings, settings.best_of)
+        console.say(f"cache of keys and values: {policy.cache_need(model, *shape)}")
     invalid: list[str] = []
-    _deliver(_with_replies(model, judge, prompts, records, settings, console, invalid), settings.out, console)
+    _deliver(_with_responses(model, judge, prompts, records, settings, console, invalid), settings.out, console)
     if settings.out:
         console.say(f"{_counted(len(prompts))}: {settings.out}")
         if invalid:
@@ -99,30 +100,28 @@ def score_file(settings: ScoreFile, console: Console) -> None:
 
 
 def _best(
-    model: Policy, judge: RewardModel | None, prompts: list[EncodedPrompt], settings: Generate
-) -> Iterator[tuple[Generated, float | None]]:
-    """One answer per prompt and its score; of several, the best."""
-    groups = answered(model, prompts, settings, settings.best_of)
+    model: policy.Policy, judge: RewardModel | None, prompts: list[EncodedPrompt], settings: Generate
+) -> Iterator[tuple[Completion, float | None]]:
+    """One completion per prompt and its score; of several, the best."""
+    groups = policy.completions(model, prompts, settings, settings.best_of)
     if judge is None:
         yield from ((group[0], None) for group in groups)
         return
-    answers = _chosen(judge, groups, settings.best_of)
+    chosen = _chosen(judge, groups, settings.best_of)
     # Scored again in the batches that `tetrad score` uses: the batch affects the last bits of a score.
-    while part := list(islice(answers, SCORES_AT_ONCE)):
-        yield from zip(part, rate_samples(judge, [answer.sample for answer in part]), strict=True)
+    while part := list(islice(chosen, SCORES_AT_ONCE)):
+        yield from zip(part, rate_samples(judge, part), strict=True)
 
 
-def _chosen(judge: RewardModel, groups: Iterator[list[Generated]], size: int) -> Iterator[Generated]:
+def _chosen(judge: RewardModel, groups: Iterator[list[Completion]], size: int) -> Iterator[Completion]:
     """The best of each group of this size."""
     while held := list(islice(groups, max(1, SCORES_AT_ONCE // size))):
-        samples = [answer.sample for group in held for answer in group]
-        scores = rate_samples(judge, samples)
-        for start, group in zip(range(0, len(samples), size), held, strict=True):
-            yield group[best(samples[start : start + size], scores[start : start + size])]
+        scores = iter(rate_samples(judge, [sample for group in held for sample in group]))
+        yield from (group[best(group, list(islice(scores, size)))] for group in held)
 
 
-def _with_replies(
-    model: Policy,
+def _with_responses(
+    model: policy.Policy,
     judge: RewardModel | None,
     prompts: list[EncodedPrompt],
     records: list[Fields],
@@ -133,13 +132,14 @@ def _with_replies(
     """invalid: receives the places of prompts whose response is not valid UTF-8."""
     reported, tokens, began = 0, 0, time.monotonic()
     with console.progress("generate", len(prompts)) as bar:
-        answers = _best(model, judge, prompts, settings)
-        for number, ((answer, score), record) in enumerate(zip(answers, records, strict=True), start=1):
-            tokens += len(answer.reply.ids)
-            new: Fields = {"reply": answer.sample.text, "tokens": len(answer.reply.ids), "finished": answer.finished}
+        scored = zip(_best(model, judge, prompts, settings), records, strict=True)
+        for number, ((sample, score), record) in enumerate(scored, start=1):
+            count = len(sample.response_ids)
+            tokens += count
+            new: Fields = {"response": sample.text, "tokens": count, "finished": sample.finished}
             if settings.top_logprobs:
-                new["logprobs"] = _logprobs(model.tokenizer, answer.reply)
-            invalid += [answer.sample.where] * (not answer.sample.valid_utf8)
+                new["logprobs"] = _logprobs(model.tokenizer, sample)
+            invalid += [sample.where] * (not sample.valid_utf8)
             yield _extended(record, new if score is None else {**new, "score": score})
             if number - reported >= len(prompts) / MOST_LINES or number == len(prompts):
                 pace = {"tokens/s": tokens / (time.monotonic() - began)}
@@ -151,13 +151,13 @@ def _counted(answers: int) -> str:
     return f"{answers} answer{'s' * (answers > 1)}"
 
 
-def _logprobs(tokenizer: Tokenizer, response: Response) -> list[Fields]:
+def _logprobs(tokenizer: Tokenizer, sample: Completion) -> list[Fields]:
     """Each token with its log-probability and the most likely ones in its place."""
 
     def entry(token: int, logprob: float) -> Fields:
         return {"id": token, "token": tokenizer.decode([token], keep_control=True), "logprob": round(logprob, 6)}
 
-    tokens = zip(response.ids, response.logprobs, response.top, strict=True)
+    tokens = zip(sample.response_ids, sample.logprobs, sample.top, strict=True)
     return [entry(token, logprob) | {"top": [entry(*one) for one in top]} for token, logprob, top in tokens]
 
 
@@ -177,13 +177,13 @@ def _writable(row: Row) -> Fields:
 
 def _extended(record: Fields, new: Fields) -> Fields:
     """The record with new fields; its own of the same name, in any letter case, are called given_<name>."""
-    kept: Fields = {}
+    own: Fields = {}
     for name, value in record.items():
         free = name
         while free.lower() in new or (free != name and free in record):
             free = f"given_{free}"
-        kept[free] = value
-    return {**kept, **new}
+        own[free] = value
+    return {**own, **new}
 
 
 def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str, bool]:
@@ -193,7 +193,7 @@ def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str,
         if fields.get(name) is not None:
             if not isinstance(fields[name], str):
                 raise UserError("E-DATA-TYPE", f'"{name}" must be text', where=where, hint="write the answer as text")
-            return fields[name], name != "reply" or fields.get("finished", fields.get("ended")) is not False
+            return fields[name], name not in _GENERATED or fields.get("finished", fields.get("ended")) is not False
     last = {name.lower(): value for name, value in (fields.get("messages") or [{}])[-1].items()}
     if last.get("role") == "assistant":
         return last["content"], True

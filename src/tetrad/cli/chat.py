@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from tetrad.console import Console
 from tetrad.errors import UserError
+from tetrad.inference.completions import Completion
 from tetrad.inference.engine import Engine, Event
-from tetrad.inference.policy import Generated, Policy, answer, cache_need, check_text, load, question, request
+from tetrad.inference.policy import Policy, cache_need, check_text, completion, encode_prompt, load, request
 from tetrad.reward.model import RewardModel, load_reward, rate_samples
 from tetrad.settings.use import Chat
 from tetrad.types import Prompt, Response, Turn
@@ -21,15 +22,15 @@ from tetrad.types import Prompt, Response, Turn
 
 @dataclass
 class Talk:
-    """The conversation. turns: with the system message; last: the last answer; asked: the number of prompts."""
+    """The conversation. turns: with the system message; last: the last response; prompts: their number so far."""
 
     settings: Chat
     model: Policy
     judge: RewardModel | None
     console: Console
     turns: list[Turn] = field(default_factory=list)
-    last: Generated | None = None
-    asked: int = 0
+    last: Completion | None = None
+    prompts: int = 0
 
     @property
     def remembers(self) -> bool:
@@ -39,9 +40,9 @@ class Talk:
     def help(self) -> str:
         """The commands."""
         forget = "/new forgets what was said, " if self.remembers else ""
-        return f"{forget}{'/score rates the last reply, ' if self.judge else ''}/help says this, /quit ends"
+        return f"{forget}{'/score rates the last response, ' if self.judge else ''}/help says this, /quit ends"
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Starts a new conversation."""
         self.turns, self.last = [Turn("system", self.settings.system)] if self.settings.system else [], None
 
@@ -54,7 +55,7 @@ def chat(settings: Chat, console: Console) -> None:
     check_text(settings.system, "--system")
     judge = load_reward(settings.reward, settings.template) if settings.reward else None
     talk = Talk(settings, load(settings.model, settings.template), judge, console)
-    talk.renew()
+    talk.reset()
     model = talk.model
     need = cache_need(model, 1, min(1024, model.model.config.max_positions))
     console.say(f"{model.folder}, template {model.form.name}, cache: {need}. {talk.help}.")
@@ -73,7 +74,7 @@ def respond(talk: Talk, line: str) -> None:
     """Handles a line: a command, or a prompt."""
     word, console = line.strip(), talk.console
     if word == "/new" and talk.remembers:
-        talk.renew()
+        talk.reset()
         console.say("A new conversation.")
     elif word == "/score" and talk.judge:
         console.say(score(talk, talk.judge))
@@ -83,9 +84,9 @@ def respond(talk: Talk, line: str) -> None:
         console.say(f"There is no {word}: {talk.help}.")
     else:
         turns = (*talk.turns, Turn("user", line))
-        talk.last = reply(talk, turns) or talk.last
-        if talk.remembers and talk.last and talk.last.sample.turns == turns:
-            talk.turns = [*turns, Turn("assistant", talk.last.sample.text)]
+        talk.last = stream_response(talk, turns) or talk.last
+        if talk.remembers and talk.last and talk.last.turns == turns:
+            talk.turns = [*turns, Turn("assistant", talk.last.text)]
 
 
 def read_line(console: Console) -> str | None:
@@ -102,20 +103,20 @@ def read_line(console: Console) -> str | None:
         return ""
 
 
-def reply(talk: Talk, turns: tuple[Turn, ...]) -> Generated | None:
-    """Shows the answer while it is written, until Ctrl-C; None if the conversation is too long, or nothing came."""
+def stream_response(talk: Talk, turns: tuple[Turn, ...]) -> Completion | None:
+    """Shows the response while it is written, until Ctrl-C; None if the conversation is too long, or nothing came."""
     model, console, settings = talk.model, talk.console, talk.settings
     events: list[Event] = []
     try:
-        prompt = question(model, Prompt(turns, "chat"))
+        prompt = encode_prompt(model, Prompt(turns, "chat"))
         room = model.model.config.max_positions - len(prompt.ids)
         if room < 1:
             what = f"the conversation has {len(prompt.ids)} tokens, the model reads {len(prompt.ids) + room}"
             raise UserError("E-DATA-LONG", what, where="chat", hint="/new, or a shorter line")
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
         engine = Engine(model.fused, model.at, 1, len(prompt.ids) + settings.max_new_tokens, model.tokenizer)
-        engine.add(request(model, prompt, settings, talk.asked))
-        talk.asked += 1
+        engine.add(request(model, prompt, settings, talk.prompts))
+        talk.prompts += 1
         for event in engine.events():
             events.append(event)
             console.write(printable(event.text))
@@ -127,18 +128,19 @@ def reply(talk: Talk, turns: tuple[Turn, ...]) -> Generated | None:
         if not events:
             return None
         ids, logprobs = tuple(event.token for event in events), tuple(event.logprob for event in events)
-        return answer(model, prompt, Response(ids, logprobs, "cancelled", "".join(event.text for event in events)))
-    generated = answer(model, prompt, whole) if (whole := events[-1].reply) else None
-    console.say("" if generated and generated.finished else f" [cut after {settings.max_new_tokens} tokens]")
-    return generated
+        return completion(model, prompt, Response(ids, logprobs, "cancelled", "".join(event.text for event in events)))
+    response = events[-1].response
+    assert response
+    console.say("" if response.finished else f" [cut after {settings.max_new_tokens} tokens]")
+    return completion(model, prompt, response)
 
 
 def score(talk: Talk, judge: RewardModel) -> str:
-    """The reward model's score of the last answer, as text."""
+    """The reward model's score of the last response, as text."""
     if talk.last is None:
-        return "There is no reply yet."
+        return "There is no response yet."
     try:
-        return f"score {rate_samples(judge, [talk.last.sample])[0]:+.3f}"
+        return f"score {rate_samples(judge, [talk.last])[0]:+.3f}"
     except UserError as error:
         return f"[{error.code}] {error.what}"
     except KeyboardInterrupt:

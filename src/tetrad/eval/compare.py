@@ -22,8 +22,8 @@ from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device, choose
-from tetrad.inference.completions import Completion, EncodedPrompt, best, read_questions
-from tetrad.inference.text_metrics import reply_figures
+from tetrad.inference.completions import Completion, EncodedPrompt, best, read_encoded_prompts
+from tetrad.inference.text_metrics import response_metrics
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, frozen
 from tetrad.objectives.calibration import bootstrap_interval
@@ -97,7 +97,7 @@ class Task:
 def _run(ctx: StageContext, device: Device) -> None:
     s, seed = ctx.recipe.evaluate, ctx.recipe.seed
     sft, task = _task(ctx, device)
-    names = named(s.judges, ["reward", "kl", "external_nll", *reply_figures((), ())])
+    names = named(s.judges, ["reward", "kl", "external_nll", *response_metrics((), ())])
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
@@ -124,7 +124,7 @@ def _task(ctx: StageContext, device: Device) -> tuple[CausalLM, Task]:
     tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
     sft = frozen(read_policy(folder, tokenizer, template)).to(device.torch_device)
     limit = sft.config.max_positions
-    prompts = read_questions(ctx.files(s.prompts), template, tokenizer, Counts(), limit, s.max_new_tokens)
+    prompts = read_encoded_prompts(ctx.files(s.prompts), template, tokenizer, Counts(), limit, s.max_new_tokens)
     chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.samples]]
     sampling = replace(ctx.recipe.sampling, max_new_tokens=s.max_new_tokens)
     return sft, Task(chosen, tokenizer, sampling, (seed, "evaluate", 0), device, ctx.recipe.run.micro_batch_tokens)
@@ -175,7 +175,7 @@ def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scor
 
 def figures(answers: Answers, scores: Scores, sft: Scores, referee: Referee | None, seed: int) -> dict[str, Any]:
     """Means with intervals; "gain" is the paired difference to the SFT model's answers. scores: of the answers."""
-    metrics: dict[str, Any] = {"kl": answers.kl, **reply_figures(answers.samples, answers.finished)}
+    metrics: dict[str, Any] = {"kl": answers.kl, **response_metrics(answers.samples, answers.finished)}
     for name in scores:
         own, before = (torch.tensor(s[name], dtype=torch.float64) for s in (scores, sft))
         metrics[name] = _interval(own, seed)
@@ -218,7 +218,7 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
     def nll(answers: Answers) -> float | None:
         documents, end = [], tokenizer.document_end
         for sample, finished in zip(answers.samples, answers.finished, strict=True):
-            prompt = [end, *tokenizer.encode(sample.asked)]
+            prompt = [end, *tokenizer.encode(sample.input)]
             ids = np.asarray(prompt + tokenizer.encode(sample.text) + [end] * finished, np.int32)
             documents.append(Tokens(ids, np.arange(len(ids)) >= len(prompt)))
         logprobs = np.concatenate(response_logprobs(model, documents, ctx.recipe.run.micro_batch_tokens, device))

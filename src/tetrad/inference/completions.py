@@ -28,21 +28,30 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A response as sampled: its ids, the text they decode to, its prompt, and whether it ended by itself.
+    """A response and its prompt: the sampled ids, the text they decode to, and whether it ended by itself.
 
-    valid_utf8: false if sampled bytes form no characters and appear as U+FFFD in the text.
+    valid_utf8: false if sampled bytes form no characters and appear as U+FFFD in the text. logprobs: the sampler's own,
+    of each id; top: for each id the most likely ids there with theirs, if requested.
     """
 
     prompt_ids: tuple[int, ...]
-    reply_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
     turns: tuple[Turn, ...]
     text: str
     where: str = ""
     finished: bool = True
     valid_utf8: bool = True
+    logprobs: tuple[float, ...] = ()
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+    @classmethod
+    def of(cls, encoded: EncodedPrompt, response: Response, text: str, tokenizer: Tokenizer) -> "Completion":
+        """text: of the response, with or without what follows a stop text."""
+        r, prompt, valid = response, encoded.prompt, tokenizer.is_utf8(response.ids, text)
+        return cls(encoded.ids, r.ids, prompt.turns, text, prompt.where, r.finished, valid, r.logprobs, r.top)
 
     @property
-    def asked(self) -> str:
+    def input(self) -> str:
         """The Input or the last user turn; empty for an Instruction without Input."""
         return next((turn.text for turn in reversed(self.turns) if turn.role in ("input", "user")), "")
 
@@ -60,7 +69,7 @@ def complete(
     sampling: Sampling,
     tokenizer: Tokenizer,
     device: Device,
-) -> list[tuple[Completion, Response]]:
+) -> list[Completion]:
     """One response per prompt. numbers: each prompt's index in the whole batch, which with key = (seed, purpose, step)
     determines its random numbers; a prompt that appears several times in a row is computed once."""
     model.eval()
@@ -69,14 +78,8 @@ def complete(
         keys = tuple((*key, number) for _, number in group)
         requests.append(Request(prompt.ids, sampling, keys, model.config.eos_ids))
     responses = generate(model, requests, device, sampling.max_num_seqs)
-    return [(sampled(p, r, tokenizer), r) for p, r in zip(prompts, responses, strict=True)]
-
-
-def sampled(encoded: EncodedPrompt, response: Response, tokenizer: Tokenizer) -> Completion:
-    """The response beside its prompt, and its text."""
-    text, prompt = tokenizer.decode(response.ids), encoded.prompt
-    valid = tokenizer.is_utf8(response.ids, text)
-    return Completion(encoded.ids, response.ids, prompt.turns, text, prompt.where, response.finished, valid)
+    pairs = zip(prompts, responses, strict=True)
+    return [Completion.of(prompt, r, tokenizer.decode(r.ids), tokenizer) for prompt, r in pairs]
 
 
 def best(samples: Sequence[Completion], scores: Sequence[float]) -> int:
@@ -84,9 +87,9 @@ def best(samples: Sequence[Completion], scores: Sequence[float]) -> int:
     return max(range(len(samples)), key=lambda i: (samples[i].valid_utf8, scores[i]))
 
 
-def read_questions(
+def read_encoded_prompts(
     paths: Paths,
-    form: Template,
+    template: Template,
     tokenizer: Tokenizer,
     counts: Counts,
     limit: int,
@@ -100,16 +103,16 @@ def read_questions(
     """
     prompts, most = read_prompts(paths, counts), limit - room
     encoded = []
-    for prompt, tokens in zip(prompts, tokenize(form, tokenizer, prompts, counts=counts), strict=True):
+    for prompt, tokens in zip(prompts, tokenize(template, tokenizer, prompts, counts=counts), strict=True):
         long = len(tokens.ids) > most
         if long and (overlong == "refuse" or most < 1):
-            what = f"the prompt has {len(tokens.ids)} tokens; {most} fit beside a reply of {room}"
+            what = f"the prompt has {len(tokens.ids)} tokens; {most} fit beside a response of {room}"
             raise UserError("E-DATA-LONG", what, where=prompt.where, hint="shorten it, or lower max_new_tokens")
         counts.cut += long and overlong == "truncate"
         counts.dropped += long and overlong == "drop"
         if not (long and overlong == "drop"):
             encoded.append(EncodedPrompt(tuple(tokens.ids[-most:].tolist()), prompt))
     if not encoded:
-        what = f"no prompt leaves room for a reply of {room} tokens"
+        what = f"no prompt leaves room for a response of {room} tokens"
         raise UserError("E-DATA-EMPTY", what, hint="shorten the prompts, or lower max_new_tokens")
     return encoded

@@ -21,52 +21,52 @@ Compute = Callable[[Tensor, Tensor, int, bool], Tensor]
 
 @dataclass(frozen=True)
 class _Graph:
-    """given: [2, rows] ids and positions; made: [rows, V] logits."""
+    """inputs: [2, rows] ids and positions; logits: [rows, V] logits."""
 
     graph: Any
-    given: Tensor
-    made: Tensor
+    inputs: Tensor
+    logits: Tensor
 
 
 class Replayed:
     """Calls `compute` with one id and its position per row."""
 
     def __init__(self, compute: Compute, slots: int, positions: int, device: Device) -> None:
-        self._compute, self._slots, self._positions, self._place = compute, slots, positions, device.torch_device
+        self._compute, self._slots, self._positions, self._device = compute, slots, positions, device.torch_device
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._pool: Any = None
 
     def __call__(self, ids: list[int], positions: list[int]) -> Tensor:
         """Logits [N, V]; overwritten by the next call."""
-        given, length = torch.tensor([ids, positions]), max(positions) + 1
-        if self._place.type != "cuda":
-            return self._compute(given[0], given[1], length, len(ids) == 1)
+        inputs, length = torch.tensor([ids, positions]), max(positions) + 1
+        if self._device.type != "cuda":
+            return self._compute(inputs[0], inputs[1], length, len(ids) == 1)
         rows = rounded(len(ids), 1, self._slots)
         length = rounded(length, _LEAST_LENGTH, self._positions)
         captured = self._graphs.get((rows, length))
         if captured is None:
             captured = self._graphs[rows, length] = self._captured(rows, length)
-        captured.given.zero_()
-        captured.given[:, : len(ids)].copy_(given)
+        captured.inputs.zero_()
+        captured.inputs[:, : len(ids)].copy_(inputs)
         captured.graph.replay()
-        return captured.made[: len(ids)]
+        return captured.logits[: len(ids)]
 
     def _captured(self, rows: int, length: int) -> _Graph:
         """Warmed up first, so that no kernel is loaded during capture. What this writes goes to the last position,
         which no response reads: its last id is never an input."""
-        given = torch.zeros(2, rows, dtype=torch.int64, device=self._place)
-        given[1] = self._positions - 1
-        side = torch.cuda.Stream(self._place)
-        side.wait_stream(torch.cuda.current_stream(self._place))
+        inputs = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
+        inputs[1] = self._positions - 1
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._compute(given[0], given[1], length, False)
-        torch.cuda.current_stream(self._place).wait_stream(side)
+                self._compute(inputs[0], inputs[1], length, False)
+        torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._compute(given[0], given[1], length, False)
+            logits = self._compute(inputs[0], inputs[1], length, False)
         self._pool = self._pool or graph.pool()
-        return _Graph(graph, given, logits)
+        return _Graph(graph, inputs, logits)
 
 
 def rounded(count: int, least: int, most: int) -> int:

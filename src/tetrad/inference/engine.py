@@ -8,8 +8,9 @@ ranks stop at different lengths.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from tetrad.errors import UserError
 from tetrad.inference.cuda_graphs import Replayed
 from tetrad.inference.fused_model import Fused
 from tetrad.inference.kv_cache import Cache, cache_bytes
-from tetrad.inference.sampler import Rules, draw
+from tetrad.inference.sampler import SamplingBatch, sample
 from tetrad.kernels.onednn import padded
 from tetrad.model.attention import plan_for
 from tetrad.model.transformer import CausalLM
@@ -33,17 +34,19 @@ from tetrad.text.stream import TextStream
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Response
 
-PREFILL_TOKENS = 8192
+MAX_PREFILL_TOKENS = 8192
 """Most prompt tokens of one step: responses in progress wait for no more."""
-MOST_LATE = 8
+MAX_WAIT_STEPS = 8
 """Steps for which a request waits for others to share a prefill with."""
 Key = tuple[int, str, int, int]
 """(seed, purpose, number, number): what determines a response's random numbers."""
+Likeliest = tuple[tuple[int, float], ...]
+"""Ids with their log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to answer it: one response for each of `keys`. ends, stop: ids and texts that end a response.
+    """A prompt and how to respond to it, once for each of `keys`. ends, stop: ids and texts that end a response.
 
     bias: what is added to the logits of some ids. top: how many of the most likely ids are returned at each token.
     """
@@ -58,15 +61,15 @@ class Request:
 
 
 class Event(NamedTuple):
-    """A token of a response. ticket: of the request; copy: which of its responses; text: what can be shown now; reply:
-    the whole response, with its last token."""
+    """A token of a response. request_id: of the request; sample_index: which of its responses; text: what can be shown
+    now; response: the whole one, with its last token."""
 
-    ticket: int
-    copy: int
+    request_id: int
+    sample_index: int
     token: int
     logprob: float
     text: str
-    reply: Response | None
+    response: Response | None
 
 
 @dataclass(eq=False)
@@ -74,14 +77,14 @@ class _Row:
     """A response that waits or grows."""
 
     request: Request
-    ticket: int
-    copy: int
+    request_id: int
+    sample_index: int
     uniforms: list[float] = field(default_factory=list)
     stream: TextStream | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    top: list[Likeliest] = field(default_factory=list)
 
     @property
     def position(self) -> int:
@@ -90,18 +93,18 @@ class _Row:
 
     def begin(self, tokenizer: Tokenizer | None) -> None:
         """Allocates what a growing row needs; waiting rows hold nothing."""
-        s, key = self.request.sampling, self.request.keys[self.copy]
+        s, key = self.request.sampling, self.request.keys[self.sample_index]
         self.uniforms = noise(key, s.max_new_tokens).tolist() if s.temperature else [0.0] * s.max_new_tokens
         self.stream = TextStream(tokenizer, self.request.stop) if tokenizer else None
 
-    def reply(self, reason: str) -> Response:
+    def response(self, reason: str) -> Response:
         return Response(tuple(self.ids), tuple(self.logprobs), reason, "".join(self.texts), tuple(self.top))
 
 
-class _Shelf(NamedTuple):
-    """A computed prompt with responses that still wait for a slot: it is kept in the cache's spare row."""
+class _CachedPrefill(NamedTuple):
+    """A computed prompt with responses that still wait for a slot: it stays in the cache's spare row."""
 
-    ticket: int
+    request_id: int
     logits: Tensor
 
 
@@ -117,17 +120,23 @@ class Engine:
         self, model: Fused, device: Device, slots: int, positions: int, tokenizer: Tokenizer | None = None
     ) -> None:
         self.model, self.device, self.slots, self.tokenizer = model, device, slots, tokenizer
-        self.positions = min(positions, len(model.turns))
-        self.cache = _cache(model, slots, self.positions, device)
+        self.positions = min(positions, len(model.rotations))
+        needed, free = cache_bytes(model.config, slots + 1, self.positions, model.dtype), free_bytes(device.torch_device)
+        if needed > free:
+            need = f"a cache of {slots} slots with {self.positions} positions needs {needed >> 20} MiB"
+            hint = "lower max_num_seqs or max_new_tokens"
+            raise UserError("E-MEM-FULL", f"{need}, {free >> 20} MiB are free", hint=hint)
+        self.cache = Cache(model.config, slots + 1, self.positions, model.dtype, device.torch_device)
         self.prefilled = 0  # prompt tokens computed
         self._rows: list[_Row] = []  # row i has slot i
         self._waiting: deque[_Row] = deque()
-        self._late = 0  # steps for which rows have waited beside a free slot
-        self._tickets = 0
+        self._steps_waited = 0  # steps for which rows have waited beside a free slot
+        self._added = 0
         self._cancelled: set[int] = set()  # in this step
-        self._shelf: _Shelf | None = None
-        self._rules: Rules | None = None
-        self._forward = Replayed(_forward_of(model, self.cache), slots, self.positions, device)
+        self._cached: _CachedPrefill | None = None
+        self._sampling: SamplingBatch | None = None
+        # No reference to the engine, so that a released engine frees its cache at once.
+        self._forward = Replayed(partial(_decode, model, self.cache), slots, self.positions, device)
 
     @property
     def busy(self) -> bool:
@@ -135,7 +144,7 @@ class Engine:
         return bool(self._rows or self._waiting)
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its ticket.
+        """Queues a request and returns its id.
 
         Errors: E-DATA-BLANK without a prompt, E-DATA-LONG if prompt and response don't fit. Raises ValueError for
         stop texts without a tokenizer.
@@ -149,27 +158,27 @@ class Engine:
             need = f"the longest prompt and {s.max_new_tokens} new tokens need {needed} positions"
             what = f"{need}, there are {self.positions}"
             raise UserError("E-DATA-LONG", what, hint="shorten the prompt or max_new_tokens")
-        self._tickets += 1
-        self._waiting += [_Row(request, self._tickets, copy) for copy in range(len(request.keys))]
-        return self._tickets
+        self._added += 1
+        self._waiting += [_Row(request, self._added, index) for index in range(len(request.keys))]
+        return self._added
 
     @torch.inference_mode()
-    def cancel(self, ticket: int) -> list[Response]:
+    def cancel(self, request_id: int) -> list[Response]:
         """Ends a request's responses where they are; returns those that waited or grew, as far as they were shown. No
         further event of it comes from `events`."""
-        gone = [row for row in (*self._rows, *self._waiting) if row.ticket == ticket]
-        self._leave([number for number, row in enumerate(self._rows) if row.ticket == ticket])
-        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
-        if self._shelf and self._shelf.ticket == ticket:
-            self._shelf = None
-        self._cancelled.add(ticket)
-        return [row.reply("cancelled") for row in sorted(gone, key=lambda row: row.copy)]
+        gone = [row for row in (*self._rows, *self._waiting) if row.request_id == request_id]
+        self._leave([number for number, row in enumerate(self._rows) if row.request_id == request_id])
+        self._waiting = deque(row for row in self._waiting if row.request_id != request_id)
+        if self._cached and self._cached.request_id == request_id:
+            self._cached = None
+        self._cancelled.add(request_id)
+        return [row.response("cancelled") for row in sorted(gone, key=lambda row: row.sample_index)]
 
     def events(self) -> Iterator[Event]:
         """Everything that happens until all responses are complete; requests may be added and cancelled in between."""
         while self.busy:
             for event in self.advance():
-                if event.ticket not in self._cancelled:
+                if event.request_id not in self._cancelled:
                     yield event
 
     @torch.inference_mode()
@@ -190,9 +199,9 @@ class Engine:
             fresh = [row for row in self._rows if not row.ids]
             del self._rows[len(self._rows) - len(fresh) :]
             self._waiting.extendleft(reversed(fresh))
-            self._rules = None
+            self._sampling = None
             raise
-        self._leave([number for number, event in enumerate(events) if event.reply])
+        self._leave([number for number, event in enumerate(events) if event.response])
         return events
 
     # Rows that join and leave
@@ -203,18 +212,18 @@ class Engine:
         free = self.slots - len(self._rows)
         if not self._waiting or not free:
             return []
-        self._late += 1
-        if self._rows and free < self.slots // 8 and self._late < MOST_LATE:
+        self._steps_waited += 1
+        if self._rows and free < self.slots // 8 and self._steps_waited < MAX_WAIT_STEPS:
             return []
-        first, tokens, self._late, self._rules = len(self._rows), 0, 0, None
-        prompts: dict[int, int] = {}  # ticket: slot where its prompt is computed
+        first, tokens, self._steps_waited, self._sampling = len(self._rows), 0, 0, None
+        prompts: dict[int, int] = {}  # request_id: slot where its prompt is computed
         while self._waiting and len(self._rows) < self.slots:
             row = self._waiting[0]
-            if row.ticket not in prompts and not self._on_shelf(row):
+            if row.request_id not in prompts and not self._is_cached(row):
                 tokens += len(row.request.ids)
-                if prompts and tokens > PREFILL_TOKENS:
+                if prompts and tokens > MAX_PREFILL_TOKENS:
                     break
-                prompts[row.ticket] = len(self._rows)
+                prompts[row.request_id] = len(self._rows)
             row.begin(self.tokenizer)
             self._rows.append(self._waiting.popleft())
         return [self._prompts(first, prompts)]
@@ -227,37 +236,37 @@ class Engine:
         """
         logits = self._prefill(list(prompts.values())) if prompts else ()
         after, source = dict(zip(prompts, logits, strict=True)), dict(prompts)
-        if self._shelf:
-            after[self._shelf.ticket], source[self._shelf.ticket] = self._shelf.logits, self.slots
+        if self._cached:
+            after[self._cached.request_id], source[self._cached.request_id] = self._cached.logits, self.slots
         for slot, row in enumerate(self._rows[first:], first):
-            if source[row.ticket] != slot:
-                self.cache.copy(source[row.ticket], slot, len(row.request.ids))
+            if source[row.request_id] != slot:
+                self.cache.copy(source[row.request_id], slot, len(row.request.ids))
         last = self._rows[-1]
-        if not self._waiting or self._waiting[0].ticket != last.ticket:
-            self._shelf = None
-        elif not self._on_shelf(last):
-            self._shelf = None
+        if not self._waiting or self._waiting[0].request_id != last.request_id:
+            self._cached = None
+        elif not self._is_cached(last):
+            self._cached = None
             self.cache.copy(len(self._rows) - 1, self.slots, len(last.request.ids))
-            self._shelf = _Shelf(last.ticket, after[last.ticket].clone())
-        return torch.stack([after[row.ticket] for row in self._rows[first:]])
+            self._cached = _CachedPrefill(last.request_id, after[last.request_id].clone())
+        return torch.stack([after[row.request_id] for row in self._rows[first:]])
 
-    def _on_shelf(self, row: _Row) -> bool:
-        return self._shelf is not None and self._shelf.ticket == row.ticket
+    def _is_cached(self, row: _Row) -> bool:
+        return self._cached is not None and self._cached.request_id == row.request_id
 
     def _prefill(self, slots: list[int]) -> Tensor:
         """Computes the prompts of these slots' rows, packed; returns the logits after each, [prompts, V]."""
-        place, prompts = self.device.torch_device, [self._rows[slot].request.ids for slot in slots]
+        device, prompts = self.device.torch_device, [self._rows[slot].request.ids for slot in slots]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ends = lengths.cumsum(0)
         total = int(ends[-1])
-        positions_T = (torch.arange(total) - (ends - lengths).repeat_interleave(lengths)).to(place)
-        slots_T = torch.tensor(slots).repeat_interleave(lengths).to(place)
-        ids_T = torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])).to(place)
-        plan = plan_for((0, *ends.tolist()), place)
+        positions_T = (torch.arange(total) - (ends - lengths).repeat_interleave(lengths)).to(device)
+        slots_T = torch.tensor(slots).repeat_interleave(lengths).to(device)
+        ids_T = torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])).to(device)
+        plan = plan_for((0, *ends.tolist()), device)
         attend = self.cache.fill(slots_T, positions_T, plan)
         self.prefilled += total
-        ids_T, positions_T = (F.pad(x, (0, padded(total, place) - total)) for x in (ids_T, positions_T))
-        return self.model.logits(self.model.hidden(ids_T, positions_T, attend, (ends - 1).to(place)))
+        ids_T, positions_T = (F.pad(x, (0, padded(total, device) - total)) for x in (ids_T, positions_T))
+        return self.model.logits(self.model.hidden(ids_T, positions_T, attend, (ends - 1).to(device)))
 
     def _leave(self, slots: Sequence[int]) -> None:
         """Frees slots, the last rows moving into them, so that the rows in use stay the first ones."""
@@ -267,54 +276,37 @@ class Engine:
                 self._rows[slot] = last
                 self.cache.copy(len(self._rows), slot, last.position)
         if slots:
-            self._rules = None
+            self._sampling = None
 
     # Sampling
 
     def _sample(self, logits: Tensor) -> list[Event]:
-        rows, place = self._rows, self.device.torch_device
-        if self._rules is None:
+        rows, device = self._rows, self.device.torch_device
+        if self._sampling is None:
             requests = [row.request for row in rows]
             size, biases = logits.shape[-1], [request.bias for request in requests]
-            self._rules = Rules.of([request.sampling for request in requests], biases, size, place)
-        uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows]).to(place)
-        histories = [(r.request.sampling, r.request.ids, r.ids) for r in rows] if self._rules.penalised else ()
+            self._sampling = SamplingBatch.of([request.sampling for request in requests], biases, size, device)
+        uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows]).to(device)
+        histories = [(r.request.sampling, r.request.ids, r.ids) for r in rows] if self._sampling.penalised else ()
         top = max(row.request.top for row in rows)
-        drawn = draw(logits, uniforms, self._rules, histories, top)
-        ids, logprobs = drawn.ids.tolist(), drawn.logprobs.tolist()
+        sampled = sample(logits, uniforms, self._sampling, histories, top)
+        ids, logprobs = sampled.ids.tolist(), sampled.logprobs.tolist()
         if not all(map(math.isfinite, logprobs)):
-            raise UserError(
-                "E-NUM-NONFINITE", "the model's logits are no numbers", hint="it is damaged: train it again"
-            )
-        likeliest: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
-        if drawn.top:
-            pairs = zip(*(part.tolist() for part in drawn.top), strict=True)
+            what, hint = "the model's logits are no numbers", "it is damaged: train it again"
+            raise UserError("E-NUM-NONFINITE", what, hint=hint)
+        likeliest: list[Likeliest] = [()] * len(rows)
+        if sampled.top:
+            pairs = zip(*(part.tolist() for part in sampled.top), strict=True)
             likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
-        tokens = zip(rows, ids, logprobs, likeliest, strict=True)
-        return [_event(*token) for token in tokens]
+        return list(map(_event, rows, ids, logprobs, likeliest))
 
 
-def _forward_of(model: Fused, cache: Cache) -> Callable[[Tensor, Tensor, int, bool], Tensor]:
-    """A decoding step. It holds no reference to the engine, so that a released engine frees its cache at once."""
-
-    def forward(ids_N: Tensor, positions_N: Tensor, length: int, full: bool) -> Tensor:
-        return model.logits(model.hidden(ids_N, positions_N, cache.step(positions_N, length, full=full)))
-
-    return forward
+def _decode(model: Fused, cache: Cache, ids_N: Tensor, positions_N: Tensor, length: int, full: bool) -> Tensor:
+    """The logits of a decoding step."""
+    return model.logits(model.hidden(ids_N, positions_N, cache.step(positions_N, length, full=full)))
 
 
-def _cache(model: Fused, slots: int, positions: int, device: Device) -> Cache:
-    """With a spare row."""
-    needed, free = cache_bytes(model.config, slots + 1, positions, model.dtype), free_bytes(device.torch_device)
-    if needed > free:
-        what = (
-            f"a cache of {slots} slots with {positions} positions needs {needed >> 20} MiB, {free >> 20} MiB are free"
-        )
-        raise UserError("E-MEM-FULL", what, hint="lower max_num_seqs or max_new_tokens")
-    return Cache(model.config, slots + 1, positions, model.dtype, device.torch_device)
-
-
-def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Event:
+def _event(row: _Row, token: int, logprob: float, top: Likeliest) -> Event:
     """The row with one more token."""
     request = row.request
     row.ids.append(token)
@@ -333,7 +325,7 @@ def _event(row: _Row, token: int, logprob: float, top: tuple[tuple[int, float], 
         if reason:
             text += row.stream.close()
         row.texts.append(text)
-    return Event(row.ticket, row.copy, token, logprob, text, row.reply(reason) if reason else None)
+    return Event(row.request_id, row.sample_index, token, logprob, text, row.response(reason) if reason else None)
 
 
 def noise(key: Key, max_new_tokens: int) -> np.ndarray:
@@ -348,7 +340,7 @@ def generate(
     slots: int,
     tokenizer: Tokenizer | None = None,
 ) -> list[Response]:
-    """The responses, request by request and copy by copy. tokenizer: if they carry text, or have stop texts.
+    """The responses, request by request. tokenizer: if they carry text, or have stop texts.
 
     Errors: E-DATA-LONG if a prompt and its longest response exceed the model's positions; E-MEM-FULL.
     """
@@ -357,11 +349,12 @@ def generate(
     positions = padded(max(len(r.ids) + r.sampling.max_new_tokens for r in requests), device.torch_device)
     fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
     engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
-    tickets = [engine.add(request) for request in requests]
+    for request in requests:
+        engine.add(request)
     responses: dict[tuple[int, int], Response] = {}
     with phase("sampling", sum(len(r.keys) for r in requests)) as bar:
         for tokens, event in enumerate(engine.events(), 1):
-            if event.reply:
-                responses[event.ticket, event.copy] = event.reply
-            bar.advance(int(event.reply is not None), tokens=tokens)
-    return [responses[t, c] for t, r in zip(tickets, requests, strict=True) for c in range(len(r.keys))]
+            if event.response:
+                responses[event.request_id, event.sample_index] = event.response
+            bar.advance(int(event.response is not None), tokens=tokens)
+    return [responses[key] for key in sorted(responses)]

@@ -48,17 +48,17 @@ class Fused:
         self.last_norm = (sqrt(c.hidden_size) * model.model.norm.weight.detach()).to(dtype)
         positions = min(positions or c.max_positions, c.max_positions)
         angle = torch.arange(positions, device=self.embedding.device)[:, None].float() * model.model.inv_freq
-        self.turns = torch.polar(torch.ones_like(angle), angle)  # [positions, D / 2], complex
+        self.rotations = torch.polar(torch.ones_like(angle), angle)  # [positions, D / 2], complex
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, wanted_N: Tensor | None = None) -> Tensor:
         """Normed hidden states [T, hidden]; only of the wanted tokens if some are given, [N, hidden]."""
         c, floor, tokens = self.config, self._floor, ids_T.shape[0]
         heads, parts = (tokens, c.heads + 2 * c.kv_heads, c.head_dim), [c.heads, 2 * c.kv_heads]
         x = F.embedding(ids_T, self.embedding)
-        turns = self.turns.index_select(0, positions_T)[:, None]
+        rotations = self.rotations.index_select(0, positions_T)[:, None]
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(_normed(x, floor)).view(heads)
-            self._turn(qkv.narrow(1, 0, c.heads + c.kv_heads), turns, layer.scale_HD)
+            self._rotate(qkv.narrow(1, 0, c.heads + c.kv_heads), rotations, layer.scale_HD)
             attended = attend(number, *qkv.split(parts, 1))
             attended = attended.view(tokens, -1)
             if wanted_N is not None and number == len(self.layers) - 1:  # the others' keys and values are in the cache
@@ -68,15 +68,15 @@ class Fused:
             x = layer.down.added(F.silu(gate).mul_(up), x)
         return _normed(x, floor).mul_(self.last_norm)
 
-    def _turn(self, qk_THD: Tensor, turns: Tensor, scale_HD: Tensor | None) -> None:
+    def _rotate(self, qk_THD: Tensor, rotations: Tensor, scale_HD: Tensor | None) -> None:
         """Norms of q and k if there are any, and rotary positions, in place."""
         if scale_HD is None and qk_THD.dtype == torch.float32:
-            _pairs(qk_THD).mul_(turns)
+            _pairs(qk_THD).mul_(rotations)
             return
         wide = qk_THD.float()
         if scale_HD is not None:
             wide = _normed(wide, self._head_floor) * scale_HD
-        qk_THD.copy_(torch.view_as_real(_pairs(wide) * turns).flatten(-2))
+        qk_THD.copy_(torch.view_as_real(_pairs(wide) * rotations).flatten(-2))
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V], float32."""

@@ -26,13 +26,13 @@ class Cache:
         # Where the keys and values of slot 0 begin among a layer's vectors.
         first = torch.arange(2, device=device)[:, None] * slots * c.kv_heads + torch.arange(c.kv_heads, device=device)
         self._first = first.flatten() * positions
-        self._places = torch.arange(positions, device=device)
-        self._slots = torch.arange(slots, device=device) * (c.kv_heads * positions)  # where each begins
+        self._positions = torch.arange(positions, device=device)
+        self._slot_starts = torch.arange(slots, device=device) * (c.kv_heads * positions)  # where each begins
 
     def fill(self, slots_T: Tensor, positions_T: Tensor, plan: Plan) -> Attend:
         """The `attend` of a prefill: attention inside each prompt; keys and values are kept in each token's slot. What
         follows the last prompt is padding."""
-        return partial(self._filled, self._rows(self._slots[slots_T], positions_T), len(slots_T), plan)
+        return partial(self._filled, self._rows(self._slot_starts[slots_T], positions_T), len(slots_T), plan)
 
     def _filled(self, at: Tensor, tokens: int, plan: Plan, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         self._keep(layer, at, kv[:tokens])
@@ -42,11 +42,11 @@ class Cache:
         """The `attend` of one decoding step: a token for each of the first N slots. length: most positions read;
         full: every row reads them all."""
         rows = positions_N.shape[0]
-        at = self._rows(self._slots[:rows], positions_N)
+        at = self._rows(self._slot_starts[:rows], positions_N)
         every, bias = self._heads[:, : rows * self._groups, :length].unbind(), None
         if not full:
             bias = torch.zeros(rows, length, dtype=self.kv.dtype, device=self.kv.device)
-            bias.masked_fill_(self._places[:length] > positions_N[:, None], -torch.inf)
+            bias.masked_fill_(self._positions[:length] > positions_N[:, None], -torch.inf)
             bias = bias.repeat_interleave(self._groups, 0)[:, None]
         return partial(self._stepped, at, every, bias)
 

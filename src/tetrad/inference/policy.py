@@ -1,11 +1,11 @@
-"""Finished models by the name of a stage or folder: with their tokenizer and template, ready to answer or to score.
+"""Finished models by the name of a stage or folder: with their tokenizer and template, ready to respond or to score.
 
-A response's random numbers are determined by (seed, number of the prompt, number of the copy): neither the batch around
-it nor the count of copies changes it. A reward model reads what is written, as `tetrad score` does; a response that was
-cut is read without an end token.
+A response's random numbers are determined by (seed, number of the prompt, index of the sample): neither the batch
+around it nor the count of samples changes it. A reward model reads what is written, as `tetrad score` does; a response
+that was cut is read without an end token.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -71,19 +71,6 @@ class Policy:
         return tuple(dict.fromkeys(named))
 
 
-@dataclass(frozen=True)
-class Generated:
-    """A sampled response; sample: the same beside its prompt, as a reward model reads it."""
-
-    sample: Completion
-    reply: Response
-
-    @property
-    def finished(self) -> bool:
-        """False if it was cut at its maximum length."""
-        return self.reply.finished
-
-
 def load(folder: str | Path, template: str = "") -> Policy:
     """The language model of a run's stage ("runs/NAME/ppo") or of a Hugging Face folder.
 
@@ -96,7 +83,7 @@ def load(folder: str | Path, template: str = "") -> Policy:
     return Policy(model, tokenizer, folder_template(path, template), device, path)
 
 
-def question(model: Policy, prompt: Prompt) -> EncodedPrompt:
+def encode_prompt(model: Policy, prompt: Prompt) -> EncodedPrompt:
     """The prompt's ids. Errors: E-DATA-CHAT, E-DATA-ENCODING, E-MODEL-*."""
     for turn in prompt.turns:
         check_text(turn.text, prompt.where)
@@ -111,37 +98,31 @@ def check_text(text: str, where: str) -> None:
         raise UserError("E-DATA-ENCODING", "this is not UTF-8", where=where, hint="set a UTF-8 locale") from None
 
 
-def answers(
-    model: Policy, prompts: Sequence[EncodedPrompt], first: int, settings: use.Sample, copies: int = 1
-) -> list[Generated]:
-    """`copies` responses to each prompt, one after another. first: the number of the first prompt, for its random
-    numbers. Errors: E-DATA-LONG, E-MEM-FULL."""
-    return [answer for group in answered(model, prompts, settings, copies, first) for answer in group]
-
-
-def answered(
-    model: Policy, prompts: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1, first: int = 0
-) -> Iterator[list[Generated]]:
-    """The same, prompt by prompt, each as soon as it and those before it are answered."""
-    requests = [request(model, prompt, settings, number, copies) for number, prompt in enumerate(prompts, first)]
-    engine = Engine(model.fused, model.at, *cache_shape(prompts, settings, copies), model.tokenizer)
-    number_of = {engine.add(item): number for number, item in enumerate(requests)}
-    finished: dict[int, dict[int, Generated]] = defaultdict(dict)
-    due = 0
+def completions(
+    model: Policy, prompts: Sequence[EncodedPrompt], settings: use.Sample, samples_per_prompt: int = 1
+) -> Iterator[list[Completion]]:
+    """The completions of each prompt, in order, as soon as they and those before them are done. Errors: E-DATA-LONG,
+    E-MEM-FULL."""
+    shape = cache_shape(prompts, settings, samples_per_prompt)
+    engine = Engine(model.fused, model.at, *shape, model.tokenizer)
+    waiting = deque(
+        (engine.add(request(model, prompt, settings, number, samples_per_prompt)), prompt)
+        for number, prompt in enumerate(prompts)
+    )
+    responses: dict[int, dict[int, Response]] = defaultdict(dict)
     for event in engine.events():
-        if event.reply:
-            number = number_of[event.ticket]
-            finished[number][event.copy] = answer(model, prompts[number], event.reply)
-        while len(finished.get(due, ())) == copies:
-            yield [finished[due][copy] for copy in range(copies)]
-            del finished[due]
-            due += 1
+        if event.response:
+            responses[event.request_id][event.sample_index] = event.response
+        while waiting and len(responses[waiting[0][0]]) == samples_per_prompt:
+            request_id, prompt = waiting.popleft()
+            group = responses.pop(request_id)
+            yield [completion(model, prompt, group[index]) for index in range(samples_per_prompt)]
 
 
-def cache_shape(prompts: Sequence[EncodedPrompt], settings: use.Sample, copies: int = 1) -> tuple[int, int]:
+def cache_shape(prompts: Sequence[EncodedPrompt], settings: use.Sample, samples_per_prompt: int = 1) -> tuple[int, int]:
     """Slots beside the cache's spare one, and positions of each: the longest prompt with the longest response."""
     longest = max((len(prompt.ids) for prompt in prompts), default=1)
-    return min(settings.max_num_seqs, max(1, copies * len(prompts))), longest + settings.max_new_tokens
+    return min(settings.max_num_seqs, max(1, samples_per_prompt * len(prompts))), longest + settings.max_new_tokens
 
 
 def cache_need(model: Policy, slots: int, positions: int) -> str:
@@ -150,22 +131,20 @@ def cache_need(model: Policy, slots: int, positions: int) -> str:
     return f"{slots} slot{'s' * (slots > 1)} and a spare one of {positions} positions, {mib:.3g} MiB"
 
 
-def request(model: Policy, prompt: EncodedPrompt, settings: use.Sample, number: int, copies: int = 1) -> Request:
-    """The engine's request."""
-    keys = tuple((settings.seed, "generate", copy, number) for copy in range(copies))
+def request(model: Policy, prompt: EncodedPrompt, settings: use.Sample, number: int, samples: int = 1) -> Request:
+    """The engine's request. number: of the prompt, for its random numbers."""
+    keys = tuple((settings.seed, "generate", index, number) for index in range(samples))
     top = settings.top_logprobs if isinstance(settings, use.Generate) else 0
     return Request(prompt.ids, settings, keys, model.ends, settings.stop, top=top)
 
 
-def answer(model: Policy, encoded: EncodedPrompt, response: Response) -> Generated:
-    """The response beside its prompt."""
-    prompt, valid = encoded.prompt, model.tokenizer.is_utf8(response.ids, response.text)
-    sample = Completion(encoded.ids, response.ids, prompt.turns, response.text, prompt.where, response.finished, valid)
-    return Generated(sample, response)
+def completion(model: Policy, prompt: EncodedPrompt, response: Response) -> Completion:
+    """The response, with the engine's text, and its prompt."""
+    return Completion.of(prompt, response, response.text, model.tokenizer)
 
 
 def generate(model: Policy, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
-    """Texts that answer these prompts, each an Instruction or (Instruction, Input): those of `tetrad generate`.
+    """The responses to these prompts, each an Instruction or (Instruction, Input): those of `tetrad generate`.
 
     settings: of `tetrad generate --help`, as `max_new_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`,
     `stop`, `seed`. Errors: E-CONF-*, E-DATA-LONG, E-MODEL-TEMPLATE.
@@ -175,10 +154,12 @@ def generate(model: Policy, prompts: Sequence[str | tuple[str, str]], **settings
     values = own_sampling(model.folder) | settings
     checked = use.agreed(build(use.Sample, values, {name: name for name in settings}), set(settings))
     pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-    encoded = [question(model, asked(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)]
-    return [answer.sample.text for answer in answers(model, encoded, 0, checked)] if encoded else []
+    encoded = [
+        encode_prompt(model, instruction_prompt(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)
+    ]
+    return [group[0].text for group in completions(model, encoded, checked)] if encoded else []
 
 
-def asked(instruction: str, extra: str = "", *, where: str = "") -> Prompt:
+def instruction_prompt(instruction: str, extra: str = "", *, where: str = "") -> Prompt:
     """A prompt of Instruction and Input."""
     return Prompt((Turn("instruction", instruction), Turn("input", extra)), where)

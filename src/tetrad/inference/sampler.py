@@ -1,4 +1,4 @@
-"""From logits to one token per row: each row by its own rules, and one uniform number instead of a generator's state.
+"""From logits to one token per row: each row by its own settings and one uniform number, without a generator's state.
 
 Inverse transform sampling: a row's token is where its own uniform number falls in its cumulative distribution, so a
 response depends on its seed and not on the batch around it. Penalties and biases change the logits, temperature scales
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from tetrad.settings.common import Sampling
 
-Said = tuple[Sampling, Sequence[int], Sequence[int]]
+History = tuple[Sampling, Sequence[int], Sequence[int]]
 """A row's settings, prompt and response so far."""
 _FIRST = 1024  # most likely tokens that top-p examines before it sorts a whole vocabulary
 
 
 @dataclass(frozen=True)
-class Rules:
+class SamplingBatch:
     """What the rows of a batch request, [N, 1] each; None if no row requests it. most: the largest top-k.
 
     bias: rows, ids and what is added to their logits. penalised: rows whose logits depend on earlier tokens.
@@ -40,10 +40,10 @@ class Rules:
 
     @classmethod
     def of(
-        cls, rows: Sequence[Sampling], biases: Sequence[Mapping[int, float]], vocabulary: int, place: torch.device
-    ) -> "Rules":
+        cls, rows: Sequence[Sampling], biases: Sequence[Mapping[int, float]], vocabulary: int, device: torch.device
+    ) -> "SamplingBatch":
         def column(values: Sequence[float], off: float, dtype: torch.dtype = torch.float32) -> Tensor | None:
-            return None if set(values) <= {off} else torch.tensor(values, dtype=dtype, device=place)[:, None]
+            return None if set(values) <= {off} else torch.tensor(values, dtype=dtype, device=device)[:, None]
 
         cold = [row.temperature == 0 for row in rows]
         ks = [row.top_k if 0 < row.top_k < vocabulary else vocabulary for row in rows]
@@ -55,7 +55,7 @@ class Rules:
             column([row.min_p for row in rows], 0.0),
             all(cold),
             max((k for k in ks if k < vocabulary), default=0),
-            _bias(biases, place),
+            _bias(biases, device),
             tuple(
                 number
                 for number, s in enumerate(rows)
@@ -64,20 +64,16 @@ class Rules:
         )
 
 
-def _bias(biases: Sequence[Mapping[int, float]], place: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+def _bias(biases: Sequence[Mapping[int, float]], device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
     changes = [(row, token, value) for row, bias in enumerate(biases) for token, value in bias.items()]
     if not changes:
         return None
-    rows, ids, values = zip(*changes, strict=True)
-    return (
-        torch.tensor(rows).to(place),
-        torch.tensor(ids).to(place),
-        torch.tensor(values, dtype=torch.float32).to(place),
-    )
+    rows, ids, values = torch.tensor(changes, dtype=torch.float64, device=device).T
+    return rows.long(), ids.long(), values.float()
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Sampled:
     """ids [N] and their log-probabilities under softmax(logits / temperature), before penalties, biases and filters
     (temperature 0: at 1). top: ids and log-probabilities [N, k] of the k most likely tokens by the same measure."""
 
@@ -86,26 +82,30 @@ class Drawn:
     top: tuple[Tensor, Tensor] | None
 
 
-def draw(logits_NV: Tensor, uniforms_N: Tensor, rules: Rules, histories: Sequence[Said] = (), top: int = 0) -> Drawn:
+def sample(
+    logits_NV: Tensor, uniforms_N: Tensor, batch: SamplingBatch, histories: Sequence[History] = (), top: int = 0
+) -> Sampled:
     """One token per row. histories: each row's prompt and response, if there are penalised rows."""
     logits = logits_NV.float()
-    changed = _adjusted(logits, rules, histories)
-    if rules.temperature is not None:
-        logits = _scaled(logits, rules.temperature)
-        changed = None if changed is None else _scaled(changed, rules.temperature)
+    changed = _adjusted(logits, batch, histories)
+    if batch.temperature is not None:
+        logits = _scaled(logits, batch.temperature)
+        changed = None if changed is None else _scaled(changed, batch.temperature)
     choice = (logits if changed is None else changed).softmax(-1)
-    ids = choice.argmax(-1) if rules.greedy is not None else None
-    if ids is None or not rules.all_greedy:
-        drawn = pick(_filtered(choice, rules), uniforms_N)
-        ids = drawn if ids is None or rules.greedy is None else torch.where(rules.greedy[:, 0], ids, drawn)
+    if batch.all_greedy:
+        ids = choice.argmax(-1)
+    else:
+        ids = pick(_filtered(choice, batch), uniforms_N)
+        if batch.greedy is not None:
+            ids = torch.where(batch.greedy[:, 0], choice.argmax(-1), ids)
     if changed is None:
         logprobs = choice.gather(1, ids[:, None]).log_()[:, 0]
     else:  # what a bias forces may have probability 0 in float32
         logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     if not top:
-        return Drawn(ids, logprobs, None)
+        return Sampled(ids, logprobs, None)
     best = logits.log_softmax(-1).topk(min(top, logits.shape[-1]), -1)
-    return Drawn(ids, logprobs, (best.indices, best.values))
+    return Sampled(ids, logprobs, (best.indices, best.values))
 
 
 def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def pick(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     rows, size = weights_NV.shape
     point = uniforms_N.double()[:, None]
     if rows * size <= _SHORT:
-        return _place(weights_NV, point)[:, 0]
+        return _first_above(weights_NV, point)[:, 0]
     width = 128 if size > 8192 else 64
     if size % width:
         weights_NV = F.pad(weights_NV, (0, width - size % width))
@@ -134,14 +134,14 @@ def pick(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     share = (point - (running - sums).gather(1, block)) / sums.gather(1, block)
     starts = torch.arange(0, sums.numel(), sums.shape[1], device=sums.device)[:, None]
     inner = blocks.index_select(0, (block + starts).view(-1))
-    return (block * width + _place(inner, share.clamp_(0, 1))).clamp_(max=size - 1)[:, 0]
+    return (block * width + _first_above(inner, share.clamp_(0, 1))).clamp_(max=size - 1)[:, 0]
 
 
-def _place(weights: Tensor, share: Tensor) -> Tensor:
-    """The first place [N, 1] whose running sum is above this share of the total."""
+def _first_above(weights: Tensor, share: Tensor) -> Tensor:
+    """The first index [N, 1] whose running sum is above this share of the total."""
     running = _running(weights)
-    places = torch.searchsorted(running, share * (running[:, -1:] * _LESS), right=True)
-    return places.clamp_(max=weights.shape[1] - 1)  # in case the weights are NaN
+    indices = torch.searchsorted(running, share * (running[:, -1:] * _LESS), right=True)
+    return indices.clamp_(max=weights.shape[1] - 1)  # in case the weights are NaN
 
 
 def _running(weights: Tensor) -> Tensor:
@@ -157,61 +157,61 @@ _LESS = 1 - 2**-50
 """A sum times this is below the sum: rounding must not go past the last weight."""
 
 
-def _filtered(chances: Tensor, rules: Rules) -> Tensor:
+def _filtered(chances: Tensor, batch: SamplingBatch) -> Tensor:
     """Probabilities, with 0 where a token has less than its row's minimum."""
     least = None
-    if rules.top_k is not None or rules.top_p is not None:
-        least = _least(chances, rules)
-    if rules.min_p is not None:
-        floor = rules.min_p * chances.amax(-1, keepdim=True)
+    if batch.top_k is not None or batch.top_p is not None:
+        least = _least(chances, batch)
+    if batch.min_p is not None:
+        floor = batch.min_p * chances.amax(-1, keepdim=True)
         least = floor if least is None else torch.maximum(least, floor)
     return chances if least is None else chances * (chances >= least)
 
 
-def _least(chances: Tensor, rules: Rules, first: int = _FIRST) -> Tensor:
+def _least(chances: Tensor, batch: SamplingBatch, first: int = _FIRST) -> Tensor:
     """The probability [N, 1] of the last token that top-k and then top-p keep; 0 if they keep all."""
     size = chances.shape[-1]
     one = torch.ones_like(chances[:, :1])
-    ks = rules.top_k if rules.top_k is not None else (one * size).long()
-    share = rules.top_p if rules.top_p is not None else one
-    count = min(size, max(rules.most, first if rules.top_p is not None else 1))
+    ks = batch.top_k if batch.top_k is not None else (one * size).long()
+    share = batch.top_p if batch.top_p is not None else one
+    count = min(size, max(batch.most, first if batch.top_p is not None else 1))
     ordered = chances.topk(count, -1).values
-    kept = torch.arange(count, device=chances.device) < ks
-    running = (ordered * kept).cumsum(-1)
+    in_top_k = torch.arange(count, device=chances.device) < ks
+    running = (ordered * in_top_k).cumsum(-1)
     enough = share * torch.where(ks < size, running[:, -1:], one)
     if count < size and bool(((share < 1) & (ks >= size) & (running[:, -1:] < enough)).any()):
-        return _least(chances, rules, size)
+        return _least(chances, batch, size)
     # A token stays while the share before it is below top_p: the most likely one always does.
-    stays = kept & ((running - ordered < enough) | (share >= 1))
+    stays = in_top_k & ((running - ordered < enough) | (share >= 1))
     last = (stays.sum(-1, keepdim=True) - 1).clamp_(min=0)
     return torch.where((ks < size) | (share < 1), ordered.gather(1, last), 0.0)
 
 
-def _adjusted(logits_NV: Tensor, rules: Rules, histories: Sequence[Said]) -> Tensor | None:
+def _adjusted(logits_NV: Tensor, batch: SamplingBatch, histories: Sequence[History]) -> Tensor | None:
     """A copy of the logits with penalties and biases; None if no row has any.
 
     The logit of a token of prompt or response is divided by the repetition penalty if positive, else multiplied (Keskar
     et al. 2019); for a token of the response the presence penalty and, for each time it appears, the frequency penalty
     are subtracted; then the bias is added.
     """
-    if rules.bias is None and not rules.penalised:
+    if batch.bias is None and not batch.penalised:
         return None
-    out, place = logits_NV.clone(), logits_NV.device
-    if rules.penalised:
-        parts = zip(*(_penalties(row, *histories[row]) for row in rules.penalised), strict=True)
-        rows, ids, divisors, taken = (torch.from_numpy(np.concatenate(part)).to(place) for part in parts)
+    out, device = logits_NV.clone(), logits_NV.device
+    if batch.penalised:
+        parts = zip(*(_penalties(row, *histories[row]) for row in batch.penalised), strict=True)
+        rows, ids, divisors, taken = (torch.from_numpy(np.concatenate(part)).to(device) for part in parts)
         z = out[rows, ids]
         out[rows, ids] = torch.where(z > 0, z / divisors, z * divisors) - taken
-    if rules.bias is not None:
-        rows, ids, added = rules.bias
+    if batch.bias is not None:
+        rows, ids, added = batch.bias
         out.index_put_((rows, ids), added, accumulate=True)
     return out
 
 
 def _penalties(row: int, s: Sampling, prompt: Sequence[int], response: Sequence[int]) -> tuple[np.ndarray, ...]:
     """Row, id, divisor and what is subtracted, for each token of prompt and response."""
-    ids, place = np.unique(np.fromiter((*prompt, *response), np.int64), return_inverse=True)
-    times = np.bincount(place[len(prompt) :], minlength=len(ids))
+    ids, inverse = np.unique(np.fromiter((*prompt, *response), np.int64), return_inverse=True)
+    times = np.bincount(inverse[len(prompt) :], minlength=len(ids))
     taken = s.presence_penalty * (times > 0) + s.frequency_penalty * times
     divisors = np.full(len(ids), s.repetition_penalty, np.float32)
     return np.full(len(ids), row), ids, divisors, taken.astype(np.float32)

@@ -38,14 +38,14 @@ def commonest_word(texts: Sequence[str]) -> tuple[str, float]:
     return word, count / len(texts)
 
 
-def reply_figures(samples: Sequence[Completion], finished: Sequence[bool]) -> dict[str, float]:
+def response_metrics(samples: Sequence[Completion], finished: Sequence[bool]) -> dict[str, float]:
     """Mean length in tokens, shares that ended by themselves and that are not valid UTF-8, distinct-2, share of answers
     with the commonest word."""
     n = max(1, len(samples))
     return {
-        "length": sum(len(s.reply_ids) for s in samples) / n,
+        "length": sum(len(s.response_ids) for s in samples) / n,
         "finished": sum(finished) / n,
         "invalid_utf8": sum(not s.valid_utf8 for s in samples) / n,
-        "distinct_2": distinct_2([s.reply_ids for s in samples]),
+        "distinct_2": distinct_2([s.response_ids for s in samples]),
         "commonest_word": commonest_word([s.text for s in samples])[1],
     }

@@ -26,24 +26,24 @@ for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
 
 
-def padded(rows: int, place: torch.device) -> int:
+def padded(rows: int, device: torch.device) -> int:
     """The row count that `Product` computes instead: on a CPU the next of eight sizes in each doubling. For each size
     it sees oneDNN keeps a compiled product, which lies between tensors, so their memory can't serve larger ones."""
-    return rows + -rows % _step(rows - 1) if place.type == "cpu" else rows
+    return rows + -rows % _step(rows - 1) if device.type == "cpu" else rows
 
 
-def padded_training(rows: int, place: torch.device) -> int:
+def padded_training(rows: int, device: torch.device) -> int:
     """The same for `linear`: more than `rows` only if oneDNN computes it."""
-    return padded(rows, place) if _IN_TRAINING else rows
+    return padded(rows, device) if _IN_TRAINING else rows
 
 
-def pieces(rows: int, most: int, place: torch.device) -> list[slice]:
+def pieces(rows: int, most: int, device: torch.device) -> list[slice]:
     """The same rows in slices of at most `most`, without padding: if `linear` uses oneDNN all of such a size, but
     for a last one of few rows."""
     slices, start = [], 0
     while start < rows:
         size = min(most, rows - start)
-        if _IN_TRAINING and place.type == "cpu" and size >= _FEW_ROWS:
+        if _IN_TRAINING and device.type == "cpu" and size >= _FEW_ROWS:
             size -= size % _step(size)
         slices.append(slice(start, start + size))
         start += size

@@ -9,7 +9,7 @@ A prefix that documents share (on a CPU only) adds one more call for all that co
 keys, in buckets of records of similar sizes. Two partial softmaxes are merged by their log-sum-exps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -66,15 +66,13 @@ def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Pre
     length = torch.tensor(bounds[1:]) - start
     by_length = torch.argsort(length, descending=True, stable=True).tolist()
     sizes = length.tolist()
-    groups: list[list[int]] = []
-    for document in by_length:
-        if sizes[document] == 0:
-            continue
+
+    def joins(group: Sequence[int], document: int) -> bool:
         # A bucket wastes at most a third of its slots; tiny documents share one: a call costs more than their padding.
-        if groups and sizes[document] >= min(0.67 * (widest := sizes[groups[-1][0]]), max(widest - 24, 0)):
-            groups[-1].append(document)
-        else:
-            groups.append([document])
+        widest: int = sizes[group[0]]
+        return int(sizes[document]) >= min(0.67 * widest, max(widest - 24, 0))
+
+    groups = _grouped([document for document in by_length if sizes[document]], joins)
     buckets = tuple(_bucket(torch.tensor(group), start, length, device) for group in groups)
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(sizes, default=0)
@@ -89,17 +87,24 @@ def _shared(bounds: Sequence[int], prefixes: Sequence[Prefix], device: torch.dev
         return
     start = torch.tensor([(bounds[p.document + 1], bounds[p.document]) for p in prefixes])
     length = torch.tensor([(bounds[p.last + 1], bounds[p.document] + p.length) for p in prefixes]) - start
-    groups: list[list[int]] = []
-    for record in torch.argsort(length[:, 1], descending=True, stable=True).tolist():
-        if groups and _alike(length[[*groups[-1], record]]):
-            groups[-1].append(record)
-        else:
-            groups.append([record])
+    by_length = torch.argsort(length[:, 1], descending=True, stable=True).tolist()
+    groups = _grouped(by_length, lambda group, record: _alike(length[[*group, record]]))
     for group in map(torch.tensor, groups):
         queries, keys = (_bucket(group, start[:, side], length[:, side], device) for side in (0, 1))
         bias = torch.full((len(keys.slots),), -torch.inf, device=device).index_fill_(0, keys.valid, 0.0)
         padded = len(keys.valid) < len(keys.slots)
         yield Part(queries, keys, bias.view(len(group), 1, 1, -1) if padded else None)
+
+
+def _grouped(items: Iterable[int], joins: Callable[[list[int], int], bool]) -> list[list[int]]:
+    """Each item in the group of the one before it if it joins that, else in a new one."""
+    groups: list[list[int]] = []
+    for item in items:
+        if groups and joins(groups[-1], item):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
 
 
 def _alike(sizes_N2: Tensor) -> bool:
@@ -110,58 +115,12 @@ def _alike(sizes_N2: Tensor) -> bool:
 
 def _bucket(group: Tensor, start: Tensor, length: Tensor, device: torch.device) -> Bucket:
     width = int(length[group].max())
-    place = torch.arange(width)
-    inside = place < length[group, None]
-    token = start[group, None] + torch.minimum(place[None], length[group, None] - 1)
+    offset = torch.arange(width)
+    inside = offset < length[group, None]
+    token = start[group, None] + torch.minimum(offset[None], length[group, None] - 1)
     valid = inside.flatten().nonzero()[:, 0]
     slots = token.flatten()
     return Bucket(len(group), slots.to(device), slots[valid].to(device), valid.to(device))
-
-
-class _ToBuckets(torch.autograd.Function):
-    """[T, ...] to one [B * L, ...] per bucket. Padded slots copy a real token; no gradient comes back from them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        ctx.plan = plan
-        return tuple(x.index_select(0, bucket.slots) for bucket in plan.buckets)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        out = grads[0].new_empty(ctx.plan.tokens, *grads[0].shape[1:])
-        for bucket, grad in zip(ctx.plan.buckets, grads, strict=True):
-            out.index_copy_(0, bucket.tokens, grad.index_select(0, bucket.valid))
-        return out, None
-
-
-class _FromBuckets(torch.autograd.Function):
-    """The inverse: the real tokens of every bucket, back in packed order."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, *parts: Tensor) -> Tensor:
-        ctx.plan = plan
-        out = parts[0].new_empty(plan.tokens, *parts[0].shape[1:])
-        for bucket, part in zip(plan.buckets, parts, strict=True):
-            out.index_copy_(0, bucket.tokens, part.index_select(0, bucket.valid))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        parts = []
-        for bucket in ctx.plan.buckets:
-            part = grad.new_zeros(len(bucket.slots), *grad.shape[1:])
-            parts.append(part.index_copy_(0, bucket.valid, grad.index_select(0, bucket.tokens)))
-        return None, *parts
-
-
-def _to_buckets(x: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    if not torch.is_grad_enabled():  # without the cost of a Function
-        return tuple(x.index_select(0, bucket.slots) for bucket in plan.buckets)
-    return _apply_to_buckets(x, plan)
-
-
-_apply_to_buckets: Callable[..., tuple[Tensor, ...]] = _ToBuckets.apply
-_from_buckets: Callable[..., Tensor] = _FromBuckets.apply
 
 
 class _InParts(torch.autograd.Function):
@@ -253,15 +212,15 @@ def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, plan: Plan) ->
         offsets, longest = plan.offsets, plan.longest
         varied = varlen_attn(q_THD, k_THD, v_THD, offsets, offsets, longest, longest, window_size=(-1, 0))
         return cast(Tensor, varied)
-    parts = zip(plan.buckets, *(_to_buckets(x, plan) for x in (q_THD, k_TGD, v_TGD)), strict=True)
-    return _from_buckets(plan, *(_causal(q, k, v, bucket.rows) for bucket, q, k, v in parts))
+    attended = [_causal(bucket, *(_in_rows(x, bucket) for x in (q_THD, k_TGD, v_TGD))) for bucket in plan.buckets]
+    tokens = torch.cat([bucket.tokens for bucket in plan.buckets])
+    return q_THD.new_empty(plan.tokens, *q_THD.shape[1:]).index_copy(0, tokens, torch.cat(attended))
 
 
-def _causal(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rows: int) -> Tensor:
-    """Causal attention in rows of one length."""
-    q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
+def _causal(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in the rows of a bucket, [n, H, D]. From padded slots, which no query reads, zeros come back."""
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)
+    return _of_rows(out, bucket)
 
 
 def cached_attention(q_NHD: Tensor, k_BLD: Tensor, v_BLD: Tensor, bias_B1L: Tensor | None) -> Tensor:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from tetrad.errors import UserError
 from tetrad.model.config import config_json
 from tetrad.model.inspect import Facts, has_manifest, inspect
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
-from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
+from tetrad.model.transformer import CausalLM, ScalarModel, initial_head, on_meta
 from tetrad.storage import Content, verify_folder
 
 SHARD_BYTES = 5 * 2**30
@@ -25,8 +26,7 @@ SHARD_BYTES = 5 * 2**30
 def read_causal(folder: Path) -> CausalLM:
     """A language model in float32. Errors: E-MODEL-*, E-CKPT-*."""
     facts = _inspected(folder)
-    with torch.device("meta"):
-        model = CausalLM(facts.config)
+    model = on_meta(CausalLM, facts.config)
     _fill(model, _tensors(facts))
     return model
 
@@ -34,9 +34,7 @@ def read_causal(folder: Path) -> CausalLM:
 def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
     """A reward model or critic in float32; from a language model's folder, its decoder and a fresh head."""
     facts = _inspected(folder, scalar=True)
-    tensors = _tensors(facts)
-    with torch.device("meta"):
-        model = ScalarModel(facts.config)
+    tensors, model = _tensors(facts), on_meta(ScalarModel, facts.config)
     if "score.weight" not in tensors:
         tensors["score.weight"] = initial_head(facts.config.hidden_size, seed)
     _fill(model, tensors)
@@ -48,8 +46,7 @@ def read_members(folder: Path) -> tuple[ScalarModel, ...]:
     members = [read_scalar(folder)]
     for path in member_files(folder):
         tensors = read_tensors(path)
-        with torch.device("meta"):
-            model = ScalarModel(members[0].config)
+        model = on_meta(ScalarModel, members[0].config)
         if tensors.keys() != {*dict(model.named_parameters()), "bias"}:
             raise UserError("E-CKPT-KEYS", "its tensors are not those of the model beside it", where=str(path))
         _fill(model, tensors)
@@ -90,9 +87,7 @@ def _tensors(facts: Facts) -> dict[str, Tensor]:
 
 def _fill(model: CausalLM | ScalarModel, tensors: dict[str, Tensor]) -> None:
     """Assigns the tensors to the parameters; `inspect` has compared names and shapes."""
-    for name in dict(model.named_parameters()):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensors[name].float()))
+    model.load_state_dict({name: tensors[name].float() for name in dict(model.named_parameters())}, assign=True)
     if isinstance(model, ScalarModel):
         model.bias = torch.tensor(model.config.reward_bias)
 
@@ -112,21 +107,12 @@ def model_files(model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES) -
             {"eos_token_id": eos[0] if len(eos) == 1 else eos or None, "pad_token_id": config.pad_id}
         )
     tensors = _trained(model)
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        return files | {"model.safetensors": tensor_chunks(tensors)}
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(t.nbytes for t in tensors.values())
-    files["model.safetensors.index.json"] = _json({"metadata": {"total_size": total}, "weight_map": where})
-    return files | {name: tensor_chunks(shard) for name, shard in zip(names, shards, strict=True)}
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files["model.safetensors.index.json"] = _json(index)
+    shards = split.filename_to_tensors.items()
+    return files | {file: tensor_chunks({name: tensors[name] for name in names}) for file, names in shards}
 
 
 def _json(value: object) -> bytes:

@@ -9,16 +9,15 @@ import json
 from collections.abc import Iterator, Mapping
 from copy import copy
 from math import sqrt
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig
-from tetrad.model.transformer import Adapter, CausalLM, Linear, ScalarModel
+from tetrad.model.transformer import Adapter, CausalLM, Linear, M, ScalarModel, on_meta
 
-M = TypeVar("M", CausalLM, ScalarModel)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 _PEFT = "base_model.model."
@@ -31,8 +30,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 def on_base(kind: type[M], base: CausalLM, config: DecoderConfig | None = None) -> M:
     """A model whose decoder's parameters are those of `base`, not copies; its own head, if any, is left empty."""
-    with torch.device("meta"):
-        model = kind(config or base.config)
+    model = on_meta(kind, config or base.config)
     given = dict(base.named_parameters())
     for name in dict(model.named_parameters()):
         if name in given:
@@ -51,8 +49,8 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: tuple[str, 
         if name.rpartition(".")[2] in targets:
             bound = 1 / sqrt(linear.in_features)
             a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
-            place = linear.weight.device
-            linear.adapter = Adapter(a.to(place), torch.zeros(linear.out_features, rank, device=place), alpha / rank)
+            device = linear.weight.device
+            linear.adapter = Adapter(a.to(device), torch.zeros(linear.out_features, rank, device=device), alpha / rank)
 
 
 @torch.no_grad()
@@ -60,14 +58,11 @@ def merged(model: M) -> M:
     """The same function in separate plain weights; a model without adapters is returned unchanged."""
     if not has_adapters(model):
         return model
-    with torch.device("meta"):
-        plain = type(model)(model.config)
-    own = dict(model.named_parameters())
-    for name in dict(plain.named_parameters()):
-        owner, _, key = name.rpartition(".")
-        part = model.get_submodule(owner)
-        tensor: Tensor = part.whole() if isinstance(part, Linear) and key == "weight" else own[name].detach()
-        setattr(plain.get_submodule(owner), key, nn.Parameter(tensor.clone()))
+    plain = on_meta(type(model), model.config)
+    linears = {f"{name}.weight": linear for name, linear in adapted(model)}
+    own = {name: p for name, p in model.named_parameters() if ".adapter." not in name}
+    weights = {name: (linears[name].whole() if name in linears else p.detach()).clone() for name, p in own.items()}
+    plain.load_state_dict(weights, assign=True)
     plain.model.inv_freq = model.model.inv_freq
     if isinstance(model, ScalarModel) and isinstance(plain, ScalarModel):
         plain.bias = copy(model.bias)
@@ -120,15 +115,15 @@ def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor], scale: float,
     linears = dict(adapted(model))
     left = dict(tensors)
     for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
-        place = name.removesuffix(".lora_A.weight")
-        a, b = left.pop(name), left.pop(f"{place}.lora_B.weight", None)
-        linear = linears.get(place.removeprefix(_PEFT))
+        matrix = name.removesuffix(".lora_A.weight")
+        a, b = left.pop(name), left.pop(f"{matrix}.lora_B.weight", None)
+        linear = linears.get(matrix.removeprefix(_PEFT))
         if b is None or linear is None:
             raise UserError("E-CKPT-KEYS", f"{name} belongs to no matrix of this model", where=where)
         if (a.shape[1], b.shape[0]) != (linear.in_features, linear.out_features) or len(a) != b.shape[1]:
             raise UserError("E-CKPT-SHAPE", f"{name} and its B don't fit the base's matrix", where=where)
-        place_of = linear.weight.device
-        linear.adapter = Adapter(a.float().to(place_of), b.float().to(place_of), scale)
+        device = linear.weight.device
+        linear.adapter = Adapter(a.float().to(device), b.float().to(device), scale)
     head = left.pop(f"{_PEFT}score.weight", None)
     if isinstance(model, ScalarModel):
         if head is None or head.shape != model.score.weight.shape:

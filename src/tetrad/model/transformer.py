@@ -8,7 +8,7 @@ precision are the caller's choice; this module handles no text.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,7 @@ class MLP(nn.Module):
         return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
+M = TypeVar("M", "CausalLM", "ScalarModel")
 Drop = Callable[[Tensor, int], Tensor]
 """Dropout of a branch of a block: 0 attention, 1 MLP."""
 
@@ -298,6 +299,12 @@ class ScalarModel(nn.Module):
         return scores
 
 
+def on_meta(kind: type[M], config: DecoderConfig) -> M:
+    """A model whose parameters have no memory yet."""
+    with torch.device("meta"):
+        return kind(config)
+
+
 def initialise(model: CausalLM, seed: int) -> None:
     """Normal weights as in transformers; norms 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)
@@ -316,9 +323,9 @@ def initial_head(hidden_size: int, seed: int) -> Tensor:
 
 def give_head(model: ScalarModel, seed: int) -> None:
     """A fresh head and no bias, beside the decoder."""
-    place = model.model.norm.weight.device
-    model.score.weight = nn.Parameter(initial_head(model.config.hidden_size, seed).to(place))
-    model.bias = torch.zeros((), device=place)
+    device = model.model.norm.weight.device
+    model.score.weight = nn.Parameter(initial_head(model.config.hidden_size, seed).to(device))
+    model.bias = torch.zeros((), device=device)
 
 
 @torch.no_grad()
@@ -340,6 +347,4 @@ def grow_vocabulary(model: CausalLM | ScalarModel, size: int) -> None:
 
 def frozen(model: CausalLM) -> CausalLM:
     """The model without gradients."""
-    model.requires_grad_(False)
-    model.eval()
-    return model
+    return model.requires_grad_(False).eval()

@@ -17,7 +17,7 @@ import torch
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.distributed.device import Device
-from tetrad.inference.completions import Completion, complete, read_questions
+from tetrad.inference.completions import Completion, complete, read_encoded_prompts
 from tetrad.model.transformer import ScalarModel, frozen
 from tetrad.objectives.calibration import spearman
 from tetrad.registry import POLICY
@@ -62,7 +62,7 @@ def normalise(ctx: StageContext, reward_model: RewardModel) -> dict[str, float]:
     }
     if len(reward_model.members) > 1:
         metrics["disagreement"] = float(again.std(0).mean())
-    lengths = torch.tensor([float(len(sample.reply_ids)) for sample in fresh])
+    lengths = torch.tensor([float(len(sample.response_ids)) for sample in fresh])
     correlation = spearman(torch.from_numpy(again.mean(0)), lengths)
     return metrics | ({"length_correlation": correlation} if np.isfinite(correlation) else {})
 
@@ -74,12 +74,12 @@ def _responses(
     s, seed = ctx.recipe.reward, ctx.recipe.seed
     actor = frozen(read_policy(folder, tokenizer, template)).to(device.torch_device)
     files, limit = ctx.files(s.validation or s.data), actor.config.max_positions
-    prompts = read_questions(files, template, tokenizer, Counts(), limit, s.normalise_max_new_tokens)
+    prompts = read_encoded_prompts(files, template, tokenizer, Counts(), limit, s.normalise_max_new_tokens)
     chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.normalise]]
     sampling = Sampling(max_new_tokens=s.normalise_max_new_tokens, max_num_seqs=ctx.recipe.sampling.max_num_seqs)
     for name in ("normalise", "fresh"):
         key = (seed, name, 0)
-        yield [c for c, _ in complete(actor, chosen, range(len(chosen)), key, sampling, tokenizer, device)]
+        yield complete(actor, chosen, range(len(chosen)), key, sampling, tokenizer, device)
 
 
 def highest_seen(reward_model: RewardModel, examples: Examples) -> float:

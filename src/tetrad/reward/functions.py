@@ -114,7 +114,7 @@ _NO_REDIRECT = urllib.request.build_opener(_Stay)
 
 def _told(samples: Sequence[Completion]) -> list[dict[str, Any]]:
     return [
-        {"prompt": s.prompt, "input": s.asked, "text": s.text, "ids": list(s.reply_ids), "finished": s.finished}
+        {"prompt": s.prompt, "input": s.input, "text": s.text, "ids": list(s.response_ids), "finished": s.finished}
         for s in samples
     ]
 

@@ -72,10 +72,8 @@ class RewardModel:
 
 def joined(samples: Sequence[Completion]) -> list[Tokens]:
     """Prompt and response as one document each, without labels."""
-    return [
-        Tokens(np.asarray(s.prompt_ids + s.reply_ids, np.int32), np.zeros(len(s.prompt_ids + s.reply_ids), np.bool_))
-        for s in samples
-    ]
+    documents = [np.asarray(s.prompt_ids + s.response_ids, np.int32) for s in samples]
+    return [Tokens(ids, np.zeros(len(ids), np.bool_)) for ids in documents]
 
 
 def written(template: Template, tokenizer: Tokenizer, samples: Sequence[Completion]) -> list[Tokens]:

@@ -8,7 +8,7 @@ import torch
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.inference.completions import Completion
-from tetrad.inference.text_metrics import reply_figures
+from tetrad.inference.text_metrics import response_metrics
 from tetrad.objectives import ppo
 from tetrad.objectives.calibration import spearman
 from tetrad.rl.experience import PPOBatch
@@ -55,9 +55,9 @@ def step_metrics(
 
 def texts_of_step(rollout: Rollout) -> dict[str, float]:
     """The responses of all ranks together: a share of different pairs is not a mean of shares."""
-    own = [(sample.reply_ids, sample.text) for sample in rollout.samples]
+    own = [(sample.response_ids, sample.text) for sample in rollout.samples]
     samples = [Completion((), tuple(ids), (), text) for ids, text in collectives.gather(own)]
-    return reply_figures(samples, collectives.gather(rollout.finished_B.tolist()))
+    return response_metrics(samples, collectives.gather(rollout.finished_B.tolist()))
 
 
 def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:

@@ -9,7 +9,7 @@ from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
-from tetrad.inference.completions import EncodedPrompt, read_questions
+from tetrad.inference.completions import EncodedPrompt, read_encoded_prompts
 from tetrad.registry import POLICY
 from tetrad.rl.models import Models
 from tetrad.rl.rollout import places
@@ -45,7 +45,7 @@ def read_ppo_prompts(ctx: StageContext, models: Models) -> Prompts:
     template = template_for(ctx, first_parent(ctx, *POLICY))
     limit = min(s.max_prompt + s.max_new_tokens if s.max_prompt else math.inf, models.actor.config.max_positions)
     files = ctx.files(s.prompts, s.weights)
-    prompts = read_questions(files, template, models.tokenizer, counts, int(limit), s.max_new_tokens, s.overlong)
+    prompts = read_encoded_prompts(files, template, models.tokenizer, counts, int(limit), s.max_new_tokens, s.overlong)
     report_counts(ctx, counts, len(prompts))
     mixture = files.mixture(each.prompt.where for each in prompts)
     return Prompts(prompts, mixture, ctx.recipe.seed, s.batch_size, s.samples_per_prompt)

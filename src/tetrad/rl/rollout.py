@@ -49,16 +49,16 @@ def roll_out(
     device: Device,
 ) -> Rollout:
     """One response per prompt; see `complete`."""
-    pairs = complete(actor, prompts, numbers, key, sampling, tokenizer, device)
+    samples = complete(actor, prompts, numbers, key, sampling, tokenizer, device)
     documents = []
-    for sample, _ in pairs:
-        ids = np.asarray(sample.prompt_ids + sample.reply_ids, np.int32)
+    for sample in samples:
+        ids = np.asarray(sample.prompt_ids + sample.response_ids, np.int32)
         documents.append(Tokens(ids, np.arange(len(ids)) >= len(sample.prompt_ids), sample.where))
-    lengths = torch.tensor([len(sample.reply_ids) for sample, _ in pairs])
+    lengths = torch.tensor([len(sample.response_ids) for sample in samples])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    sampled = torch.tensor([p for _, response in pairs for p in response.logprobs])
-    finished = torch.tensor([sample.finished for sample, _ in pairs])
-    return Rollout(tuple(sample for sample, _ in pairs), tuple(documents), mask, finished, spread(sampled, mask))
+    sampled = torch.tensor([p for sample in samples for p in sample.logprobs])
+    finished = torch.tensor([sample.finished for sample in samples])
+    return Rollout(tuple(samples), tuple(documents), mask, finished, spread(sampled, mask))
 
 
 def places(prompts: int, copies: int) -> list[int]:

@@ -40,7 +40,7 @@ class Samples:
         """On the terminal and in samples.jsonl."""
         say = self.ctx.console.say
         numbers = places(self.ctx.recipe.ppo.batch_size, self.ctx.recipe.ppo.samples_per_prompt)[:SHOWN]
-        own = [(n, batch.rollout.samples[i].asked, self._record(step, i, batch)) for i, n in enumerate(numbers)]
+        own = [(n, batch.rollout.samples[i].input, self._record(step, i, batch)) for i, n in enumerate(numbers)]
         # the first of the whole batch
         for _, text, record in sorted(collectives.gather(own), key=itemgetter(0))[:SHOWN]:
             keep(record)
@@ -60,11 +60,11 @@ class Samples:
 
     def _record(self, step: int, row: int, batch: PPOBatch) -> dict[str, Any]:
         rollout, sample = batch.rollout, batch.rollout.samples[row]
-        n = len(sample.reply_ids)
+        n = len(sample.response_ids)
         kl = ppo.kl_tokens(batch.logprobs, batch.ref_logprobs, rollout.mask_BT)
         arrays = (batch.logprobs, batch.ref_logprobs, kl, batch.values, batch.rewards, batch.advantages, batch.returns)
         numbers = [[float(f"{x:.5g}") for x in array[row, :n].tolist()] for array in arrays]
-        pieces = [self.models.tokenizer.decode((i,), keep_control=True) for i in sample.reply_ids]
+        pieces = [self.models.tokenizer.decode((i,), keep_control=True) for i in sample.response_ids]
         return {
             "step": step,
             "prompt": sample.prompt,
@@ -74,5 +74,5 @@ class Samples:
             "kl": float(kl[row].sum()),
             "finished": sample.finished,
             "after": float(batch.bootstrap[row]),
-            "tokens": dict(zip(COLUMNS, (list(sample.reply_ids), pieces, *numbers), strict=True)),
+            "tokens": dict(zip(COLUMNS, (list(sample.response_ids), pieces, *numbers), strict=True)),
         }

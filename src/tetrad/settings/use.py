@@ -76,7 +76,7 @@ class ScoreFile:
     """The reward model's folder ("runs/NAME/reward")."""
     data: File = ""
     """A jsonl file with a prompt and an answer per line: `input` and `output`, or Instruction, Input and Output, or
-    messages; or what `generate` wrote, whose `reply` is scored."""
+    messages; or what `generate` wrote, whose `response` is scored."""
     rename: tuple[str, ...] = ()
     """Other names of the file's fields, as question=Instruction answer=Output."""
     out: File = ""
@@ -142,7 +142,7 @@ def agreed(values: T, given: set[str]) -> T:
             hint = "add --reward FOLDER" if values.best_of > 1 else "add --best-of 16"
             raise UserError("E-CONF-MISSING", "--best-of and --reward need each other", where="generate", hint=hint)
         if values.greedy and values.best_of > 1:
-            raise _conflict("--greedy", "--best-of", "all greedy replies are the same")
+            raise _conflict("--greedy", "--best-of", "all greedy responses are the same")
     if values.greedy and "temperature" in given:
         raise _conflict("--greedy", "--temperature", "--greedy is --temperature 0")
     return replace(values, temperature=0.0) if values.greedy else values

@@ -25,10 +25,10 @@ PROMPTS: Lines = [
     {"Instruction": "Go on.", "Input": "the plot", "id": 7},
     {"input": "a film"},
     {"MESSAGES": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "这部电影"}]},
-    {"Instruction": "Go on.", "Output": "was warm", "Score": 3.5, "reply": "x", "given_reply": "y"},
+    {"Instruction": "Go on.", "Output": "was warm", "Score": 3.5, "response": "x", "given_response": "y"},
     {"prompt": "slow", "completion": "but moving"},
 ]
-NEW = ("reply", "tokens", "finished")
+NEW = ("response", "tokens", "finished")
 
 
 @pytest.fixture
@@ -77,17 +77,19 @@ def test_a_file_of_prompts(run: Path, here: Path) -> None:
     assert "generate 5/5" in progress
     assert [{k: v for k, v in r.items() if k not in NEW} for r in records[:3]] == PROMPTS[:3]
     for record in records:
-        assert isinstance(record["reply"], str) and isinstance(record["finished"], bool) and 1 <= record["tokens"] <= 8
+        assert (
+            isinstance(record["response"], str) and isinstance(record["finished"], bool) and 1 <= record["tokens"] <= 8
+        )
         assert list(record)[-3:] == list(NEW)
-    assert len({record["reply"] for record in records}) == 5
+    assert len({record["response"] for record in records}) == 5
 
 
 def test_fields_of_the_same_name_are_kept(run: Path, here: Path) -> None:
     generated(run, prompts="p.jsonl", out="a.jsonl")
     record = read("a.jsonl")[3]
-    given = ("Output", "Score", "given_given_reply", "given_reply")
+    given = ("Output", "Score", "given_given_response", "given_response")
     assert [record[name] for name in given] == ["was warm", 3.5, "x", "y"]
-    assert record["reply"] not in ("x", "y")
+    assert record["response"] not in ("x", "y")
 
 
 def test_printed_lines_are_those_of_the_file(run: Path, here: Path) -> None:
@@ -103,10 +105,10 @@ def test_one_prompt(run: Path, here: Path) -> None:
     said, _ = generated(run, **asked)
     assert generated(run, **asked, out="one.jsonl")[0].splitlines()[1] == "1 answer: one.jsonl"
     (record,) = read("one.jsonl")
-    assert said == record["reply"] + "\n"
+    assert said == record["response"] + "\n"
     assert {k: record[k] for k in ("Instruction", "Input")} == {"Instruction": "Go on.", "Input": "the plot"}
     generated(run, prompts="p.jsonl", out="a.jsonl")
-    assert read("a.jsonl")[0]["reply"] == record["reply"]
+    assert read("a.jsonl")[0]["response"] == record["response"]
 
 
 def test_the_batch_changes_nothing(run: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +118,7 @@ def test_the_batch_changes_nothing(run: Path, here: Path, monkeypatch: pytest.Mo
 
     def replies(settings: dict[str, Any]) -> list[str]:
         generated(run, **settings, out="a.jsonl")
-        return [record["reply"] for record in read("a.jsonl")]
+        return [record["response"] for record in read("a.jsonl")]
 
     before = replies(every), replies(best)
     assert before[0] != before[1]
@@ -132,14 +134,14 @@ def test_best_of_keeps_the_highest_reward(run: Path, here: Path) -> None:
     with_reward = all_tokens | {"reward": str(run / "reward")}
     for n in (1, 2, 4, 8):
         generated(run, **with_reward, best_of=n, out=f"{n}.jsonl")
-    scores = [[("\ufffd" not in r["reply"], r["score"]) for r in read(f"{n}.jsonl")] for n in (1, 2, 4, 8)]
+    scores = [[("\ufffd" not in r["response"], r["score"]) for r in read(f"{n}.jsonl")] for n in (1, 2, 4, 8)]
     for fewer, more in pairwise(scores):
         for (valid, score), (better, higher) in zip(fewer, more, strict=True):
             assert (valid, score) <= (better, higher + 1e-6)  # one reply, two sizes of batch
     assert all(a < b for a, b in zip(scores[0], scores[3], strict=True))
     assert {valid for row in scores for valid, _ in row} == {True, False}
     generated(run, **all_tokens, out="first.jsonl")
-    assert [r["reply"] for r in read("first.jsonl")] == [r["reply"] for r in read("1.jsonl")]
+    assert [r["response"] for r in read("first.jsonl")] == [r["response"] for r in read("1.jsonl")]
 
 
 def test_best_of_by_a_judge_with_its_own_tokenizer(run: Path, here: Path) -> None:
@@ -160,7 +162,7 @@ def test_every_form_is_scored_as_it_was_trained_on(run: Path, here: Path) -> Non
     """Prompt and answer in any form give the reward model's number for the same ids."""
     forms: Lines = [
         {"Instruction": "Go on.", "Input": "the plot", "Output": "is warm"},
-        {"instruction": "Go on.", "INPUT": "the plot", "reply": "is warm", "output": "is not", "finished": True},
+        {"instruction": "Go on.", "INPUT": "the plot", "response": "is warm", "output": "is not", "reply": "is not"},
         {"messages": [
             {"role": "system", "content": "Go on."},
             {"role": "user", "content": "the plot"},
@@ -170,18 +172,22 @@ def test_every_form_is_scored_as_it_was_trained_on(run: Path, here: Path) -> Non
          "reply": "is warm"},
         {"input": "a film", "output": "is warm"},
         {"prompt": "a film", "completion": "is warm", "score": 4},
-        {"Instruction": "a film", "reply": "", "finished": False},
-        {"Instruction": "a film", "reply": "", "ended": False},  # as an earlier version wrote it
+        {"Instruction": "a film", "response": "", "finished": False},
+        {"Instruction": "a film", "reply": "", "finished": False},  # as earlier versions wrote it
+        {"Instruction": "a film", "reply": "", "ended": False},
+        {"Instruction": "Go on.", "Input": "the plot", "reply": "is warm", "output": "is not", "finished": True},
     ]  # fmt: skip
     write("s.jsonl", forms)
-    assert scored(run, "s.jsonl", "o.jsonl").startswith("8 scores, mean ")
+    assert scored(run, "s.jsonl", "o.jsonl").startswith("10 scores, mean ")
     records = read("o.jsonl")
     judge = load_reward(run / "reward")
     two = [Prompt((Turn("instruction", "Go on."), Turn("input", "the plot"))), Prompt((Turn("user", "a film"),))]
     first, second, nothing = rate(
         judge, written(judge, [*two, two[1]], ["is warm", "is warm", ""], [True, True, False])
     )
-    assert [r["score"] for r in records] == pytest.approx([first] * 4 + [second] * 2 + [nothing] * 2, abs=1e-5)
+    assert [r["score"] for r in records] == pytest.approx(
+        [first] * 4 + [second] * 2 + [nothing] * 3 + [first], abs=1e-5
+    )
     assert len({round(value, 3) for value in (first, second, nothing)}) == 3
     assert records[5]["given_score"] == 4
     assert [{k: v for k, v in r.items() if "score" not in k} for r in records[:5]] == forms[:5]
@@ -314,14 +320,14 @@ def test_stop_texts_and_penalties(run: Path, here: Path) -> None:
     asked = {"instruction": "Go on.", "input": "the plot", "out": "a.jsonl", "max_new_tokens": 40, "seed": 4}
     generated(run, **asked)
     (whole,) = read("a.jsonl")
-    stop = whole["reply"][3:6]
+    stop = whole["response"][3:6]
     generated(run, **asked, stop=("never", stop))
     (cut,) = read("a.jsonl")
-    assert cut["reply"] == whole["reply"][: whole["reply"].index(stop)] and cut["finished"] is True
+    assert cut["response"] == whole["response"][: whole["response"].index(stop)] and cut["finished"] is True
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         generated(run, **asked, **{name: 20.0})
         (varied,) = read("a.jsonl")
-        assert varied["reply"] != whole["reply"]
+        assert varied["response"] != whole["response"]
 
 
 def test_logprobs(run: Path, here: Path) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from served import completed
 from tetrad.cli import chat as chat_module
 from tetrad.cli.chat import chat, printable
 from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.inference.completions import EncodedPrompt
 from tetrad.inference.engine import Engine, Request
-from tetrad.inference.policy import Policy, answers, load, question, request
+from tetrad.inference.policy import Policy, encode_prompt, load, request
 from tetrad.reward.model import load_reward, rate_samples
 from tetrad.settings import use
 from tetrad.types import Prompt, Turn
@@ -77,7 +78,7 @@ def test_an_instruction_model_forgets(talk: Talk, seen: Seen, run: Path, monkeyp
     assert seen == [(Turn("system", "Go on."), Turn("user", "the plot"))]
     model = load(run / "sft")
     asked = model.form.prompt(model.tokenizer, (Turn("instruction", "Go on."), Turn("input", "the plot")))
-    assert list(question(model, Prompt(seen[0])).ids) == asked
+    assert list(encode_prompt(model, Prompt(seen[0])).ids) == asked
 
 
 def test_it_says_once_what_it_cannot_do(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +91,9 @@ def test_it_says_once_what_it_cannot_do(run: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_reply_is_that_of_generate(talk: Talk, run: Path) -> None:
     model = load(run / "sft")
-    asked = question(model, Prompt((Turn("user", "the plot"),)))
-    (first,) = answers(model, [asked], 0, use.Sample(max_new_tokens=6, seed=9))
-    assert talk("sft", "the plot\n", seed=9) == [printable(first.sample.text) + " [cut after 6 tokens]"]
+    asked = encode_prompt(model, Prompt((Turn("user", "the plot"),)))
+    (first,) = completed(model, [asked], use.Sample(max_new_tokens=6, seed=9))
+    assert talk("sft", "the plot\n", seed=9) == [printable(first.text) + " [cut after 6 tokens]"]
 
 
 @pytest.mark.parametrize("end", ["/quit\nthe plot\n", " /quit \n", ""])
@@ -112,7 +113,7 @@ def test_unknown_commands_are_not_sent(talk: Talk, seen: Seen) -> None:
     [
         ("sft", False, "/help says this, /quit ends."),
         ("chat", False, "/new forgets what was said, /help says this, /quit ends."),
-        ("sft", True, "/score rates the last reply, /help says this, /quit ends."),
+        ("sft", True, "/score rates the last response, /help says this, /quit ends."),
     ],
 )
 def test_help_lists_the_commands_that_there_are(
@@ -129,7 +130,7 @@ def test_a_full_memory_can_be_emptied(talk: Talk, seen: Seen, run: Path) -> None
     assert len(seen) == 2
     assert any("[E-DATA-LONG]" in line and "/new" in line for line in said)
     model = load(run / "chat")
-    room = 96 - len(question(model, Prompt(seen[0])).ids)
+    room = 96 - len(encode_prompt(model, Prompt(seen[0])).ids)
     assert 0 < room < 50
     assert any(line.endswith(f"[cut after {room} tokens]") for line in said)
 
@@ -196,18 +197,18 @@ def test_a_reply_is_shown_while_it_is_written(run: Path, monkeypatch: pytest.Mon
 
     chat(use.Chat(model=str(run / "sft"), max_new_tokens=40, seed=3), Console(out=Shown(), err=StringIO()))
     model = load(run / "sft")
-    asked = question(model, Prompt((Turn("user", "这部电影"),)))
-    (whole,) = answers(model, [asked], 0, use.Sample(max_new_tokens=40, seed=3))
+    asked = encode_prompt(model, Prompt((Turn("user", "这部电影"),)))
+    (whole,) = completed(model, [asked], use.Sample(max_new_tokens=40, seed=3))
     body = pieces[2:-1]
-    assert "".join(body) == printable(whole.sample.text) and len(body) == len(whole.sample.reply_ids)
+    assert "".join(body) == printable(whole.text) and len(body) == len(whole.response_ids)
 
 
 def test_score(talk: Talk, run: Path) -> None:
     model, judge = load(run / "chat"), load_reward(run / "reward")
     said = talk("chat", "/score\nthe plot\n/score\n", reward=str(run / "reward"))
-    found = answers(model, [question(model, Prompt((Turn("user", "the plot"),)))], 0, use.Sample(max_new_tokens=6))
-    assert said[0] == "There is no reply yet."
-    assert said[-1] == f"score {rate_samples(judge, [found[0].sample])[0]:+.3f}"
+    found = completed(model, [encode_prompt(model, Prompt((Turn("user", "the plot"),)))], use.Sample(max_new_tokens=6))
+    assert said[0] == "There is no response yet."
+    assert said[-1] == f"score {rate_samples(judge, [found[0]])[0]:+.3f}"
     assert talk("chat", "/score\n")[0].startswith("There is no /score")
 
 

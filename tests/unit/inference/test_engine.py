@@ -28,7 +28,7 @@ def engine(slots=3, positions=40, model=None, **how):
 
 
 def finished(events):
-    return {(e.ticket, e.copy): e.reply for e in events if e.reply}
+    return {(e.request_id, e.sample_index): e.response for e in events if e.response}
 
 
 def test_noise_is_each_replys_own():
@@ -110,38 +110,38 @@ def test_a_prompt_is_computed_once_for_its_replies(slots):
     model = toys.causal(seed=1)
     requests = [toys.request(prompt, i, copies=1 + i % 5, max_new_tokens=6) for i, prompt in enumerate(PROMPTS)]
     worker = engine(slots, model=model)
-    tickets = [worker.add(request) for request in requests]
+    request_ids = [worker.add(request) for request in requests]
     found = finished(worker.events())
     assert worker.prefilled == sum(map(len, PROMPTS))
-    for ticket, request in zip(tickets, requests, strict=True):
-        for copy, key in enumerate(request.keys):
+    for request_id, request in zip(request_ids, requests, strict=True):
+        for index, key in enumerate(request.keys):
             alone = toys.request(request.ids, max_new_tokens=6)
             (expected,) = generate(model, [replace(alone, keys=(key,))], toys.CPU, 1)
-            assert found[ticket, copy].ids == expected.ids
+            assert found[request_id, index].ids == expected.ids
 
 
 def test_long_prompts_do_not_come_all_at_once(monkeypatch):
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(module, "MAX_PREFILL_TOKENS", 8)
     worker = engine(slots=9, positions=20)
     for i, prompt in enumerate([toys.ids(9, 1), *PROMPTS]):
         worker.add(toys.request(prompt, i, max_new_tokens=6, ends=()))
-    met = [len({e.ticket for e in worker.advance()}) for _ in range(4)]
+    met = [len({e.request_id for e in worker.advance()}) for _ in range(4)]
     assert met == [1, 4, 5, 8]  # 9 tokens alone; 1 + 2 + 3, for 4 more is too much; 4; 5 + 1 + 2
-    assert sum(bool(e.reply) for e in worker.events()) == 10
+    assert sum(bool(e.response) for e in worker.events()) == 10
 
 
 def test_events_tell_each_token_as_it_comes():
     tokenizer = toys.tokenizer()
     worker = engine(tokenizer=tokenizer)
-    ticket = worker.add(toys.request(PROMPTS[3], copies=2, max_new_tokens=5, ends=(), top=2))
+    request_id = worker.add(toys.request(PROMPTS[3], copies=2, max_new_tokens=5, ends=(), top=2))
     said = {0: [], 1: []}
     for number, events in enumerate(iter(worker.advance, [])):
-        assert {(e.ticket, e.copy) for e in events} == {(ticket, 0), (ticket, 1)}
+        assert {(e.request_id, e.sample_index) for e in events} == {(request_id, 0), (request_id, 1)}
         for event in events:
-            said[event.copy].append(event)
-            assert bool(event.reply) == (number == 4)
+            said[event.sample_index].append(event)
+            assert bool(event.response) == (number == 4)
     for events in said.values():
-        reply = events[-1].reply
+        reply = events[-1].response
         assert reply.ids == tuple(e.token for e in events)
         assert reply.logprobs == tuple(e.logprob for e in events)
         assert reply.text == "".join(e.text for e in events) == tokenizer.decode(reply.ids)
@@ -188,7 +188,7 @@ def test_cancelled_replies_leave_at_once():
     assert {reply.reason for reply in gone} == {"cancelled"} and not gone[0].finished
     assert worker.cancel(first) == [] == worker.cancel(77)
     events = list(worker.events())
-    assert {e.ticket for e in events} == {second} and len(events) == 4
+    assert {e.request_id for e in events} == {second} and len(events) == 4
     assert finished(events)[second, 0].ids == replies(prompts=PROMPTS[:2], max_new_tokens=4, ends=())[1].ids
 
 
@@ -269,8 +269,8 @@ def test_a_late_request_waits_a_few_steps_only():
         worker.add(toys.request(PROMPTS[3], i, max_new_tokens=30, ends=()))
     worker.advance()
     late = worker.add(toys.request(PROMPTS[1], 99, max_new_tokens=2, ends=()))
-    steps = next(n for n in range(99) if late in {event.ticket for event in worker.advance()})
-    assert steps < module.MOST_LATE
+    steps = next(n for n in range(99) if late in {event.request_id for event in worker.advance()})
+    assert steps < module.MAX_WAIT_STEPS
 
 
 def test_no_event_follows_a_cancel():
@@ -280,7 +280,7 @@ def test_no_event_follows_a_cancel():
     worker.add(toys.request(PROMPTS[1], 1, max_new_tokens=5, ends=()))
     seen = []
     for event in worker.events():
-        seen.append(event.ticket)
+        seen.append(event.request_id)
         if len(seen) == 5:
             assert len(worker.cancel(first)) == 3
     assert seen[:5].count(first) == 4 and first not in seen[5:]

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import tetrad
-from served import rate, tokenizer, write_model, written
+from served import completed, rate, tokenizer, write_model, written
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
-from tetrad.inference import policy
+from tetrad.inference import engine, policy
 from tetrad.inference.completions import EncodedPrompt
-from tetrad.inference.policy import answer, answers, asked, generate, load, model_folder, question
+from tetrad.inference.policy import completion, encode_prompt, generate, instruction_prompt, load, model_folder, request
 from tetrad.model.lora import ALL, adapted, add_adapters
 from tetrad.model.transformer import CausalLM
 from tetrad.reward.model import load_reward, rate_samples
@@ -33,7 +33,7 @@ def code_of(function: object, *arguments: object) -> UserError:
 
 
 def questions(model: policy.Policy, *inputs: str) -> list[EncodedPrompt]:
-    return [question(model, asked("Go on.", text, where=text)) for text in inputs]
+    return [encode_prompt(model, instruction_prompt("Go on.", text, where=text)) for text in inputs]
 
 
 def test_a_stage_or_its_model_or_a_folder(run: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_roles(run: Path) -> None:
 def test_template(run: Path) -> None:
     """The folder's own, or the chosen one; none is needed until something is asked."""
     base = load(run / "pretrain")
-    error = code_of(question, base, asked("x"))
+    error = code_of(encode_prompt, base, instruction_prompt("x"))
     assert error.code == "E-MODEL-TEMPLATE"
     assert "--template instruction or --template chatml" in error.hint
     assert load(run / "pretrain", "chatml").form.name == "chatml"
@@ -110,16 +110,18 @@ def test_replies_follow_from_seed_number_and_copy(run: Path) -> None:
     """Not from the questions beside, the copies beside, or the longest length."""
     model, settings = load(run / "sft"), use.Sample(max_new_tokens=12, seed=5)
     four = questions(model, "the plot", "a film", "这部电影", "slow")
-    found = answers(model, four, 0, settings, copies=3)
-    ids = [answer.sample.reply_ids for answer in found]
+    found = completed(model, four, settings, samples_per_prompt=3)
+    ids = [c.response_ids for c in found]
     assert len(set(ids)) == 12
-    assert [answer.sample.where for answer in found[::3]] == ["the plot", "a film", "这部电影", "slow"]
-    assert [a.sample.reply_ids for a in answers(model, four[2:], 2, settings, copies=3)] == ids[6:]
-    assert [a.sample.reply_ids for a in answers(model, four, 0, settings)] == ids[::3]
-    short = answers(model, four, 0, replace(settings, max_new_tokens=4), copies=3)
-    assert [a.sample.reply_ids for a in short] == [i[:4] for i in ids]
-    other = answers(model, four, 0, replace(settings, seed=6), copies=3)
-    assert all(a.sample.reply_ids != i for a, i in zip(other, ids, strict=True))
+    assert [c.where for c in found[::3]] == ["the plot", "a film", "这部电影", "slow"]
+    requests = [request(model, prompt, settings, number, 3) for number, prompt in enumerate(four[2:], 2)]
+    numbered = engine.generate(model.fused, requests, model.device, 2, model.tokenizer)
+    assert [response.ids for response in numbered] == ids[6:]
+    assert [c.response_ids for c in completed(model, four, settings)] == ids[::3]
+    short = completed(model, four, replace(settings, max_new_tokens=4), samples_per_prompt=3)
+    assert [c.response_ids for c in short] == [i[:4] for i in ids]
+    other = completed(model, four, replace(settings, seed=6), samples_per_prompt=3)
+    assert all(c.response_ids != i for c, i in zip(other, ids, strict=True))
 
 
 def test_public_names(run: Path) -> None:
@@ -146,13 +148,11 @@ def test_public_names(run: Path) -> None:
 
 def test_too_long(run: Path) -> None:
     model = load(run / "sft")
-    assert (
-        code_of(answers, model, questions(model, "plot " * 90), 0, use.Sample(max_new_tokens=8)).code == "E-DATA-LONG"
-    )
+    assert code_of(completed, model, questions(model, "plot " * 90), use.Sample(max_new_tokens=8)).code == "E-DATA-LONG"
 
 
 def test_broken_text(run: Path) -> None:
-    error = code_of(question, load(run / "sft"), asked("Go on.", "\udcff", where="--instruction"))
+    error = code_of(encode_prompt, load(run / "sft"), instruction_prompt("Go on.", "\udcff", where="--instruction"))
     assert (error.code, error.where) == ("E-DATA-ENCODING", "--instruction")
 
 
@@ -172,13 +172,13 @@ def test_rewards_read_what_is_written(run: Path, form: str, reward: str) -> None
     """Whoever wrote it: cut replies without an end token, ended ones with it; a stop text ends one too."""
     model, judge = load(run / form), load_reward(run / reward)
     settings = use.Sample(max_new_tokens=20, stop=("w", "th"), temperature=0.8)
-    found = [answer.sample for answer in answers(model, questions(model, *["the plot"] * 64), 0, settings)]
+    found = completed(model, questions(model, *["the plot"] * 64), settings)
     assert {sample.finished for sample in found} == {True, False}
     prompts, texts = [Prompt(sample.turns) for sample in found], [sample.text for sample in found]
     documents = written(judge, prompts, texts, [sample.finished for sample in found])
     assert rate_samples(judge, found) == rate(judge, documents)
     again = [document.ids.tolist() for document in documents]
-    assert again != [[*sample.prompt_ids, *sample.reply_ids] for sample in found]  # so the test would notice
+    assert again != [[*sample.prompt_ids, *sample.response_ids] for sample in found]  # so the test would notice
 
 
 BYTES = {
@@ -208,10 +208,10 @@ def test_a_reply_that_is_no_utf8_is_known_and_scored_as_written(run: Path, raw: 
     text = raw.decode(errors="replace")
     assert model.tokenizer.decode(ids) == text
     (asked_for,) = questions(model, "the plot")
-    found = answer(model, asked_for, Response(ids, (0.0,) * len(ids), "length", text))
-    assert found.sample.valid_utf8 == valid
+    found = completion(model, asked_for, Response(ids, (0.0,) * len(ids), "length", text))
+    assert found.valid_utf8 == valid
     documents = written(judge, [asked_for.prompt], [text], [False])
-    assert rate_samples(judge, [found.sample]) == rate(judge, documents)
+    assert rate_samples(judge, [found]) == rate(judge, documents)
 
 
 def byte_id(model: policy.Policy, byte: int) -> int:
@@ -224,8 +224,8 @@ def test_bytes_behind_a_stop_text_are_not_written(run: Path) -> None:
     model = load(run / "sft")
     ids = (*model.tokenizer.encode("a"), *model.tokenizer.encode("b"), byte_id(model, 0x80))
     (asked_for,) = questions(model, "the plot")
-    assert answer(model, asked_for, Response(ids, (0.0,) * 3, "stop", "a")).sample.valid_utf8
-    assert not answer(model, asked_for, Response(ids, (0.0,) * 3, "length", "ab\ufffd")).sample.valid_utf8
+    assert completion(model, asked_for, Response(ids, (0.0,) * 3, "stop", "a")).valid_utf8
+    assert not completion(model, asked_for, Response(ids, (0.0,) * 3, "length", "ab\ufffd")).valid_utf8
 
 
 def test_public_generate_takes_the_settings_of_the_command(run: Path) -> None:
@@ -364,12 +364,12 @@ def test_a_changed_model_answers_as_its_fresh_copy(run: Path, changes: tuple[Cha
     """Bit for bit: the sampler's weights are made of the model's, and must not be older than they are."""
     model = load(run / "sft")
     asked_for, settings = questions(model, "the plot", "a film"), use.Sample(max_new_tokens=8)
-    before = [answer.reply for answer in answers(model, asked_for, 0, settings)]
+    before = completed(model, asked_for, settings)
     for change in changes:
         change(model.model)
         fresh = replace(model, model=deepcopy(model.model))
-        found = [answer.reply for answer in answers(model, asked_for, 0, settings)]
-        assert found == [answer.reply for answer in answers(fresh, asked_for, 0, settings)]
+        found = completed(model, asked_for, settings)
+        assert found == completed(fresh, asked_for, settings)
         assert found != before  # so that old weights would be seen
         before = found
 
@@ -391,12 +391,12 @@ def test_one_bit_is_enough_and_nothing_is_made_twice(run: Path) -> None:
 
 def test_rate_refuses_what_it_cannot_read(run: Path) -> None:
     judge = load_reward(run / "reward")
-    long = written(judge, [asked("x", where="f:3")], ["plot " * 90], [True])
+    long = written(judge, [instruction_prompt("x", where="f:3")], ["plot " * 90], [True])
     error = code_of(rate, judge, long)
     assert (error.code, error.where) == ("E-DATA-LONG", "f:3")
     with torch.no_grad():
         judge.members[0].score.weight.fill_(float("nan"))
-    error = code_of(rate, judge, written(judge, [asked("x", where="f:4")], ["warm"], [True]))
+    error = code_of(rate, judge, written(judge, [instruction_prompt("x", where="f:4")], ["warm"], [True]))
     assert (error.code, error.where) == ("E-NUM-NONFINITE", "f:4")
 
 

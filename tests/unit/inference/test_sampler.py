@@ -5,18 +5,18 @@ import pytest
 import torch
 
 from tetrad.inference import sampler as module
-from tetrad.inference.sampler import Drawn, Rules, pick
-from tetrad.inference.sampler import draw as draw_by
+from tetrad.inference.sampler import Sampled, SamplingBatch, pick
+from tetrad.inference.sampler import sample as sample_by
 from tetrad.settings.common import Sampling
 
 LOGITS = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.0])
 
 
-def draw(logits, uniforms, *rows: Sampling, biases=None, **rest) -> Drawn:
+def draw(logits, uniforms, *rows: Sampling, biases=None, **rest) -> Sampled:
     """One rule for all rows, or one each."""
     rows = rows * len(logits) if len(rows) == 1 else rows
-    rules = Rules.of(rows, biases or [{}] * len(rows), logits.shape[-1], torch.device("cpu"))
-    return draw_by(logits, uniforms, rules, **rest)
+    batch = SamplingBatch.of(rows, biases or [{}] * len(rows), logits.shape[-1], torch.device("cpu"))
+    return sample_by(logits, uniforms, batch, **rest)
 
 
 def shares(sampling, logits=LOGITS, n=20_000):
@@ -168,15 +168,15 @@ def test_penalties_and_biases():
     how = Sampling(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.1)
     rows = [how, Sampling(temperature=0.5, top_k=3, top_p=0.1, min_p=0.2), Sampling(frequency_penalty=-1.0)]
     said = [(how, [0, 1], [3, 3, 1]), (rows[1], [0], [1]), (rows[2], [0], [2, 2])]
-    rules = Rules.of(rows, [{4: -7.0, 3: 1.0}, {}, {}], 5, torch.device("cpu"))
-    assert rules.penalised == (0, 2)
-    found = module._adjusted(logits, rules, said)
+    batch = SamplingBatch.of(rows, [{4: -7.0, 3: 1.0}, {}, {}], 5, torch.device("cpu"))
+    assert batch.penalised == (0, 2)
+    found = module._adjusted(logits, batch, said)
     expected = [2.0 / 2, -1.0 * 2 - 0.25 - 0.1, 0.5, 3.0 / 2 + 1.0 - 0.25 - 0.2, 1.0 - 7.0]
     torch.testing.assert_close(found[0], torch.tensor(expected))
     assert torch.equal(found[1], logits[1])
     torch.testing.assert_close(found[2], torch.tensor([2.0, -1.0, 2.5, 3.0, 1.0]))
     assert logits[0, 0] == 2.0  # its own are left alone
-    assert module._adjusted(logits, Rules.of(rows[1:2] * 3, [{}] * 3, 5, torch.device("cpu")), said) is None
+    assert module._adjusted(logits, SamplingBatch.of(rows[1:2] * 3, [{}] * 3, 5, torch.device("cpu")), said) is None
 
 
 def test_a_penalised_row_takes_another_token():

@@ -3,7 +3,7 @@
 import pytest
 
 from tetrad.inference.completions import Completion
-from tetrad.inference.text_metrics import commonest_word, distinct_2, reply_figures
+from tetrad.inference.text_metrics import commonest_word, distinct_2, response_metrics
 
 
 def test_distinct_2() -> None:
@@ -40,5 +40,5 @@ def test_reply_figures() -> None:
         Completion((1,), (2, 3), (), "lovely thing"),
         Completion((1,), (2, 3, 4, 5), (), "lovely\ufffd", valid_utf8=False),
     ]
-    found = reply_figures(samples, [True, False])
+    found = response_metrics(samples, [True, False])
     assert found == {"length": 3, "finished": 0.5, "invalid_utf8": 0.5, "distinct_2": 3 / 4, "commonest_word": 1}

@@ -35,7 +35,7 @@ def refused(make, code):
 
 
 def test_what_was_asked():
-    assert [sample.asked for sample in SAMPLES] == ["this", "", "v"]
+    assert [sample.input for sample in SAMPLES] == ["this", "", "v"]
     assert [sample.prompt for sample in SAMPLES] == ["Do it.\nthis", "Do it.", "s\nu\na\nv"]
 
 
@@ -44,7 +44,7 @@ def test_a_python_function(tmp_path):
         "prompt": "Do it.\nthis",
         "input": "this",
         "text": "done",
-        "ids": list(SAMPLES[0].reply_ids),
+        "ids": list(SAMPLES[0].response_ids),
         "finished": True,
     }
     body = f"def f(samples):\n    assert samples[0] == {told!r}\n"

@@ -9,7 +9,7 @@ import torch
 import toys
 from tetrad.data.source import Counts
 from tetrad.errors import UserError
-from tetrad.inference.completions import EncodedPrompt, read_questions
+from tetrad.inference.completions import EncodedPrompt, read_encoded_prompts
 from tetrad.rl.rollout import packs, read_logprobs, read_values, roll_out, spread
 from tetrad.settings.common import Sampling
 from tetrad.text.chat_template import TEMPLATES
@@ -37,14 +37,14 @@ def test_a_row_is_its_prompt_and_reply():
     assert len(set(lengths)) > 2
     assert rollout.mask_BT.shape[1] == max(lengths)
     for i, (sample, document) in enumerate(zip(rollout.samples, rollout.documents, strict=True)):
-        assert len(sample.reply_ids) == lengths[i]
-        assert document.ids.tolist() == list(ASKED[i].ids + sample.reply_ids)
+        assert len(sample.response_ids) == lengths[i]
+        assert document.ids.tolist() == list(ASKED[i].ids + sample.response_ids)
         assert document.ids.dtype == np.int32
         assert int(document.train.sum()) == lengths[i]
         assert document.where == sample.where == f"p:{i}"
-        assert sample.text == TOKENIZER.decode(sample.reply_ids)
+        assert sample.text == TOKENIZER.decode(sample.response_ids)
         assert sample.turns == ASKED[i].prompt.turns
-        assert bool(rollout.finished_B[i]) == (sample.reply_ids[-1] in (1, 5, 9, 13))
+        assert bool(rollout.finished_B[i]) == (sample.response_ids[-1] in (1, 5, 9, 13))
     assert not rollout.sampled_BT[~rollout.mask_BT].any()
     assert (rollout.sampled_BT[rollout.mask_BT] < 0).all()
 
@@ -54,10 +54,10 @@ def test_a_prompt_keeps_its_random_numbers():
     whole = rolled()
     for rank in range(2):
         part = rolled(ASKED[rank::2], range(rank, 8, 2))
-        assert [s.reply_ids for s in part.samples] == [s.reply_ids for s in whole.samples[rank::2]]
-    assert [s.reply_ids for s in rolled(max_num_seqs=2).samples] == [s.reply_ids for s in whole.samples]
+        assert [s.response_ids for s in part.samples] == [s.response_ids for s in whole.samples[rank::2]]
+    assert [s.response_ids for s in rolled(max_num_seqs=2).samples] == [s.response_ids for s in whole.samples]
     for key in ((1, "rollout", 0), (0, "evaluate", 0), (0, "rollout", 1)):
-        assert [s.reply_ids for s in rolled(key=key).samples] != [s.reply_ids for s in whole.samples]
+        assert [s.response_ids for s in rolled(key=key).samples] != [s.response_ids for s in whole.samples]
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 30, 4096])
@@ -87,7 +87,7 @@ def test_packs_keep_the_order():
 def questions(tmp_path, texts, limit=12, room=4):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"Instruction": text}) + "\n" for text in texts))
-    return read_questions([path], TEMPLATES["instruction"], TOKENIZER, Counts(), limit, room)
+    return read_encoded_prompts([path], TEMPLATES["instruction"], TOKENIZER, Counts(), limit, room)
 
 
 def test_questions(tmp_path):
@@ -113,15 +113,15 @@ def test_long_prompts_lose_their_beginning_or_go(tmp_path):
     form, whole = TEMPLATES["instruction"], {}
     for way, limit in (("refuse", 128), ("truncate", 12), ("drop", 12)):
         counts = Counts()
-        whole[way] = read_questions([path], form, TOKENIZER, counts, limit, 6, way)
+        whole[way] = read_encoded_prompts([path], form, TOKENIZER, counts, limit, 6, way)
         assert (counts.cut, counts.dropped) == (way == "truncate", way == "drop")
     long, short = whole["refuse"]
     assert len(long.ids) > 6 >= len(short.ids)
     assert [q.ids for q in whole["truncate"]] == [long.ids[-6:], short.ids]
     assert [q.ids for q in whole["drop"]] == [short.ids]
     with pytest.raises(UserError, match="E-DATA-LONG"):
-        read_questions([path], form, TOKENIZER, Counts(), 12, 6)
+        read_encoded_prompts([path], form, TOKENIZER, Counts(), 12, 6)
     with pytest.raises(UserError, match="E-DATA-EMPTY"):
-        read_questions([path], form, TOKENIZER, Counts(), 7, 6, "drop")
+        read_encoded_prompts([path], form, TOKENIZER, Counts(), 7, 6, "drop")
     with pytest.raises(UserError, match="E-DATA-LONG"):
-        read_questions([path], form, TOKENIZER, Counts(), 6, 6, "truncate")  # nothing of a prompt would be left
+        read_encoded_prompts([path], form, TOKENIZER, Counts(), 6, 6, "truncate")  # nothing of a prompt would be left

@@ -10,7 +10,7 @@ from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
-from tetrad.inference.completions import read_questions
+from tetrad.inference.completions import read_encoded_prompts
 from tetrad.model.huggingface import read_causal, read_members
 from tetrad.model.safetensors_io import read_tensors
 from tetrad.reward.model import trained
@@ -76,7 +76,7 @@ def test_the_reward_is_normalised_on_replies_to_its_held_out_prompts(chain: Chai
     actor, tokenizer = read_causal(folder), Tokenizer.load(folder)
     device = Device(torch.device("cpu"), torch.float32)
     files = [chain.path.parent / "validation.jsonl"]
-    questions = read_questions(files, template("instruction"), tokenizer, Counts(), 64, 8)
+    questions = read_encoded_prompts(files, template("instruction"), tokenizer, Counts(), 64, 8)
     chosen = [questions[i] for i in order(3, 0, len(questions))[:16]]
     sampling = Sampling(max_new_tokens=8)
     rollout = roll_out(actor, chosen, range(16), (3, "normalise", 0), sampling, tokenizer, device)
