@@ -97,7 +97,7 @@ def concluded(seed: int, steps: int, reward: ppo_toys.Reward) -> Verdict:
     for step in range(steps):
         ppo_toys.iterate(four, ASKED, s, (seed, step))
     after = ppo_toys.sampled(four, ASKED, s, (seed, 20_000))
-    sft, ppo = ({"kl": 0.0, **response_metrics(r.samples, r.finished_B.tolist())} for r in (before, after))
+    sft, ppo = ({"kl": 0.0, **response_metrics(r.samples)} for r in (before, after))
     scores, others = ([judge(sample.response_ids) for sample in r.samples] for r in (after, before))
     gains = {("ppo", "sft"): {"judge": Difference.of(scores, others)}}
     gains["sft", "ppo"] = {"judge": Difference.of(others, scores)}

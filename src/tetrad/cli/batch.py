@@ -28,6 +28,7 @@ from tetrad.settings.use import Generate, ScoreFile
 from tetrad.storage import write_file
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import renamed
+from tetrad.types import Prompt
 
 Fields = dict[str, Any]
 SCORES_AT_ONCE = 128
@@ -75,10 +76,7 @@ def score_file(settings: ScoreFile, console: Console) -> None:
     given = sources([settings.data], rename=renamed(settings.rename))
     prompts, records = read_prompts(given, Counts()), _records(given.paths)
     judge = load_reward(settings.model, settings.template)
-    texts, finished = zip(
-        *(_answer(r, p.where, given.rename) for r, p in zip(records, prompts, strict=True)), strict=True
-    )
-    samples = [Completion((), (), p.turns, t, p.where, e) for p, t, e in zip(prompts, texts, finished, strict=True)]
+    samples = [_answered(record, prompt, given.rename) for record, prompt in zip(records, prompts, strict=True)]
     documents = written(judge.form, judge.tokenizer, samples)
     scores: list[float] = []
 
@@ -186,21 +184,24 @@ def _extended(record: Fields, new: Fields) -> Fields:
     return {**own, **new}
 
 
-def _answer(record: Fields, where: str, rename: Mapping[str, str]) -> tuple[str, bool]:
-    """The text to score, and whether it ends: only a response that `generate` marked as cut does not."""
+def _answered(record: Fields, prompt: Prompt, rename: Mapping[str, str]) -> Completion:
+    """The prompt and the text to score, which ends unless it is a response that `generate` marked as cut."""
     fields = {rename.get(name.lower(), name.lower()): value for name, value in record.items()}
     for name in _ANSWERS:
         if fields.get(name) is not None:
             if not isinstance(fields[name], str):
-                raise UserError("E-DATA-TYPE", f'"{name}" must be text', where=where, hint="write the answer as text")
-            return fields[name], name not in _GENERATED or fields.get("finished", fields.get("ended")) is not False
+                raise UserError(
+                    "E-DATA-TYPE", f'"{name}" must be text', where=prompt.where, hint="write the answer as text"
+                )
+            finished = name not in _GENERATED or fields.get("finished", fields.get("ended")) is not False
+            return Completion((), (), prompt.turns, fields[name], prompt.where, finished)
     last = {name.lower(): value for name, value in (fields.get("messages") or [{}])[-1].items()}
     if last.get("role") == "assistant":
-        return last["content"], True
+        return Completion((), (), prompt.turns, last["content"], prompt.where)
     if name := next((name for name in _ANSWERS if name in fields), ""):
-        null(name, where)
+        null(name, prompt.where)
     what = f"there is no answer to score; fields seen: {', '.join(record)}"
-    raise UserError("E-DATA-MISSING", what, where=where, hint=f"name it one of {', '.join(_ANSWERS)}")
+    raise UserError("E-DATA-MISSING", what, where=prompt.where, hint=f"name it one of {', '.join(_ANSWERS)}")
 
 
 def _deliver(records: Iterable[Fields], out: str, console: Console) -> None:

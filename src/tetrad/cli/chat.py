@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.inference.completions import Completion
-from tetrad.inference.engine import Engine, Event
+from tetrad.inference.engine import Event
 from tetrad.inference.policy import Policy, cache_need, check_text, completion, encode_prompt, load, request
 from tetrad.reward.model import RewardModel, load_reward, rate_samples
 from tetrad.settings.use import Chat
@@ -114,7 +114,7 @@ def stream_response(talk: Talk, turns: tuple[Turn, ...]) -> Completion | None:
             what = f"the conversation has {len(prompt.ids)} tokens, the model reads {len(prompt.ids) + room}"
             raise UserError("E-DATA-LONG", what, where="chat", hint="/new, or a shorter line")
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
-        engine = Engine(model.fused, model.at, 1, len(prompt.ids) + settings.max_new_tokens, model.tokenizer)
+        engine = model.engine(1, len(prompt.ids) + settings.max_new_tokens)
         engine.add(request(model, prompt, settings, talk.prompts))
         talk.prompts += 1
         for event in engine.events():

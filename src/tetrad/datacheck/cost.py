@@ -21,7 +21,7 @@ import numpy as np
 
 from tetrad.datacheck.reading import Reading
 from tetrad.model.config import DecoderConfig
-from tetrad.model.inspect import parameters as tensors
+from tetrad.model.inspect import parameter_count
 from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table
 from tetrad.settings.base import model_pays
@@ -53,11 +53,6 @@ class StageCost:
     batch: int = 0
 
 
-def parameters(config: DecoderConfig) -> int:
-    """Of a decoder with its head."""
-    return sum(math.prod(shape) for _, shape in tensors(config))
-
-
 def kept_bytes(config: DecoderConfig, micro_batch_tokens: int) -> int:
     """Activations that one micro-batch keeps, float32: inputs of norms, projections, attention, feed-forward."""
     width = 8 * config.hidden_size + 3 * config.heads * config.head_dim + 3 * config.ff
@@ -75,7 +70,7 @@ def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
 def memory(stage: StageCost, config: DecoderConfig, recipe: Recipe) -> int:
     """A stage's peak memory, in bytes. What sampling needs is freed before training, but seldom returned to the system;
     the merged model of adapters reuses it."""
-    n, cache = parameters(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
+    n, cache = parameter_count(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
     trained = n * stage.trained + adapter_parameters(config, recipe.lora) * stage.adapters
     weights = TRAINED * trained + n * stage.frozen * FROZEN
     sampling = n * FROZEN + (stage.slots + 1) * stage.positions * cache if stage.sampled else 0
@@ -163,7 +158,7 @@ def section(
     costs = stages(recipe, readings)
     if not costs:
         return Section("cost", "What it will need")
-    n, rate = parameters(config), speed()
+    n, rate = parameter_count(config), speed()
     rows, figures = [], dict[str, Any]()
     findings, there = list[Finding](), machine_memory()
     for stage in costs:

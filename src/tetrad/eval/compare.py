@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +48,7 @@ from tetrad.types import Tokens
 class Answers:
     """One system's answers to the prompts. kl: nats per response against the SFT model."""
 
-    samples: tuple[Completion, ...]
-    finished: tuple[bool, ...]
+    samples: Sequence[Completion]
     kl: float
 
 
@@ -85,8 +83,7 @@ class Task:
     def rollout(self, model: CausalLM, copies: int = 1) -> Rollout:
         """`copies` responses per prompt, one after another."""
         repeated = [prompt for prompt in self.prompts for _ in range(copies)]
-        places = range(len(repeated))
-        return roll_out(model, repeated, places, self.key, self.sampling, self.tokenizer, self.device)
+        return roll_out(model, repeated, range(len(repeated)), self.key, self.sampling, self.tokenizer, self.device)
 
     def logprobs(self, model: CausalLM, rollout: Rollout) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
         """Of each response's tokens, at the temperature that sampled them."""
@@ -97,17 +94,16 @@ class Task:
 def _run(ctx: StageContext, device: Device) -> None:
     s, seed = ctx.recipe.evaluate, ctx.recipe.seed
     sft, task = _task(ctx, device)
-    names = named(s.judges, ["reward", "kl", "external_nll", *response_metrics((), ())])
+    names = named(s.judges, ["reward", "kl", "external_nll", *response_metrics(())])
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
     systems = answers_of_all(ctx, sft, task, judges.get("reward"))
     referee = _referee(ctx, device)
     scores = {name: _judged(name, answers, judges) for name, answers in systems.items()}
-    table = {name: figures(answers, scores[name], scores["sft"], referee, seed) for name, answers in systems.items()}
-    stages = {
-        name: recorded_metrics(path) for name, path in ctx.parents.items() if name in ("pretrain", "sft", "reward")
-    }
+    table = {name: metrics_of(answers, scores[name], scores["sft"], referee, seed) for name, answers in systems.items()}
+    trained = [role for role in ctx.parents if role in ("pretrain", "sft", "reward")]
+    stages = {role: recorded_metrics(ctx.parents[role]) for role in trained}
     samples = side_by_side(systems, s.side_by_side)
     report = {"prompts": len(task.prompts), "systems": table, "stages": stages, "samples": samples}
     show(ctx, report)
@@ -141,7 +137,7 @@ def answers_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Reward 
             rollout = task.rollout(policy)
         new, old = (task.logprobs(model, rollout) for model in (policy, sft))
         kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
-        systems[role] = _chosen(rollout, list(range(len(task.prompts))), kl)
+        systems[role] = Answers(rollout.samples, kl)
     return systems
 
 
@@ -149,20 +145,15 @@ def _answers_of_sft(sft: CausalLM, task: Task, reward: Reward | None, copies: in
     """Its first answer to each prompt, and the best of all that it gives."""
     with phase("answers of sft"):
         many = task.rollout(sft, copies)
-    rows = [slice(at, at + copies) for at in range(0, len(many.samples), copies)]
-    systems = {"sft": _chosen(many, [row.start for row in rows], 0.0)}
+    systems = {"sft": Answers(many.samples[::copies], 0.0)}
     if reward and copies > 1:
         with phase(f"best of {copies}"):
             scores = reward(many.samples)
-        chosen = [row.start + best(many.samples[row], scores[row]) for row in rows]
+        rows = [slice(at, at + copies) for at in range(0, len(many.samples), copies)]
+        chosen = [many.samples[row][best(many.samples[row], scores[row])] for row in rows]
         # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
-        systems[f"best of {copies}"] = _chosen(many, chosen, math.log(copies) - (copies - 1) / copies)
+        systems[f"best of {copies}"] = Answers(chosen, math.log(copies) - (copies - 1) / copies)
     return systems
-
-
-def _chosen(rollout: Rollout, rows: list[int], kl: float) -> Answers:
-    finished = rollout.finished_B.tolist()
-    return Answers(tuple(rollout.samples[i] for i in rows), tuple(finished[i] for i in rows), kl)
 
 
 def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scores:
@@ -173,9 +164,9 @@ def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scor
     return scores
 
 
-def figures(answers: Answers, scores: Scores, sft: Scores, referee: Referee | None, seed: int) -> dict[str, Any]:
+def metrics_of(answers: Answers, scores: Scores, sft: Scores, referee: Referee | None, seed: int) -> dict[str, Any]:
     """Means with intervals; "gain" is the paired difference to the SFT model's answers. scores: of the answers."""
-    metrics: dict[str, Any] = {"kl": answers.kl, **response_metrics(answers.samples, answers.finished)}
+    metrics: dict[str, Any] = {"kl": answers.kl, **response_metrics(answers.samples)}
     for name in scores:
         own, before = (torch.tensor(s[name], dtype=torch.float64) for s in (scores, sft))
         metrics[name] = _interval(own, seed)
@@ -212,14 +203,14 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
     """
     if "referee" not in ctx.parents:
         return None
-    folder: Path = ctx.parents["referee"]
+    folder = ctx.parents["referee"]
     model, tokenizer = frozen(read_causal(folder)).to(device.torch_device), Tokenizer.load(folder)
 
     def nll(answers: Answers) -> float | None:
         documents, end = [], tokenizer.document_end
-        for sample, finished in zip(answers.samples, answers.finished, strict=True):
+        for sample in answers.samples:
             prompt = [end, *tokenizer.encode(sample.input)]
-            ids = np.asarray(prompt + tokenizer.encode(sample.text) + [end] * finished, np.int32)
+            ids = np.asarray(prompt + tokenizer.encode(sample.text) + [end] * sample.finished, np.int32)
             documents.append(Tokens(ids, np.arange(len(ids)) >= len(prompt)))
         logprobs = np.concatenate(response_logprobs(model, documents, ctx.recipe.run.micro_batch_tokens, device))
         return float(-logprobs.mean()) if len(logprobs) else None
@@ -228,11 +219,8 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
 
 
 def side_by_side(systems: Mapping[str, Answers], count: int) -> list[dict[str, str]]:
-    first = next(iter(systems.values())).samples[:count]
-    return [
-        {"prompt": sample.prompt, **{name: answers.samples[i].text for name, answers in systems.items()}}
-        for i, sample in enumerate(first)
-    ]
+    rows = list(zip(*(answers.samples for answers in systems.values()), strict=True))[:count]
+    return [{"prompt": row[0].prompt, **{name: s.text for name, s in zip(systems, row, strict=True)}} for row in rows]
 
 
 def show(ctx: StageContext, report: Mapping[str, Any]) -> None:

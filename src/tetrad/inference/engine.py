@@ -121,7 +121,10 @@ class Engine:
     ) -> None:
         self.model, self.device, self.slots, self.tokenizer = model, device, slots, tokenizer
         self.positions = min(positions, len(model.rotations))
-        needed, free = cache_bytes(model.config, slots + 1, self.positions, model.dtype), free_bytes(device.torch_device)
+        needed, free = (
+            cache_bytes(model.config, slots + 1, self.positions, model.dtype),
+            free_bytes(device.torch_device),
+        )
         if needed > free:
             need = f"a cache of {slots} slots with {self.positions} positions needs {needed >> 20} MiB"
             hint = "lower max_num_seqs or max_new_tokens"

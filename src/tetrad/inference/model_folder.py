@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tetrad.errors import UserError
-from tetrad.model.config import is_file, is_reward, read_json
-from tetrad.model.inspect import Facts, has_manifest, inspect
+from tetrad.model.config import is_reward, read_json
+from tetrad.model.inspect import Facts, inspect, verify_own
 from tetrad.settings.check import build
 from tetrad.settings.common import Sampling
-from tetrad.storage import verify_folder
 from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded
 from tetrad.text.chat_template import template as template_of
 from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
@@ -41,8 +40,8 @@ def check(folder: Path, *, role: str = "language", verify: bool = True) -> Check
 
     verify: False if its files' sha256 have been compared already. Errors: E-MODEL-*, E-CKPT-*.
     """
-    if verify and has_manifest(folder):
-        verify_folder(folder)
+    if verify:
+        verify_own(folder)
     facts = inspect(folder, scalar=role != "language")
     if role == "reward" and not facts.reward:
         raise no_reward(folder)
@@ -69,20 +68,17 @@ def usable(name: str, *, template: str = "", reward: bool = False) -> Checked:
 def model_folder(name: str | Path) -> Path:
     """The folder of the files: that of a stage of a run, or itself. Errors: E-MODEL-MISSING."""
     path = Path(name)
-    try:
-        folders = [place for place in (path / "model", path) if (place / "config.json").is_file()]
-        there = path.is_dir()
-    except (OSError, ValueError):  # a name that no folder can have
-        folders, there = [], False
-    if folders:
-        return folders[0]
+    for folder in (path / "model", path):
+        if os.path.isfile(folder / "config.json"):
+            return folder
+    there = os.path.isdir(path)
     stages = sorted(p.parent.parent.name for p in path.glob("*/model/config.json")) if there else []
     if not there:
         what, hint = "there is no such folder", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
     elif stages:
         best = "ppo" if "ppo" in stages else stages[-1]
         what, hint = f"this is a run; its models are {', '.join(stages)}", f"name one: {path / best}"
-    elif (path / "lineage.json").is_file():
+    elif os.path.isfile(path / "lineage.json"):
         what, hint = "this stage has no finished language or reward model", "run its recipe to the end"
     else:
         what, hint = "there is no config.json", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
@@ -92,7 +88,7 @@ def model_folder(name: str | Path) -> Path:
 def own_sampling(name: str | Path) -> dict[str, Any]:
     """How the model of a folder, or of a stage of a run, should be sampled: the settings that the table has in
     generation_config.json, if that sets do_sample. Errors: E-MODEL-FORMAT, E-CONF-*."""
-    path = next((p for p in (Path(name, "model", _GENERATION), Path(name, _GENERATION)) if is_file(p)), None)
+    path = next((p for p in (Path(name, "model", _GENERATION), Path(name, _GENERATION)) if os.path.isfile(p)), None)
     if not path or (stated := read_json(path)).get("do_sample") is not True:
         return {}
     values = {key: stated[key] for key in _SAMPLING if stated.get(key) is not None}

@@ -51,14 +51,14 @@ class Policy:
         return needed_template(self.template, self.folder)
 
     @property
-    def at(self) -> Device:
-        """Where the weights are now."""
-        return replace(self.device, torch_device=self.model.head_weight.device)
-
-    @property
     def fused(self) -> Fused:
         """The model in the engine's form, for the current weights."""
         return self._current.fused()
+
+    def engine(self, slots: int, positions: int) -> Engine:
+        """An engine where the weights are now. Errors: E-MEM-FULL."""
+        device = replace(self.device, torch_device=self.model.head_weight.device)
+        return Engine(self.fused, device, slots, positions, self.tokenizer)
 
     @cached_property
     def _current(self) -> Current:
@@ -103,8 +103,7 @@ def completions(
 ) -> Iterator[list[Completion]]:
     """The completions of each prompt, in order, as soon as they and those before them are done. Errors: E-DATA-LONG,
     E-MEM-FULL."""
-    shape = cache_shape(prompts, settings, samples_per_prompt)
-    engine = Engine(model.fused, model.at, *shape, model.tokenizer)
+    engine = model.engine(*cache_shape(prompts, settings, samples_per_prompt))
     waiting = deque(
         (engine.add(request(model, prompt, settings, number, samples_per_prompt)), prompt)
         for number, prompt in enumerate(prompts)

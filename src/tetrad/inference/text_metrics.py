@@ -38,13 +38,13 @@ def commonest_word(texts: Sequence[str]) -> tuple[str, float]:
     return word, count / len(texts)
 
 
-def response_metrics(samples: Sequence[Completion], finished: Sequence[bool]) -> dict[str, float]:
+def response_metrics(samples: Sequence[Completion]) -> dict[str, float]:
     """Mean length in tokens, shares that ended by themselves and that are not valid UTF-8, distinct-2, share of answers
     with the commonest word."""
     n = max(1, len(samples))
     return {
         "length": sum(len(s.response_ids) for s in samples) / n,
-        "finished": sum(finished) / n,
+        "finished": sum(s.finished for s in samples) / n,
         "invalid_utf8": sum(not s.valid_utf8 for s in samples) / n,
         "distinct_2": distinct_2([s.response_ids for s in samples]),
         "commonest_word": commonest_word([s.text for s in samples])[1],

@@ -5,6 +5,7 @@ doesn't implement (yarn, sliding windows, quantised weights, custom code in the 
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,23 @@ from tetrad import disk
 from tetrad.errors import UserError
 from tetrad.storage import json_of
 
-ARCHITECTURES = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen2ForSequenceClassification": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3ForSequenceClassification": "qwen3",
-    "LlamaForCausalLM": "llama",
-    "LlamaForSequenceClassification": "llama",
+_CLASS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+_KINDS = ("CausalLM", "SequenceClassification")
+ARCHITECTURES = {f"{name}For{kind}": family for family, name in _CLASS.items() for kind in _KINDS}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "ff",
+    "max_position_embeddings": "max_positions",
 }
+"""config.json's names and ours."""
 MAX_JSON_BYTES = 8 << 20
 """The limit for config.json, an index of shards and the like."""
 _LARGEST = 2**31
-_CLASS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _parsed(folder: Path) -> tuple[DecoderConfig, str]:
     """The configuration, and the name of the architecture."""
     path = folder / "config.json"
-    if not is_file(path):
+    if not os.path.isfile(path):
         raise UserError("E-MODEL-MISSING", "there is no config.json", where=str(folder), hint="name a model folder")
     raw = read_json(path)
     try:
@@ -106,14 +112,6 @@ def _parsed(folder: Path) -> tuple[DecoderConfig, str]:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"config.json lacks or misstates {error}"
         raise UserError("E-MODEL-FORMAT", what, where=str(path), hint="copy the whole model folder again") from error
-
-
-def is_file(path: Path) -> bool:
-    """As `path.is_file()`, with False for names that no file can have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def _refuse(raw: dict[str, Any], path: Path) -> None:
@@ -180,17 +178,11 @@ def _parse(raw: dict[str, Any]) -> DecoderConfig:
     if rope.get("rope_type", rope.get("type")) == "llama3":
         factor, low, high = (_number(n, rope[n]) for n in ("factor", "low_freq_factor", "high_freq_factor"))
         scaling = RopeScaling(factor, low, high, _count(rope, "original_max_position_embeddings"))
-    heads, hidden_size = _count(raw, "num_attention_heads"), _count(raw, "hidden_size")
+    heads = _count(raw, "num_attention_heads")
+    defaults = {"num_key_value_heads": heads, "head_dim": _count(raw, "hidden_size") // heads}
     return DecoderConfig(
         family=family,
-        vocab_size=_count(raw, "vocab_size"),
-        hidden_size=hidden_size,
-        layers=_count(raw, "num_hidden_layers"),
-        heads=heads,
-        kv_heads=_count(raw, "num_key_value_heads", heads),
-        head_dim=_count(raw, "head_dim", hidden_size // heads),
-        ff=_count(raw, "intermediate_size"),
-        max_positions=_count(raw, "max_position_embeddings"),
+        **{ours: _count(raw, name, defaults.get(name)) for name, ours in _SIZES.items()},
         rope_theta=_number("rope_theta", rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
         rope_scaling=scaling,
         norm_eps=_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
@@ -214,36 +206,33 @@ def _checked(config: DecoderConfig) -> DecoderConfig:
     return config
 
 
+def eos_json(config: DecoderConfig) -> int | list[int] | None:
+    """The end tokens as Hugging Face's files have them: one, a list, or none."""
+    return config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
+
+
 def config_json(config: DecoderConfig, kind: str) -> dict[str, Any]:
     """What transformers reads. kind: "CausalLM" or "SequenceClassification" (one label).
 
     `rope_theta` is for transformers 4, `rope_parameters` for 5; both hold the same.
     """
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling:
-        rope = {"rope_type": "llama3", "rope_theta": config.rope_theta, **vars(config.rope_scaling)}
-    eos = list(config.eos_ids)
+    scaling = config.rope_scaling
+    rope = {"rope_type": "llama3" if scaling else "default", "rope_theta": config.rope_theta}
+    rope |= vars(scaling) if scaling else {}
     raw: dict[str, Any] = {
         "architectures": [f"{_CLASS[config.family]}For{kind}"],
         "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ff,
-        "max_position_embeddings": config.max_positions,
+        **{name: getattr(config, ours) for name, ours in _SIZES.items()},
         "rope_theta": config.rope_theta,
         "rope_parameters": rope,
-        "rope_scaling": rope if config.rope_scaling else None,
+        "rope_scaling": rope if scaling else None,
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tied,
         "initializer_range": config.init_std,
         "attention_dropout": 0.0,
         "bos_token_id": config.bos_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "eos_token_id": eos_json(config),
         "pad_token_id": config.pad_id,
         "use_cache": True,
         "torch_dtype": "float32",

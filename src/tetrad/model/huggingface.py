@@ -6,7 +6,7 @@ wrote have a manifest and are verified before they are read.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,31 +14,27 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from tetrad.errors import UserError
-from tetrad.model.config import config_json
-from tetrad.model.inspect import Facts, has_manifest, inspect
+from tetrad.model.config import DecoderConfig, config_json, eos_json
+from tetrad.model.inspect import inspect, verify_own
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
-from tetrad.model.transformer import CausalLM, ScalarModel, initial_head, on_meta
-from tetrad.storage import Content, verify_folder
+from tetrad.model.transformer import CausalLM, M, ScalarModel, initial_head, on_meta
+from tetrad.storage import Content
 
 SHARD_BYTES = 5 * 2**30
 
 
 def read_causal(folder: Path) -> CausalLM:
     """A language model in float32. Errors: E-MODEL-*, E-CKPT-*."""
-    facts = _inspected(folder)
-    model = on_meta(CausalLM, facts.config)
-    _fill(model, _tensors(facts))
-    return model
+    config, tensors = _read(folder)
+    return _filled(CausalLM, config, tensors)
 
 
 def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
     """A reward model or critic in float32; from a language model's folder, its decoder and a fresh head."""
-    facts = _inspected(folder, scalar=True)
-    tensors, model = _tensors(facts), on_meta(ScalarModel, facts.config)
+    config, tensors = _read(folder, scalar=True)
     if "score.weight" not in tensors:
-        tensors["score.weight"] = initial_head(facts.config.hidden_size, seed)
-    _fill(model, tensors)
-    return model
+        tensors["score.weight"] = initial_head(config.hidden_size, seed)
+    return _filled(ScalarModel, config, tensors)
 
 
 def read_members(folder: Path) -> tuple[ScalarModel, ...]:
@@ -46,10 +42,9 @@ def read_members(folder: Path) -> tuple[ScalarModel, ...]:
     members = [read_scalar(folder)]
     for path in member_files(folder):
         tensors = read_tensors(path)
-        model = on_meta(ScalarModel, members[0].config)
-        if tensors.keys() != {*dict(model.named_parameters()), "bias"}:
+        if tensors.keys() != {*dict(members[0].named_parameters()), "bias"}:
             raise UserError("E-CKPT-KEYS", "its tensors are not those of the model beside it", where=str(path))
-        _fill(model, tensors)
+        model = _filled(ScalarModel, members[0].config, tensors)
         model.bias = tensors["bias"]
         members.append(model)
     return tuple(members)
@@ -72,40 +67,33 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def _inspected(folder: Path, *, scalar: bool = False) -> Facts:
-    if has_manifest(folder):
-        verify_folder(folder)
-    return inspect(folder, scalar=scalar)
-
-
-def _tensors(facts: Facts) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _read(folder: Path, *, scalar: bool = False) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """The configuration and all tensors of a folder that was verified and inspected."""
+    verify_own(folder)
+    facts, tensors = inspect(folder, scalar=scalar), dict[str, Tensor]()
     for path in facts.files:
         tensors |= read_tensors(path)
-    return {name: tensor for name, tensor in tensors.items() if name in facts.tensors}
+    return facts.config, tensors
 
 
-def _fill(model: CausalLM | ScalarModel, tensors: dict[str, Tensor]) -> None:
-    """Assigns the tensors to the parameters; `inspect` has compared names and shapes."""
+def _filled(kind: type[M], config: DecoderConfig, tensors: Mapping[str, Tensor]) -> M:
+    """A model with these tensors, whose names and shapes `inspect` has compared; others are left out."""
+    model = on_meta(kind, config)
     model.load_state_dict({name: tensors[name].float() for name in dict(model.named_parameters())}, assign=True)
     if isinstance(model, ScalarModel):
-        model.bias = torch.tensor(model.config.reward_bias)
+        model.bias = torch.tensor(config.reward_bias)
+    return model
 
 
 def model_files(model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES) -> dict[str, Content]:
     """config.json, weights in one file or shards, generation_config.json: what transformers loads."""
-    scalar = isinstance(model, ScalarModel)
-    config = model.config
+    config, files = model.config, dict[str, Content]()
     if isinstance(model, ScalarModel):
         config = dataclasses.replace(config, reward_bias=float(model.bias))
-    files: dict[str, Content] = {
-        "config.json": _json(config_json(config, "SequenceClassification" if scalar else "CausalLM"))
-    }
-    if not scalar:
-        eos = list(config.eos_ids)
-        files["generation_config.json"] = _json(
-            {"eos_token_id": eos[0] if len(eos) == 1 else eos or None, "pad_token_id": config.pad_id}
-        )
+        files["config.json"] = _json(config_json(config, "SequenceClassification"))
+    else:
+        files["config.json"] = _json(config_json(config, "CausalLM"))
+        files["generation_config.json"] = _json({"eos_token_id": eos_json(config), "pad_token_id": config.pad_id})
     tensors = _trained(model)
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
     if split.is_sharded:

@@ -5,14 +5,16 @@ custom code, other architectures, wrong headers, tensors that config.json doesn'
 inspected. Damage in the weights themselves shows only in a manifest's sha256 or in the numbers.
 """
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tetrad.errors import UserError
-from tetrad.model.config import DecoderConfig, is_file, is_reward, read_config, read_json, shortened
+from tetrad.model.config import DecoderConfig, is_reward, read_config, read_json, shortened
 from tetrad.model.headers import Entry, read_header, same_numbers
-from tetrad.storage import MANIFEST
+from tetrad.storage import MANIFEST, verify_folder
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("F32", "F16", "BF16", "F64")
@@ -69,7 +71,7 @@ def inspect(folder: Path, *, scalar: bool = False) -> Facts:
     return Facts(config, reward, files, tensors)
 
 
-def parameters(config: DecoderConfig, *, scalar: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+def parameter_shapes(config: DecoderConfig, *, scalar: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and shape of every parameter of a language model or, with `scalar`, a reward model or critic."""
     c, wide, narrow = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
     yield _EMBEDDING, (c.vocab_size, c.hidden_size)
@@ -89,6 +91,11 @@ def parameters(config: DecoderConfig, *, scalar: bool = False) -> Iterator[tuple
     shapes |= {f"{name}.weight": (c.hidden_size,) for name in ("input_layernorm", "post_attention_layernorm")}
     for layer in range(c.layers):
         yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in shapes.items())
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """The parameters of a language model."""
+    return sum(math.prod(shape) for _, shape in parameter_shapes(config))
 
 
 def _refuse_incomplete(folder: Path) -> None:
@@ -111,20 +118,20 @@ def _refuse_incomplete(folder: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    if not is_file(folder / INDEX):
+    if not os.path.isfile(folder / INDEX):
         yield folder / _WHOLE
         return
     shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         what = "the index of shards can't be read: it has no weight_map"
         raise UserError("E-MODEL-FORMAT", what, where=str(folder / INDEX), hint="copy the whole model folder again")
-    if is_file(folder / _WHOLE) and _WHOLE not in shards.values():
+    if os.path.isfile(folder / _WHOLE) and _WHOLE not in shards.values():
         what = f"two sets of weights lie here: {_WHOLE}, and the shards that {INDEX} names"
         hint = f"take the older set away (with shards, {INDEX} too); transformers reads {_WHOLE}"
         raise UserError("E-MODEL-FORMAT", what, where=str(folder), hint=hint)
     for name in sorted(set(shards.values())):
         path = folder / name
-        if path.parent != folder or not is_file(path):
+        if path.parent != folder or not os.path.isfile(path):
             hint = "copy the whole model folder"
             raise UserError("E-MODEL-MISSING", f"{shortened(name)} is missing", where=str(folder), hint=hint)
         yield path
@@ -138,7 +145,7 @@ def _refuse_others(
     if config.layers > len(tensors):  # a config may claim any number
         what = f"config.json says {config.layers} layers, the weights are {len(tensors)} tensors"
         raise UserError("E-CKPT-KEYS", what, where=where, hint=_HINT)
-    wanted = dict(parameters(config, scalar=scalar))
+    wanted = dict(parameter_shapes(config, scalar=scalar))
     spare = {_HEAD} if config.tied or scalar else set[str]()
     fresh = {"score.weight"} if scalar and not reward else set[str]()  # a critic's head may be new
     missing = sorted(wanted.keys() - tensors.keys() - fresh)
@@ -157,6 +164,7 @@ def _refuse_others(
             raise UserError("E-CKPT-SHAPE", what, where=where, hint="use the float checkpoint")
 
 
-def has_manifest(folder: Path) -> bool:
-    """Whether the folder was written by Tetrad, and can be verified."""
-    return is_file(folder / MANIFEST)
+def verify_own(folder: Path) -> None:
+    """Compares the files of a folder that Tetrad wrote with its manifest. Errors: E-CKPT-*."""
+    if os.path.isfile(folder / MANIFEST):
+        verify_folder(folder)

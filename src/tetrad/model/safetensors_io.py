@@ -13,20 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tetrad.model.headers import not_safetensors, read_header
-
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from tetrad.model.headers import BYTES, not_safetensors, read_header
 
 
 def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
@@ -36,15 +23,21 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memor
     end = 0
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype not in _NAMES:
+        dtype = _name(tensor.dtype)
+        if dtype not in BYTES:
             raise ValueError(f"{name}: {tensor.dtype} can't be written")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         yield _bytes_of(tensors[name])
+
+
+def _name(dtype: torch.dtype) -> str:
+    """As safetensors names it: F32, BF16, I64, U8, BOOL."""
+    return str(dtype).removeprefix("torch.").replace("float", "f").replace("uint", "u").replace("int", "i").upper()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -54,7 +47,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes of the tensors alone, on disk, without the header."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -55,9 +55,9 @@ def step_metrics(
 
 def texts_of_step(rollout: Rollout) -> dict[str, float]:
     """The responses of all ranks together: a share of different pairs is not a mean of shares."""
-    own = [(sample.response_ids, sample.text) for sample in rollout.samples]
-    samples = [Completion((), tuple(ids), (), text) for ids, text in collectives.gather(own)]
-    return response_metrics(samples, collectives.gather(rollout.finished_B.tolist()))
+    own = [(sample.response_ids, sample.text, sample.finished) for sample in rollout.samples]
+    gathered = collectives.gather(own)
+    return response_metrics([Completion((), tuple(ids), (), text, finished=end) for ids, text, end in gathered])
 
 
 def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:

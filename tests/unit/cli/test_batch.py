@@ -234,8 +234,8 @@ def test_a_bad_record_is_named(run: Path, here: Path, record: dict[str, Any], co
 
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would load a model fails."""
-    for name in ("load", "load_reward"):
-        monkeypatch.setattr(batch, name, lambda *_: pytest.fail("loaded"))
+    for module, name in ((batch.policy, "load"), (batch, "load_reward")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("loaded"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import served
 import toys
-from tetrad.eval.compare import Task, answers_of_all, figures
+from tetrad.eval.compare import Task, answers_of_all, metrics_of
 from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.settings.common import Sampling
 from tetrad.settings.evaluate import Evaluate
@@ -32,5 +32,5 @@ def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
     for chosen, group in zip(systems["best of 8"].samples, groups, strict=True):
         assert chosen in group
         assert chosen.valid_utf8 == any(sample.valid_utf8 for sample in group)
-    share = {name: figures(found, {}, {}, None, 0)["invalid_utf8"] for name, found in systems.items()}
+    share = {name: metrics_of(found, {}, {}, None, 0)["invalid_utf8"] for name, found in systems.items()}
     assert share["sft"] > 0.5 > share["best of 8"]

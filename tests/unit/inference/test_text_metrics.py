@@ -38,7 +38,7 @@ def test_a_word_of_text_without_spaces_is_a_pair_of_characters(texts: list[str],
 def test_reply_figures() -> None:
     samples = [
         Completion((1,), (2, 3), (), "lovely thing"),
-        Completion((1,), (2, 3, 4, 5), (), "lovely\ufffd", valid_utf8=False),
+        Completion((1,), (2, 3, 4, 5), (), "lovely\ufffd", finished=False, valid_utf8=False),
     ]
-    found = response_metrics(samples, [True, False])
+    found = response_metrics(samples)
     assert found == {"length": 3, "finished": 0.5, "invalid_utf8": 0.5, "distinct_2": 3 / 4, "commonest_word": 1}

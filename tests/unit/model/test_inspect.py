@@ -10,7 +10,7 @@ import torch
 import toys
 from tetrad.errors import UserError
 from tetrad.model.huggingface import read_causal
-from tetrad.model.inspect import INDEX, inspect, parameters
+from tetrad.model.inspect import INDEX, inspect, parameter_shapes
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel
 
@@ -22,7 +22,7 @@ def test_the_table_is_the_decoders(family: str, tied: bool, scalar: bool) -> Non
     config = toys.config(family, tied=tied, head_dim=16, ff=20, layers=3)
     model = ScalarModel(config) if scalar else CausalLM(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert dict(parameters(config, scalar=scalar)) == wanted
+    assert dict(parameter_shapes(config, scalar=scalar)) == wanted
 
 
 def test_facts(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_facts(tmp_path: Path) -> None:
     assert not facts.reward
     assert [path.name for path in facts.files] == sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(facts.files) > 1
-    assert facts.tensors.keys() == dict(parameters(facts.config)).keys()
+    assert facts.tensors.keys() == dict(parameter_shapes(facts.config)).keys()
 
 
 def test_a_head_may_be_new_for_a_critic_but_not_for_a_reward_model(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_old_buffers_are_passed_over(tmp_path: Path) -> None:
     tensors = read_tensors(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = model.model.inv_freq
     toys.write(folder, {"model.safetensors": tensor_chunks(tensors)})
-    assert inspect(folder).tensors.keys() == dict(parameters(model.config)).keys()
+    assert inspect(folder).tensors.keys() == dict(parameter_shapes(model.config)).keys()
 
 
 # --- two sets of weights
@@ -102,7 +102,7 @@ def old_shards(folder: Path) -> object:
 
 
 def index_of_one(folder: Path) -> object:
-    names = dict(parameters(toys.causal().config))
+    names = dict(parameter_shapes(toys.causal().config))
     return toys.write(folder, {INDEX: json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}).encode()})
 
 
