@@ -8,17 +8,34 @@ import re
 import sys
 from pathlib import Path
 
-from tetrad import errors
+from tetrad.errors import CODES, FAMILIES
 from tetrad.report.glossary import Language, markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 _PART = re.compile(r"(<!-- metrics: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _OUTPUT: dict[Path, Language] = {DOCS / "output.md": "en", DOCS / "zh" / "output.md": "zh"}
 
+_ERRORS = """\
+# Errors
+
+`error[CODE] WHERE: WHAT. Fix: HINT.` on stderr, once. Codes are stable; the words around them may get better. \
+`--debug` adds the traceback.
+"""
+
+
+def error_page() -> str:
+    """docs/errors.md: the codes by exit status, each with its meaning."""
+    text = _ERRORS
+    for exit_code, title in dict.fromkeys(FAMILIES.values()):
+        text += f"\n## Exit {exit_code}: {title}\n\n| code | meaning |\n| --- | --- |\n"
+        codes = [code for code in sorted(CODES) if FAMILIES[code.split("-")[1]][0] == exit_code]
+        text += "".join(f"| {code} | {CODES[code]} |\n" for code in codes)
+    return text
+
 
 def pages() -> dict[Path, str]:
     """Each page's text as the tables have it."""
-    written = {DOCS / "errors.md": errors.page()}
+    written = {DOCS / "errors.md": error_page()}
     for path, language in _OUTPUT.items():
         text = path.read_text(encoding="utf-8")
         written[path] = _PART.sub(lambda part: f"{part[1]}{markdown(part[2], language)}\n{part[3]}", text)  # noqa: B023

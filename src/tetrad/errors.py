@@ -1,12 +1,12 @@
 """The two ways a command ends early: a mistake that the user can fix, and a stop that the user requested.
 
 A `UserError` says what is wrong, where (`file:line`, a key, a tensor), and what to do. Its code is one of `CODES`, from
-which docs/errors.md is generated; the code's family sets the exit status. Errors are raised once, where the fault is
-known, and printed once, by the command line.
+which `scripts/pages.py` writes docs/errors.md; the code's family sets the exit status. Errors are raised once, where
+the fault is known, and printed once, by the command line.
 """
 
 EXIT_STOPPED, EXIT_LOST = 75, 8
-_FAMILIES = {
+FAMILIES = {
     "CONF": (2, "the recipe or the command line"),
     "DATA": (3, "data"),
     "CKPT": (4, "checkpoints and model folders"),
@@ -80,12 +80,6 @@ CODES = {
     "E-RUN-LOCKED": "another process works in it: the message names its pid, host and start",
 }
 """Every code and what it means. Codes are stable: one that was released is never given another meaning."""
-_PAGE = """\
-# Errors
-
-`error[CODE] WHERE: WHAT. Fix: HINT.` on stderr, once. Codes are stable; the words around them may get better. \
-`--debug` adds the traceback.
-"""
 
 
 class UserError(Exception):
@@ -102,7 +96,7 @@ class UserError(Exception):
 
     @property
     def exit_code(self) -> int:
-        return _family(self.code)[0]
+        return FAMILIES[self.code.split("-")[1]][0]
 
     def __str__(self) -> str:
         place = f" {self.where}:" if self.where else ""
@@ -115,17 +109,3 @@ class Stopped(BaseException):
 
     A signal raises it anywhere, so no `except Exception` may mistake it for an error.
     """
-
-
-def _family(code: str) -> tuple[int, str]:
-    return _FAMILIES[code.split("-")[1]]
-
-
-def page() -> str:
-    """docs/errors.md: the codes by exit status, each with its meaning. `python scripts/pages.py` writes it."""
-    text = _PAGE
-    for exit_code, title in dict.fromkeys(_FAMILIES.values()):
-        text += f"\n## Exit {exit_code}: {title}\n\n| code | meaning |\n| --- | --- |\n"
-        rows = [f"| {code} | {CODES[code]} |\n" for code in sorted(CODES) if _family(code)[0] == exit_code]
-        text += "".join(rows)
-    return text

@@ -30,19 +30,15 @@ class Stop:
 
     until: what the stop waits for; if empty, the first signal ends the work with `end()`. lost: what a second Ctrl-C,
     an immediate KeyboardInterrupt, loses. message: set while a step runs, which is abandoned after `grace` seconds, if
-    that is set. wanted: a signal arrived. agree: True on all ranks if it is on one.
+    that is set. wanted: a signal arrived.
     """
 
     def __init__(self, say: Callable[[str], None], doing: Callable[[], str], end: Callable[[], BaseException]) -> None:
         """say: prints a line, from any thread. doing: what is running, for the answer if nothing is waited for."""
         self.say, self.doing, self.end = say, doing, end
         self.wanted, self.message, self.until, self.lost = False, "", "", ""
-        self.agree: Callable[[bool], bool] = bool
         self.grace: float | None = None
         self._interrupted = math.inf
-
-    def agreed(self) -> bool:
-        return self.agree(self.wanted)
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

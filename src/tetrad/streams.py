@@ -35,11 +35,6 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
     return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)), error.end
 
 
-class _Nowhere(io.TextIOBase):
-    def write(self, text: str) -> int:
-        return len(text)
-
-
 class _Guarded:
     """An output that may fail. outlives: what is written afterwards is lost silently."""
 
@@ -59,7 +54,7 @@ class _Guarded:
             self._gone = True
             for name in ("stdout", "stderr"):
                 if getattr(sys, name) is self._stream:  # its buffered text would fail again at exit
-                    setattr(sys, name, _Nowhere())
+                    setattr(sys, name, io.StringIO())
             if not self._outlives:
                 if isinstance(error, BrokenPipeError):
                     raise

@@ -38,7 +38,9 @@ def shared_models(s: Ppo) -> Models:
     actor = toys.causal(seed=1, vocab_size=VOCAB)
     critic = _shared(actor, 4)
     both = ActorCritic(actor, critic)
-    optimizer = Optimizer(both, s.actor_lr, replace(Optim(), weight_decay=0.1), quick={"critic.score": s.critic_lr})
+    optimizer = Optimizer(
+        both, s.actor_lr, replace(Optim(), weight_decay=0.1), lr_overrides={"critic.score": s.critic_lr}
+    )
     reward = RewardSources({"reward": RewardSource(trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256))})
     return Models(
         actor,

@@ -56,7 +56,7 @@ def trained(records: list[Comparison], planted: Planted, annotators: bool) -> La
     """One epoch from one start."""
     numbers = numbers_of(records) if annotators else {}
     latent = Latent(toys.scalar(seed=1), False, Annotators(records, numbers) if annotators else None)
-    optimizer = Optimizer(latent, 3e-3, Optim(), quick={"annotators.": LR})
+    optimizer = Optimizer(latent, 3e-3, Optim(), lr_overrides={"annotators.": LR})
     terms = preference_terms(Reward())
     steps = len(records) // BATCH
     for step in range(steps):
@@ -138,7 +138,7 @@ def test_each_ones_scale_of_scores_is_learned() -> None:
         records.append(Score(PROMPT, "x", value, name))
     numbers = numbers_of(records)
     latent = Latent(toys.scalar(seed=1), False, Annotators(records, numbers))
-    optimizer = Optimizer(latent, 3e-3, Optim(), quick={"annotators.": LR})
+    optimizer = Optimizer(latent, 3e-3, Optim(), lr_overrides={"annotators.": LR})
     for step in range(75):
         rows = slice(step * 40, step * 40 + 40)
         micros = preference_micros(records[rows], documents[rows], 4096, 0.0, 1.0, toys.CPU, numbers)

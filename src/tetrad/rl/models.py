@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tetrad.distributed.device import Device, choose
+from tetrad.inference.model_folder import refuse_other_tokenizer
 from tetrad.model.huggingface import read_scalar
 from tetrad.model.lora import merged, on_base
 from tetrad.model.safetensors_io import tensor_chunks
@@ -32,7 +33,7 @@ from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.prepare import first_parent
 from tetrad.training.run_folder import StageRun
-from tetrad.training.stage import Weights, finish, read_policy, recorded_metrics, require_tokenizer, template_for
+from tetrad.training.stage import Weights, finish, read_policy, recorded_metrics, template_for
 
 
 class ActorCritic(nn.Module):
@@ -131,14 +132,14 @@ def load_models(ctx: StageContext) -> Models:
         critic = _critic(ctx, folder, tokenizer).to(place)
     optim = replace(ctx.recipe.optim, eps=s.adam_eps)
     actor_critic = ActorCritic(actor, critic) if s.critic == "shared" else None
-    quick = {"critic.score": s.critic_lr} if actor_critic else {}
+    lr_overrides = {"critic.score": s.critic_lr} if actor_critic else {}
     used = model_pays(s.rewards)
     return Models(
         actor,
         critic,
         reference,
         reward_sources(ctx, tokenizer, device, reward),
-        Optimizer(actor_critic or actor, s.actor_lr, optim, quick=quick),
+        Optimizer(actor_critic or actor, s.actor_lr, optim, lr_overrides=lr_overrides),
         None if actor_critic else Optimizer(critic, s.critic_lr, optim),
         tokenizer,
         device,
@@ -152,7 +153,7 @@ def load_models(ctx: StageContext) -> Models:
 def _critic(ctx: StageContext, folder: Path, tokenizer: Tokenizer) -> ScalarModel:
     """A separate model."""
     place = ctx.parents["reward"] if ctx.recipe.ppo.critic == "reward" else folder
-    require_tokenizer(place, tokenizer)
+    refuse_other_tokenizer(place, Tokenizer.load(place), tokenizer)
     return read_scalar(place, seed_for(ctx.recipe.seed, "critic"))
 
 

@@ -193,8 +193,8 @@ class RewardTrainer:
         latent = Latent(model, both, annotators).to(self.device.torch_device)
         model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
         muon_lr = s.muon_lr if s.optimizer == "muon" else 0.0
-        quick = {"annotators.": ANNOTATORS_LR}
-        return Member(latent, Optimizer(latent, s.lr, self.optim, muon_lr=muon_lr, quick=quick), seed)
+        lr_overrides = {"annotators.": ANNOTATORS_LR}
+        return Member(latent, Optimizer(latent, s.lr, self.optim, muon_lr=muon_lr, lr_overrides=lr_overrides), seed)
 
     def learn(self, member: Member, step: int) -> StepStats:
         """One optimizer step of one member."""

@@ -15,7 +15,6 @@ from torch.optim.adamw import adamw
 from tetrad.errors import UserError
 from tetrad.settings.common import Optim
 
-_NONE: Mapping[str, float] = MappingProxyType({})
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: five steps bring singular values near 1
 
 
@@ -42,15 +41,19 @@ class Group:
     weight_decay: float
 
 
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), by torch's fused kernel. torch.optim.AdamW is the
-    same, but loads all of torch.compile to do it: two seconds at every start."""
-
-    slots = 2  # state values per weight
+class _Algorithm:
+    """The state of each parameter that it has stepped, by name."""
 
     def __init__(self, groups: Sequence[Group], settings: Optim) -> None:
         self.groups, self.settings = groups, settings
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+
+class AdamW(_Algorithm):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), by torch's fused kernel. torch.optim.AdamW is the
+    same, but loads all of torch.compile to do it: two seconds at every start."""
+
+    slots = 2  # state values per weight
 
     def step(self) -> None:
         for group in self.groups:
@@ -84,15 +87,11 @@ class AdamW:
         return self.state[parameter]
 
 
-class Muon:
+class Muon(_Algorithm):
     """Momentum, orthogonalised (Jordan et al. 2024). Matrices of one shape are handled as one stack: on a CPU that is
     several times faster than one by one in 16 bit, as torch.optim.Muon does."""
 
     slots = 1
-
-    def __init__(self, groups: Sequence[Group], settings: Optim) -> None:
-        self.groups, self.momentum = groups, settings.muon_momentum
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -107,8 +106,8 @@ class Muon:
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         states = [self.state.setdefault(p, {}) for p in parameters]
         buffers = [s.setdefault("momentum", torch.zeros_like(p)) for s, p in zip(states, parameters, strict=True)]
-        torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        ahead = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov
+        torch._foreach_lerp_(buffers, grads, 1 - self.settings.muon_momentum)
+        ahead = torch._foreach_lerp(grads, buffers, self.settings.muon_momentum)  # Nesterov
         rows, columns = parameters[0].shape
         scale = -group.lr * max(1.0, rows / columns) ** 0.5
         torch._foreach_mul_(parameters, 1 - group.lr * group.weight_decay)
@@ -119,12 +118,18 @@ class Optimizer:
     """AdamW (Loshchilov and Hutter 2019), with Muon for the matrices of the blocks where `muon_lr` is given."""
 
     def __init__(
-        self, model: nn.Module, lr: float, settings: Optim, *, muon_lr: float = 0.0, quick: Mapping[str, float] = _NONE
+        self,
+        model: nn.Module,
+        lr: float,
+        settings: Optim,
+        *,
+        muon_lr: float = 0.0,
+        lr_overrides: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """quick: separate peak learning rates for parameters whose name begins so."""
+        """lr_overrides: separate peak learning rates for parameters whose name begins so."""
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {n for n, p in self.names.items() if muon_lr and p.dim() == 2 and ".layers." in n}
-        own = {n: rate for n in self.names for start, rate in quick.items() if n.startswith(start)}
+        own = {n: rate for n in self.names for start, rate in lr_overrides.items() if n.startswith(start)}
         matrices = [p for n, p in self.names.items() if n not in hidden and n not in own and p.dim() > 1]
         vectors = [p for n, p in self.names.items() if p.dim() < 2 and n not in own]
         groups = [Group(matrices, lr, settings.weight_decay), Group(vectors, lr, 0.0)]

@@ -89,7 +89,6 @@ class StageRun:
         self._main, self._logs = collectives.is_main(), dict[str, LineLog]()
         self._stop = Stop(warn, lambda: f"what follows step {self.step}", self._stopped_after)
         self._stop.until, self._stop.grace = "before the next step", grace
-        self._stop.agree = collectives.any_rank
         self._saved_step, self._ends_early = 0, False
         self._timing: dict[str, Json] = {}
         if save_every > total_steps:
@@ -268,7 +267,7 @@ class StageRun:
         Raises Stopped; UserError E-IO-SPACE before the first step if the checkpoints won't fit; E-NUM-NONFINITE.
         """
         self._check_space()
-        if self._stop.agreed():
+        if collectives.any_rank(self._stop.wanted):
             raise Stopped(f"stopped before step {self.step} of {self.total_steps}; the same command goes on from there")
         while self.step < self.total_steps and not self._ends_early:
             self._expect_stop()
@@ -279,7 +278,7 @@ class StageRun:
             self.step += 1
             if self.step % _GIVE_BACK_EVERY == 0:
                 release_memory()
-            stop, last = self._stop.agreed(), self._ends_early or self.step == self.total_steps
+            stop, last = collectives.any_rank(self._stop.wanted), self._ends_early or self.step == self.total_steps
             if stop or self.step % self._every == 0 or (last and self._every <= self.total_steps):
                 self._save()
             self._log_timing()

@@ -14,7 +14,6 @@ from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
-from tetrad.inference.model_folder import refuse_other_tokenizer
 from tetrad.model.config import DecoderConfig
 from tetrad.model.huggingface import model_files, read_causal
 from tetrad.model.safetensors_io import file_bytes
@@ -168,11 +167,6 @@ def read_policy(folder: Path, tokenizer: Tokenizer, template: Template) -> Causa
 def _ending_at(config: DecoderConfig, end: int) -> DecoderConfig:
     """With this end token before the others."""
     return replace(config, eos_ids=(end, *(i for i in config.eos_ids if i != end)))
-
-
-def require_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """The folder's model reads the ids that the policy sampled. Errors: E-MODEL-TOKENIZER."""
-    refuse_other_tokenizer(folder, Tokenizer.load(folder), tokenizer)
 
 
 def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Prepared:
