@@ -34,10 +34,7 @@ from typing import Any
 HERE = Path(__file__).resolve()
 SRC = str(HERE.parents[1] / "src")
 READ_AT_START = re.compile(r"PYTHON(?!PATH$)|LC_|LANG|LD_|GLIBC_|MALLOC_|OMP_|MKL_|GOMP_|KMP_|OPENBLAS_|TORCH_|ATEN_")
-LIGHT = (
-    "cli.main console datacheck.check inference.model_folder pipeline.ahead pipeline.preflight pipeline.recipe "
-    "pipeline.runner settings.use training.checkpoint training.prepare"
-)
+LIGHT = "cli.main console datacheck.check inference.model_folder pipeline.recipe pipeline.runner settings.use"
 HEAVY = "cli.batch cli.chat distributed.launch eval.compare train.pretrain train.ppo train.reward train.sft"
 
 
