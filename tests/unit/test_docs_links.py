@@ -63,6 +63,17 @@ def unknown(text: str) -> list[str]:
     return wrong
 
 
+def gone(text: str) -> list[str]:
+    """Modules that are named with their folder, `training/step` or `src/tetrad/training/step.py`, and are not there."""
+    source = ROOT / "src/tetrad"
+    named = re.findall(r"(?<![\w/])(?:src/tetrad/)?([a-z]+)/([a-z_]+)(?:\.py)?\b(?![/.])", text)
+    return [
+        f"{folder}/{name}"
+        for folder, name in named
+        if (source / folder).is_dir() and not (source / folder / f"{name}.py").is_file()
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page(page: Path) -> None:
     assert not broken(page)
@@ -79,6 +90,15 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
         "ppo.stepz = 1",
         "smoothing = 0.1",
         "--ppo.actor 1",
+    ]
+
+
+def test_modules_that_are_named_exist() -> None:
+    for page in PAGES[:4]:
+        assert not gone(page.read_text(encoding="utf-8")), page
+    assert gone("`training/step` `src/tetrad/rl/rollout.py` `rl/nothing`, runs/x/ppo/model, `train/none.py`") == [
+        "rl/nothing",
+        "train/none",
     ]
 
 
