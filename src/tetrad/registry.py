@@ -120,7 +120,7 @@ class Recipe:
         version=2,
         tables=("sft", "lora", "optim", "run"),
         parents=(_BASE,),
-        prepare="tetrad.training.prepare:check_sft",
+        prepare="tetrad.training.prepare:conversations",
         parts=lambda _: ("model", "optimizer"),
     )
     reward: Reward = stage(

@@ -195,6 +195,7 @@ def preference(fields: Fields, where: str, counts: Counts, scale: Sequence[float
         record = _score(fields, name, where, scale)
     else:
         record = _comparison(fields, form[0][0], name, where)
+        counts.tied += len(set(record.ranks)) < 2
     inner = (*_TURN, "text", "votes" if isinstance(record, Comparison) and record.votes else "rank")
     _seen(counts, _FORMS[form[0][0]], fields, (*_prompt_fields(fields), *form[0], *form[1]), where, inner)
     return record

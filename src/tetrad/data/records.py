@@ -2,9 +2,13 @@
 what overlaps. A row's possible fields are defined in record_formats.py."""
 
 import hashlib
+import re
+import unicodedata
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,13 +17,14 @@ from tetrad.data.fields import Fields, fold
 from tetrad.data.rows import paragraphs, rows
 from tetrad.data.source import Counts, DataFiles, Span, kind, refuse_none_learned, sources
 from tetrad.errors import UserError
-from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
+from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn, lines
 
 Paths = DataFiles | Iterable[str | Path]
 Record = Document | Conversation | Prompt | Comparison | Score
 Refuse = Callable[[UserError, str], None]
 """Called for each bad row, with the row's text; reading continues. Without it the first bad row's error is raised."""
 R = TypeVar("R", bound=Record)
+_NO_LETTER = re.compile(r"[\W_]+")
 
 
 # --- reading ---
@@ -27,53 +32,19 @@ R = TypeVar("R", bound=Record)
 
 def read_documents(paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None) -> Iterator[Document]:
     """Paragraphs of txt files and `text` of records, blank texts refused. Errors: E-DATA-*."""
-    counts = counts or Counts()
-    given = paths if isinstance(paths, DataFiles) else sources(paths)
-    for path in given.paths:
-        yield from documents_of(path, given, counts, refuse)
-
-
-def documents_of(
-    part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None
-) -> Iterator[Document]:
-    """The documents of one file, or of a part of one."""
-    path = part.path if isinstance(part, Span) else part
-    if kind(path) != ".txt":
-        yield from _records(part, record_formats.document, given, counts, refuse)
-        return
-    for where, text in paragraphs(part, counts):
-        counts.kept += 1
-        counts.forms["paragraphs"] += 1
-        yield Document(text, where)
+    return _each(documents_of, paths, counts, refuse)
 
 
 def read_conversations(
     paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None
 ) -> Iterator[Conversation]:
     """SFT records; the last turn is the assistant's. Errors: E-DATA-*."""
-    counts = counts or Counts()
-    given = paths if isinstance(paths, DataFiles) else sources(paths)
-    for path in given.paths:
-        yield from conversations_of(path, given, counts, refuse)
-
-
-def conversations_of(
-    part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None
-) -> Iterator[Conversation]:
-    """The conversations of one file, or of a part of one."""
-    return _records(part, record_formats.conversation, given, counts, refuse)
+    return _each(conversations_of, paths, counts, refuse)
 
 
 def read_prompts(paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None) -> list[Prompt]:
     """The prompts of any record file; answers, ranks and scores are ignored. Errors: E-DATA-*."""
-    counts = counts or Counts()
-    given = paths if isinstance(paths, DataFiles) else sources(paths)
-    return [p for path in given.paths for p in prompts_of(path, given, counts, refuse)]
-
-
-def prompts_of(part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None) -> Iterator[Prompt]:
-    """The prompts of one file, or of a part of one."""
-    return _records(part, record_formats.asked, given, counts, refuse)
+    return list(_each(prompts_of, paths, counts, refuse))
 
 
 def read_preferences(
@@ -84,24 +55,55 @@ def read_preferences(
     score_scale: the lowest and highest possible score; required as soon as a record has a score.
     Errors: E-DATA-SCALE (no scale; reports the range seen), E-DATA-NUMBER (outside it), E-DATA-RANK, other E-DATA-*.
     """
-    counts = counts or Counts()
-    given = paths if isinstance(paths, DataFiles) else sources(paths)
-    records = [r for path in given.paths for r in preferences_of(path, given, counts, refuse, score_scale)]
+    records = list(_each(partial(preferences_of, score_scale=score_scale), paths, counts, refuse))
     refuse_no_scale(records, score_scale)
     return records
+
+
+def _each(read: Callable[..., Iterator[R]], paths: Paths, counts: Counts | None, refuse: Refuse | None) -> Iterator[R]:
+    counts = counts or Counts()
+    given = paths if isinstance(paths, DataFiles) else sources(paths)
+    return (record for path in given.paths for record in read(path, given, counts, refuse))
+
+
+def reader(what: str, score_scale: Sequence[float] = ()) -> Callable[..., Iterator[Record]]:
+    """The function below that reads one file, or a part of one, as this kind of record."""
+    readers: dict[str, Callable[..., Iterator[Record]]] = {
+        "documents": documents_of,
+        "conversations": conversations_of,
+        "prompts": prompts_of,
+        "preferences": partial(preferences_of, score_scale=score_scale),
+    }
+    return readers[what]
+
+
+def documents_of(
+    part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None
+) -> Iterator[Document]:
+    path = part.path if isinstance(part, Span) else part
+    if kind(path) != ".txt":
+        yield from _records(part, record_formats.document, given, counts, refuse)
+        return
+    for where, text in paragraphs(part, counts):
+        counts.kept += 1
+        counts.forms["paragraphs"] += 1
+        yield Document(text, where)
+
+
+def conversations_of(
+    part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None
+) -> Iterator[Conversation]:
+    return _records(part, record_formats.conversation, given, counts, refuse)
+
+
+def prompts_of(part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None) -> Iterator[Prompt]:
+    return _records(part, record_formats.asked, given, counts, refuse)
 
 
 def preferences_of(
     part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None, score_scale: Sequence[float] = ()
 ) -> Iterator[Comparison | Score]:
-    """The comparisons and scores of one file, or of a part of one."""
-
-    def make(fields: Fields, where: str, counts: Counts) -> Comparison | Score:
-        record = record_formats.preference(fields, where, counts, score_scale)
-        counts.tied += isinstance(record, Comparison) and len(set(record.ranks)) < 2
-        return record
-
-    return _records(part, make, given, counts, refuse)
+    return _records(part, partial(record_formats.preference, scale=score_scale), given, counts, refuse)
 
 
 def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> None:
@@ -141,26 +143,72 @@ def _records(
 # --- contents of records ---
 
 
+def parts(record: Record) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """The turns of a record's prompt, and its answers."""
+    match record:
+        case Document():
+            return (), ()
+        case Prompt():
+            return record.turns, ()
+        case Conversation():
+            return record.turns[:-1], (record.turns[-1].text,)
+        case Comparison():
+            return record.prompt.turns, record.answers
+    return record.prompt.turns, (record.answer,)
+
+
 def answers(record: Comparison | Score) -> list[Conversation]:
     """Each answer of a record as a conversation of its prompt, in the record's order."""
-    texts = record.answers if isinstance(record, Comparison) else (record.answer,)
-    return [Conversation((*record.prompt.turns, Turn("assistant", answer)), record.where) for answer in texts]
+    turns, texts = parts(record)
+    return [Conversation((*turns, Turn("assistant", text)), record.where) for text in texts]
 
 
-def content_key(record: Record) -> bytes:
-    """8 bytes of a hash of the record's content, wherever it appears."""
-    content = [getattr(record, name) for name in record.__dataclass_fields__ if name not in ("where", "prompt")]
-    prompt = getattr(record, "prompt", None)
-    return hashlib.sha256(repr((type(record).__name__, prompt and prompt.turns, content)).encode()).digest()[:8]
+def asked(record: Record) -> str:
+    """The prompt as one text; Instruction and Input joined. Empty for a document."""
+    return lines(parts(record)[0])
+
+
+def squeezed(text: str) -> str:
+    """Only letters and digits, in NFKC and case-folded: it stays the same when an Input moves into the
+    Instruction ("Translate: hello" and "Translate", "hello"); a text without any letter stays as it is."""
+    return _NO_LETTER.sub("", unicodedata.normalize("NFKC", text).casefold()) or text
+
+
+# --- what is the same record ---
+
+
+def text_key(text: str) -> int:
+    """A 64-bit hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def content_key(record: Record) -> int:
+    """A 64-bit hash of what makes two records the same, wherever they appear: the prompt squeezed, the answers verbatim
+    in the order of preference, the score and the annotator."""
+    if isinstance(record, Document):
+        return text_key(record.text)
+    texts = list(parts(record)[1])
+    content: tuple[Any, ...] = (squeezed(asked(record)), texts)
+    if isinstance(record, Comparison):
+        order = sorted(range(len(texts)), key=lambda i: (record.ranks[i], texts[i]))
+        ranks = np.unique([record.ranks[i] for i in order], return_inverse=True)[1].tolist()
+        content = (content[0], [texts[i] for i in order], ranks, record.annotator)
+    elif isinstance(record, Score):
+        content = (*content, record.score, record.annotator)
+    return text_key(repr(content))
+
+
+def shared(keys: Sequence[int], others: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which of these records, given by their keys, are among the others."""
+    return np.isin(np.asarray(keys, np.uint64), np.asarray(others, np.uint64))
 
 
 def refuse_overlap(train: Iterable[Record], validation: Iterable[Record]) -> None:
     """Errors: E-DATA-OVERLAP where a validation record is also trained on. Memory: 8 bytes per training record."""
-    held = [(int.from_bytes(content_key(record), "little"), record.where) for record in validation]
+    held = [(content_key(record), record.where) for record in validation]
     if not held:
         return
-    seen = np.fromiter((int.from_bytes(content_key(record), "little") for record in train), np.uint64)
-    leaked = np.isin(np.array([key for key, _ in held], np.uint64), seen)
+    leaked = shared([key for key, _ in held], array("Q", map(content_key, train)))
     if leaked.any():
         what = f"{int(leaked.sum())} of {len(held)} held-out records are also trained on"
         where = held[int(leaked.argmax())][1]

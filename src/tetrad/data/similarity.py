@@ -6,10 +6,11 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 PLACES = 1024
 MOST = 20_000  # texts that are compared
@@ -26,7 +27,8 @@ def features(text: str) -> list[int]:
 
 
 class Texts:
-    """Texts as rows of unit length, [n, PLACES] float32; equal texts are computed once."""
+    """Texts as rows of unit length, [n, PLACES] float32, whose dot products are the similarities of the texts; equal
+    texts are computed once."""
 
     def __init__(self, texts: Sequence[str], weights: Rows | None = None) -> None:
         different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -43,16 +45,11 @@ class Texts:
         self.rows: Rows = rows[[different[text] for text in texts]]
 
 
-def embed(texts: Sequence[str]) -> Rows:
-    """Rows of unit length whose dot products are the similarities of the texts."""
-    return Texts(texts).rows
-
-
-def spread(texts: Sequence[str], most: int) -> list[str]:
-    """At most `most` of the texts, evenly spaced from first to last."""
-    if len(texts) <= most:
-        return list(texts)
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, most).astype(int)]
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the items, evenly spaced from first to last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).astype(int)]
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,9 @@ class DataFiles:
     weights: tuple[float, ...] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
 
-    def only(self, number: int) -> Self:
-        """The same with only one of its files."""
-        return type(self)(self.paths[number : number + 1], rename=self.rename)
+    def only(self, *paths: Path) -> Self:
+        """The same with only these files, an epoch reading each once."""
+        return type(self)(paths, rename=self.rename)
 
     def mixture(self, where: Iterable[str]) -> tuple[tuple[int, float], ...]:
         """(records, weight) of each run of records that share a weight. where: the locations of the records, in order.

@@ -201,11 +201,11 @@ def build(
 def _jobs(folder: Path, encoding: Encoding, given: DataFiles, sha256: Sequence[str]) -> list[_Job]:
     key = encoding.key(given)
     jobs = []
-    for number, (path, digest) in enumerate(zip(given.paths, sha256, strict=True)):
+    for path, digest in zip(given.paths, sha256, strict=True):
         for span in spans(path, max(PART_BYTES, path.stat().st_size // MOST_PARTS)):
             part_key = json.dumps([key, digest, str(path), span.start, span.stop])
             name = hashlib.sha256(part_key.encode()).hexdigest()[:24]
-            jobs.append(_Job(folder / name, span, given.only(number)))
+            jobs.append(_Job(folder / name, span, given.only(path)))
     return jobs
 
 

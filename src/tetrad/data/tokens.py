@@ -1,8 +1,8 @@
 """Tokenizes records in chunks on all cores, with the same ids as one by one; and handles those that are too long."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from tetrad.types import Conversation, Document, Prompt, Tokens
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 1 << 20
 OnLong = Literal["refuse", "truncate", "drop"]
+T = TypeVar("T")
 Cut = tuple[list[Piece], str]  # a record's pieces and its location
 
 
@@ -81,17 +82,21 @@ def learned(stream: Iterable[Tokens], counts: Counts) -> Iterator[Tokens]:
 def refuse_long(counts: Counts, max_tokens: int, overlong: OnLong) -> None:
     """Errors: E-DATA-LONG where records that are too long are refused, or nothing is left without them."""
     if counts.long and (overlong == "refuse" or counts.dropped == counts.kept):
-        seen = f"{counts.long} of {counts.kept} records are too long"
-        what = f"{seen}: the longest has {counts.longest} tokens, the limit is {max_tokens}"
-        hint = (
-            'raise max_tokens, or set overlong = "truncate" or "drop"' if overlong == "refuse" else "raise max_tokens"
-        )
-        raise UserError("E-DATA-LONG", what, where=counts.first_long, hint=hint)
+        numbers = (counts.long, counts.kept, counts.longest, max_tokens)
+        raise too_long(*numbers, counts.first_long, refused=overlong == "refuse")
+
+
+def too_long(long: int, of: int, longest: int, limit: int, where: str, *, refused: bool = True) -> UserError:
+    """The error for `long` of so many records, with the longest one's tokens. limit: 0 where it differs by setting."""
+    what = f"{long} of {of} records are too long: the longest has {longest} tokens"
+    what += f", the limit is {limit}" if limit else ""
+    hint = "raise max_tokens" + (', or set overlong = "truncate" or "drop"' if refused else "")
+    return UserError("E-DATA-LONG", what, where=where, hint=hint)
 
 
 def _encode(tokenizer: Tokenizer, stream: Iterable[Cut], counts: Counts | None) -> Iterator[Tokens]:
     """Each record's tokens; the texts of many records are encoded at once."""
-    for chunk in _chunks(stream):
+    for chunk in chunked(stream, CHUNK_RECORDS, _characters, CHUNK_CHARACTERS):
         texts = [piece for pieces, _ in chunk for piece, _ in pieces if isinstance(piece, str)]
         if counts:
             counts.control_strings += tokenizer.control_strings(texts)
@@ -107,14 +112,21 @@ def _encode(tokenizer: Tokenizer, stream: Iterable[Cut], counts: Counts | None) 
             start = end
 
 
-def _chunks(stream: Iterable[Cut]) -> Iterator[list[Cut]]:
-    chunk: list[Cut] = []
-    characters = 0
-    for cut in stream:
-        chunk.append(cut)
-        characters += sum([len(piece) for piece, _ in cut[0] if isinstance(piece, str)])
-        if len(chunk) >= CHUNK_RECORDS or characters >= CHUNK_CHARACTERS:
+def _characters(cut: Cut) -> int:
+    return sum([len(piece) for piece, _ in cut[0] if isinstance(piece, str)])
+
+
+def chunked(
+    items: Iterable[T], most: int, size: Callable[[T], int] = lambda _: 0, most_size: int = 1
+) -> Iterator[list[T]]:
+    """The items in lists; one is full with its item number `most`, or once their sizes add up to `most_size`."""
+    chunk: list[T] = []
+    total = 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if len(chunk) >= most or total >= most_size:
             yield chunk
-            chunk, characters = [], 0
+            chunk, total = [], 0
     if chunk:
         yield chunk

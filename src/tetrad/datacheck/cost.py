@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -155,28 +154,28 @@ def section(
     recipe: Recipe, config: DecoderConfig, readings: Mapping[str, Reading], *, guessed: bool = False
 ) -> Section:
     """One row per stage: models, memory, work and time on this machine's CPU. guessed: tokens are estimated."""
-    costs = stages(recipe, readings)
+    section, costs = Section("cost", "What it will need"), stages(recipe, readings)
     if not costs:
-        return Section("cost", "What it will need")
-    n, rate = parameter_count(config), speed()
-    rows, figures = [], dict[str, Any]()
-    findings, there = list[Finding](), machine_memory()
+        return section
+    n, rate, there = parameter_count(config), speed(), machine_memory()
+    rows = []
     for stage in costs:
         needed = memory(stage, config, recipe)
         if needed > there and recipe.run.device != "cuda":
             text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU, and this machine has"
-            findings.append(Finding("warning", "memory", f"{text} {there / 2**30:.1f} GiB"))
+            section.findings.append(Finding("warning", "memory", f"{text} {there / 2**30:.1f} GiB"))
         work = 6 * n * stage.tokens + 2 * n * stage.read
         seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
-        figures[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}
+        section.figures[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}
         models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{needed / 2**30:.1f} GiB"
         models += f", {math.ceil(stage.adapters)} adapters" if stage.adapters else ""
         rows.append((stage.name, models, f"{stage.tokens / 1e6:.2f} M", room, duration(seconds)))
-    figures["parameters"] = n
+    section.figures["parameters"] = n
     columns = ("stage", "models trained + frozen", "tokens learned from", "memory", "time on this CPU")
     title = f"{n / 1e6:.1f} million parameters, {rate / 1e9:.0f} GFLOP/s here, within a factor of two"
     title += "; tokens guessed from characters" if guessed else ""
-    return Section("cost", "What it will need", figures, (Table(title, columns, tuple(rows)),), (), tuple(findings))
+    section.tables.append(Table(title, columns, rows))
+    return section
 
 
 def machine_memory() -> int:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import rensa
 
-from tetrad.datacheck.reading import Reading, near_text
+from tetrad.data.records import shared
+from tetrad.datacheck.reading import HELD_OUT, Reading, near_text
 from tetrad.report.sections import Finding, Section, Table, share
 
 SIMILAR = 0.7
@@ -30,7 +31,6 @@ PAIRS = (
     ("reward.validation", "reward.test"),
     ("ppo.prompts", "evaluate.prompts"),
 )
-REFUSED = PAIRS[1:4]  # where training stops at a record that appears on both sides
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sections(readings: Sequence[Reading]) -> list[Section]:
 
 
 def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
-    rows, findings, figures = [], [], {}
+    section, rows = Section("duplicates", "Duplicates"), []
     for reading in readings:
         n = len(reading.keys)
         if not n:
@@ -95,41 +95,45 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
         where = reading.place(int(first[counts.argmax()])) if exact else ""
         most = f"{where} occurs {counts.max()} times" if exact else ""
         rows.append((reading.setting, n, exact, share(exact, n), near, share(near, n), most))
-        figures[reading.setting] = {"records": n, "exact": exact, "near": near, "compared_nearly": len(like)}
+        stats = {"records": n, "exact": exact, "near": near, "compared_nearly": len(like)}
+        section.figures[reading.setting] = stats
         if exact + near > 0.005 * n:
             text = f"{reading.setting}: {exact} of {n} records are copies of an earlier one, {near} more nearly so"
             much = exact + (near if reading.kind != "prompts" else 0)  # questions are often generated from one pattern
             level = "warning" if much > 0.02 * n else "note"
             path = where.rpartition(":")[0]
             awk = f"keep the first of equal lines: awk '!seen[$0]++' {shlex.quote(path)} > NEW.jsonl"
-            findings.append(Finding(level, "duplicates", text, where, awk if path.endswith(".jsonl") else ""))
+            fix = awk if path.endswith(".jsonl") else ""
+            section.findings.append(Finding(level, "duplicates", text, where, fix))
     columns = ("setting", "records", "exact", "", "near", "", "most often")
-    return Section("duplicates", "Duplicates", figures, (Table("", columns, tuple(rows)),), (), tuple(findings))
+    section.tables.append(Table("", columns, rows))
+    return section
 
 
 def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
-    rows, findings, figures = [], [], {}
-    by_name = {reading.setting: reading for reading in readings}
+    section, rows = Section("leakage", "Validation and test records that are trained on"), []
+    by_name = {reading.setting: reading for reading in readings if len(reading.keys)}
     for names in PAIRS:
         train, held = map(by_name.get, names)
-        if not train or not held or not len(held.keys) or not len(train.keys):
+        if not train or not held:
             continue
-        same = np.isin(np.frombuffer(held.keys, np.uint64), np.frombuffer(train.keys, np.uint64))
+        same = shared(held.keys, train.keys)
         split = signed[names[0]].records
         like = signed[names[0]].followed_by(signed[names[1]]).first()[split:] < split
         near = int((like & ~same[: len(like)]).sum())
-        shared = np.isin(np.frombuffer(held.prompt_keys, np.uint64), np.frombuffer(train.prompt_keys, np.uint64))
         exact, n = int(same.sum()), len(held.keys)
-        prompts = int(shared.sum()) if train.kind != "documents" else 0
+        prompts = int(shared(held.prompt_keys, train.prompt_keys).sum()) if train.kind != "documents" else 0
         rows.append((names[1], names[0], n, exact, near, share(exact + near, n), prompts))
-        figures[f"{names[1]} in {names[0]}"] = {"records": n, "exact": exact, "near": near, "prompts": prompts}
+        stats = {"records": n, "exact": exact, "near": near, "prompts": prompts}
+        section.figures[f"{names[1]} in {names[0]}"] = stats
         if exact + near:
             same[: len(like)] |= like
             text = f"{exact} of {n} records of {names[1]} are in {names[0]} too, and {near} more nearly so"
             if not exact:
                 text = f"{near} of {n} records of {names[1]} are nearly the same as one of {names[0]}"
-            level = "error" if exact and names in REFUSED else "warning" if exact + near > 0.005 * n else "note"
-            findings.append(Finding(level, "leakage", text, held.place(int(same.argmax()))))
+            refused = exact and names[1] in HELD_OUT.get(names[0], ())
+            level = "error" if refused else "warning" if exact + near > 0.005 * n else "note"
+            section.findings.append(Finding(level, "leakage", text, held.place(int(same.argmax()))))
     columns = ("held out", "trained on", "records", "exact", "near", "leaked", "same prompt")
-    table = Table("", columns, tuple(rows))
-    return Section("leakage", "Validation and test records that are trained on", figures, (table,), (), tuple(findings))
+    section.tables.append(Table("", columns, rows))
+    return section

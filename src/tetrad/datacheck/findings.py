@@ -4,7 +4,6 @@ Pure functions of what was read and of the recipe; nothing is read here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -21,23 +20,23 @@ MOST_LONGER = 0.2  # of the training answers that do not fit into max_new_tokens
 
 def section(recipe: Recipe, readings: Mapping[str, Reading], *, guessed: bool) -> Section:
     """Prompts against answers, epochs, judges and validation. guessed: tokens are estimated from characters."""
-    figures, rows = dict[str, Any](), []
+    section, rows = Section("recipe", "Tokens of prompts and answers"), []
     for reading in readings.values():
         if reading.prompt_lengths:
             sides = [_quantiles(lengths) for lengths in (reading.prompt_lengths, reading.answer_lengths)]
             learned = reading.trained / max(reading.tokens, 1)
-            figures[reading.setting] = {"prompt": sides[0], "answer": sides[1], "learned": learned}
+            section.figures[reading.setting] = {"prompt": sides[0], "answer": sides[1], "learned": learned}
             cells = [cell for side in sides for cell in (side.values() or [""] * 3)]
             rows.append((reading.setting, *cells, share(reading.trained, reading.tokens)))
     columns = ("setting", "prompt: median", "95 %", "longest", "answer: median", "95 %", "longest", "in answers")
-    tables = [Table("guessed from characters" if guessed else "", columns, tuple(rows))]
+    section.tables.append(Table("guessed from characters" if guessed else "", columns, rows))
     if (text := readings.get("pretrain.text")) and text.tokens:
         epochs = (recipe.pretrain.tokens or text.tokens) / text.tokens
-        figures["pretrain.text"] = {"tokens": text.tokens, "epochs": epochs}
-        tables.append(Table("pre-training", ("tokens of the text", "times read"), ((text.tokens, epochs),)))
-    parts = (_epochs, _learned, _cut_off, _judges, _validation, _few, _scale)
-    findings = tuple(finding for part in parts for finding in part(recipe, readings))
-    return Section("recipe", "Tokens of prompts and answers", figures, tuple(tables), (), findings)
+        section.figures["pretrain.text"] = {"tokens": text.tokens, "epochs": epochs}
+        section.tables.append(Table("pre-training", ("tokens of the text", "times read"), [(text.tokens, epochs)]))
+    for part in (_epochs, _learned, _cut_off, _judges, _validation, _few, _scale):
+        section.findings += part(recipe, readings)
+    return section
 
 
 def _quantiles(lengths: Sequence[int]) -> dict[str, int]:

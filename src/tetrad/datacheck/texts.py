@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import py3langid
 
-from tetrad.data.similarity import LONGEST, MOST, covered, embed, spread
-from tetrad.datacheck.reading import Reading, asked
+from tetrad.data.records import asked
+from tetrad.data.similarity import LONGEST, MOST, Texts, covered, spread
+from tetrad.datacheck.reading import Reading, content
 from tetrad.report.sections import Finding, Section, Table, histogram, share
 
 MOST_CLASSIFIED = 1_000
@@ -47,9 +48,9 @@ def folds(names: Sequence[str], parts: int = 5) -> np.ndarray[Any, np.dtype[np.i
 
 def scripts(readings: Sequence[Reading]) -> Section:
     """Shares of letters by script and of texts by language."""
-    rows, figures, findings = [], {}, []
+    section, rows = Section("languages", "Scripts and languages"), []
     for reading in readings:
-        texts = [text[:LONGEST] for text in spread(reading.texts, MOST_CLASSIFIED)]
+        texts = [content(record)[:LONGEST] for record in spread(reading.records, MOST_CLASSIFIED)]
         if not texts:
             continue
         letters = Counter({name: sum(len(p.findall(text)) for text in texts) for name, p in _PATTERNS.items()})
@@ -59,18 +60,15 @@ def scripts(readings: Sequence[Reading]) -> Section:
         languages = Counter(py3langid.classify(text[:2000])[0] for text in long)
         by_script = {name: n / max(total, 1) for name, n in letters.most_common() if n}
         by_language = {name: n / len(long) for name, n in languages.most_common(8)}
-        figures[reading.setting] = {"scripts": by_script, "languages": by_language, "texts": len(texts)}
+        section.figures[reading.setting] = {"scripts": by_script, "languages": by_language, "texts": len(texts)}
         rows.append((reading.setting, len(texts), _listed(by_script), _listed(by_language)))
         strange = sum("\ufffd" in text for text in texts)
         if strange:
-            text = (
-                f"{reading.setting}: {share(strange, len(texts))} of the texts contain U+FFFD (decoded wrongly before)"
-            )
-            findings.append(Finding("warning", "encoding", text))
+            text = f"{reading.setting}: {share(strange, len(texts))} of the texts contain U+FFFD"
+            section.findings.append(Finding("warning", "encoding", f"{text} (decoded wrongly before)"))
     columns = ("setting", "texts", "scripts, share of letters", "languages, share of texts")
-    return Section(
-        "languages", "Scripts and languages", figures, (Table("", columns, tuple(rows)),), (), tuple(findings)
-    )
+    section.tables.append(Table("", columns, rows))
+    return section
 
 
 def _latin(text: str) -> bool:
@@ -86,7 +84,8 @@ def _listed(shares: dict[str, float]) -> str:
 
 def prompts(readings: Sequence[Reading]) -> Section:
     """How many different prompts there are, and the groups that they fall into."""
-    rows, tables, figures, findings = [], [], {}, []
+    section, rows = Section("prompts", "Prompts"), list[tuple[Any, ...]]()
+    section.tables.append(Table("", ("setting", "prompts", "different", ""), rows))
     for reading in readings:
         texts = [asked(record) for record in reading.records]
         if reading.kind == "documents" or not texts:
@@ -96,21 +95,20 @@ def prompts(readings: Sequence[Reading]) -> Section:
         if different >= 5 * CLUSTERS and reading.setting in GROUPED:
             groups = clusters(list(dict.fromkeys(spread(texts, MOST))))
             counts |= {"clusters": [s for s, _ in groups], "effective_clusters": _effective([s for s, _ in groups])}
-            lines = tuple((f"{100 * size:.1f} %", example) for size, example in groups)
-            title = f"groups in {reading.setting}"
-            tables.append(Table(title, ("share", "a prompt in the middle"), lines, brief=4))
+            lines = [(f"{100 * size:.1f} %", example) for size, example in groups]
+            columns = ("share", "a prompt in the middle")
+            section.tables.append(Table(f"groups in {reading.setting}", columns, lines, brief=4))
             if groups[0][0] > 0.5:
                 text = f"{reading.setting}: {groups[0][0]:.0%} of the prompts are alike ({groups[0][1]})"
-                findings.append(Finding("warning", "diversity", text))
-        figures[reading.setting] = counts
+                section.findings.append(Finding("warning", "diversity", text))
+        section.figures[reading.setting] = counts
         rows.append((reading.setting, len(texts), different, share(different, len(reading.prompt_keys))))
-    first = Table("", ("setting", "prompts", "different", ""), tuple(rows))
-    return Section("prompts", "Prompts", figures, (first, *tables), (), tuple(findings))
+    return section
 
 
 def clusters(texts: Sequence[str]) -> list[tuple[float, str]]:
     """(share, the text nearest to the centre) of each group, largest first: k-means on the sphere (Dhillon 2001)."""
-    rows = embed(texts)
+    rows = Texts(texts).rows
     chosen = [0]
     nearest = rows @ rows[0]
     while len(chosen) < CLUSTERS:  # each start as far as possible from the others
@@ -130,19 +128,20 @@ def clusters(texts: Sequence[str]) -> list[tuple[float, str]]:
         mine = np.flatnonzero(of == k)
         if len(mine):
             middle = texts[mine[int((rows[mine] @ centres[k]).argmax())]]
-            groups.append((len(mine) / len(rows), _line(middle)))
+            groups.append((len(mine) / len(rows), on_one_line(middle)))
     return sorted(groups, reverse=True)
 
 
 def _effective(shares: Sequence[float]) -> float:
     """exp of the entropy: how many groups of equal size would be as diverse."""
-    given = np.array(shares)
-    return float(np.exp(-(given * np.log(given)).sum()))
+    shares_K = np.array(shares)
+    return float(np.exp(-(shares_K * np.log(shares_K)).sum()))
 
 
-def _line(text: str) -> str:
+def on_one_line(text: str, width: int = 70) -> str:
+    """The text without line ends, of at most so many characters."""
     line = " ".join(text.split())
-    return line if len(line) <= 70 else line[:69] + "…"
+    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def coverage(asks: Reading, judged: Reading) -> Section:
@@ -150,22 +149,22 @@ def coverage(asks: Reading, judged: Reading) -> Section:
 
     Each prompt's similarity to its nearest among the reward model's; `usual` is how close those are to each other.
     """
+    section = Section("coverage", "PPO's prompts and the reward model's")
     cover = covered([asked(record) for record in asks.records], [asked(record) for record in judged.records])
     if cover is None:
-        return Section("coverage", "PPO's prompts and the reward model's")
-    figures = {"nearest": cover.nearest, "usual": cover.usual, "limit": cover.limit, "far": cover.far}
+        return section
+    section.figures |= {"nearest": cover.nearest, "usual": cover.usual, "limit": cover.limit, "far": cover.far}
     rows = (
         ("likeness of a PPO prompt to its nearest, median", f"{cover.nearest:.2f}"),
         ("the same among the reward model's own", f"{cover.usual:.2f}"),
         ("PPO prompts further away than 95 % of those", f"{cover.far:.1%}"),
     )
-    findings: tuple[Finding, ...] = ()
+    section.tables.append(Table("", ("", ""), rows))
     if cover.far > 0.2:
         where = asks.records[0].where.rpartition(":")[0]
         text = f"{cover.far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
-        example = _line(cover.farthest)
-        findings = (Finding("warning", "coverage", f"{text}, as {example!r}", where),)
-    plot = histogram("PPO prompts: likeness to the nearest of the reward model's", "cosine", cover.each)
-    return Section(
-        "coverage", "PPO's prompts and the reward model's", figures, (Table("", ("", ""), rows),), (plot,), findings
-    )
+        text += f", as {on_one_line(cover.farthest)!r}"
+        section.findings.append(Finding("warning", "coverage", text, where))
+    title = "PPO prompts: likeness to the nearest of the reward model's"
+    section.plots.append(histogram(title, "cosine", cover.each))
+    return section

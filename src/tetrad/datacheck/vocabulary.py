@@ -6,8 +6,8 @@ A token that is a whole clause is a sign of repeated text: it takes the place of
 import re
 from collections.abc import Iterator
 
-from tetrad.data.records import documents_of
-from tetrad.data.source import Counts, sources
+from tetrad.data.records import read_documents
+from tetrad.data.source import sources
 from tetrad.errors import UserError
 from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table
@@ -27,34 +27,31 @@ def section(recipe: Recipe) -> Section:
     if not s.text or s.vocab_size < SMALLEST:
         return Section("", "")
     used = [0]
+    most = min(s.max_bytes or MOST_BYTES, MOST_BYTES)
     try:
-        tokenizer = learn(
-            _texts(recipe, used), s.vocab_size, s.min_frequency, min(s.max_bytes or MOST_BYTES, MOST_BYTES)
-        )
+        tokenizer = learn(_texts(recipe, used), s.vocab_size, s.min_frequency, most)
     except UserError:
         return Section("", "")
+    section = Section("vocabulary", "The tokenizer, tried on its text")
     texts = (tokenizer.decode([i]).strip() for i in range(tokenizer.size - len(CONTROLS)))
     clauses = sorted((text for text in texts if _CLAUSE.fullmatch(text)), key=len, reverse=True)
-    findings = []
     if tokenizer.size < s.vocab_size and used[0] < MOST_BYTES:
         text = f"the text of tokenizer.text gives {tokenizer.size} of the {s.vocab_size} tokens asked for"
         fix = f"tokenizer.vocab_size = {tokenizer.size}, or more text"
-        findings.append(Finding("note", "vocabulary", text, fix=fix))
+        section.findings.append(Finding("note", "vocabulary", text, fix=fix))
     if clauses:
         text = f"{len(clauses)} of {tokenizer.size} tokens are whole clauses, as " + ", ".join(clauses[:SHOWN])
         level = "warning" if len(clauses) > 0.005 * tokenizer.size else "note"
-        findings.append(Finding(level, "long tokens", text))
-    figures = {"size": tokenizer.size, "asked": s.vocab_size, "bytes": used[0], "long_tokens": len(clauses)}
-    table = Table(
-        "longest clauses that are one token", ("token", "characters"), tuple((t, len(t)) for t in clauses[:20])
-    )
-    return Section("vocabulary", "The tokenizer, tried on its text", figures, (table,), (), tuple(findings))
+        section.findings.append(Finding(level, "long tokens", text))
+    section.figures |= {"size": tokenizer.size, "asked": s.vocab_size, "bytes": used[0], "long_tokens": len(clauses)}
+    rows = [(clause, len(clause)) for clause in clauses[:20]]
+    section.tables.append(Table("longest clauses that are one token", ("token", "characters"), rows))
+    return section
 
 
 def _texts(recipe: Recipe, used: list[int]) -> Iterator[str]:
     """The documents that can be read. used: counts the bytes read so far."""
     given = sources(recipe.tokenizer.text, rename=renamed(recipe.data.rename))
-    for path in given.paths:
-        for document in documents_of(path, given, Counts(), lambda error, row: None):
-            used[0] += len(document.text.encode(errors="replace"))
-            yield document.text
+    for document in read_documents(given, refuse=lambda error, row: None):
+        used[0] += len(document.text.encode(errors="replace"))
+        yield document.text

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tetrad.objectives.ranks import centred_ranks
+
 MOST_DRAWN = 1_000_000  # rows at a time
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
 
@@ -55,7 +57,7 @@ def fit_temperature(logits_P: Tensor, labels_P: Tensor) -> float:
 
 def spearman(x_N: Tensor, y_N: Tensor) -> float:
     """Rank correlation, ties given their mean rank; NaN (undefined) if either side is constant or has one value."""
-    x, y = (ranks - ranks.mean() for ranks in (_mean_ranks(x_N), _mean_ranks(y_N)))
+    x, y = (torch.from_numpy(centred_ranks(values_N.detach().cpu().double().numpy())) for values_N in (x_N, y_N))
     scale = float(x.norm() * y.norm())
     return float(x @ y) / scale if scale > 0 else math.nan
 
@@ -93,9 +95,3 @@ def bootstrap_interval(
         stats += values[drawn].mean(1).tolist() if statistic is None else [float(statistic(values[n])) for n in drawn]
     low, high = torch.tensor(stats, dtype=torch.float64).quantile(torch.tensor([1 - level, 1 + level]).double() / 2)
     return float(low), float(high)
-
-
-def _mean_ranks(values: Tensor) -> Tensor:
-    _, place, counts = values.detach().cpu().unique(return_inverse=True, return_counts=True)
-    ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2).double()
-    return ranks[place]

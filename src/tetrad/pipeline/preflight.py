@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tetrad import storage
 from tetrad.console import counted
-from tetrad.data.records import Record, refuse_no_scale, refuse_overlap
+from tetrad.data.records import Record, reader, refuse_no_scale, refuse_overlap
 from tetrad.data.source import Counts, DataFiles
-from tetrad.datacheck.reading import reader, settings_of, stage_of
+from tetrad.datacheck.reading import HELD_OUT, SETTINGS, settings_of, stage_of
 from tetrad.errors import UserError
 from tetrad.inference import model_folder
 from tetrad.pipeline.status import Step
@@ -120,10 +120,11 @@ def read_records(recipe: Recipe, stages: Collection[str], keys: Collection[str],
         if what == "documents" and sum(path.stat().st_size for path in given.paths) > MOST_BYTES:
             continue
         refuse_no_scale(_records(what, given, recipe), recipe.reward.score_scale)
-    if "reward.data" in held:
-        tests = [held[name] for name in ("reward.validation", "reward.test") if name in held]
-        apart = (record for given in tests for record in _records("preferences", given, recipe))
-        refuse_overlap(_records("preferences", held["reward.data"], recipe), apart)
+    for setting, tests in HELD_OUT.items():
+        if setting in held:
+            what = SETTINGS[setting]
+            apart = (record for name in tests if name in held for record in _records(what, held[name], recipe))
+            refuse_overlap(_records(what, held[setting], recipe), apart)
     storage.write_file(memory, json.dumps(sorted(passed | set(keys))[-200:]).encode())
 
 

@@ -45,7 +45,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
     wanted, todo = steps[-1:] if only else steps, 0
     if not stages and is_first():
         unfinished = [(step, current) for step in wanted if (current := state(step, hashes)) != "done"]
-        memory = home(recipe) / ".cache" / "read.json"
+        memory = home(recipe) / ".cache" / "preflight.json"
         for note in preflight(recipe, unfinished, lambda folder: verify(folder, hashes), memory):
             console.say(f"note: {note}")
     for step in wanted:

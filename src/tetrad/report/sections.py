@@ -1,7 +1,7 @@
 """The parts of a report: sections with figures, tables, plots and findings."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,8 @@ class Table:
     """Rows of cells under column names. brief: how many of them to show on a terminal."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Any, ...], ...]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
     brief: int = 20
 
 
@@ -79,16 +79,16 @@ class Plot:
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Section:
-    """One part of a report. figures: by name, for programs; tables and plots: for people."""
+    """One part of a report, filled step by step. figures: by name, for programs; tables and plots: for people."""
 
     name: str
     title: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    tables: tuple[Table, ...] = ()
-    plots: tuple[Plot, ...] = ()
-    findings: tuple[Finding, ...] = ()
+    figures: dict[str, Any] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tetrad.data.loader import groups_of
 from tetrad.data.pack import common_prefix, pack_groups, prefix_pays
 from tetrad.data.source import Counts
+from tetrad.data.tokens import too_long
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.inference.completions import Completion
@@ -49,9 +50,7 @@ class Examples:
         longest = [max(len(t.ids) for t in self.documents(i)) for i in range(len(self.records))]
         long = [i for i, length in enumerate(longest) if length > limit]
         if long and overlong == "refuse":
-            what = f"{len(long)} of {len(longest)} records are longer than {limit} tokens, up to {max(longest)}"
-            hint = 'raise reward.max_tokens, or set reward.overlong = "truncate" or "drop"'
-            raise UserError("E-DATA-LONG", what, where=self.records[long[0]].where, hint=hint)
+            raise too_long(len(long), len(longest), max(longest), limit, self.records[long[0]].where)
         if overlong == "drop" and long:
             counts.dropped += len(long)
             kept = sorted(set(range(len(longest))) - set(long))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from tetrad.data.loader import batch_indices, epoch_size, order, steps_for
-from tetrad.data.records import answers, read_preferences, refuse_overlap
+from tetrad.data.records import answers, read_preferences
 from tetrad.data.source import Counts
 from tetrad.data.tokens import tokenize
 from tetrad.distributed import collectives
@@ -107,7 +107,6 @@ def read_data(ctx: StageContext, template: Template, tokenizer: Tokenizer, longe
     s, counts = ctx.recipe.reward, Counts()
     train = read_examples(ctx, s.data, template, tokenizer, longest, counts)
     report_counts(ctx, counts, len(train.records))
-    refuse_overlap(train.records, read_preferences(ctx.files((*s.validation, *s.test)), s.score_scale))
     files = [f for f in (s.validation, s.test or s.validation) if f]
     tests = [read_examples(ctx, f, template, tokenizer, longest, Counts()) for f in files]
     return RewardData(train, tests, {spec.rpartition(":")[2]: python_function(spec) for spec in s.baselines})

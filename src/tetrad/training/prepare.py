@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tetrad.console import phase
 from tetrad.data.loader import Mixture
-from tetrad.data.records import read_conversations, refuse_overlap
 from tetrad.data.source import Counts
 from tetrad.data.store import Encoding, TokenStore, build
 from tetrad.model.config import read_config
@@ -77,14 +76,6 @@ def _tokens(
     with phase("tokenising") as bar:
         store, counts = build(ctx.cache(table), encoding, given, ctx.digests(setting), ctx.workers, progress)
     return Prepared(store, given.mixture(store.places()), counts, tokenizer, encoding.template)
-
-
-def check_sft(ctx: StageContext) -> None:
-    """Tokenises, and refuses validation records among those trained on. Errors: E-DATA-*, E-MODEL-*, E-IO-*."""
-    s = ctx.recipe.sft
-    if s.validation:
-        refuse_overlap(*(read_conversations(ctx.files(files)) for files in (s.data, s.validation)))
-    conversations(ctx)
 
 
 def check_ptx(ctx: StageContext) -> None:

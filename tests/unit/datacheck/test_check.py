@@ -323,3 +323,17 @@ def test_reading_ahead_finds_what_the_last_stage_would(tmp_path: Path) -> None:
     read_records(read, ["sft"], ["k1"], memory)  # the key says that these very files passed
     with pytest.raises(UserError, match="E-DATA-SYNTAX"):
         read_records(read, ["sft"], ["k3"], memory)
+
+
+def test_reading_ahead_finds_validation_records_that_are_trained_on(tmp_path: Path) -> None:
+    """As `check` does: also where the prompts differ only in letter case and punctuation."""
+    planted.write(tmp_path / "s.jsonl", planted.instructions(20))
+    shouted = [{**row, "Instruction": row["Instruction"].upper() + "!"} for row in planted.instructions(20)[3:5]]
+    planted.write(tmp_path / "v.jsonl", [*planted.instructions(4, 7), *shouted])
+    (tmp_path / "r.toml").write_text('[sft]\ndata = ["s.jsonl"]\nvalidation = ["v.jsonl"]\n')
+    for stages, error in ((["ppo"], ""), (["sft"], r"E-DATA-OVERLAP. \S+v.jsonl:5: 2 of 6 held-out")):
+        try:
+            read_records(recipe.read(tmp_path / "r.toml"), stages, ["k", *stages], tmp_path / "memory.json")
+            assert not error
+        except UserError as raised:
+            assert re.search(error or "^$", str(raised))
