@@ -29,7 +29,6 @@ PHASE_SECONDS = 2.0  # a shorter phase is not shown
 LINE_SECONDS = (10.0, 60.0)  # between lines by time: at least, and at most
 _TICK_SECONDS = 0.25
 _RECENT = 10, 60.0, 4096  # steps and seconds that the rate is measured over, whichever are more, and the most steps
-_in_use: ContextVar["Console | None"] = ContextVar("console", default=None)
 
 
 class Console:
@@ -202,7 +201,7 @@ class Progress:
     """
 
     def __init__(
-        self, console: Console | None, label: str, total: int = 0, start: int = 0, every: int = 0, looks: int = 0
+        self, console: Console, label: str, total: int = 0, start: int = 0, every: int = 0, looks: int = 0
     ) -> None:
         self.label, self.total, self.done, self.every = label, total, start, every
         self.began, self.moved = time.monotonic(), -LINE_SECONDS[1]
@@ -214,13 +213,11 @@ class Progress:
         self._marks = deque([(self.began, start)], _RECENT[2])
 
     def __enter__(self) -> "Progress":
-        if self._console:
-            self._console._opened(self)
+        self._console._opened(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._console:
-            self._console._closed(self)
+        self._console._closed(self)
 
     @property
     def heading(self) -> str:
@@ -243,7 +240,7 @@ class Progress:
         self._marks.append((self._clock(), self.done))
         while len(self._marks) > _RECENT[0] and self._marks[-1][0] - self._marks[1][0] > _RECENT[1]:
             self._marks.popleft()
-        if self._console and self.every:
+        if self.every:
             first_or_last = before == self._start or self.done >= self.total
             self._console._advanced(self, first_or_last or before // self.every < self.done // self.every)
 
@@ -273,6 +270,10 @@ class Progress:
     def _clock(self) -> float:
         """Seconds without those of validation passes."""
         return (self._look_began or time.monotonic()) - sum(self._looked)
+
+
+_nowhere = Console(quiet=True)
+_in_use = ContextVar("console", default=_nowhere)
 
 
 def phase(label: str, total: int = 0) -> Progress:

@@ -104,8 +104,13 @@ def from_main(value: T) -> T:
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
     """Sums by name over ranks, in rank order; a rank without work may lack names."""
+    return sum_by_name(all_gather(dict(counts)))
+
+
+def sum_by_name(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums over parts on this rank; a part may lack names."""
     total: dict[str, float] = {}
-    for part in all_gather(dict(counts)):
+    for part in parts:
         for name, count in part.items():
             total[name] = total.get(name, 0.0) + count
     return total

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
 from tetrad.settings.common import Run
-from tetrad.types import Packed
+from tetrad.types import Array, Packed
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
@@ -36,13 +37,12 @@ class Device:
 
     def put(self, packed: Packed) -> Packed:
         """numpy to tensors: ids, positions, targets and keys as int64."""
-        arrays = (packed.ids_T, packed.positions_T, packed.targets_T)
-        ids, positions, targets = (
-            torch.as_tensor(a).to(self.torch_device, torch.int64, non_blocking=True) for a in arrays
-        )
-        keys = (
-            None if packed.keys_T is None else torch.as_tensor(packed.keys_T).to(self.torch_device, non_blocking=True)
-        )
+
+        def move(array: Array, dtype: torch.dtype | None = torch.int64) -> Tensor:
+            return torch.as_tensor(array).to(self.torch_device, dtype, non_blocking=True)
+
+        keys = None if packed.keys_T is None else move(packed.keys_T, None)
+        ids, positions, targets = map(move, (packed.ids_T, packed.positions_T, packed.targets_T))
         return replace(packed, ids_T=ids, positions_T=positions, targets_T=targets, keys_T=keys)
 
 
@@ -57,10 +57,8 @@ def choose(run: Run) -> Device:
         torch.set_num_threads(run.threads)
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        if device.index >= torch.cuda.device_count():
-            what = (
-                f"process {device.index} of this machine has no GPU of its own: there are {torch.cuda.device_count()}"
-            )
+        if device.index >= (count := torch.cuda.device_count()):
+            what = f"process {device.index} of this machine has no GPU of its own: there are {count}"
             raise UserError("E-CONF-DEVICE", what, where="run.nproc", hint="start no more processes than GPUs")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = run.dtype != "float32"
@@ -70,8 +68,8 @@ def choose(run: Run) -> Device:
     if run.dtype == "bfloat16" and kind == "cpu":
         what = "bfloat16 on a CPU is several times slower than float32 and not offered"
         raise UserError("E-CONF-DTYPE", what, where="run.dtype", hint='set dtype = "float32"')
-    brain = run.dtype != "float32" and kind == "cuda" and torch.cuda.is_bf16_supported()
-    return Device(device, torch.bfloat16 if brain else torch.float32)
+    bfloat16 = run.dtype != "float32" and kind == "cuda" and torch.cuda.is_bf16_supported()
+    return Device(device, torch.bfloat16 if bfloat16 else torch.float32)
 
 
 def peak_bytes() -> int:

@@ -27,21 +27,17 @@ from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, give_head
 from tetrad.registry import POLICY
 from tetrad.seeds import seed_for
-from tetrad.settings.common import Lora
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def targets(lora: Lora) -> tuple[str, ...]:
-    return ALL if lora.targets == "all" else ATTENTION
-
-
 def adapt(ctx: StageContext, model: CausalLM | ScalarModel, seed: int) -> None:
     """Freezes the model except for fresh adapters and, where it has one, its scalar head."""
     lora = ctx.recipe.lora
-    add_adapters(model, lora.rank, lora.alpha, targets(lora), seed_for(seed, "adapter"))
+    targets = ALL if lora.targets == "all" else ATTENTION
+    add_adapters(model, lora.rank, lora.alpha, targets, seed_for(seed, "adapter"))
 
 
 def scalar_on(ctx: StageContext, base: CausalLM, seed: int) -> ScalarModel:

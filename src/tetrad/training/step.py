@@ -6,7 +6,6 @@ counted (and summed over ranks) before the first backward.
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,7 +122,7 @@ def update(
     Errors: E-NUM-NONFINITE before any weight changes, naming the batch's records.
     """
     read = float(sum(len(micro.packed.ids_T) for micro in micros))
-    totals = collectives.sum_counts({**_counted(micros), _READ: read})
+    totals = collectives.sum_counts({**collectives.sum_by_name(micro.counts for micro in micros), _READ: read})
     optimizer.clear()
     sums: dict[str, Tensor] = {}
     scales: dict[str, tuple[str, float]] = {}
@@ -152,35 +151,25 @@ def update(
 @torch.no_grad()
 def measured(model: nn.Module, micros: Sequence[Microbatch], terms: Terms, device: Device) -> float:
     """The loss of a batch as `update` would compute it, on this rank alone; no weight changes."""
-    counts = _counted(micros)
+    counts = collectives.sum_by_name(micro.counts for micro in micros)
     loss = 0.0
     for micro in counted("held-out records", micros, len(micros)):
         with device.compute():
             parts = terms(model, micro)
-        loss += math.fsum(float(t.sum) * t.coefficient / counts[t.per] for t in parts if counts[t.per])
+        loss += math.fsum(float(t.sum) * t.coefficient / counts[t.per] for t in parts if counts.get(t.per))
     return loss
-
-
-def _counted(micros: Sequence[Microbatch]) -> dict[str, float]:
-    """The denominators of a batch in parts; 0 for a name that no part has."""
-    counts: dict[str, float] = defaultdict(float)
-    for micro in micros:
-        for name, count in micro.counts.items():
-            counts[name] += count
-    return counts
 
 
 def _over_ranks(
     sums: dict[str, float], scales: dict[str, tuple[str, float]], most: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The sums and maxima over all ranks. A rank without rows has no terms of its own: `scales` gets the others'."""
-    summed: dict[str, float] = {}
     highest: dict[str, float] = {}
-    for part, others, theirs in collectives.all_gather((sums, scales, most)):
-        summed |= {name: value + summed.get(name, 0.0) for name, value in part.items()}
+    ranks = collectives.all_gather((sums, scales, most))
+    for _, others, theirs in ranks:
         highest |= {name: max(value, highest.get(name, -math.inf)) for name, value in theirs.items()}
         scales |= {name: (per, coefficient) for name, (per, coefficient) in others.items()}
-    return summed, highest
+    return collectives.sum_by_name(part for part, _, _ in ranks), highest
 
 
 def _loss(parts: Sequence[Term], totals: Mapping[str, float]) -> list[Tensor]:
