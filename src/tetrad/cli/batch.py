@@ -46,7 +46,7 @@ def generate_file(settings: Generate, console: Console) -> None:
     given = sources([settings.prompts] if settings.prompts else [], rename=renamed(settings.rename))
     records = _records(given.paths)
     model = policy.load(settings.model, settings.template)
-    judge = load_reward(settings.reward, settings.template) if settings.reward else None
+    reward_model = load_reward(settings.reward, settings.template) if settings.reward else None
     if settings.prompts:
         counts, limit = Counts(), model.model.config.max_positions
         prompts = read_encoded_prompts(given, model.form, model.tokenizer, counts, limit, settings.max_new_tokens)
@@ -55,14 +55,14 @@ def generate_file(settings: Generate, console: Console) -> None:
         prompts = [policy.encode_prompt(model, prompt)]
         records = [{"Instruction": settings.instruction, **({"Input": settings.input} if settings.input else {})}]
         if not settings.out:
-            ((completion, _),) = _best(model, judge, prompts, settings)
+            ((completion, _),) = _best(model, reward_model, prompts, settings)
             console.say(completion.text)
             return
     if settings.out:
         shape = policy.cache_shape(prompts, settings, settings.best_of)
         console.say(f"cache of keys and values: {policy.cache_need(model, *shape)}")
     invalid: list[str] = []
-    _deliver(_with_responses(model, judge, prompts, records, settings, console, invalid), settings.out, console)
+    _deliver(_with_responses(model, reward_model, prompts, records, settings, console, invalid), settings.out, console)
     if settings.out:
         console.say(f"{_counted(len(prompts))}: {settings.out}")
         if invalid:
@@ -75,16 +75,16 @@ def score_file(settings: ScoreFile, console: Console) -> None:
     _check_out(settings.out, settings.data)
     given = sources([settings.data], rename=renamed(settings.rename))
     prompts, records = read_prompts(given, Counts()), _records(given.paths)
-    judge = load_reward(settings.model, settings.template)
+    reward_model = load_reward(settings.model, settings.template)
     samples = [_answered(record, prompt, given.rename) for record, prompt in zip(records, prompts, strict=True)]
-    documents = written(judge.form, judge.tokenizer, samples)
+    documents = written(reward_model.form, reward_model.tokenizer, samples)
     scores: list[float] = []
 
     def scored() -> Iterator[Fields]:
         with console.progress("score", len(documents)) as bar:
             for start in range(0, len(documents), SCORES_AT_ONCE):
                 part = documents[start : start + SCORES_AT_ONCE]
-                rated = rate(judge, part)
+                rated = rate(reward_model, part)
                 means, spreads = rated.mean(0).tolist(), rated.std(0).tolist()
                 scores.extend(means)
                 for record, score, spread in zip(records[start : start + len(part)], means, spreads, strict=True):
@@ -98,29 +98,29 @@ def score_file(settings: ScoreFile, console: Console) -> None:
 
 
 def _best(
-    model: policy.Policy, judge: RewardModel | None, prompts: list[EncodedPrompt], settings: Generate
+    model: policy.Policy, reward_model: RewardModel | None, prompts: list[EncodedPrompt], settings: Generate
 ) -> Iterator[tuple[Completion, float | None]]:
     """One completion per prompt and its score; of several, the best."""
     groups = policy.completions(model, prompts, settings, settings.best_of)
-    if judge is None:
+    if reward_model is None:
         yield from ((group[0], None) for group in groups)
         return
-    chosen = _chosen(judge, groups, settings.best_of)
+    chosen = _chosen(reward_model, groups, settings.best_of)
     # Scored again in the batches that `tetrad score` uses: the batch affects the last bits of a score.
     while part := list(islice(chosen, SCORES_AT_ONCE)):
-        yield from zip(part, rate_samples(judge, part), strict=True)
+        yield from zip(part, rate_samples(reward_model, part), strict=True)
 
 
-def _chosen(judge: RewardModel, groups: Iterator[list[Completion]], size: int) -> Iterator[Completion]:
+def _chosen(reward_model: RewardModel, groups: Iterator[list[Completion]], size: int) -> Iterator[Completion]:
     """The best of each group of this size."""
     while held := list(islice(groups, max(1, SCORES_AT_ONCE // size))):
-        scores = iter(rate_samples(judge, [sample for group in held for sample in group]))
+        scores = iter(rate_samples(reward_model, [sample for group in held for sample in group]))
         yield from (group[best(group, list(islice(scores, size)))] for group in held)
 
 
 def _with_responses(
     model: policy.Policy,
-    judge: RewardModel | None,
+    reward_model: RewardModel | None,
     prompts: list[EncodedPrompt],
     records: list[Fields],
     settings: Generate,
@@ -130,7 +130,7 @@ def _with_responses(
     """invalid: receives the places of prompts whose response is not valid UTF-8."""
     reported, tokens, began = 0, 0, time.monotonic()
     with console.progress("generate", len(prompts)) as bar:
-        scored = zip(_best(model, judge, prompts, settings), records, strict=True)
+        scored = zip(_best(model, reward_model, prompts, settings), records, strict=True)
         for number, ((sample, score), record) in enumerate(scored, start=1):
             count = len(sample.response_ids)
             tokens += count

@@ -21,12 +21,12 @@ from tetrad.types import Prompt, Response, Turn
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """The conversation. turns: with the system message; last: the last response; prompts: their number so far."""
 
     settings: Chat
     model: Policy
-    judge: RewardModel | None
+    reward_model: RewardModel | None
     console: Console
     turns: list[Turn] = field(default_factory=list)
     last: Completion | None = None
@@ -40,7 +40,7 @@ class Talk:
     def help(self) -> str:
         """The commands."""
         forget = "/new forgets what was said, " if self.remembers else ""
-        return f"{forget}{'/score rates the last response, ' if self.judge else ''}/help says this, /quit ends"
+        return f"{forget}{'/score rates the last response, ' if self.reward_model else ''}/help says this, /quit ends"
 
     def reset(self) -> None:
         """Starts a new conversation."""
@@ -53,13 +53,13 @@ def chat(settings: Chat, console: Console) -> None:
     An error in one line is reported, and the conversation continues.
     """
     check_text(settings.system, "--system")
-    judge = load_reward(settings.reward, settings.template) if settings.reward else None
-    talk = Talk(settings, load(settings.model, settings.template), judge, console)
-    talk.reset()
-    model = talk.model
+    reward_model = load_reward(settings.reward, settings.template) if settings.reward else None
+    session = ChatSession(settings, load(settings.model, settings.template), reward_model, console)
+    session.reset()
+    model = session.model
     need = cache_need(model, 1, min(1024, model.model.config.max_positions))
-    console.say(f"{model.folder}, template {model.form.name}, cache: {need}. {talk.help}.")
-    if not talk.remembers:
+    console.say(f"{model.folder}, template {model.form.name}, cache: {need}. {session.help}.")
+    if not session.remembers:
         console.say("This model answers one question at a time: it does not remember what was said before.")
     with suppress(ImportError):
         importlib.import_module("readline")  # gives input() its line editing and history
@@ -67,26 +67,26 @@ def chat(settings: Chat, console: Console) -> None:
         if line.strip() == "/quit":
             return
         if line.strip():
-            respond(talk, line)
+            respond(session, line)
 
 
-def respond(talk: Talk, line: str) -> None:
+def respond(session: ChatSession, line: str) -> None:
     """Handles a line: a command, or a prompt."""
-    word, console = line.strip(), talk.console
-    if word == "/new" and talk.remembers:
-        talk.reset()
+    word, console = line.strip(), session.console
+    if word == "/new" and session.remembers:
+        session.reset()
         console.say("A new conversation.")
-    elif word == "/score" and talk.judge:
-        console.say(score(talk, talk.judge))
+    elif word == "/score" and session.reward_model:
+        console.say(score(session, session.reward_model))
     elif word == "/help":
-        console.say(f"{talk.help}.")
+        console.say(f"{session.help}.")
     elif word.startswith("/") and word[1:].isalpha():
-        console.say(f"There is no {word}: {talk.help}.")
+        console.say(f"There is no {word}: {session.help}.")
     else:
-        turns = (*talk.turns, Turn("user", line))
-        talk.last = stream_response(talk, turns) or talk.last
-        if talk.remembers and talk.last and talk.last.turns == turns:
-            talk.turns = [*turns, Turn("assistant", talk.last.text)]
+        turns = (*session.turns, Turn("user", line))
+        session.last = stream_response(session, turns) or session.last
+        if session.remembers and session.last and session.last.turns == turns:
+            session.turns = [*turns, Turn("assistant", session.last.text)]
 
 
 def read_line(console: Console) -> str | None:
@@ -103,9 +103,9 @@ def read_line(console: Console) -> str | None:
         return ""
 
 
-def stream_response(talk: Talk, turns: tuple[Turn, ...]) -> Completion | None:
+def stream_response(session: ChatSession, turns: tuple[Turn, ...]) -> Completion | None:
     """Shows the response while it is written, until Ctrl-C; None if the conversation is too long, or nothing came."""
-    model, console, settings = talk.model, talk.console, talk.settings
+    model, console, settings = session.model, session.console, session.settings
     events: list[Event] = []
     try:
         prompt = encode_prompt(model, Prompt(turns, "chat"))
@@ -115,8 +115,8 @@ def stream_response(talk: Talk, turns: tuple[Turn, ...]) -> Completion | None:
             raise UserError("E-DATA-LONG", what, where="chat", hint="/new, or a shorter line")
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
         engine = model.engine(1, len(prompt.ids) + settings.max_new_tokens)
-        engine.add(request(model, prompt, settings, talk.prompts))
-        talk.prompts += 1
+        engine.add(request(model, prompt, settings, session.prompts))
+        session.prompts += 1
         for event in engine.events():
             events.append(event)
             console.write(printable(event.text))
@@ -135,12 +135,12 @@ def stream_response(talk: Talk, turns: tuple[Turn, ...]) -> Completion | None:
     return completion(model, prompt, response)
 
 
-def score(talk: Talk, judge: RewardModel) -> str:
+def score(session: ChatSession, reward_model: RewardModel) -> str:
     """The reward model's score of the last response, as text."""
-    if talk.last is None:
+    if session.last is None:
         return "There is no response yet."
     try:
-        return f"score {rate_samples(judge, [talk.last])[0]:+.3f}"
+        return f"score {rate_samples(reward_model, [session.last])[0]:+.3f}"
     except UserError as error:
         return f"[{error.code}] {error.what}"
     except KeyboardInterrupt:

@@ -45,8 +45,8 @@ from tetrad.types import Tokens
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One system's answers to the prompts. kl: nats per response against the SFT model."""
+class Responses:
+    """One system's responses to the prompts. kl: nats per response against the SFT model."""
 
     samples: Sequence[Completion]
     kl: float
@@ -55,8 +55,8 @@ class Answers:
 POLICIES = ("ppo",)
 """Roles of what is compared with the SFT model."""
 Scores = Mapping[str, Sequence[float]]
-"""Of one system's answers, by judge."""
-Referee = Callable[[Answers], float | None]
+"""Of one system's responses, by judge."""
+ExternalNll = Callable[[Responses], float | None]
 
 
 def run(ctx: StageContext) -> None:
@@ -98,10 +98,10 @@ def _run(ctx: StageContext, device: Device) -> None:
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
-    systems = answers_of_all(ctx, sft, task, judges.get("reward"))
-    referee = _referee(ctx, device)
-    scores = {name: _judged(name, answers, judges) for name, answers in systems.items()}
-    table = {name: metrics_of(answers, scores[name], scores["sft"], referee, seed) for name, answers in systems.items()}
+    systems = responses_of_all(ctx, sft, task, judges.get("reward"))
+    nll = _external_nll(ctx, device)
+    scores = {name: _judged(name, responses, judges) for name, responses in systems.items()}
+    table = {name: metrics_of(responses, scores[name], scores["sft"], nll, seed) for name, responses in systems.items()}
     trained = [role for role in ctx.parents if role in ("pretrain", "sft", "reward")]
     stages = {role: recorded_metrics(ctx.parents[role]) for role in trained}
     samples = side_by_side(systems, s.side_by_side)
@@ -126,10 +126,10 @@ def _task(ctx: StageContext, device: Device) -> tuple[CausalLM, Task]:
     return sft, Task(chosen, tokenizer, sampling, (seed, "evaluate", 0), device, ctx.recipe.run.micro_batch_tokens)
 
 
-def answers_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Reward | None) -> dict[str, Answers]:
+def responses_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Reward | None) -> dict[str, Responses]:
     """One answer per prompt from the SFT model, from best-of-N if there is a reward, and from each policy trained on
     from it."""
-    systems = _answers_of_sft(sft, task, reward, max(1, ctx.recipe.evaluate.best_of if reward else 1))
+    systems = _responses_of_sft(sft, task, reward, max(1, ctx.recipe.evaluate.best_of if reward else 1))
     for role in (role for role in POLICIES if role in ctx.parents):
         folder = ctx.parents[role]
         policy = frozen(read_policy(folder, task.tokenizer, template_for(ctx, folder))).to(task.device.torch_device)
@@ -137,42 +137,42 @@ def answers_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Reward 
             rollout = task.rollout(policy)
         new, old = (task.logprobs(model, rollout) for model in (policy, sft))
         kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
-        systems[role] = Answers(rollout.samples, kl)
+        systems[role] = Responses(rollout.samples, kl)
     return systems
 
 
-def _answers_of_sft(sft: CausalLM, task: Task, reward: Reward | None, copies: int) -> dict[str, Answers]:
+def _responses_of_sft(sft: CausalLM, task: Task, reward: Reward | None, copies: int) -> dict[str, Responses]:
     """Its first answer to each prompt, and the best of all that it gives."""
     with phase("answers of sft"):
         many = task.rollout(sft, copies)
-    systems = {"sft": Answers(many.samples[::copies], 0.0)}
+    systems = {"sft": Responses(many.samples[::copies], 0.0)}
     if reward and copies > 1:
         with phase(f"best of {copies}"):
             scores = reward(many.samples)
         rows = [slice(at, at + copies) for at in range(0, len(many.samples), copies)]
         chosen = [many.samples[row][best(many.samples[row], scores[row])] for row in rows]
         # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
-        systems[f"best of {copies}"] = Answers(chosen, math.log(copies) - (copies - 1) / copies)
+        systems[f"best of {copies}"] = Responses(chosen, math.log(copies) - (copies - 1) / copies)
     return systems
 
 
-def _judged(system: str, answers: Answers, judges: Mapping[str, Reward]) -> Scores:
+def _judged(system: str, responses: Responses, judges: Mapping[str, Reward]) -> Scores:
     scores: dict[str, list[float]] = {}
     for name, judge in judges.items():
         with phase(f"judge {name}, {system}"):
-            scores[name] = judge(answers.samples)
+            scores[name] = judge(responses.samples)
     return scores
 
 
-def metrics_of(answers: Answers, scores: Scores, sft: Scores, referee: Referee | None, seed: int) -> dict[str, Any]:
-    """Means with intervals; "gain" is the paired difference to the SFT model's answers. scores: of the answers."""
-    metrics: dict[str, Any] = {"kl": answers.kl, **response_metrics(answers.samples)}
+def metrics_of(responses: Responses, scores: Scores, sft: Scores, nll: ExternalNll | None, seed: int) -> dict[str, Any]:
+    """Means with intervals; "gain" is the paired difference to the SFT model's responses. scores: of the responses."""
+    metrics: dict[str, Any] = {"kl": responses.kl, **response_metrics(responses.samples)}
     for name in scores:
         own, before = (torch.tensor(s[name], dtype=torch.float64) for s in (scores, sft))
         metrics[name] = _interval(own, seed)
         metrics[f"{name}_gain"] = _interval(own - before, seed)
-    if referee:
-        metrics["external_nll"] = referee(answers)
+    if nll:
+        metrics["external_nll"] = nll(responses)
     return metrics
 
 
@@ -196,7 +196,7 @@ def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:
     return {"mean": float(values.mean()), "low": low, "high": high}
 
 
-def _referee(ctx: StageContext, device: Device) -> Referee | None:
+def _external_nll(ctx: StageContext, device: Device) -> ExternalNll | None:
     """Nats per token of all responses, given the prompt, under a separately trained language model and its tokenizer.
 
     A response that ended by itself counts its end token; a cut one does not.
@@ -206,20 +206,20 @@ def _referee(ctx: StageContext, device: Device) -> Referee | None:
     folder = ctx.parents["referee"]
     model, tokenizer = frozen(read_causal(folder)).to(device.torch_device), Tokenizer.load(folder)
 
-    def nll(answers: Answers) -> float | None:
+    def measured(responses: Responses) -> float | None:
         documents, end = [], tokenizer.document_end
-        for sample in answers.samples:
+        for sample in responses.samples:
             prompt = [end, *tokenizer.encode(sample.input)]
             ids = np.asarray(prompt + tokenizer.encode(sample.text) + [end] * sample.finished, np.int32)
             documents.append(Tokens(ids, np.arange(len(ids)) >= len(prompt)))
         logprobs = np.concatenate(response_logprobs(model, documents, ctx.recipe.run.micro_batch_tokens, device))
         return float(-logprobs.mean()) if len(logprobs) else None
 
-    return nll
+    return measured
 
 
-def side_by_side(systems: Mapping[str, Answers], count: int) -> list[dict[str, str]]:
-    rows = list(zip(*(answers.samples for answers in systems.values()), strict=True))[:count]
+def side_by_side(systems: Mapping[str, Responses], count: int) -> list[dict[str, str]]:
+    rows = list(zip(*(responses.samples for responses in systems.values()), strict=True))[:count]
     return [{"prompt": row[0].prompt, **{name: s.text for name, s in zip(systems, row, strict=True)}} for row in rows]
 
 

@@ -156,10 +156,10 @@ class Engine:
             raise ValueError("stop texts need a tokenizer")
         if not request.ids:
             raise UserError("E-DATA-BLANK", "the prompt has no tokens", hint="ask something")
-        s, needed = request.sampling, len(request.ids) + request.sampling.max_new_tokens
+        new = request.sampling.max_new_tokens
+        needed = len(request.ids) + new
         if needed > self.positions:
-            need = f"the longest prompt and {s.max_new_tokens} new tokens need {needed} positions"
-            what = f"{need}, there are {self.positions}"
+            what = f"the longest prompt and {new} new tokens need {needed} positions, there are {self.positions}"
             raise UserError("E-DATA-LONG", what, hint="shorten the prompt or max_new_tokens")
         self._added += 1
         self._waiting += [_Row(request, self._added, index) for index in range(len(request.keys))]
@@ -172,7 +172,7 @@ class Engine:
         gone = [row for row in (*self._rows, *self._waiting) if row.request_id == request_id]
         self._leave([number for number, row in enumerate(self._rows) if row.request_id == request_id])
         self._waiting = deque(row for row in self._waiting if row.request_id != request_id)
-        if self._cached and self._cached.request_id == request_id:
+        if self._is_cached(request_id):
             self._cached = None
         self._cancelled.add(request_id)
         return [row.response("cancelled") for row in sorted(gone, key=lambda row: row.sample_index)]
@@ -222,7 +222,7 @@ class Engine:
         prompts: dict[int, int] = {}  # request_id: slot where its prompt is computed
         while self._waiting and len(self._rows) < self.slots:
             row = self._waiting[0]
-            if row.request_id not in prompts and not self._is_cached(row):
+            if row.request_id not in prompts and not self._is_cached(row.request_id):
                 tokens += len(row.request.ids)
                 if prompts and tokens > MAX_PREFILL_TOKENS:
                     break
@@ -247,14 +247,14 @@ class Engine:
         last = self._rows[-1]
         if not self._waiting or self._waiting[0].request_id != last.request_id:
             self._cached = None
-        elif not self._is_cached(last):
+        elif not self._is_cached(last.request_id):
             self._cached = None
             self.cache.copy(len(self._rows) - 1, self.slots, len(last.request.ids))
             self._cached = _CachedPrefill(last.request_id, after[last.request_id].clone())
         return torch.stack([after[row.request_id] for row in self._rows[first:]])
 
-    def _is_cached(self, row: _Row) -> bool:
-        return self._cached is not None and self._cached.request_id == row.request_id
+    def _is_cached(self, request_id: int) -> bool:
+        return self._cached is not None and self._cached.request_id == request_id
 
     def _prefill(self, slots: list[int]) -> Tensor:
         """Computes the prompts of these slots' rows, packed; returns the logits after each, [prompts, V]."""

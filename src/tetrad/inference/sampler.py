@@ -19,6 +19,8 @@ from tetrad.settings.common import Sampling
 History = tuple[Sampling, Sequence[int], Sequence[int]]
 """A row's settings, prompt and response so far."""
 _FIRST = 1024  # most likely tokens that top-p examines before it sorts a whole vocabulary
+_SHORT = 8192  # weights whose running sums are computed at once
+_LESS = 1 - 2**-50  # a sum times this is below the sum: rounding must not go past the last weight
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,6 @@ def _running(weights: Tensor) -> Tensor:
         ones = torch.ones(weights.shape[-1], weights.shape[-1], dtype=torch.float64, device=weights.device)
         return weights.double() @ ones.triu()
     return weights.cumsum(-1, dtype=torch.float64)
-
-
-_SHORT = 8192
-_LESS = 1 - 2**-50
-"""A sum times this is below the sum: rounding must not go past the last weight."""
 
 
 def _filtered(chances: Tensor, batch: SamplingBatch) -> Tensor:

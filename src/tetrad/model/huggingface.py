@@ -40,7 +40,7 @@ def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
 def read_members(folder: Path) -> tuple[ScalarModel, ...]:
     """A reward model and the further members of its ensemble, if it has any. Errors: E-MODEL-*, E-CKPT-*."""
     members = [read_scalar(folder)]
-    for path in member_files(folder):
+    for path in sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2])):
         tensors = read_tensors(path)
         if tensors.keys() != {*dict(members[0].named_parameters()), "bias"}:
             raise UserError("E-CKPT-KEYS", "its tensors are not those of the model beside it", where=str(path))
@@ -48,11 +48,6 @@ def read_members(folder: Path) -> tuple[ScalarModel, ...]:
         model.bias = tensors["bias"]
         members.append(model)
     return tuple(members)
-
-
-def member_files(folder: Path) -> list[Path]:
-    """The weights of the second, third ... member of an ensemble."""
-    return sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
 
 
 def members_content(members: Sequence[ScalarModel]) -> dict[str, Content]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import served
 import toys
-from tetrad.eval.compare import Task, answers_of_all, metrics_of
+from tetrad.eval.compare import Task, metrics_of, responses_of_all
 from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.settings.common import Sampling
 from tetrad.settings.evaluate import Evaluate
@@ -26,7 +26,7 @@ def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
         seen.extend(samples)
         return [float("\ufffd" in sample.text) for sample in samples]
 
-    systems = answers_of_all(SimpleNamespace(recipe=recipe, parents={}), model, task, fond)  # type: ignore[arg-type]
+    systems = responses_of_all(SimpleNamespace(recipe=recipe, parents={}), model, task, fond)  # type: ignore[arg-type]
     groups = [seen[at : at + 8] for at in range(0, len(seen), 8)]
     assert list(systems["sft"].samples) == [group[0] for group in groups]
     for chosen, group in zip(systems["best of 8"].samples, groups, strict=True):
