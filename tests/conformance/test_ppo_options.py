@@ -161,9 +161,8 @@ def test_reduction_by_sequence_is_the_mean_of_the_replies_means():
 def test_dual_clip_bounds_the_loss_of_a_bad_token():
     old = torch.zeros(2)
     new, advantages = torch.tensor([3.0, 3.0]), torch.tensor([-1.0, 1.0])
-    every = torch.ones(2, dtype=torch.bool)
-    plain = ppo.policy_loss_sum(new, old, advantages, every)
-    dual = ppo.policy_loss_sum(new, old, advantages, every, dual_clip=3.0)
+    plain = ppo.policy_loss_sum(new, old, advantages)
+    dual = ppo.policy_loss_sum(new, old, advantages, dual_clip=3.0)
     assert float(plain.loss) == pytest.approx(float(new.exp()[0]) - 1.2, rel=1e-6)
     assert float(dual.loss) == pytest.approx(3 - 1.2, rel=1e-6)
     s = replace(S, dual_clip=3.0)

@@ -2,8 +2,7 @@
 
 A file is an npz without pickles. `manifest` is JSON: a list of {name, fn, inputs, outputs, none}; the arrays are called
 `<name>|in|<input>` and `<name>|out|<output>`, and an input named in `none` is None. An output `grad_x` is the gradient
-of `loss` with respect to the input x. Some functions have two implementations: a readable one and the one that
-training uses (chunked heads, sums over ranks); both are checked against the file.
+of `loss` with respect to the input x. What is checked is what training uses: chunked heads, sums over tokens and ranks.
 """
 
 import json
@@ -72,25 +71,15 @@ def _unreadable(what: str, where: str) -> UserError:
 
 
 def _next_logprobs(x: Inputs) -> dict[str, Tensor]:
-    logprobs, mask = language.next_logprobs(x["logits"], x["ids"], x["mask"], x["temperature"])
-    return {"logp": logprobs, "mask": mask}
-
-
-def _next_logprobs_of_head(x: Inputs) -> dict[str, Tensor]:
+    """Of each token from the logits before it."""
     mask = x["mask"][:, 1:]
     logprobs = torch.zeros(mask.shape, dtype=x["logits"].dtype)
     rows, targets = x["logits"][:, :-1][mask], x["ids"][:, 1:][mask]
-    logprobs[mask] = language.token_logprobs(rows, _identity(rows), targets, x["temperature"], chunk=3, entropy=False)[
-        0
-    ]
+    logprobs[mask] = language.token_logprobs(rows, _identity(rows), targets, x["temperature"], 3, entropy=False)[0]
     return {"logp": logprobs, "mask": mask}
 
 
 def _entropy(x: Inputs) -> dict[str, Tensor]:
-    return {"entropy": language.entropy(x["logits"], x["mask"], x["temperature"])}
-
-
-def _entropy_of_head(x: Inputs) -> dict[str, Tensor]:
     entropies, rows = torch.zeros(x["mask"].shape, dtype=x["logits"].dtype), x["logits"][x["mask"]]
     targets = torch.zeros(len(rows), dtype=torch.int64)
     entropies[x["mask"]] = language.token_logprobs(rows, _identity(rows), targets, x["temperature"], chunk=3)[1]
@@ -98,10 +87,6 @@ def _entropy_of_head(x: Inputs) -> dict[str, Tensor]:
 
 
 def _sft_loss(x: Inputs) -> dict[str, Tensor]:
-    return {"loss": language.sft_loss(x["logits"], x["ids"], x["loss_mask"], x["how"])}
-
-
-def _sft_loss_of_head(x: Inputs) -> dict[str, Tensor]:
     """Each row's sum, divided as the training step does: one count for all, or each row's own."""
     mask = x["loss_mask"][:, 1:]
     identity = _identity(x["logits"])
@@ -110,6 +95,7 @@ def _sft_loss_of_head(x: Inputs) -> dict[str, Tensor]:
         for logits, ids, here in zip(x["logits"][:, :-1], x["ids"][:, 1:], mask, strict=True)
     ]
     counts = mask.sum(1)
+    _some(mask[mask])
     if x["how"] == "token":
         return {"loss": torch.stack(sums).sum() / counts.sum()}
     return {"loss": (torch.stack(sums) / counts.clamp(min=1)).sum() / (counts > 0).sum()}
@@ -129,13 +115,13 @@ def _gae(x: Inputs) -> dict[str, Tensor]:
     return {"advantages": advantages, "returns": returns}
 
 
-def _whiten_of_ranks(x: Inputs) -> dict[str, Tensor]:
+def _whiten(x: Inputs) -> dict[str, Tensor]:
     """As on two ranks: their moments are summed twice, the second time about the mean."""
     sides = [(x["x"][part::2], x["mask"][part::2]) for part in (0, 1)]
     mean, _ = ppo.mean_variance(sum((ppo.moments(*side) for side in sides), torch.zeros(3)))
     total = sum((ppo.moments(*side, mean) for side in sides), torch.zeros(3))
     known = ppo.mean_variance(total, mean, x["unbiased"])
-    return {"whitened": ppo.whiten(x["x"], x["mask"], x["shift_mean"], mean_and_variance=known)}
+    return {"whitened": ppo.whiten(x["x"], x["mask"], *known, x["shift_mean"])}
 
 
 def _explained_variance(x: Inputs) -> dict[str, Tensor]:
@@ -147,36 +133,85 @@ def _explained_variance(x: Inputs) -> dict[str, Tensor]:
     return {"ev": ppo.explained_variance(*mean_variance(x["returns"]), residual)}
 
 
+def _paired(first: Tensor, second: Tensor, weight: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rewards, the first of each pair, the second, and their weights; by default those of a mean."""
+    n = len(_some(first))
+    weights = torch.full((n,), weight or 1 / n, dtype=torch.float64)
+    return torch.cat([first, second]), torch.arange(n), torch.arange(n, 2 * n), weights
+
+
+def _bt_loss(x: Inputs) -> dict[str, Tensor]:
+    """smoothing: a label of 1 - smoothing."""
+    chosen, label, smoothing = x["chosen"], x.get("label"), x.get("smoothing")
+    if smoothing is not None and label is not None:
+        raise ValueError("smoothing and label both set the target")
+    if smoothing is not None:
+        label = torch.full_like(chosen, 1 - smoothing)
+    return {"loss": preference.pair_loss_sum(*_paired(chosen, x["rejected"]), x.get("margin"), label)}
+
+
+def _kwise_loss(x: Inputs) -> dict[str, Tensor]:
+    winners, losers, weights = preference.pairs_of(x["ranks"], (0, len(x["ranks"])), x["ties"])
+    return {"loss": preference.pair_loss_sum(x["scores"], _some(winners), losers, weights)}
+
+
+def _plackett_luce_loss(x: Inputs) -> dict[str, Tensor]:
+    return {"loss": preference.plackett_luce_losses(x["scores"], x["ranks"], (0, len(x["ranks"])), x["ties"])[0]}
+
+
+def _score_regression(x: Inputs) -> dict[str, Tensor]:
+    if not x["lo"] < x["hi"]:
+        raise ValueError(f"a scale must rise: {x['lo']} to {x['hi']}")
+    share = (x["target"] - x["lo"]) / (x["hi"] - x["lo"])
+    return {"loss": preference.score_losses(_some(x["pred"]), share, x["kind"]).mean()}
+
+
 def _center_penalty(x: Inputs) -> dict[str, Tensor]:
     """Of pairs; `square` is that of each reward with one that is 0."""
     first, second = x["chosen"], x["rejected"]
     if x["kind"] == "square":
         first = torch.cat([first, second])
         second = torch.zeros_like(first)
-    n, rewards = len(first), torch.cat([first, second])
-    weights = torch.full((n,), 1 / n, dtype=torch.float64)
-    return {"loss": x["coef"] * preference.center_loss_sum(rewards, torch.arange(n), torch.arange(n, 2 * n), weights)}
+    return {"loss": x["coef"] * preference.center_loss_sum(*_paired(first, second))}
 
 
 def _crowd_bt_loss(x: Inputs) -> dict[str, Tensor]:
     """The prior is `lam` wins and as many defeats of every item against one whose reward is 0."""
     s, answers = x["s"], len(x["i"])
     losses = preference.crowd_pair_losses(s[x["i"]] - s[x["j"]], x["eta"][x["k"]].logit())
-    n, half, weights = len(s), torch.full_like(s, 0.5), torch.full_like(s, 2 * x["lam"])
-    items = torch.cat([s, torch.zeros_like(s)])
-    prior = preference.pair_loss_sum(items, torch.arange(n), torch.arange(n, 2 * n), weights, labels_P=half)
+    pairs = _paired(s, torch.zeros_like(s), 2 * x["lam"])
+    prior = preference.pair_loss_sum(*pairs, labels_P=torch.full_like(s, 0.5))
     return {"loss": (losses.sum() + prior) / answers}
 
 
+def _tokens(x: Inputs) -> tuple[Tensor, Tensor, float]:
+    """The mask, each token's weight, and what the sum of losses is divided by: tokens, or rows of each row's mean."""
+    mask, lengths = x["mask"], x["mask"].sum(1, keepdim=True)
+    if x["how"] == "token":
+        return mask, torch.ones(len(_some(mask[mask]))), float(mask.sum())
+    return mask, (1 / lengths.double()).expand(mask.shape)[mask], float((lengths > 0).sum())
+
+
 def _policy_loss(x: Inputs) -> dict[str, Tensor]:
-    arrays = (x["logp"], x["old_logp"], x["adv"], x["mask"])
-    loss, stats = ppo.policy_loss(*arrays, x["eps_low"], x["eps_high"], x["how"], x.get("dual_clip"))
-    return {"loss": loss} | {f"stats.{name}": value for name, value in stats._asdict().items()}
+    mask, weights, count = _tokens(x)
+    new, old, advantages = (x[name][mask] for name in ("logp", "old_logp", "adv"))
+    sums = ppo.policy_loss_sum(new, old, advantages, x["eps_low"], x["eps_high"], x.get("dual_clip"), weights)
+    stats = {
+        "clipfrac": sums.clipped,
+        "approx_kl": sums.half_square,
+        "approx_kl_k1": ppo.kl_tokens(old, new, torch.ones_like(old, dtype=torch.bool), "k1").sum(),
+        "approx_kl_k3": ppo.kl_tokens(old, new, torch.ones_like(old, dtype=torch.bool), "k3").sum(),
+        "ratio_mean": sums.ratio,
+        "dual_clipfrac": sums.dual_clipped,
+    }
+    return {"loss": sums.loss / count} | {f"stats.{name}": total / mask.sum() for name, total in stats.items()}
 
 
 def _value_loss(x: Inputs) -> dict[str, Tensor]:
-    loss, clipped = ppo.value_loss(x["values"], x["old_values"], x["returns"], x["mask"], x["how"], x["clip"])
-    return {"loss": loss, "clipfrac": clipped}
+    mask, weights, count = _tokens(x)
+    values, old, returns = (x[name][mask] for name in ("values", "old_values", "returns"))
+    sums = ppo.value_loss_sum(values, old, returns, x["clip"], weights)
+    return {"loss": sums.loss / count, "clipfrac": sums.clipped / mask.sum()}
 
 
 def _attended(queries: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
@@ -213,6 +248,13 @@ def _pack(x: Inputs) -> dict[str, Tensor]:
     }
 
 
+def _some(values: Tensor) -> Tensor:
+    """Raises ValueError for none: their mean is undefined."""
+    if not len(values):
+        raise ValueError("no values: their mean is undefined")
+    return values
+
+
 def _identity(logits: Tensor) -> Tensor:
     """The head under which hidden states are their own logits."""
     return torch.eye(logits.shape[-1], dtype=logits.dtype)
@@ -223,25 +265,25 @@ def _direct(output: str, function: Callable[..., Tensor], names: str) -> AnswerF
     return lambda x: {output: function(*(x[name] for name in names.split()))}
 
 
-ANSWERS: dict[str, list[AnswerFunction]] = {
-    "next_logprobs": [_next_logprobs, _next_logprobs_of_head],
-    "entropy": [_entropy, _entropy_of_head],
-    "sft_loss": [_sft_loss, _sft_loss_of_head],
-    "kl_tokens": [_direct("kl", ppo.kl_tokens, "logp ref_logp mask kind")],
-    "adaptive_kl": [_adaptive_kl],
-    "normalize_scores": [_direct("scores", ppo.normalize_scores, "scores mean std clip missing_eos eos_penalty")],
-    "shape_rewards": [_direct("rewards", ppo.shape_rewards, "scores kl_tok mask beta")],
-    "gae": [_gae],
-    "whiten": [_direct("whitened", ppo.whiten, "x mask shift_mean unbiased"), _whiten_of_ranks],
-    "explained_variance": [_explained_variance],
-    "policy_loss": [_policy_loss],
-    "value_loss": [_value_loss],
-    "bt_loss": [lambda x: {"loss": preference.bt_loss(**x)}],
-    "plackett_luce_loss": [_direct("loss", preference.plackett_luce_loss, "scores ranks ties")],
-    "kwise_loss": [_direct("loss", preference.kwise_loss, "scores ranks ties")],
-    "score_regression": [_direct("loss", preference.score_regression, "pred target lo hi kind")],
-    "center_penalty": [_center_penalty],
-    "crowd_bt_loss": [_crowd_bt_loss],
-    "ece": [_direct("ece", calibration.ece, "confidence correct bins")],
-    "pack": [_pack],
+ANSWERS: dict[str, AnswerFunction] = {
+    "next_logprobs": _next_logprobs,
+    "entropy": _entropy,
+    "sft_loss": _sft_loss,
+    "kl_tokens": _direct("kl", ppo.kl_tokens, "logp ref_logp mask kind"),
+    "adaptive_kl": _adaptive_kl,
+    "normalize_scores": _direct("scores", ppo.normalize_scores, "scores mean std clip missing_eos eos_penalty"),
+    "shape_rewards": _direct("rewards", ppo.shape_rewards, "scores kl_tok mask beta"),
+    "gae": _gae,
+    "whiten": _whiten,
+    "explained_variance": _explained_variance,
+    "policy_loss": _policy_loss,
+    "value_loss": _value_loss,
+    "bt_loss": _bt_loss,
+    "plackett_luce_loss": _plackett_luce_loss,
+    "kwise_loss": _kwise_loss,
+    "score_regression": _score_regression,
+    "center_penalty": _center_penalty,
+    "crowd_bt_loss": _crowd_bt_loss,
+    "ece": _direct("ece", calibration.ece, "confidence correct bins"),
+    "pack": _pack,
 }

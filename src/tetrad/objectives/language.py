@@ -1,13 +1,12 @@
-"""Language modelling objectives: log-probabilities, entropy, cross-entropy, and their chunked forms for training.
+"""Language modelling objectives: log-probabilities, entropy and cross-entropy of chosen tokens.
 
-Position t of `logits` predicts token t + 1; `next_logprobs` and `sft_loss` shift, nothing else does. Log-softmax is
-taken in float32 (float64 for float64 inputs). The two chunked functions read the last hidden states and the head's
-matrix, so that the full [N, V] matrix of logits never exists:
+They read the last hidden states and the head's matrix in chunks, so that the full [N, V] matrix of logits never exists.
+Log-softmax is taken in float32 (float64 for float64 inputs).
 
 - `nll_sum` is linear in the log-probabilities, so its gradient is computed in the forward, with each chunk's logits;
 - `token_logprobs` receives an arbitrary gradient (PPO), so the backward recomputes each chunk's logits.
 
-Shapes: B rows, L positions, V vocabulary, N chosen tokens, H hidden size.
+Shapes: V vocabulary, N chosen tokens, H hidden size.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,38 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tetrad.kernels.onednn import linear, pieces
-from tetrad.objectives.masks import How, select, token_weights
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}  # of float32 logits at a time; on a CPU more is no faster
 CHUNK_ROWS = 256  # at least, or the matrix products are inefficient
-
-
-def next_logprobs(
-    logits_BLV: Tensor, ids_BL: Tensor, mask_BL: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token given those before it, and its mask; both [B, L - 1], 0 where masked.
-
-    mask_BL: True on the tokens that are predicted; the logits before any other token are not read.
-    """
-    mask = mask_BL[:, 1:]
-    logprobs = _log_softmax(select(logits_BLV[:, :-1], mask[..., None]), temperature)
-    picked = logprobs.gather(-1, select(ids_BL[:, 1:], mask)[..., None]).squeeze(-1)
-    return select(picked, mask), mask
-
-
-def entropy(logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of each position's distribution, [B, L], 0 where masked. Unshifted."""
-    logprobs = _log_softmax(select(logits, mask[..., None]), temperature)
-    return select(-(logprobs.exp() * logprobs).sum(-1), mask)
-
-
-def sft_loss(logits_BLV: Tensor, ids_BL: Tensor, loss_mask_BL: Tensor, reduction: How = "token") -> Tensor:
-    """Mean cross-entropy of the tokens marked by the mask: over tokens, or over rows of each row's mean.
-
-    Raises ValueError if no token is marked.
-    """
-    logprobs, mask = next_logprobs(logits_BLV, ids_BL, loss_mask_BL)
-    return -(logprobs * token_weights(mask, reduction, logprobs.dtype)).sum()
 
 
 def nll_sum(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk: int = 0) -> Tensor:
@@ -82,10 +52,6 @@ def token_logprobs(
     sizes = _chunks(hidden_NH, weight_VH, targets_N, chunk)
     with _own_precision(hidden_NH) as hidden:
         return _apply_token_logprobs(hidden, weight_VH, targets_N, temperature, sizes, entropy)
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits.to(_accumulator(logits.dtype)) / temperature, -1)
 
 
 @contextmanager

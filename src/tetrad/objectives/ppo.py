@@ -1,10 +1,10 @@
 """PPO's arithmetic: KL, shaped rewards, advantages, whitening, and the two clipped losses.
 
 Arrays are [B, T] and already shifted: position t belongs to response token t; `mask` is True on response tokens (rows
-may be padded on either side and have holes). The losses for training come as sums with a number of tokens, so that
-micro-batches and ranks add up exactly; they take arrays of any one shape, flat ones too. The mean forms are for a
-batch that is complete in one place. Nothing is clamped but what PPO clips. Sources: the losses, the place of the score
-and the adaptive coefficient: Ziegler et al. 2019 (1909.08593), GAE: Schulman et al. 2016 (1506.02438).
+may be padded on either side and have holes). Other positions may hold anything, even NaN: values are selected before
+any arithmetic, never multiplied by the mask. The losses take the N response tokens alone and are sums over them, so
+that micro-batches and ranks add up exactly. Nothing is clamped but what PPO clips. Sources: the losses, the place of
+the score and the adaptive coefficient: Ziegler et al. 2019 (1909.08593), GAE: Schulman et al. 2016 (1506.02438).
 """
 
 from typing import Literal, NamedTuple
@@ -12,42 +12,33 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tetrad.objectives.masks import How, require_any, select, token_weights
-
 WHITEN_EPS = 1e-8  # inside the root
 
 
+def select(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where `mask`, exactly 0 elsewhere; neither the result nor a gradient sees what was there."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
 class PolicySums(NamedTuple):
-    """Sums over the masked-in tokens, `loss` with gradient; divide by `tokens`. Only `highest_ratio` is a maximum."""
+    """Sums over tokens, `loss` with gradient; only `highest_ratio` is a maximum.
+
+    half_square: of the log-ratios, an estimate of KL(old || new).
+    """
 
     loss: Tensor
     clipped: Tensor
     half_square: Tensor
-    k1: Tensor
-    k3: Tensor
     ratio: Tensor
     dual_clipped: Tensor
     highest_ratio: Tensor
-    tokens: Tensor
-
-
-class PolicyStats(NamedTuple):
-    """Means over tokens. approx_kl is half the mean squared log-ratio; k1 and k3 estimate KL(old || new)."""
-
-    clipfrac: Tensor
-    approx_kl: Tensor
-    approx_kl_k1: Tensor
-    approx_kl_k3: Tensor
-    ratio_mean: Tensor
-    dual_clipfrac: Tensor
 
 
 class ValueSums(NamedTuple):
-    """Sums over the masked-in tokens, `loss` with gradient; divide by `tokens`."""
+    """Sums over tokens, `loss` with gradient."""
 
     loss: Tensor
     clipped: Tensor
-    tokens: Tensor
 
 
 def kl_tokens(
@@ -143,27 +134,16 @@ def mean_variance(moments_3: Tensor, about: Tensor | float = 0.0, unbiased: bool
     count, total, squares = moments_3.unbind()
     if float(count) < 1 + unbiased:
         raise ValueError(f"{int(count)} values are too few for their variance")
-    spread = (squares - total.square() / count).clamp(min=0)
-    return about + total / count, spread / (count - 1 if unbiased else count)
+    squares = (squares - total.square() / count).clamp(min=0)
+    return about + total / count, squares / (count - 1 if unbiased else count)
 
 
-def whiten(
-    x: Tensor,
-    mask: Tensor,
-    shift_mean: bool = True,
-    unbiased: bool = False,
-    mean_and_variance: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, mean: Tensor, variance: Tensor, shift_mean: bool = True) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) over the mask, plus the mean again unless `shift_mean`; 0 where masked.
 
-    mean_and_variance: those of the whole batch, from all ranks' `moments`; else they are computed from x.
-    Raises ValueError on an empty mask.
+    mean, variance: those of the whole batch, from all ranks' `moments`.
     """
-    if mean_and_variance is None:
-        require_any(mask)
-        first, _ = mean_variance(moments(x, mask))
-        mean_and_variance = mean_variance(moments(x, mask, first), first, unbiased)
-    mean, variance = (number.to(x.dtype) for number in mean_and_variance)
+    mean, variance = mean.to(x.dtype), variance.to(x.dtype)
     whitened = (select(x, mask) - mean) * torch.rsqrt(variance + WHITEN_EPS)
     return select(whitened if shift_mean else whitened + mean, mask)
 
@@ -177,89 +157,51 @@ def explained_variance(
 
 
 def policy_loss_sum(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_N: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    weights: Tensor | None = None,
+    weights_N: Tensor | None = None,
 ) -> PolicySums:
     """Sum over tokens of max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), rho = exp(logp - old_logp).
 
-    dual_clip c > 1: where A < 0 a token's loss is at most -c A (Ye et al. 2020). weights: a factor for each token's
+    dual_clip c > 1: where A < 0 a token's loss is at most -c A (Ye et al. 2020). weights_N: a factor for each token's
     loss.
     """
-    advantages = select(advantages, mask)
-    log_ratio = select(logprobs, mask) - select(old_logprobs, mask)
+    log_ratio = logprobs_N - old_logprobs_N
     ratio = log_ratio.exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    plain, clipped = -advantages_N * ratio, -advantages_N * ratio.clamp(1 - clip_low, 1 + clip_high)
     worse = clipped > plain
     losses = torch.where(worse, clipped, plain)
-    capped = torch.zeros_like(mask)
+    capped = torch.zeros_like(worse)
     if dual_clip is not None:
-        capped = (advantages < 0) & (losses > -dual_clip * advantages)
-        losses = torch.where(capped, -dual_clip * advantages, losses)
-    if weights is not None:
-        losses = losses * select(weights, mask)
+        capped = (advantages_N < 0) & (losses > -dual_clip * advantages_N)
+        losses = torch.where(capped, -dual_clip * advantages_N, losses)
+    if weights_N is not None:
+        losses = losses * weights_N
     with torch.no_grad():
-        k3 = torch.expm1(log_ratio) - log_ratio
-        shown = select(ratio, mask)
-        parts = (worse & mask, log_ratio.square() / 2, -log_ratio, k3, shown, capped & mask)
-        clips, half_square, k1, k3, ratios, caps = (part.to(losses.dtype).sum() for part in parts)
-        highest = shown.amax() if shown.numel() else losses.new_zeros(())
-    return PolicySums(select(losses, mask).sum(), clips, half_square, k1, k3, ratios, caps, highest, mask.sum())
-
-
-def policy_loss(
-    logprobs_BT: Tensor,
-    old_logprobs_BT: Tensor,
-    advantages_BT: Tensor,
-    mask_BT: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    reduction: How = "token",
-    dual_clip: float | None = None,
-) -> tuple[Tensor, PolicyStats]:
-    """`policy_loss_sum` as a mean over tokens, or over rows of each row's mean. Raises ValueError on an empty mask."""
-    weights = token_weights(mask_BT, reduction, logprobs_BT.dtype)
-    sums = policy_loss_sum(
-        logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT, clip_low, clip_high, dual_clip, weights
-    )
-    return sums.loss, PolicyStats(*(total / sums.tokens for total in sums[1:7]))
+        metrics = (worse, log_ratio.square() / 2, ratio, capped)
+        clips, half_square, ratios, caps = (values.to(losses.dtype).sum() for values in metrics)
+        highest = ratio.amax() if ratio.numel() else losses.new_zeros(())
+    return PolicySums(losses.sum(), clips, half_square, ratios, caps, highest)
 
 
 def value_loss_sum(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
+    values_N: Tensor,
+    old_values_N: Tensor,
+    returns_N: Tensor,
     clip: float | None = 0.2,
-    weights: Tensor | None = None,
+    weights_N: Tensor | None = None,
 ) -> ValueSums:
     """Sum over tokens of max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2; with clip = None only the first."""
-    values, old_values, returns = select(values, mask), select(old_values, mask), select(returns, mask)
-    losses = (values - returns).square()
-    worse = torch.zeros_like(mask)
+    losses = (values_N - returns_N).square()
+    worse = torch.zeros_like(losses, dtype=torch.bool)
     if clip is not None:
-        near = (torch.clamp(values, old_values - clip, old_values + clip) - returns).square()
+        near = (torch.clamp(values_N, old_values_N - clip, old_values_N + clip) - returns_N).square()
         worse = near > losses
         losses = torch.where(worse, near, losses)
-    if weights is not None:
-        losses = losses * select(weights, mask)
-    return ValueSums(0.5 * losses.sum(), (worse & mask).to(losses.dtype).sum(), mask.sum())
-
-
-def value_loss(
-    values_BT: Tensor,
-    old_values_BT: Tensor,
-    returns_BT: Tensor,
-    mask_BT: Tensor,
-    reduction: How = "token",
-    clip: float | None = 0.2,
-) -> tuple[Tensor, Tensor]:
-    """The mean of `value_loss_sum`, and the share of tokens where the clipped error was the larger one."""
-    weights = token_weights(mask_BT, reduction, values_BT.dtype)
-    sums = value_loss_sum(values_BT, old_values_BT, returns_BT, mask_BT, clip, weights)
-    return sums.loss, sums.clipped / sums.tokens
+    if weights_N is not None:
+        losses = losses * weights_N
+    return ValueSums(0.5 * losses.sum(), worse.to(losses.dtype).sum())

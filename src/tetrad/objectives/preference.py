@@ -1,11 +1,11 @@
 """Losses of a reward model: pairs, lists of any length with ties, scores on a scale, fallible annotators.
 
-Rewards are latent numbers r; a lower rank is better, equal ranks are ties, only the order of ranks counts. For
-training, many lists lie in one flat tensor with `bounds` (list l is bounds[l] : bounds[l + 1]), and a loss comes per
-list or as a weighted sum over pairs, so that micro-batches and ranks add up exactly; the functions named `*_loss` are
-means of one batch. Sources: Bradley and Terry 1952; all pairs of a list, averaged: Ouyang et al. 2022 (2203.02155);
-Plackett 1975 and Luce 1959, ties after Breslow 1974; margins, smoothing, soft labels: 2401.06080; centring:
-2312.09244; annotators: Chen et al., "Pairwise ranking aggregation in a crowdsourced setting", 2013.
+Rewards are latent numbers r; a lower rank is better, equal ranks are ties, only the order of ranks counts. Many lists
+lie in one flat tensor with `bounds` (list l is bounds[l] : bounds[l + 1]), and a loss comes per list or as a weighted
+sum over pairs, so that micro-batches and ranks add up exactly. Sources: Bradley and Terry 1952; all pairs of a list,
+averaged: Ouyang et al. 2022 (2203.02155); Plackett 1975 and Luce 1959, ties after Breslow 1974; margins, smoothing,
+soft labels: 2401.06080; centring: 2312.09244; annotators: Chen et al., "Pairwise ranking aggregation in a crowdsourced
+setting", 2013.
 """
 
 from collections.abc import Sequence
@@ -20,27 +20,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 PairTies = Literal["skip", "half"]
 OrderTies = Literal["exact", "breslow", "auto"]
 LARGEST_EXACT_TIE = 10  # 2^10 subsets
-
-
-def bt_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    margin: Tensor | None = None,
-    smoothing: float | None = None,
-    label: Tensor | None = None,
-) -> Tensor:
-    """Mean of -label logsigmoid(d) - (1 - label) logsigmoid(-d), d = chosen - rejected - margin; all [P].
-
-    label: how likely `chosen` is the better one; 1 by default, 1 - smoothing where that is given. Raises ValueError
-    without pairs, or with smoothing and label at once.
-    """
-    _require_values(chosen)
-    if smoothing is not None and label is not None:
-        raise ValueError("smoothing and label both set the target")
-    gap = chosen - rejected if margin is None else chosen - rejected - margin
-    if label is None:
-        label = torch.full_like(gap, 1 - (smoothing or 0.0))
-    return _pair_losses(gap, label).mean()
 
 
 def pairs_of(ranks_N: Tensor, bounds: Sequence[int], ties: PairTies = "skip") -> tuple[Tensor, Tensor, Tensor]:
@@ -85,13 +64,6 @@ def pair_loss_sum(
     return (weights_P.to(gap.dtype) * losses).sum()
 
 
-def kwise_loss(scores_K: Tensor, ranks_K: Tensor, ties: PairTies = "skip") -> Tensor:
-    """Mean over the pairs of one list. Raises ValueError if there is none (all tied, under `skip`)."""
-    winners, losers, weights = pairs_of(ranks_K, (0, len(ranks_K)), ties)
-    _require_values(winners)
-    return pair_loss_sum(scores_K, winners, losers, weights)
-
-
 def plackett_luce_losses(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int], ties: OrderTies = "exact") -> Tensor:
     """-log probability of each list's order under Plackett-Luce, [lists].
 
@@ -122,12 +94,6 @@ def plackett_luce_losses(scores_N: Tensor, ranks_N: Tensor, bounds: Sequence[int
     return total
 
 
-def plackett_luce_loss(scores_K: Tensor, ranks_K: Tensor, ties: OrderTies = "exact") -> Tensor:
-    """`plackett_luce_losses` of one list."""
-    _require_values(scores_K)
-    return plackett_luce_losses(scores_K, ranks_K, (0, len(scores_K)), ties)[0]
-
-
 def score_losses(pred_N: Tensor, share_N: Tensor, kind: Literal["mse", "bce"] = "mse") -> Tensor:
     """Squared errors, or binary cross-entropies with sigmoid(pred); [N]."""
     if kind == "mse":
@@ -135,35 +101,24 @@ def score_losses(pred_N: Tensor, share_N: Tensor, kind: Literal["mse", "bce"] = 
     return binary_cross_entropy_with_logits(pred_N, share_N, reduction="none")
 
 
-def score_regression(
-    pred_N: Tensor, target_N: Tensor, lo: float, hi: float, kind: Literal["mse", "bce"] = "mse"
-) -> Tensor:
-    """Mean of `score_losses` against (target - lo) / (hi - lo)."""
-    _require_values(pred_N)
-    if not lo < hi:
-        raise ValueError(f"a scale must rise: {lo} to {hi}")
-    return score_losses(pred_N, (target_N - lo) / (hi - lo), kind).mean()
-
-
 def center_loss_sum(rewards_N: Tensor, winners_P: Tensor, losers_P: Tensor, weights_P: Tensor) -> Tensor:
     """Weighted sum over pairs of (winner + loser)^2, which draws rewards to 0."""
     return (weights_P * (rewards_N[winners_P] + rewards_N[losers_P]).square()).sum()
 
 
+def crowd_losses(losses: Tensor, flipped: Tensor, competence: Tensor) -> Tensor:
+    """-log(c p + (1 - c) q), c = sigmoid(competence), the probability that an annotator is right: losses are -log p of
+    what was stated, flipped are -log q of the opposite. Broadcasts; as exact for large numbers as for small ones."""
+    return -torch.logaddexp(logsigmoid(competence) - losses, logsigmoid(-competence) - flipped)
+
+
 def crowd_pair_losses(gap_P: Tensor, competence_P: Tensor) -> Tensor:
-    """-log(c sigmoid(gap) + (1 - c) sigmoid(-gap)), c = sigmoid(competence): an annotator right with probability c says
-    that the first is better (Chen et al. 2013). Broadcasts; as exact for large numbers as for small ones."""
-    right = logsigmoid(competence_P) + logsigmoid(gap_P)
-    return -torch.logaddexp(right, logsigmoid(-competence_P) + logsigmoid(-gap_P))
+    """The same of a pair, p = sigmoid(gap): the annotator says that the first is better (Chen et al. 2013)."""
+    return crowd_losses(-logsigmoid(gap_P), -logsigmoid(-gap_P), competence_P)
 
 
 def _pair_losses(gap: Tensor, label: Tensor) -> Tensor:
     return -label * logsigmoid(gap) - (1 - label) * logsigmoid(-gap)
-
-
-def _require_values(values: Tensor) -> None:
-    if values.numel() == 0:
-        raise ValueError("no values: their mean is undefined")
 
 
 def _padded(bounds: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -77,4 +77,4 @@ def mean_variance(x: Tensor, mask: Tensor, device: Device) -> tuple[Tensor, Tens
 
 def whitened(x: Tensor, mask: Tensor, device: Device, *, shift_mean: bool) -> Tensor:
     """Over the response tokens of the whole batch on all ranks."""
-    return ppo.whiten(x, mask, shift_mean, mean_and_variance=mean_variance(x, mask, device))
+    return ppo.whiten(x, mask, *mean_variance(x, mask, device), shift_mean)

@@ -168,9 +168,8 @@ def actor_terms(s: Ppo) -> Terms:
 
 def policy_terms(logprobs: Tensor, tokens: PPOTokens, s: Ppo) -> list[Term]:
     """ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))."""
-    all_tokens, clip = torch.ones_like(logprobs, dtype=torch.bool), s.clip_range
-    old, advantages = tokens.old_logprobs, tokens.advantages
-    sums = ppo.policy_loss_sum(logprobs, old, advantages, all_tokens, clip, clip, s.dual_clip or None, tokens.weights)
+    old, advantages, clip = tokens.old_logprobs, tokens.advantages, s.clip_range
+    sums = ppo.policy_loss_sum(logprobs, old, advantages, clip, clip, s.dual_clip or None, tokens.weights)
     return [
         Loss("policy_loss", sums.loss, "losses"),
         Metric("clip_fraction", sums.clipped, "tokens"),
@@ -199,8 +198,7 @@ def critic_terms(clip: float) -> Terms:
 
 def value_terms(values: Tensor, tokens: PPOTokens, clip: float, coefficient: float) -> list[Term]:
     """loss = max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2."""
-    all_tokens = torch.ones_like(values, dtype=torch.bool)
-    sums = ppo.value_loss_sum(values, tokens.values, tokens.returns, all_tokens, clip or None, tokens.weights)
+    sums = ppo.value_loss_sum(values, tokens.values, tokens.returns, clip or None, tokens.weights)
     return [
         Loss("value_loss", sums.loss, "losses", coefficient),
         Metric("value_clip_fraction", sums.clipped, "tokens"),

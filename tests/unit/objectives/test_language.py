@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,40 +34,11 @@ class Made(TorchDispatchMode):
         return result
 
 
-def test_logits_predict_the_next_token_and_masked_ones_never_leak():
-    logits = torch.randn(2, 4, 5, dtype=torch.float64)
-    ids = torch.tensor([[1, 2, 3, -100], [-100, 0, 4, 1]])
-    mask = torch.tensor([[True, True, True, False], [False, False, True, True]])
-    logits[0, 2:], logits[1, 0] = float("nan"), 1e6
-    logits.requires_grad_()
-    logprobs, shifted = language.next_logprobs(logits, ids, mask)
-    assert torch.equal(shifted, mask[:, 1:])
-    wanted = torch.log_softmax(logits[0, 1], -1)[3]
-    assert torch.allclose(logprobs[0, 1], wanted)
-    assert logprobs[~shifted].eq(0).all()
-    (gradient,) = torch.autograd.grad(logprobs.sum() + language.entropy(logits[:, :2], mask[:, :2]).sum(), logits)
-    assert gradient.isfinite().all() and gradient[0, 2:].eq(0).all()
-
-
 def test_temperature_divides_logits():
-    logits, ids, mask = torch.randn(1, 3, 5), torch.tensor([[0, 1, 2]]), torch.ones(1, 3, dtype=torch.bool)
-    colder = language.next_logprobs(logits, ids, mask, 0.5)[0]
-    assert torch.allclose(colder, language.next_logprobs(logits * 2, ids, mask)[0])
-    assert not torch.allclose(colder, language.next_logprobs(logits, ids, mask)[0])
-
-
-def test_a_loss_over_no_token_is_an_error():
-    mask = torch.zeros(2, 3, dtype=torch.bool)
-    for how in ("token", "seq"):
-        with pytest.raises(ValueError, match="empty"):
-            language.sft_loss(torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), mask, how)
-
-
-def test_a_row_without_labels_does_not_count_as_a_sequence():
-    logits, ids = torch.randn(2, 3, 4), torch.randint(4, (2, 3))
-    mask = torch.tensor([[True, True, True], [False, False, False]])
-    alone = language.sft_loss(logits[:1], ids[:1], mask[:1], "seq")
-    assert torch.allclose(language.sft_loss(logits, ids, mask, "seq"), alone)
+    hidden, weight, targets = head()
+    colder = language.token_logprobs(hidden, weight, targets, 0.5)[0]
+    assert torch.allclose(colder, language.token_logprobs(hidden * 2, weight, targets)[0])
+    assert not torch.allclose(colder, language.token_logprobs(hidden, weight, targets)[0])
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3, 7, 100])
@@ -126,8 +98,7 @@ def test_entropy_is_skipped_on_request_and_then_undefined():
     assert entropies.isnan().all() and not entropies.requires_grad
     full, wanted = language.token_logprobs(hidden, weight, targets)
     assert torch.equal(logprobs, full)
-    mask = torch.ones(1, len(hidden), dtype=torch.bool)
-    assert torch.allclose(wanted, language.entropy((hidden @ weight.T)[None], mask)[0])
+    assert torch.allclose(wanted, Categorical(logits=hidden @ weight.T).entropy())
 
 
 def test_the_whole_matrix_of_logits_never_exists():

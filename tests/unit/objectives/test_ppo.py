@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mean_losses import policy_loss
 from tetrad.objectives import ppo
 
 NAN = float("nan")
@@ -110,18 +111,19 @@ def test_moments_of_ranks_add_up():
 def test_whitening():
     arrays = batch()
     mask, x = arrays["mask"], torch.where(arrays["mask"], 5 + 3 * arrays["values"], NAN)
-    plain = ppo.whiten(x, mask)
+    moments = ppo.mean_variance(ppo.moments(x, mask))
+    plain = ppo.whiten(x, mask, *moments)
     assert float(plain[mask].mean()) == pytest.approx(0, abs=1e-12)
     assert float(plain[mask].std(correction=0)) == pytest.approx(1)
     assert plain[~mask].eq(0).all()
-    kept = ppo.whiten(x, mask, shift_mean=False)
+    kept = ppo.whiten(x, mask, *moments, shift_mean=False)
     assert torch.allclose(kept[mask] - plain[mask], x[mask].mean())
     known = (torch.tensor(2.0, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64))
-    assert torch.allclose(ppo.whiten(x, mask, mean_and_variance=known)[mask], (x[mask] - 2) / 2)
-    with pytest.raises(ValueError, match="empty"):
-        ppo.whiten(x, torch.zeros_like(mask))
+    assert torch.allclose(ppo.whiten(x, mask, *known)[mask], (x[mask] - 2) / 2)
     with pytest.raises(ValueError, match="too few"):
-        ppo.whiten(x[:1, :1], torch.ones(1, 1, dtype=torch.bool), unbiased=True)
+        ppo.mean_variance(ppo.moments(x, torch.zeros_like(mask)))
+    with pytest.raises(ValueError, match="too few"):
+        ppo.mean_variance(ppo.moments(x[:1, :1], torch.ones(1, 1, dtype=torch.bool)), unbiased=True)
 
 
 def test_explained_variance_of_constant_returns_is_undefined():
@@ -140,83 +142,73 @@ def test_at_ratio_one_the_policy_gradient_is_the_advantage():
     arrays = batch()
     mask, advantages = arrays["mask"], arrays["advantages"]
     logprobs = arrays["logprobs"].requires_grad_()
-    loss, stats = ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask)
+    loss, stats = policy_loss((logprobs, logprobs.detach(), advantages), mask)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert torch.allclose(gradient, torch.where(mask, -advantages, 0) / mask.sum())
-    assert float(stats.ratio_mean) == 1 and float(stats.clipfrac) == float(stats.approx_kl) == 0
+    assert float(stats.ratio) == 1 and float(stats.clipped) == float(stats.half_square) == 0
 
 
 def test_a_clipped_ratio_has_no_gradient_and_the_pessimistic_side_keeps_it():
     logprobs = torch.tensor([[1.0, 1.0, -1.0, -1.0]], requires_grad=True)
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     mask = torch.ones(1, 4, dtype=torch.bool)
-    loss, stats = ppo.policy_loss(logprobs, torch.zeros(1, 4), advantages, mask)
+    loss, stats = policy_loss((logprobs, torch.zeros(1, 4), advantages), mask)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert gradient[0].ne(0).tolist() == [False, True, True, False]
-    assert float(stats.clipfrac) == 0.5
-    loss, stats = ppo.policy_loss(logprobs, torch.zeros(1, 4), advantages, mask, dual_clip=2.0)
+    assert float(stats.clipped) == 0.5
+    loss, stats = policy_loss((logprobs, torch.zeros(1, 4), advantages), mask, dual_clip=2.0)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert gradient[0].ne(0).tolist() == [False, False, True, False]
-    assert float(stats.dual_clipfrac) == 0.25
+    assert float(stats.dual_clipped) == 0.25
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
 def test_policy_sums_of_micro_batches_are_the_whole(dual_clip):
     arrays = batch()
-    arguments = [arrays[n] for n in ("logprobs", "old_logprobs", "advantages", "mask")]
-    whole, stats = ppo.policy_loss(*arguments, dual_clip=dual_clip)
+    tokens = [arrays[n][arrays["mask"]] for n in ("logprobs", "old_logprobs", "advantages")]
+    whole = ppo.policy_loss_sum(*tokens, dual_clip=dual_clip)
     parts = [
-        ppo.policy_loss_sum(*(a[rows] for a in arguments), dual_clip=dual_clip) for rows in (slice(1), slice(1, 4))
+        ppo.policy_loss_sum(*(a[rows] for a in tokens), dual_clip=dual_clip) for rows in (slice(5), slice(5, None))
     ]
-    flat = ppo.policy_loss_sum(*(a[arrays["mask"]] for a in arguments), dual_clip=dual_clip)
-    tokens = sum(part.tokens for part in parts)
-    assert tokens == flat.tokens == arrays["mask"].sum()
-    assert torch.allclose(sum(part.loss for part in parts) / tokens, whole)
-    assert torch.allclose(flat.loss / tokens, whole)
-    for place, name in enumerate(stats._fields):
-        assert torch.allclose(sum(part[place + 1] for part in parts) / tokens, getattr(stats, name))
-    ratio = (arguments[0] - arguments[1]).exp()[arrays["mask"]]
+    for name in whole._fields[:-1]:
+        assert torch.allclose(sum(getattr(part, name) for part in parts), getattr(whole, name))
+    ratio = (tokens[0] - tokens[1]).exp()
     assert torch.equal(max(part.highest_ratio for part in parts), ratio.max())
 
 
 def test_value_sums_of_micro_batches_are_the_whole():
     arrays = batch()
-    arguments = [arrays[n] for n in ("values", "old_values", "returns", "mask")]
-    whole, share = ppo.value_loss(*arguments)
-    parts = [ppo.value_loss_sum(*(a[rows] for a in arguments)) for rows in (slice(2), slice(2, 4))]
-    tokens = sum(part.tokens for part in parts)
-    assert torch.allclose(sum(part.loss for part in parts) / tokens, whole)
-    assert torch.allclose(sum(part.clipped for part in parts) / tokens, share)
-    assert 0 < float(share) < 1
+    tokens = [arrays[n][arrays["mask"]] for n in ("values", "old_values", "returns")]
+    whole = ppo.value_loss_sum(*tokens)
+    parts = [ppo.value_loss_sum(*(a[rows] for a in tokens)) for rows in (slice(5), slice(5, None))]
+    assert torch.allclose(sum(part.loss for part in parts), whole.loss)
+    assert torch.allclose(sum(part.clipped for part in parts), whole.clipped)
+    assert 0 < float(whole.clipped) < len(tokens[0])
 
 
 def test_a_value_that_ran_away_is_held_to_its_old_place():
-    values = torch.tensor([[3.0]], requires_grad=True)
-    one = torch.ones(1, 1, dtype=torch.bool)
-    loss, share = ppo.value_loss(values, torch.tensor([[0.0]]), torch.tensor([[5.0]]), one)
-    assert loss.item() == pytest.approx(0.5 * 4.8**2) and float(share) == 1
+    values = torch.tensor([3.0], requires_grad=True)
+    old, returns = torch.tensor([0.0]), torch.tensor([5.0])
+    loss, clipped = ppo.value_loss_sum(values, old, returns)
+    assert loss.item() == pytest.approx(0.5 * 4.8**2) and float(clipped) == 1
     assert float(torch.autograd.grad(loss, values)[0]) == 0
-    loss, share = ppo.value_loss(values, torch.tensor([[0.0]]), torch.tensor([[5.0]]), one, clip=None)
-    assert loss.item() == 2 and float(share) == 0
+    loss, clipped = ppo.value_loss_sum(values, old, returns, clip=None)
+    assert loss.item() == 2 and float(clipped) == 0
 
 
-@pytest.mark.parametrize("how", ["token", "seq"])
-def test_masked_garbage_reaches_neither_losses_nor_gradients(how):
+def test_masked_garbage_reaches_no_result():
+    """Rewards, advantages and whitening read response tokens only."""
     clean = batch()
     mask = clean["mask"]
     dirty = {
         n: torch.where(mask, a, (NAN, 1e6, -torch.inf)[k % 3]) for k, (n, a) in enumerate(clean.items()) if n != "mask"
     }
-    for function, names in (
-        (ppo.policy_loss, ("logprobs", "old_logprobs", "advantages")),
-        (ppo.value_loss, ("values", "old_values", "returns")),
-    ):
-        results = []
-        for source in (clean, dirty):
-            leaf = source[names[0]].clone().requires_grad_()
-            loss = function(leaf, source[names[1]], source[names[2]], mask, reduction=how)[0]
-            results.append((loss, torch.autograd.grad(loss, leaf)[0]))
-        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
-        assert results[1][1][~mask].eq(0).all()
-        with pytest.raises(ValueError, match="empty"):
-            function(*(clean[n] for n in names), torch.zeros_like(mask), reduction=how)
+    results = []
+    for arrays in (clean, dirty):
+        kl = ppo.kl_tokens(arrays["logprobs"], arrays["old_logprobs"], mask)
+        rewards = ppo.shape_rewards(torch.ones(len(mask)), arrays["returns"], mask, 0.1)
+        advantages, returns = ppo.gae(arrays["advantages"], arrays["values"], mask)
+        white = ppo.whiten(arrays["values"], mask, *ppo.mean_variance(ppo.moments(arrays["values"], mask)))
+        results.append((kl, rewards, advantages, returns, white))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs) and ours[~mask].eq(0).all()
