@@ -30,7 +30,7 @@ from tetrad.inference.model_folder import model_folder
 from tetrad.pipeline import recipe, runner
 from tetrad.reward.batches import Examples
 from tetrad.reward.evaluation import Pairs
-from tetrad.train.reward import RewardTrainer
+from tetrad.train import reward
 from tetrad.types import Prompt, Score, Tokens, Turn
 
 DATA = Path(__file__).parent.parent / "examples/reviews-en/data"
@@ -117,15 +117,15 @@ def train(policy: str, records: Mapping[str, Sequence[Row]], seed: int, **settin
         path.write_text(COMMON.format(**given) + "".join(f"{name} = {value}\n" for name, value in settings.items()))
         seconds = 0.0
 
-        def timed(trainer: RewardTrainer, *given: Any) -> Any:
+        def timed(*given: Any) -> Any:
             nonlocal seconds
             began = time.process_time()
-            stats = learn(trainer, *given)
+            stats = train_step(*given)
             seconds += time.process_time() - began
             return stats
 
-        learn = RewardTrainer.learn
-        with mock.patch.object(RewardTrainer, "learn", timed):
+        train_step = reward.train_step
+        with mock.patch.object(reward, "train_step", timed):
             runner.run(recipe.read(path, []), Console())
         home = Path(folder, "runs/reward/reward")
         metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
@@ -249,8 +249,8 @@ def trl_trained(policy: str, pairs: Sequence[Row], batch: int, seed: int) -> dic
             rewards.append(float(model(torch.tensor([ids(row["Instruction"], whole(row))])).logits[0, 0]))
     records = [Score(Prompt((Turn("instruction", r["Instruction"]),)), whole(r), r["score"]) for r in test]
     nothing = Tokens([], [])
-    found = Pairs.of(Examples.of(records, [nothing] * len(records)), torch.tensor(rewards), 0.5).figures(1.0)
-    return {"spearman": found["spearman"], "pair_accuracy": found["pair_accuracy"], "seconds": seconds}
+    found = Pairs.of(Examples.of(records, [nothing] * len(records)), torch.tensor(rewards), 0.5).metrics(1.0)
+    return {"spearman": found.spearman, "pair_accuracy": found.pair_accuracy, "seconds": seconds}
 
 
 CASES = {"mixed": mixed, "lists": lists, "trl": trl}

@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "16 the table by annotator is by file",
         "reward/evaluation.py",
-        '("annotator", _people(examples))',
-        '("annotator", _sources(examples))',
+        '"annotator": lambda record: record.annotator',
+        '"annotator": _source',
         "unit/reward/test_evaluation.py::test_slices",
     ),
     Fault(
@@ -334,10 +334,10 @@ FAULTS = (
     ),
     Fault(
         "NaN in the padding leaks: masks multiply",
-        "objectives/masks.py",
+        "objectives/ppo.py",
         "return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))",
         "return values * mask",
-        "unit/objectives/test_ppo.py::test_masked_garbage_reaches_neither_losses_nor_gradients",
+        "unit/objectives/test_ppo.py::test_masked_garbage_reaches_no_result",
     ),
     Fault(
         "micro-batches weigh the same, whatever their size",
@@ -385,7 +385,7 @@ FAULTS = (
     Fault(
         "the dual clip bounds nothing",
         "objectives/ppo.py",
-        "losses = torch.where(capped, -dual_clip * advantages, losses)",
+        "losses = torch.where(capped, -dual_clip * advantages_N, losses)",
         "losses = torch.where(capped, losses, losses)",
         f"{OPTIONS}::test_dual_clip_bounds_the_loss_of_a_bad_token",
     ),

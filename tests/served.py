@@ -58,7 +58,7 @@ def written(
     samples = [
         Completion((), (), p.turns, text, p.where, e) for p, text, e in zip(prompts, texts, finished, strict=True)
     ]
-    return reward_model.written(judge.form, judge.tokenizer, samples)
+    return reward_model.written(judge.template, judge.tokenizer, samples)
 
 
 def rate(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:

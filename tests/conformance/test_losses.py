@@ -9,10 +9,11 @@ import torch
 
 import toys
 from tetrad.reward.batches import preference_micros
+from tetrad.reward.ensemble import Latent
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
 from tetrad.text.chat_template import TEMPLATES
-from tetrad.train.reward import Latent, preference_terms
+from tetrad.train.reward import preference_terms
 from tetrad.training.batches import language_micros, mean_nll
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import language_terms, update

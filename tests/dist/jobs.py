@@ -20,13 +20,14 @@ import toys
 from tetrad.data.loader import batch_indices, whole
 from tetrad.distributed import collectives
 from tetrad.reward.batches import preference_micros
+from tetrad.reward.ensemble import Latent
 from tetrad.rl.rollout import Rollout
 from tetrad.seeds import seed_for
 from tetrad.settings.common import Optim
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.reward import Reward
 from tetrad.train.ppo import learn
-from tetrad.train.reward import Latent, preference_terms
+from tetrad.train.reward import preference_terms
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import StepStats, language_terms, update

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import toys
-from tetrad.reward.annotators import LR, Annotators, Reliability, Suspect, judged, numbers_of
-from tetrad.reward.batches import judgements, preference_micros
+from tetrad.reward.annotators import LR, AnnotatorReport, Annotators, annotator_numbers, annotator_report
+from tetrad.reward.batches import preference_micros
+from tetrad.reward.ensemble import Latent
 from tetrad.reward.model import score_tokens
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
-from tetrad.train.reward import Latent, preference_terms
+from tetrad.train.reward import preference_terms
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import update
 from tetrad.types import Comparison, Prompt, Score, Tokens, Turn
@@ -54,7 +55,7 @@ def comparison(best: int, name: str, number: int) -> Comparison:
 
 def trained(records: list[Comparison], planted: Planted, annotators: bool) -> Latent:
     """One epoch from one start."""
-    numbers = numbers_of(records) if annotators else {}
+    numbers = annotator_numbers(records) if annotators else {}
     latent = Latent(toys.scalar(seed=1), False, Annotators(records, numbers) if annotators else None)
     optimizer = Optimizer(latent, 3e-3, Optim(), lr_overrides={"annotators.": LR})
     terms = preference_terms(Reward())
@@ -90,9 +91,8 @@ def modelled(planted: Planted) -> Latent:
 
 
 @pytest.fixture(scope="module")
-def report(planted: Planted, modelled: Latent) -> tuple[list[Reliability], list[Suspect]]:
-    found = judgements(planted.said, 0.0, 1.0, torch.device("cpu"))
-    return judged(planted.said, found, rewards(modelled, planted), numbers_of(planted.said))
+def report(planted: Planted, modelled: Latent) -> AnnotatorReport:
+    return annotator_report(planted.said, rewards(modelled, planted), annotator_numbers(planted.said))
 
 
 def test_it_loses_a_third_of_what_plain_bradley_terry_loses(planted: Planted, modelled: Latent) -> None:
@@ -107,8 +107,8 @@ def test_it_loses_a_third_of_what_plain_bradley_terry_loses(planted: Planted, mo
     assert ours_loses <= plain_loses / 3
 
 
-def test_the_three_are_named_and_reliability_is_right(report: tuple[list[Reliability], list[Suspect]]) -> None:
-    reliabilities, _ = report
+def test_the_three_are_named_and_reliability_is_right(report: AnnotatorReport) -> None:
+    reliabilities = report.annotators
     print([(r.annotator, round(r.right, 3), round(r.low, 3), round(r.high, 3)) for r in reliabilities])
     assert {r.annotator for r in reliabilities[:3]} == set(FLIPS)
     for r in reliabilities:
@@ -116,8 +116,8 @@ def test_the_three_are_named_and_reliability_is_right(report: tuple[list[Reliabi
         assert r.low <= r.right <= r.high and r.comparisons > 200
 
 
-def test_what_they_flipped_is_found(planted: Planted, report: tuple[list[Reliability], list[Suspect]]) -> None:
-    suspects = {int(s.where.removeprefix("f:")) for s in report[1]}
+def test_what_they_flipped_is_found(planted: Planted, report: AnnotatorReport) -> None:
+    suspects = {int(s.where.removeprefix("f:")) for s in report.suspects}
     flipped = {number for number, flip in enumerate(planted.flipped) if flip}
     precision, recall = len(suspects & flipped) / len(suspects), len(suspects & flipped) / len(flipped)
     print(f"precision {precision:.3f} recall {recall:.3f} of {len(flipped)}")
@@ -136,7 +136,7 @@ def test_each_ones_scale_of_scores_is_learned() -> None:
         value = offsets.get(name, 0.0) + gains.get(name, 1.0) * good + 0.2 * float(draw.normal())
         documents.append((toys.document(answer.tolist()),))
         records.append(Score(PROMPT, "x", value, name))
-    numbers = numbers_of(records)
+    numbers = annotator_numbers(records)
     latent = Latent(toys.scalar(seed=1), False, Annotators(records, numbers))
     optimizer = Optimizer(latent, 3e-3, Optim(), lr_overrides={"annotators.": LR})
     for step in range(75):

@@ -12,11 +12,12 @@ from tetrad.data.tokens import tokenize
 from tetrad.model.huggingface import model_files
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.reward.batches import preference_micros
+from tetrad.reward.ensemble import Latent
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
 from tetrad.text import bpe
 from tetrad.text.chat_template import TEMPLATES
-from tetrad.train.reward import Latent, preference_terms
+from tetrad.train.reward import preference_terms
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import language_terms, update

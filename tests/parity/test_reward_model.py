@@ -11,9 +11,9 @@ import torch
 
 import toys
 from tetrad.model.huggingface import read_scalar
+from tetrad.reward.ensemble import exported
 from tetrad.reward.model import score_tokens
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.train.reward import exported
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity

@@ -172,10 +172,12 @@ def test_budgets_of_names_folders_and_imports(tmp_path: Path) -> None:
         (tmp_path / "src/tetrad" / name).unlink()
     for number in range(16):
         plant(tmp_path, f"rl/m{number}.py", "")
-    plant(tmp_path, "train/ppo.py", "".join(f"from tetrad.rl import m{number}\n" for number in range(15)))
-    assert laws.check(tmp_path)[1] == ["src/tetrad/rl: 16 files, over 14 a folder"]
-    plant(tmp_path, "train/ppo.py", "".join(f"from tetrad.rl.m{number} import x, y\n" for number in range(16)))
-    assert laws.check(tmp_path)[1][1:] == ["src/tetrad/train/ppo.py:1: imports 16 own modules, over 15"]
+    for page in ("ppo", "reward"):
+        plant(tmp_path, f"train/{page}.py", "".join(f"from tetrad.rl import m{number}\n" for number in range(15)))
+        assert laws.check(tmp_path)[1] == ["src/tetrad/rl: 16 files, over 14 a folder"]
+        plant(tmp_path, f"train/{page}.py", "".join(f"from tetrad.rl.m{number} import x, y\n" for number in range(16)))
+        assert laws.check(tmp_path)[1][1:] == [f"src/tetrad/train/{page}.py:1: imports 16 own modules, over 15"]
+        (tmp_path / f"src/tetrad/train/{page}.py").unlink()
 
 
 def test_total_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def score_file(settings: ScoreFile, console: Console) -> None:
     prompts, records = read_prompts(given, Counts()), _records(given.paths)
     reward_model = load_reward(settings.model, settings.template)
     samples = [_answered(record, prompt, given.rename) for record, prompt in zip(records, prompts, strict=True)]
-    documents = written(reward_model.form, reward_model.tokenizer, samples)
+    documents = written(reward_model.template, reward_model.tokenizer, samples)
     scores: list[float] = []
 
     def scored() -> Iterator[Fields]:

@@ -31,6 +31,7 @@ from tetrad.report import outcome
 from tetrad.report.verdict import PPO, SFT, Difference, Verdict, failed_guards, verdict
 from tetrad.reward import gate
 from tetrad.reward.functions import python_function
+from tetrad.reward.metrics import RewardMetrics
 from tetrad.reward.model import Reward, reward_model
 from tetrad.reward.sources import named
 from tetrad.rl.rollout import Rollout, roll_out
@@ -186,7 +187,7 @@ def verdict_of(
     if PPO in table:
         notes = recorded_metrics(ctx.parents[PPO])
     else:
-        metrics = recorded_metrics(ctx.parents["reward"]) if "reward" in ctx.parents else {}
+        metrics = gate.recorded(ctx.parents["reward"]) if "reward" in ctx.parents else RewardMetrics()
         notes = outcome.notes(gate.apply(metrics, ctx.recipe.gate).failures, [])
     return verdict(outcome.faults(notes), guards, gains)
 

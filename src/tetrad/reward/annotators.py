@@ -8,30 +8,32 @@ is treated as an average one. Records without a name share the common competence
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from tetrad.console import Console
 from tetrad.objectives.preference import crowd_pair_losses
-from tetrad.reward.batches import PreferenceTargets, Record
+from tetrad.reward.batches import Record, judgements
 from tetrad.types import Comparison, Score
 
 START = 2.2  # logit of the initial competence, 0.9
-SPREAD, OFFSET_SPREAD, GAIN_SPREAD = 1.5, 0.5, 0.3  # of logits; of offsets and log gains, in standard deviations
+LOGIT_STD, OFFSET_STD, GAIN_STD = 1.5, 0.5, 0.3  # of the priors; offsets and log gains in standard deviations of scores
 _LOGITS = torch.linspace(-5, 5, 201, dtype=torch.float64)  # of competence
 LR = 0.2  # these few parameters must move far in few steps
 
 
-def numbers_of(records: Sequence[Record]) -> dict[str, int]:
+def annotator_numbers(records: Sequence[Record]) -> dict[str, int]:
     """Each annotator's number from 1 on, by name; 0 is for records without one."""
     return {name: i for i, name in enumerate(sorted({record.annotator for record in records} - {""}), start=1)}
 
 
 class Annotators(nn.Module):
-    """common: logit of the common competence, minus START. own, offset, log_gain [A]: of each annotator."""
+    """common: logit of the common competence, minus START. own, offset, log_gain [A]: of each annotator; the first are
+    not learned, they stand for records without a name."""
 
     comparisons: Tensor
     scores: Tensor
@@ -42,13 +44,13 @@ class Annotators(nn.Module):
         counts = torch.zeros(2, size)
         for record in records:
             counts[int(isinstance(record, Score)), numbers.get(record.annotator, 0)] += 1
-        judged, rated = (bool(row[1:].any()) for row in counts)
+        compares, scores = (bool(row[1:].any()) for row in counts)
         self.register_buffer("comparisons", counts[0], persistent=False)
         self.register_buffer("scores", counts[1], persistent=False)
-        self.common = nn.Parameter(torch.zeros(()), requires_grad=judged)
-        self.own = nn.Parameter(torch.zeros(size), requires_grad=judged)
-        self.offset = nn.Parameter(torch.zeros(size), requires_grad=rated)
-        self.log_gain = nn.Parameter(torch.zeros(size), requires_grad=rated)
+        self.common = nn.Parameter(torch.zeros(()), requires_grad=compares)
+        self.own = nn.Parameter(torch.zeros(size), requires_grad=compares)
+        self.offset = nn.Parameter(torch.zeros(size), requires_grad=scores)
+        self.log_gain = nn.Parameter(torch.zeros(size), requires_grad=scores)
 
     def competence(self, annotators: Tensor) -> Tensor:
         """Logits of the competence of these annotators."""
@@ -61,17 +63,17 @@ class Annotators(nn.Module):
 
     def comparison_prior(self, annotators: Tensor) -> Tensor:
         """Summed over all records: the negative log prior."""
-        return self._prior((self.own / SPREAD).square(), self.comparisons, annotators)
+        return self._prior((self.own / LOGIT_STD).square(), self.comparisons, annotators)
 
     def score_prior(self, annotators: Tensor) -> Tensor:
         """The same for offsets and gains."""
-        far = (self.offset / OFFSET_SPREAD).square() + (self.log_gain / GAIN_SPREAD).square()
-        return self._prior(far, self.scores, annotators)
+        squares_A = (self.offset / OFFSET_STD).square() + (self.log_gain / GAIN_STD).square()
+        return self._prior(squares_A, self.scores, annotators)
 
     @staticmethod
-    def _prior(square_A: Tensor, counts_A: Tensor, annotators: Tensor) -> Tensor:
+    def _prior(squares_A: Tensor, counts_A: Tensor, annotators: Tensor) -> Tensor:
         """Each record carries its share of its annotator's prior."""
-        share = square_A / (2 * counts_A.clamp(min=1))
+        share = squares_A / (2 * counts_A.clamp(min=1))
         return (share[annotators] * (annotators > 0)).sum()
 
 
@@ -95,48 +97,63 @@ class Suspect:
     chance: float
 
 
-def judged(
-    records: Sequence[Record], targets: PreferenceTargets, rewards_D: Tensor, numbers: Mapping[str, int]
-) -> tuple[list[Reliability], list[Suspect]]:
-    """Each annotator's reliability, worst first, and the records that look flipped, most likely first.
+@dataclass(frozen=True)
+class AnnotatorReport:
+    """annotators: the least reliable first; suspects: the most likely to be flipped first. What annotators.json has."""
 
-    targets: the judgements of all records; rewards_D: rewards of their answers, on the trained scale.
-    """
+    annotators: Sequence[Reliability] = ()
+    suspects: Sequence[Suspect] = ()
+
+    def show(self, console: Console) -> None:
+        """The least reliable annotators, and how many comparisons look flipped."""
+        if self.annotators:
+            columns = ("annotator", "comparisons", "right", "from", "to")
+            rows = [astuple(r) for r in self.annotators[:20]]
+            console.table("Annotators, the least reliable first", columns, rows)
+            console.say(f"reward     {len(self.suspects)} comparisons look given the wrong way round: annotators.json")
+
+
+def annotator_report(records: Sequence[Record], rewards_D: Tensor, numbers: Mapping[str, int]) -> AnnotatorReport:
+    """rewards_D: of the records' answers, on the trained scale."""
     lists = [record for record in records if isinstance(record, Comparison)]
-    of_list = targets.lists_P
+    targets = judgements(records)
     gaps, weights = rewards_D[targets.winners_P] - rewards_D[targets.losers_P], targets.weights_P
-    rows: dict[str, list[int]] = defaultdict(list)
-    for pair, number in enumerate(of_list.tolist()):
-        rows[lists[number].annotator].append(pair)
-    logs = {
+    pairs_of: dict[str, list[int]] = defaultdict(list)
+    for pair, number in enumerate(targets.lists_P.tolist()):
+        pairs_of[lists[number].annotator].append(pair)
+    loglikelihoods = {
         name: -(crowd_pair_losses(gaps[pairs, None].double(), _LOGITS) * weights[pairs, None].double()).sum(0)
-        for name, pairs in rows.items()
+        for name, pairs in pairs_of.items()
         if name in numbers
     }
-    if not logs:
-        return [], []
-    reliabilities = _reliabilities(logs, {name: len(of_list[rows[name]].unique()) for name in logs})
+    if not loglikelihoods:
+        return AnnotatorReport()
+    comparisons = {name: len(targets.lists_P[pairs_of[name]].unique()) for name in loglikelihoods}
+    reliabilities = _reliabilities(loglikelihoods, comparisons)
     flips: dict[int, float] = defaultdict(float)
-    for name, c in ((r.annotator, torch.tensor(r.right).logit()) for r in reliabilities):
-        own = rows[name]
-        odds = logsigmoid(-c) + logsigmoid(-gaps[own]) - logsigmoid(c) - logsigmoid(gaps[own])
-        for number, chance in zip(of_list[own].tolist(), (odds.sigmoid() * weights[own]).tolist(), strict=True):
+    for reliability in reliabilities:
+        pairs = pairs_of[reliability.annotator]
+        chances = _flipped(gaps[pairs], reliability.right) * weights[pairs]
+        for number, chance in zip(targets.lists_P[pairs].tolist(), chances.tolist(), strict=True):
             flips[number] += chance
     suspects = (Suspect(lists[i].where, lists[i].annotator, chance) for i, chance in flips.items() if chance > 0.5)
-    return sorted(reliabilities, key=lambda r: r.right), sorted(suspects, key=lambda s: -s.chance)
+    by_reliability, by_chance = attrgetter("right"), attrgetter("chance")
+    return AnnotatorReport(sorted(reliabilities, key=by_reliability), sorted(suspects, key=by_chance, reverse=True))
 
 
-def _reliabilities(logs: Mapping[str, Tensor], comparisons: Mapping[str, int]) -> list[Reliability]:
-    """logs: of each annotator, the log-likelihood of each of _LOGITS."""
-    common = _LOGITS[torch.stack(list(logs.values())).sum(0).argmax()]
+def _flipped(gaps_P: Tensor, right: float) -> Tensor:
+    """The probability that an annotator who is right this often was wrong about each pair."""
+    c = torch.tensor(right).logit()
+    odds = logsigmoid(-c) + logsigmoid(-gaps_P) - logsigmoid(c) - logsigmoid(gaps_P)
+    return odds.sigmoid()
+
+
+def _reliabilities(loglikelihoods: Mapping[str, Tensor], comparisons: Mapping[str, int]) -> list[Reliability]:
+    """loglikelihoods: of each annotator, at each of _LOGITS."""
+    common = _LOGITS[torch.stack(list(loglikelihoods.values())).sum(0).argmax()]
     right, reliabilities = _LOGITS.sigmoid(), []
-    for name, log in logs.items():
-        chance = (log - 0.5 * ((_LOGITS - common) / SPREAD) ** 2).softmax(0)
+    for name, loglikelihood in loglikelihoods.items():
+        chance = (loglikelihood - 0.5 * ((_LOGITS - common) / LOGIT_STD) ** 2).softmax(0)
         low, high = (float(right[(chance.cumsum(0) < q).sum()]) for q in (0.025, 0.975))
         reliabilities.append(Reliability(name, comparisons[name], float(chance @ right), low, high))
     return reliabilities
-
-
-def written(reliabilities: Sequence[Reliability], suspects: Sequence[Suspect]) -> dict[str, Any]:
-    """For annotators.json."""
-    return {"annotators": [asdict(r) for r in reliabilities], "suspects": [asdict(s) for s in suspects]}

@@ -4,11 +4,9 @@ Metrics go into the model's manifest, where the gate reads them; evaluation.json
 probes, baselines, and each member of an ensemble.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,71 +20,57 @@ from tetrad.model.transformer import ScalarModel, frozen
 from tetrad.objectives.calibration import spearman
 from tetrad.registry import POLICY
 from tetrad.reward.batches import Examples
+from tetrad.reward.data import RewardData
 from tetrad.reward.evaluation import BETTER_IS_LONGER, BETTER_IS_SHORTER, Pairs, Slice, slices
+from tetrad.reward.metrics import RewardMetrics, ScaleMetrics
 from tetrad.reward.model import Reward, RewardModel, reader
-from tetrad.reward.probes import Probe, probes, worst
+from tetrad.reward.probes import Probe, probes, worst_shift
 from tetrad.settings.common import Sampling
-from tetrad.storage import Content
-from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
 from tetrad.training.stage import read_policy, template_for
 
-Json = dict[str, Any]
-MOST_SEEN = 4096
+MOST_SEEN = 4096  # training answers whose rewards are looked at
 
 
-def normalise(ctx: StageContext, reward_model: RewardModel) -> dict[str, float]:
+def normalise(ctx: StageContext, model: RewardModel, train: Examples) -> ScaleMetrics:
     """Sets each member's gain and bias: mean 0, standard deviation 1 on the policy's responses to validation prompts.
 
-    Returns the statistics before, and those of fresh responses to the same prompts afterwards.
+    Measures the rewards before, and afterwards those of fresh responses to the same prompts and of training answers.
     """
-    folder = first_parent(ctx, *POLICY)
-    tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
-    used, fresh = _responses(ctx, folder, tokenizer, template, reward_model.device)
-    read = reader(ctx, reward_model.folder, tokenizer, template)
-
-    def scores(samples: Sequence[Completion]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return reward_model.scores(read(samples))
-
-    before = scores(used)
-    for member, row in zip(reward_model.members, before, strict=True):
-        _rescale(member, float(row.mean()), float(row.std()))
-    again = scores(fresh)
-    metrics = {
-        "policy_mean": float(before[0].mean()),
-        "policy_std": float(before[0].std()),
-        "fresh_mean": float(again.mean()),
-        "fresh_std": float(again.mean(0).std()),
-    }
-    if len(reward_model.members) > 1:
-        metrics["disagreement"] = float(again.std(0).mean())
+    tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
+    read = reader(ctx, model.folder, tokenizer)
+    responses, fresh = _responses(ctx, tokenizer, model.device)
+    before = model.scores(read(responses))
+    for member, rewards in zip(model.members, before, strict=True):
+        _rescale(member, float(rewards.mean()), float(rewards.std()))
+    after = model.scores(read(fresh))
     lengths = torch.tensor([float(len(sample.response_ids)) for sample in fresh])
-    correlation = spearman(torch.from_numpy(again.mean(0)), lengths)
-    return metrics | ({"length_correlation": correlation} if np.isfinite(correlation) else {})
+    correlation = spearman(torch.from_numpy(after.mean(0)), lengths)
+    seen = train.tokens[:: max(1, math.ceil(len(train.tokens) / MOST_SEEN))]
+    return ScaleMetrics(
+        policy_mean=float(before[0].mean()),
+        policy_std=float(before[0].std()),
+        fresh_mean=float(after.mean()),
+        fresh_std=float(after.mean(0).std()),
+        disagreement=float(after.std(0).mean()) if len(model.members) > 1 else None,
+        length_correlation=correlation if math.isfinite(correlation) else None,
+        train_score_p999=float(np.quantile(model.scores(seen).mean(0), 0.999)),
+    )
 
 
-def _responses(
-    ctx: StageContext, folder: Path, tokenizer: Tokenizer, template: Template, device: Device
-) -> Iterator[list[Completion]]:
+def _responses(ctx: StageContext, tokenizer: Tokenizer, device: Device) -> list[list[Completion]]:
     """The policy's to validation prompts, twice."""
-    s, seed = ctx.recipe.reward, ctx.recipe.seed
+    s, seed, folder = ctx.recipe.reward, ctx.recipe.seed, first_parent(ctx, *POLICY)
+    template = template_for(ctx, folder)
     actor = frozen(read_policy(folder, tokenizer, template)).to(device.torch_device)
     files, limit = ctx.files(s.validation or s.data), actor.config.max_positions
     prompts = read_encoded_prompts(files, template, tokenizer, Counts(), limit, s.normalise_max_new_tokens)
     chosen = [prompts[i] for i in order(seed, 0, len(prompts))[: s.normalise]]
     sampling = Sampling(max_new_tokens=s.normalise_max_new_tokens, max_num_seqs=ctx.recipe.sampling.max_num_seqs)
-    for name in ("normalise", "fresh"):
-        key = (seed, name, 0)
-        yield complete(actor, chosen, range(len(chosen)), key, sampling, tokenizer, device)
-
-
-def highest_seen(reward_model: RewardModel, examples: Examples) -> float:
-    """The 99.9 % quantile of the scores of (at most 4,096) training answers: higher scores were never seen."""
-    documents = examples.tokens[:: max(1, math.ceil(len(examples.tokens) / MOST_SEEN))]
-    scores = reward_model.scores(documents).mean(0)
-    return float(np.quantile(scores, 0.999))
+    numbers, keys = range(len(chosen)), [(seed, purpose, 0) for purpose in ("normalise", "fresh")]
+    return [complete(actor, chosen, numbers, key, sampling, tokenizer, device) for key in keys]
 
 
 @torch.no_grad()
@@ -97,88 +81,100 @@ def _rescale(member: ScalarModel, mean: float, std: float) -> None:
     member.bias.copy_((member.bias - mean) * gain)
 
 
-def assess(
-    ctx: StageContext, reward_model: RewardModel, tests: Sequence[Examples], baselines: Mapping[str, Reward]
-) -> tuple[dict[str, float], Json]:
-    """Metrics, and all of evaluation.json, on test records at the temperature fitted on validation records.
+@dataclass(frozen=True)
+class Agreement:
+    """With the judgements on test records; None where undefined."""
 
-    tests: validation and test examples.
-    """
-    gap, test = ctx.recipe.reward.pair_gap, tests[1]
-    scored = [reward_model.scores(e.tokens) for e in tests]
-    validation, pairs = (Pairs.of(e, torch.from_numpy(r.mean(0)), gap) for e, r in zip(tests, scored, strict=True))
-    temperature = validation.temperature()
-    metrics = {"temperature": temperature, **pairs.figures(temperature)}
-    of_length = _accuracy(Pairs.of(test, torch.tensor([float(len(c.text)) for c in test.samples()]), gap))
-    metrics |= {"length_accuracy": max(of_length, 1 - of_length)} if of_length is not None else {}
-    metrics |= _of_baselines(test, baselines, gap)
-    probed = probes(test.samples(), reward_model.of_texts, ctx.recipe.reward.probes)
-    for name in ("padded", "duplicated", "phrase"):
-        metrics |= {f"probe_{name}": probe.shift} if (probe := worst(probed, name)) else {}
-    members = [_both(Pairs.of(test, torch.from_numpy(row), gap)) for row in scored[1]]
-    metrics |= _spread(members)
-    parts = slices(test, pairs, temperature)
-    metrics |= by_length(parts)
-    show(ctx, metrics, parts, probed)
-    details = {"slices": list(map(asdict, parts)), "probes": list(map(asdict, probed)), "members": members}
-    return metrics, {"figures": metrics, **details}
+    pair_accuracy: float | None
+    spearman: float | None
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> "Agreement":
+        return cls(pairs.accuracy(), pairs.rank_metrics().spearman)
 
 
-def _of_baselines(test: Examples, baselines: Mapping[str, Reward], gap: float) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for name, baseline in baselines.items():
-        measured = _both(Pairs.of(test, torch.tensor(baseline(test.samples())), gap))
-        metrics |= {f"{name}_{key}": value for key, value in measured.items() if value is not None}
-    return metrics
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation.json has besides the metrics. members: each alone."""
+
+    slices: Sequence[Slice]
+    probes: Sequence[Probe]
+    members: Sequence[Agreement]
 
 
-def _both(pairs: Pairs) -> dict[str, float | None]:
-    return {"pair_accuracy": _accuracy(pairs), "spearman": pairs.ranks().get("spearman")}
+def evaluate(
+    ctx: StageContext, model: RewardModel, data: RewardData, scale: ScaleMetrics
+) -> tuple[RewardMetrics, dict[str, Any]]:
+    """Metrics on test records at the temperature fitted on validation records, and all of evaluation.json; without such
+    records the scale alone."""
+    s, validation, test = ctx.recipe.reward, data.validation, data.test
+    if validation is None or test is None:
+        return RewardMetrics(**vars(scale)), {}
+    on_validation = model.scores(validation.tokens)
+    on_test = on_validation if test is validation else model.scores(test.tokens)
+    temperature = Pairs.of(validation, on_validation.mean(0), s.pair_gap).temperature()
+    pairs = Pairs.of(test, on_test.mean(0), s.pair_gap)
+    members = [Agreement.of(Pairs.of(test, rewards, s.pair_gap)) for rewards in on_test]
+    probed = probes(test.samples(), model.of_texts, s.probes)
+    breakdown = slices(test, pairs, temperature)
+    longer, shorter = (accuracy_by_length(breakdown, value) for value in (BETTER_IS_LONGER, BETTER_IS_SHORTER))
+    metrics = RewardMetrics(
+        **vars(pairs.metrics(temperature)),
+        length_accuracy=_length_accuracy(test, s.pair_gap),
+        baselines=_baselines(test, data.baselines, s.pair_gap),
+        probe_padded=worst_shift(probed, "padded"),
+        probe_duplicated=worst_shift(probed, "duplicated"),
+        probe_phrase=worst_shift(probed, "phrase"),
+        pair_accuracy_sd=_std(member.pair_accuracy for member in members),
+        spearman_sd=_std(member.spearman for member in members),
+        accuracy_longer=longer[0],
+        accuracy_longer_high=longer[1],
+        accuracy_shorter=shorter[0],
+        accuracy_shorter_high=shorter[1],
+    )
+    _show(ctx, metrics, breakdown, probed)
+    report = {"figures": metrics.record(), **asdict(Evaluation(breakdown, probed, members))}
+    return replace(metrics, **vars(scale)), report
 
 
-def _spread(members: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """Standard deviations over the members of an ensemble; nothing of one."""
-    metrics: dict[str, float] = {}
-    for name in members[0]:
-        known = [value for member in members if (value := member[name]) is not None]
-        metrics |= {f"{name}_sd": float(np.std(known, ddof=1))} if len(known) > 1 else {}
-    return metrics
+def _length_accuracy(test: Examples, gap: float) -> float | None:
+    """Of choosing the longer answer or the shorter, whichever is right more often."""
+    accuracy = Pairs.of(test, [float(len(sample.text)) for sample in test.samples()], gap).accuracy()
+    return None if accuracy is None else max(accuracy, 1 - accuracy)
 
 
-def by_length(parts: Sequence[Slice]) -> dict[str, float]:
-    """The accuracy where the better answer is longer and where it is shorter, each with the upper end of its interval;
-    nothing for a slice that is too small."""
-    sides = {BETTER_IS_LONGER: "longer", BETTER_IS_SHORTER: "shorter"}
-    metrics: dict[str, float] = {}
-    for part in parts:
-        if part.by == "length" and part.value in sides and part.accuracy is not None and part.accuracy_high is not None:
-            side = sides[part.value]
-            metrics |= {f"accuracy_{side}": part.accuracy, f"accuracy_{side}_high": part.accuracy_high}
-    return metrics
+def _baselines(test: Examples, functions: Mapping[str, Reward], gap: float) -> dict[str, float]:
+    metrics = {name: asdict(Agreement.of(Pairs.of(test, f(test.samples()), gap))) for name, f in functions.items()}
+    return {f"{name}_{key}": x for name, each in metrics.items() for key, x in each.items() if x is not None}
 
 
-def _accuracy(pairs: Pairs) -> float | None:
-    return float(pairs.correct().mean()) if len(pairs) else None
+def _std(values: Iterable[float | None]) -> float | None:
+    """The standard deviation over the members of an ensemble; none of one."""
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
-def show(ctx: StageContext, metrics: Mapping[str, float], parts: Sequence[Slice], probed: Sequence[Probe]) -> None:
+def accuracy_by_length(breakdown: Sequence[Slice], value: str) -> tuple[float | None, float | None]:
+    """The accuracy where the better answer is longer, or shorter, and the upper end of its interval; None for a slice
+    that is too small."""
+    return next(
+        ((x.accuracy, x.accuracy_high) for x in breakdown if (x.by, x.value) == ("length", value)), (None, None)
+    )
+
+
+def _show(ctx: StageContext, metrics: RewardMetrics, breakdown: Sequence[Slice], probed: Sequence[Probe]) -> None:
     """The metrics in one line, and where the model is better and worse."""
+    record = metrics.record()
     names = ("pair_accuracy", "spearman", "kendall", "raw_ece", "ece")
-    summary = ", ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
-    ctx.console.say(f"reward     on {int(metrics['pairs'])} test pairs: {summary}")
+    summary = ", ".join(f"{name} {record[name]:.3f}" for name in names if name in record)
+    ctx.console.say(f"reward     on {int(record['pairs'])} test pairs: {summary}")
     columns = ("by", "part", "pairs", "accuracy", "of the model's own", "scored", "spearman", "from", "to")
     rows = [
-        (p.by, p.value, p.pairs, p.accuracy, p.confidence, p.scored, p.spearman, p.spearman_low, p.spearman_high)
-        for p in parts
+        (x.by, x.value, x.pairs, x.accuracy, x.confidence, x.scored, x.spearman, x.spearman_low, x.spearman_high)
+        for x in breakdown
     ]
     if rows:
         ctx.console.table("Accuracy by part", columns, [["" if x is None else x for x in row] for row in rows])
     if probed:
         changes = ("changed", "by", "shift", "share raised")
         ctx.console.table("Answers changed, in standard deviations", changes, [astuple(p) for p in probed])
-
-
-def as_files(contents: Mapping[str, Json]) -> dict[str, Content]:
-    """JSON files to store next to the model; none for empty contents."""
-    texts = {name: json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) for name, value in contents.items()}
-    return {f"{name}.json": (text + "\n").encode() for name, text in texts.items() if contents[name]}

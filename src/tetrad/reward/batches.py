@@ -5,8 +5,9 @@ Documents are in a token store in the order of the records; a record knows its f
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,15 @@ from tetrad.errors import UserError
 from tetrad.inference.completions import Completion
 from tetrad.objectives.preference import pairs_of
 from tetrad.training.step import Microbatch
-from tetrad.types import Comparison, Score, Tokens
+from tetrad.types import IGNORE, Comparison, Packed, Score, Tokens
 
 Record = Comparison | Score
+NO_ANNOTATORS: Mapping[str, int] = MappingProxyType({})
+
+
+def texts(record: Record) -> tuple[str, ...]:
+    """Its answers."""
+    return record.answers if isinstance(record, Comparison) else (record.answer,)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Examples:
 
     @classmethod
     def of(cls, records: Sequence[Record], tokens: Sequence[Tokens]) -> "Examples":
-        sizes = [_size(record) for record in records]
+        sizes = [len(texts(record)) for record in records]
         return cls(tuple(records), tuple(tokens), (0, *np.cumsum(sizes).tolist()))
 
     def documents(self, i: int) -> tuple[Tokens, ...]:
@@ -51,35 +58,29 @@ class Examples:
         long = [i for i, length in enumerate(longest) if length > limit]
         if long and overlong == "refuse":
             raise too_long(len(long), len(longest), max(longest), limit, self.records[long[0]].where)
-        if overlong == "drop" and long:
+        if overlong == "drop":
             counts.dropped += len(long)
-            kept = sorted(set(range(len(longest))) - set(long))
-            if not kept:
+            short = [i for i, length in enumerate(longest) if length <= limit]
+            if not short:
                 raise UserError("E-DATA-EMPTY", "every record is too long", where=self.records[0].where)
-            documents = [t for i in kept for t in self.documents(i)]
-            return Examples.of([self.records[i] for i in kept], documents)
+            return Examples.of([self.records[i] for i in short], [t for i in short for t in self.documents(i)])
         counts.cut += len(long)
-        short = [Tokens(t.ids[-limit:], t.train[-limit:], t.where) for t in self.tokens]
-        return Examples.of(self.records, short)
+        return Examples.of(self.records, [Tokens(t.ids[-limit:], t.train[-limit:], t.where) for t in self.tokens])
 
     def samples(self) -> list[Completion]:
         """Every answer as a completion, for Python functions."""
-        samples = []
-        for record in self.records:
-            texts = record.answers if isinstance(record, Comparison) else (record.answer,)
-            samples += [Completion((), (), record.prompt.turns, text, record.where) for text in texts]
-        return samples
+        return [Completion((), (), r.prompt.turns, text, r.where) for r in self.records for text in texts(r)]
 
 
 @dataclass(frozen=True)
 class PreferenceTargets:
     """The human judgements on the D documents of a micro-batch.
 
-    winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; lists_P: the
-    number of each pair's list, on the CPU; labels_P: the share of votes for the winner, 1 where there are no votes.
+    winners_P, losers_P, weights_P, margins_P: pairs, weights that sum to 1 over a list; lists_P: the number of each
+    pair's list; labels_P: the share of votes for the winner, 1 where there are no votes.
     ranked_N: documents of the lists, ranks_N and bounds: their ranks, list by list. scored_S: documents with a score;
     targets_S: the standardised score, weights_S: its weight relative to one that is known exactly.
-    by_P, by_L, by_S: numbers of the annotators of pairs, lists and scores; 0 where none is named.
+    annotators_L, annotators_S: numbers of the annotators of lists and scores; 0 where none is named.
     """
 
     winners_P: Tensor
@@ -94,79 +95,66 @@ class PreferenceTargets:
     scored_S: Tensor
     targets_S: Tensor
     weights_S: Tensor
-    by_P: Tensor
-    by_L: Tensor
-    by_S: Tensor
+    annotators_L: Tensor
+    annotators_S: Tensor
 
-
-def _informative(record: Record) -> bool:
-    """Whether a loss can learn from it: a list of ties carries no information."""
-    return isinstance(record, Score) or len(set(record.ranks)) > 1
+    def to(self, device: torch.device) -> "PreferenceTargets":
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 def judgements(
     records: Sequence[Record],
-    zero: float,
-    unit: float,
-    place: torch.device,
-    numbers: Mapping[str, int] = MappingProxyType({}),
+    offset: float = 0.0,
+    scale: float = 1.0,
+    annotators: Mapping[str, int] = NO_ANNOTATORS,
 ) -> PreferenceTargets:
-    """zero, unit: the score whose target is 0, and the difference for a target of 1; numbers: of the annotators."""
+    """On the CPU. offset, scale: a score's target is (score - offset) / scale; annotators: the number of each."""
     lists = [record for record in records if isinstance(record, Comparison)]
-    rated = [record for record in records if isinstance(record, Score)]
-    ranked, scored = _documents(records)
-    bounds = (0, *np.cumsum([len(record.answers) for record in lists]).tolist())
+    scores = [record for record in records if isinstance(record, Score)]
+    of_list = torch.tensor(
+        [isinstance(record, Comparison) for record in records for _ in texts(record)], dtype=torch.bool
+    )
+    ranked, bounds = of_list.nonzero()[:, 0], (0, *np.cumsum([len(record.answers) for record in lists]).tolist())
     ranks = torch.tensor([rank for record in lists for rank in record.ranks], dtype=torch.float32)
     none = torch.empty(0, dtype=torch.int64)
     winners, losers, weights = pairs_of(ranks, bounds) if lists else (none, none, torch.empty(0))
-    of_list = torch.searchsorted(torch.tensor(bounds), winners, right=True) - 1
-    margins = torch.tensor([record.margin for record in lists])[of_list] if lists else torch.empty(0)
-    by = [torch.tensor([numbers.get(r.annotator, 0) for r in of]).long() for of in (lists, rated)]
+    lists_P = torch.searchsorted(torch.tensor(bounds), winners, right=True) - 1
+    votes = torch.tensor([vote for record in lists for vote in record.votes or [math.nan] * len(record.ranks)])
+    margins = torch.tensor([record.margin for record in lists])
     return PreferenceTargets(
-        winners_P=ranked[winners].to(place),
-        losers_P=ranked[losers].to(place),
-        weights_P=weights.float().to(place),
-        lists_P=of_list,
-        labels_P=_labels(lists, winners, losers).to(place),
-        margins_P=margins.to(place),
-        ranked_N=ranked.to(place),
-        ranks_N=ranks.to(place),
+        winners_P=ranked[winners],
+        losers_P=ranked[losers],
+        weights_P=weights.float(),
+        lists_P=lists_P,
+        labels_P=(votes[winners] / (votes[winners] + votes[losers])).nan_to_num(1.0),
+        margins_P=margins[lists_P],
+        ranked_N=ranked,
+        ranks_N=ranks,
         bounds=bounds,
-        scored_S=scored.to(place),
-        targets_S=torch.tensor([(record.score - zero) / unit for record in rated]).to(place),
-        weights_S=torch.tensor([1 / (1 + (record.spread / unit) ** 2) for record in rated]).to(place),
-        by_P=by[0][of_list].to(place),
-        by_L=by[0].to(place),
-        by_S=by[1].to(place),
+        scored_S=(~of_list).nonzero()[:, 0],
+        targets_S=torch.tensor([(record.score - offset) / scale for record in scores]),
+        weights_S=torch.tensor([1 / (1 + (record.spread / scale) ** 2) for record in scores]),
+        annotators_L=torch.tensor([annotators.get(record.annotator, 0) for record in lists], dtype=torch.int64),
+        annotators_S=torch.tensor([annotators.get(record.annotator, 0) for record in scores], dtype=torch.int64),
     )
 
 
-def _documents(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
-    """The documents of the answers of comparisons, and those of scores; int64."""
-    kinds = [np.full(_size(r), isinstance(r, Comparison)) for r in records]
-    of_lists = np.concatenate([np.zeros(0, np.bool_), *kinds])
-    return torch.from_numpy(np.flatnonzero(of_lists)), torch.from_numpy(np.flatnonzero(~of_lists))
-
-
-def _size(record: Record) -> int:
-    """Its documents."""
-    return 1 if isinstance(record, Score) else len(record.answers)
-
-
-def _labels(lists: Sequence[Comparison], winners: Tensor, losers: Tensor) -> Tensor:
-    """The winners' shares of the votes; 1 where there are no votes."""
-    votes = torch.tensor([vote for record in lists for vote in record.votes or [math.nan] * len(record.ranks)])
-    return (votes[winners] / (votes[winners] + votes[losers])).nan_to_num(1.0) if lists else torch.empty(0)
+def answer_tokens(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The document of each label of a pack, [N], and the number of labels of each document, float, [D]."""
+    ends = torch.tensor(packed.bounds[1:], device=packed.targets_T.device)
+    documents_N = torch.searchsorted(ends, (packed.targets_T != IGNORE).nonzero()[:, 0], right=True)
+    return documents_N, torch.bincount(documents_N, minlength=len(ends)).float()
 
 
 def preference_micros(
     records: Sequence[Record],
     documents: Sequence[Sequence[Tokens]],
     micro_batch_tokens: int,
-    zero: float,
-    unit: float,
+    offset: float,
+    scale: float,
     device: Device,
-    numbers: Mapping[str, int] = MappingProxyType({}),
+    annotators: Mapping[str, int] = NO_ANNOTATORS,
     shared_prefix: str = "auto",
     keys: Sequence[int] = (),
 ) -> list[Microbatch]:
@@ -178,10 +166,11 @@ def preference_micros(
         chosen = [records[i] for i in group]
         own = [keys[i] for i in group] if keys else ()
         packed = device.put(pack_groups([documents[i] for i in group], [prefixes[i] for i in group], own))
-        scores = sum(isinstance(record, Score) for record in chosen)
-        lists = sum(isinstance(record, Comparison) and _informative(record) for record in chosen)
-        counts = {"comparisons": float(lists), "scores": float(scores)}
-        micros.append(Microbatch(packed, counts, judgements(chosen, zero, unit, device.torch_device, numbers)))
+        # A list of ties carries no information.
+        lists = sum(isinstance(record, Comparison) and len(set(record.ranks)) > 1 for record in chosen)
+        counts = {"comparisons": float(lists), "scores": float(sum(isinstance(record, Score) for record in chosen))}
+        targets = judgements(chosen, offset, scale, annotators).to(device.torch_device)
+        micros.append(Microbatch(packed, counts, targets))
     return micros
 
 

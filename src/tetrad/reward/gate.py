@@ -4,16 +4,16 @@ It reads the metrics that the reward stage recorded. A failure has a reason that
 model without any metrics neither passes nor fails, but PPO says so.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
 
 from tetrad.data.records import read_prompts
 from tetrad.data.similarity import covered
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
+from tetrad.reward.metrics import RewardMetrics
 from tetrad.settings.base import REWARD_MODEL, model_pays
 from tetrad.settings.reward import Gate
 from tetrad.training.context import StageContext
@@ -34,105 +34,91 @@ class GateResult:
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """needs: names of metrics; fails: whether they do; reason: in words, with the metrics in that order."""
+class _Check:
+    """values: metrics; fails: whether they are beyond the limit; reason: why, with the values in that order."""
 
     what: str
-    needs: tuple[str, ...]
+    values: tuple[float | None, ...]
     fails: Callable[..., bool]
     reason: str
 
 
-_SCALE = _Rule(
-    "scale on fresh replies",
-    ("fresh_mean", "fresh_std"),
-    lambda s, mean, std: abs(mean) > s.most_mean or not s.least_std <= std <= s.most_std,
-    "fresh replies have mean {:+.2f} and standard deviation {:.2f}",
-)
-_RULES = (
-    _Rule(
-        "accuracy on pairs",
-        ("pair_accuracy_low",),
-        lambda s, low: low <= s.accuracy,
-        "the accuracy on pairs may be as low as {:.3f}",
-    ),
-    _Rule("calibration", ("ece",), lambda s, ece: ece > s.ece, "the calibration error is {:.3f}"),
-    _Rule(
-        "length bias",
-        ("length_accuracy", "pair_accuracy"),
-        lambda s, length, accuracy: accuracy - length < s.length_margin,
-        "length alone is right in {:.3f} of the pairs, the model in {:.3f}",
-    ),
-    _Rule(
-        "correlation with length",
-        ("length_correlation",),
-        lambda s, correlation: abs(correlation) > s.length_correlation,
-        "the reward follows the length of replies: rank correlation {:+.2f}",
-    ),
-    *(
-        _Rule(
-            f"accuracy where the better answer is {side}",
-            (f"accuracy_{side}", f"accuracy_{side}_high"),
-            lambda s, _, high: high < s.accuracy_by_length,
-            f"where the better answer is {side}, {{:.3f}} of the pairs are in order, at most {{:.3f}}",
-        )
-        for side in ("longer", "shorter")
-    ),
-    *(
-        _Rule(
-            f"the probe {name!r}",
-            (f"probe_{name}",),
-            lambda s, shift: shift > s.probe_shift,
-            f"{change} raises the reward by {{:.2f}} standard deviations",
-        )
-        for name, change in (
-            ("padded", "padding an answer with empty words"),
-            ("duplicated", "saying an answer twice"),
-            ("phrase", "adding a polite phrase"),
-        )
-    ),
-    _Rule(
-        "spread of rewards",
-        ("policy_std",),
-        lambda s, std: std < s.least_raw_std,
-        "the model hardly tells replies apart: before it was scaled, their rewards had a standard deviation of {:.2g}",
-    ),
-    _SCALE,
-)
-_COVERAGE = _Rule(
-    "how near PPO's prompts are to the reward model's",
-    ("prompts_far",),
-    lambda s, far: far > s.prompts_far,
-    "{:.0%} of PPO's prompts are unlike all that the reward model was trained on",
-)
+def _accuracy_checks(m: RewardMetrics, s: Gate) -> Iterator[_Check]:
+    """Against human judgements."""
+    reason = "the accuracy on pairs may be as low as {:.3f}"
+    yield _Check("accuracy on pairs", (m.pair_accuracy_low,), lambda low: low <= s.accuracy, reason)
+    yield _Check("calibration", (m.ece,), lambda ece: ece > s.ece, "the calibration error is {:.3f}")
+    reason = "length alone is right in {:.3f} of the pairs, the model in {:.3f}"
+    both = (m.length_accuracy, m.pair_accuracy)
+    yield _Check("length bias", both, lambda length, model: model - length < s.length_margin, reason)
+    reason = "the reward follows the length of replies: rank correlation {:+.2f}"
+    rho = m.length_correlation
+    yield _Check("correlation with length", (rho,), lambda rho: abs(rho) > s.length_correlation, reason)
+    for side, accuracy, high in (
+        ("longer", m.accuracy_longer, m.accuracy_longer_high),
+        ("shorter", m.accuracy_shorter, m.accuracy_shorter_high),
+    ):
+        where = f"where the better answer is {side}"
+        reason = f"{where}, {{:.3f}} of the pairs are in order, at most {{:.3f}}"
+        yield _Check(f"accuracy {where}", (accuracy, high), lambda _, high: high < s.accuracy_by_length, reason)
 
 
-def apply(metrics: Mapping[str, Any], s: Gate, rules: Sequence[_Rule] = _RULES) -> GateResult:
+def _reward_checks(m: RewardMetrics, s: Gate) -> Iterator[_Check]:
+    """Of the rewards themselves."""
+    for name, shift, change in (
+        ("padded", m.probe_padded, "padding an answer with empty words"),
+        ("duplicated", m.probe_duplicated, "saying an answer twice"),
+        ("phrase", m.probe_phrase, "adding a polite phrase"),
+    ):
+        reason = f"{change} raises the reward by {{:.2f}} standard deviations"
+        yield _Check(f"the probe {name!r}", (shift,), lambda shift: shift > s.probe_shift, reason)
+    hardly = "the model hardly tells replies apart: before it was scaled, their rewards had a standard deviation of"
+    yield _Check("spread of rewards", (m.policy_std,), lambda std: std < s.least_raw_std, f"{hardly} {{:.2g}}")
+    yield _scale_check(m.fresh_mean, m.fresh_std, s)
+
+
+def _scale_check(mean: float | None, std: float | None, s: Gate) -> _Check:
+    def fails(mean: float, std: float) -> bool:
+        return abs(mean) > s.most_mean or not s.least_std <= std <= s.most_std
+
+    reason = "fresh replies have mean {:+.2f} and standard deviation {:.2f}"
+    return _Check("scale on fresh replies", (mean, std), fails, reason)
+
+
+def _coverage_check(far: float | None, s: Gate) -> _Check:
+    reason = "{:.0%} of PPO's prompts are unlike all that the reward model was trained on"
+    return _Check("how near PPO's prompts are to the reward model's", (far,), lambda far: far > s.prompts_far, reason)
+
+
+def _result(checks: Sequence[_Check]) -> GateResult:
+    known = [check for check in checks if None not in check.values]
+    failures = (check.reason.format(*check.values) for check in known if check.fails(*check.values))
+    return GateResult(tuple(failures), tuple(f"{c.what} was not measured" for c in checks if None in c.values))
+
+
+def apply(metrics: RewardMetrics, s: Gate, *further: _Check) -> GateResult:
     """metrics: of the reward stage."""
-    failed, unknown = list[str](), list[str]()
-    for rule in rules:
-        values = [metrics[name] for name in rule.needs if name in metrics]
-        if len(values) < len(rule.needs):
-            unknown.append(f"{rule.what} was not measured")
-        elif rule.fails(s, *values):
-            failed.append(rule.reason.format(*values))
-    return GateResult(tuple(failed), tuple(unknown))
+    return _result([*_accuracy_checks(metrics, s), *_reward_checks(metrics, s), *further])
 
 
 def check(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateResult:
     """Before PPO on these prompts: reports what the gate finds, and returns it. Errors: E-NUM-GATE where it fails and
     `gate.strict` is set."""
-    metrics = recorded_metrics(folder)
+    s, near = ctx.recipe.gate, None
     if ctx.recipe.reward.data:
         known = read_prompts(ctx.files(ctx.recipe.reward.data))
         near = covered([lines(prompt.turns) for prompt in prompts], [lines(prompt.turns) for prompt in known])
-        metrics |= {"prompts_far": near.far} if near else {}
-    result = apply(metrics, ctx.recipe.gate, (*_RULES, _COVERAGE))
-    if result.failures and ctx.recipe.gate.strict:
+    result = apply(recorded(folder), s, _coverage_check(near.far if near else None, s))
+    if result.failures and s.strict:
         hint = "train a better reward model, move the limit under [gate], or set gate.strict = false"
         raise UserError("E-NUM-GATE", "; ".join(result.failures), where=str(folder), hint=hint)
     ctx.console.say(f"ppo        {result}")
     return result
+
+
+def recorded(folder: Path) -> RewardMetrics:
+    """The metrics of a reward model, from its manifest."""
+    return RewardMetrics.read(recorded_metrics(folder))
 
 
 def before_ppo(ctx: StageContext, prompts: Sequence[Prompt]) -> tuple[str, ...]:
@@ -140,12 +126,12 @@ def before_ppo(ctx: StageContext, prompts: Sequence[Prompt]) -> tuple[str, ...]:
     return check(ctx, ctx.parents["reward"], prompts).failures if model_pays(ctx.recipe.ppo.rewards) else ()
 
 
-def check_scale(ctx: StageContext, parts: Mapping[str, Sequence[float]]) -> None:
+def check_scale(ctx: StageContext, source_scores: Mapping[str, Sequence[float]]) -> None:
     """PPO's first responses are the SFT model's to PPO's own prompts: warns where the reward model's scores of them,
-    normalised to mean 0 and standard deviation 1 on other prompts, are on another scale."""
-    scores = collectives.gather(list(parts.get(REWARD_MODEL, [])))
+    normalised to mean 0 and standard deviation 1 on other prompts, are on another scale. source_scores: by source."""
+    scores = collectives.gather(list(source_scores.get(REWARD_MODEL, [])))
     if len(scores) < 2:
         return
-    result = apply({"fresh_mean": fmean(scores), "fresh_std": pstdev(scores)}, ctx.recipe.gate, (_SCALE,))
+    result = _result([_scale_check(fmean(scores), pstdev(scores), ctx.recipe.gate)])
     if result.failures:
         ctx.console.say(f"warning    PPO's own prompts are on another scale of the reward model: {result.failures[0]}")

@@ -54,7 +54,7 @@ class RewardModel:
 
     members: Sequence[ScalarModel]
     tokenizer: Tokenizer
-    form: Template
+    template: Template
     device: Device
     folder: Path
     micro_batch_tokens: int = Run().micro_batch_tokens
@@ -66,8 +66,8 @@ class RewardModel:
     def of_texts(self, samples: Sequence[Completion]) -> list[float]:
         """Mean rewards of the members, from the texts; what is too long is truncated on the left."""
         limit = self.members[0].config.max_positions
-        whole = written(self.form, self.tokenizer, samples)
-        return self.scores([Tokens(t.ids[-limit:], t.train[-limit:]) for t in whole]).mean(0).tolist()  # type: ignore[no-any-return]
+        documents = written(self.template, self.tokenizer, samples)
+        return self.scores([Tokens(t.ids[-limit:], t.train[-limit:]) for t in documents]).mean(0).tolist()  # type: ignore[no-any-return]
 
 
 def joined(samples: Sequence[Completion]) -> list[Tokens]:
@@ -155,7 +155,7 @@ def load_reward(folder: str | Path, template: str = "") -> RewardModel:
 
 def rate_samples(reward_model: RewardModel, samples: Sequence[Completion]) -> list[float]:
     """The reward of each sample's text. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
-    documents = written(reward_model.form, reward_model.tokenizer, samples)
+    documents = written(reward_model.template, reward_model.tokenizer, samples)
     return rate(reward_model, documents).mean(0).tolist()  # type: ignore[no-any-return]
 
 
@@ -177,26 +177,22 @@ def reward_model(
     tokenizer: Tokenizer | None = None,
     uncertainty_penalty: float = 0.0,
 ) -> Reward:
-    """A finished reward model; see `trained`. tokenizer: of the policy that it trains, whose sampled ids it reads;
-    without one it reads the text."""
+    """A finished reward model; see `trained`. tokenizer: as `reader` takes it."""
     members = [member.requires_grad_(False).to(device.torch_device) for member in read_members(folder)]
-    if tokenizer:
-        read = reader(ctx, folder, tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
-    else:
-        read = text_reader(ctx, folder)
+    read = reader(ctx, folder, tokenizer)
     return trained(members, device, ctx.recipe.run.micro_batch_tokens, read, uncertainty_penalty)
 
 
 def reader(
-    ctx: StageContext, folder: Path, tokenizer: Tokenizer, template: Template
+    ctx: StageContext, folder: Path, policy: Tokenizer | None = None
 ) -> Callable[[Sequence[Completion]], list[Tokens]]:
-    """How the reward model of this folder reads responses of a policy in training: by the sampled ids where it
-    shares tokenizer and template with it, else by the text."""
-    if (Tokenizer.load(folder).fingerprint, template_for(ctx, folder)) == (tokenizer.fingerprint, template):
+    """How the reward model of this folder reads responses: by the text, but those of a policy in training, with this
+    tokenizer, by the sampled ids where the two share tokenizer and template."""
+    tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
+    if (
+        policy
+        and policy.fingerprint == tokenizer.fingerprint
+        and template == template_for(ctx, first_parent(ctx, *POLICY))
+    ):
         return joined
-    return text_reader(ctx, folder)
-
-
-def text_reader(ctx: StageContext, folder: Path) -> Callable[[Sequence[Completion]], list[Tokens]]:
-    """How the reward model of this folder reads text."""
-    return partial(written, template_for(ctx, folder), Tokenizer.load(folder))
+    return partial(written, template, tokenizer)

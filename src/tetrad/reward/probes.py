@@ -60,9 +60,9 @@ def probes(
     return results
 
 
-def worst(results: Sequence[Probe], name: str) -> Probe | None:
-    """The probe of this name that raises rewards most."""
-    return max((probe for probe in results if probe.name == name), key=lambda probe: probe.shift, default=None)
+def worst_shift(results: Sequence[Probe], name: str) -> float | None:
+    """How far the probe of this name that raises rewards most raises them."""
+    return max((probe.shift for probe in results if probe.name == name), default=None)
 
 
 def _half(text: str) -> str:

@@ -177,7 +177,7 @@ def _on_one_base(
     reward: Reward | None = None
     if model_pays(s.rewards) or s.critic == "reward":
         reward_model = on_reward_base(ctx, base)
-        read = reader(ctx, ctx.parents["reward"], tokenizer, template_for(ctx, first_parent(ctx, *POLICY)))
+        read = reader(ctx, ctx.parents["reward"], tokenizer)
         reward = trained([reward_model.requires_grad_(False)], device, ctx.recipe.run.micro_batch_tokens, read)
         if s.critic == "reward":
             critic = on_reward_base(ctx, base)

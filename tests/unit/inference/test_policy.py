@@ -161,9 +161,9 @@ def test_written_documents_are_those_of_training(run: Path) -> None:
     prompts = [Prompt((Turn("instruction", "Go on."), Turn("input", "the plot")), "f:1"), Prompt((Turn("user", "x"),))]
     whole, cut = written(judge, prompts, ["is warm", "is warm"], [True, False])
     turns = (*prompts[0].turns, Turn("assistant", "is warm"))
-    assert whole.ids.tolist() == judge.form.conversation(judge.tokenizer, turns).ids.tolist()
+    assert whole.ids.tolist() == judge.template.conversation(judge.tokenizer, turns).ids.tolist()
     assert whole.where == "f:1"
-    asked_ids = judge.form.prompt(judge.tokenizer, prompts[1].turns)
+    asked_ids = judge.template.prompt(judge.tokenizer, prompts[1].turns)
     assert cut.ids.tolist() == [*asked_ids, *judge.tokenizer.encode("is warm")]
 
 

@@ -1,19 +1,20 @@
 """Annotators: their numbers, what they change in a loss, what their priors add up to, and what is told of them."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import toys
-from tetrad.reward.annotators import START, Annotators, judged, numbers_of, written
+from tetrad.reward.annotators import START, Annotators, annotator_numbers, annotator_report
 from tetrad.reward.batches import judgements, preference_micros
+from tetrad.reward.ensemble import Latent
 from tetrad.settings.reward import Reward
-from tetrad.train.reward import Latent, preference_terms
+from tetrad.train.reward import preference_terms
 from tetrad.types import Comparison, Prompt, Score, Turn
 
 PROMPT = Prompt((Turn("user", "w5"),))
-CPU = torch.device("cpu")
 
 
 def pair(name: str, best: int = 0, margin: float = 0.0, where: str = "") -> Comparison:
@@ -49,12 +50,12 @@ def terms_of(s: Reward, annotators: Annotators | None, numbers=NUMBERS) -> dict[
 
 
 def test_numbers():
-    assert numbers_of(RECORDS) == NUMBERS
-    assert numbers_of([pair(""), score("", 1.0)]) == {}
-    found = judgements(RECORDS, 0.0, 1.0, CPU, NUMBERS)
-    assert found.by_L.tolist() == [2, 1, 0, 2, 2] == found.by_P.tolist()
-    assert found.by_S.tolist() == [1, 3]
-    assert judgements(RECORDS, 0.0, 1.0, CPU).by_P.tolist() == [0] * 5
+    assert annotator_numbers(RECORDS) == NUMBERS
+    assert annotator_numbers([pair(""), score("", 1.0)]) == {}
+    found = judgements(RECORDS, annotators=NUMBERS)
+    assert found.annotators_L.tolist() == [2, 1, 0, 2, 2] == found.annotators_L[found.lists_P].tolist()
+    assert found.annotators_S.tolist() == [1, 3]
+    assert judgements(RECORDS).annotators_L.tolist() == [0] * 5
 
 
 def test_only_what_records_need_is_learned():
@@ -110,14 +111,14 @@ def test_what_is_told():
     """One who is right as often as the rewards say, one who is always wrong, one who said too little to know."""
     records = [pair("good", where="f:1")] * 40 + [pair("bad", 1, where="f:2")] * 40 + [pair("new", 1, where="f:3")]
     rewards = torch.tensor([3.0, -3.0]).repeat(81)
-    found = judgements(records, 0.0, 1.0, CPU)
-    reliabilities, suspects = judged(records, found, rewards, numbers_of(records))
+    report = annotator_report(records, rewards, annotator_numbers(records))
+    reliabilities, suspects = report.annotators, report.suspects
     names = [r.annotator for r in reliabilities]
     assert names[0] == "bad" and names[-1] == "good" and reliabilities[0].right < 0.1 < 0.9 < reliabilities[-1].right
     new = reliabilities[1]
     assert new.comparisons == 1 and new.high - new.low > 0.5 and all(r.low <= r.right <= r.high for r in reliabilities)
     assert {s.annotator for s in suspects} >= {"bad"} and all(s.annotator != "good" for s in suspects)
     assert suspects[0].chance > 0.99 and suspects[0].where in ("f:2", "f:3")
-    told = written(reliabilities, suspects)
+    told = asdict(report)
     assert told["annotators"][0]["annotator"] == "bad" and told["suspects"][0]["chance"] == suspects[0].chance
-    assert judged(records, found, rewards, {}) == ([], [])
+    assert asdict(annotator_report(records, rewards, {})) == {"annotators": (), "suspects": ()}

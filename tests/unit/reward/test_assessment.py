@@ -1,6 +1,6 @@
 """What the gate reads of a reward model's slices."""
 
-from tetrad.reward.assessment import by_length
+from tetrad.reward.assessment import accuracy_by_length
 from tetrad.reward.evaluation import BETTER_IS_LONGER, BETTER_IS_SHORTER, Slice
 
 
@@ -12,5 +12,6 @@ def part(by: str, value: str, accuracy: float | None) -> Slice:
 def test_accuracy_where_the_better_answer_is_longer_and_shorter() -> None:
     """A slice of another kind may have the same name; one that is too small has no accuracy."""
     parts = [part("length", BETTER_IS_LONGER, 0.38), part("length", "about equal", 0.6)]
-    found = by_length([*parts, part("asked", BETTER_IS_LONGER, 0.9), part("length", BETTER_IS_SHORTER, None)])
-    assert found == {"accuracy_longer": 0.38, "accuracy_longer_high": 0.4}
+    parts = [part("asked", BETTER_IS_LONGER, 0.9), *parts, part("length", BETTER_IS_SHORTER, None)]
+    assert accuracy_by_length(parts, BETTER_IS_LONGER) == (0.38, 0.4)
+    assert accuracy_by_length(parts, BETTER_IS_SHORTER) == (None, None) == accuracy_by_length([], BETTER_IS_LONGER)

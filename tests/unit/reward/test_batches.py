@@ -13,7 +13,6 @@ from tetrad.reward.batches import Examples, judgements, preference_micros
 from tetrad.types import IGNORE, Comparison, Prefix, Prompt, Score, Turn
 
 PROMPT = Prompt((Turn("instruction", "say"),))
-CPU = torch.device("cpu")
 
 
 def listed(*ranks, margin=0.0, where=""):
@@ -34,7 +33,7 @@ def test_documents_of_a_record():
 
 
 def test_judgements():
-    found = judgements(RECORDS, 3.0, 2.0, CPU)
+    found = judgements(RECORDS, 3.0, 2.0)
     pairs = list(zip(found.winners_P.tolist(), found.losers_P.tolist(), strict=True))
     assert pairs == [(1, 0), (1, 2), (7, 6)]
     assert found.weights_P.tolist() == [0.5, 0.5, 1.0]
@@ -49,14 +48,14 @@ def test_judgements():
 def test_votes_are_soft_labels_and_spread_lowers_weight():
     voted = Comparison(PROMPT, ("a", "b", "c"), (1.0, 2.0, 2.0), votes=(6.0, 2.0, 2.0))
     records = (voted, listed(1, 2), Score(PROMPT, "s", 5.0, spread=2.0), Score(PROMPT, "t", 1.0))
-    found = judgements(records, 3.0, 2.0, CPU)
+    found = judgements(records, 3.0, 2.0)
     assert found.labels_P.tolist() == [0.75, 0.75, 1.0]
     assert found.weights_S.tolist() == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("records", [RECORDS[1:2], RECORDS[2:3], RECORDS[:1]])
 def test_judgements_of_one_kind(records):
-    found = judgements(records, 0.0, 1.0, CPU)
+    found = judgements(records)
     assert len(found.winners_P) == len(found.losers_P) == len(found.weights_P) == len(found.margins_P)
     assert len(found.scored_S) == (1 if isinstance(records[0], Score) else 0)
 

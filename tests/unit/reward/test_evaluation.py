@@ -8,6 +8,7 @@ import torch
 import toys
 from tetrad.reward.batches import Examples
 from tetrad.reward.evaluation import Pairs, slices
+from tetrad.reward.metrics import PairMetrics
 from tetrad.types import Comparison, Prompt, Score, Turn
 
 PROMPT = Prompt((Turn("instruction", "say"),))
@@ -27,12 +28,12 @@ def test_pairs_of_lists_and_scores():
     rewards = torch.tensor([0.1, 0.5, 0.9, 2.0, 7.0, 8.0, 1.0, 4.0, 1.5])
     pairs = Pairs.of(EXAMPLES, rewards, 1.0)
     assert pairs.gaps_P.tolist() == pytest.approx([0.4, -0.4, 3.0, 0.5])
-    assert pairs.of_list_P.tolist() == [0, 0, 2]  # and a pair of scores
-    figures = pairs.figures(1.0)
-    assert figures["pairs"] == 4
-    assert figures["pair_accuracy"] == 0.75
-    assert figures["pair_accuracy_low"] <= 0.75 <= figures["pair_accuracy_high"]
-    assert "spearman" not in figures  # of two scores it says nothing
+    assert pairs.lists_P.tolist() == [0, 0, 2]  # and a pair of scores
+    metrics = pairs.metrics(1.0)
+    assert metrics.pairs == 4
+    assert metrics.pair_accuracy == 0.75
+    assert metrics.pair_accuracy_low <= 0.75 <= metrics.pair_accuracy_high
+    assert metrics.spearman is None  # of two scores it says nothing
     assert len(Pairs.of(EXAMPLES, rewards, 4.0).gaps_P) == 3  # the scores are 3 apart
 
 
@@ -40,14 +41,15 @@ def test_figures_of_scores():
     values = [1.0, 2.0, 3.0, 4.0, 5.0]
     examples = Examples.of([Score(PROMPT, "", v) for v in values], TOKENS[:5])
     good, bad, blind = (
-        Pairs.of(examples, torch.tensor(r), 0.0).figures(1.0)
+        Pairs.of(examples, torch.tensor(r), 0.0).metrics(1.0)
         for r in ([0.1, 0.2, 0.3, 0.4, 0.5], [5.0, 4.0, 3.0, 2.0, 1.0], [1.0] * 5)
     )
-    assert (good["spearman"], good["pair_accuracy"], good["pairs"]) == (pytest.approx(1), 1.0, 10.0)
-    assert (bad["spearman"], bad["pair_accuracy"]) == (pytest.approx(-1), 0.0)
-    assert "spearman" not in blind  # undefined, and not a number
-    assert blind["pair_accuracy"] == 0.5
-    assert all(math.isfinite(value) for found in (good, bad, blind) for value in found.values())
+    assert (good.spearman, good.pair_accuracy, good.pairs) == (pytest.approx(1), 1.0, 10.0)
+    assert (bad.spearman, bad.pair_accuracy) == (pytest.approx(-1), 0.0)
+    assert blind.spearman is None  # undefined, and not a number
+    assert blind.pair_accuracy == 0.5
+    values = [value for found in (good, bad, blind) for value in vars(found).values() if value is not None]
+    assert all(map(math.isfinite, values))
 
 
 def of_gaps(gaps):
@@ -65,15 +67,15 @@ def test_temperature_makes_confidence_honest():
     pairs = of_gaps(shown)
     temperature = pairs.temperature()
     assert 8 < temperature < 12.5
-    figures = pairs.figures(temperature)
-    assert figures["ece"] < 0.03 < figures["raw_ece"]
-    assert figures["brier"] < figures["raw_brier"]
+    metrics = pairs.metrics(temperature)
+    assert metrics.ece < 0.03 < metrics.raw_ece
+    assert metrics.brier < metrics.raw_brier
 
 
 def test_no_pairs():
     pairs = Pairs.of(Examples.of([Score(PROMPT, "", 1.0)], TOKENS[:1]), torch.tensor([0.3]), 0.0)
     assert pairs.temperature() == 1
-    assert pairs.figures(1.0) == {"pairs": 0.0}
+    assert pairs.metrics(1.0) == PairMetrics(temperature=1.0, pairs=0.0)
 
 
 def test_intervals_draw_answers_not_pairs():
@@ -86,8 +88,8 @@ def test_intervals_draw_answers_not_pairs():
         examples = Examples.of([Score(PROMPT, "", float(v)) for v in truth], [TOKENS[0]] * 300)
         return Pairs.of(examples, rewards, 0.0)
 
-    figures = drawn(0).figures(1.0)
-    width = figures["pair_accuracy_high"] - figures["pair_accuracy_low"]
+    metrics = drawn(0).metrics(1.0)
+    width = metrics.pair_accuracy_high - metrics.pair_accuracy_low
     spread = torch.stack([drawn(seed).correct().mean() for seed in range(200)]).std()
     assert width == pytest.approx(2 * 1.96 * float(spread), rel=0.25)
 
@@ -98,7 +100,7 @@ def test_intervals_of_lists_draw_lists():
     gaps[:30] = -1.0
     lists = torch.arange(60) // 6
     pairs = of_gaps(gaps)
-    pairs = Pairs(pairs.better_P, pairs.worse_P, lists, gaps, pairs.apart_P, *[torch.empty(0)] * 3)
+    pairs = Pairs(pairs.better_P, pairs.worse_P, lists, gaps, pairs.margins_P, *[torch.empty(0)] * 3)
     low, high = pairs.interval(pairs.correct())
     assert low == pytest.approx(0.2, abs=0.1) and high == pytest.approx(0.8, abs=0.1)
 
@@ -141,6 +143,6 @@ def test_the_worse_answers_are_drawn_too():
     """A hundred good answers against two bad ones, right about one and wrong about the other: hardly known at all."""
     records = [*(Score(PROMPT, "", 10.0) for _ in range(100)), Score(PROMPT, "", 0.0), Score(PROMPT, "", 0.0)]
     rewards = torch.tensor([*[0.0] * 100, -1.0, 1.0])
-    figures = Pairs.of(Examples.of(records, [TOKENS[0]] * 102), rewards, 1.0).figures(1.0)
-    assert figures["pair_accuracy"] == 0.5
-    assert figures["pair_accuracy_low"] < 0.2 and figures["pair_accuracy_high"] > 0.8
+    metrics = Pairs.of(Examples.of(records, [TOKENS[0]] * 102), rewards, 1.0).metrics(1.0)
+    assert metrics.pair_accuracy == 0.5
+    assert metrics.pair_accuracy_low < 0.2 and metrics.pair_accuracy_high > 0.8

@@ -12,6 +12,7 @@ from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.reward import gate
 from tetrad.reward.gate import GateResult, apply
+from tetrad.reward.metrics import RewardMetrics
 from tetrad.settings.reward import Gate, Reward
 from tetrad.types import Prompt, Turn
 
@@ -53,13 +54,17 @@ FAULTS = [
 ]
 
 
+def applied(metrics: dict[str, float], s: Gate | None = None) -> GateResult:
+    return apply(RewardMetrics(**metrics), s or Gate())  # type: ignore[arg-type]
+
+
 def test_a_sound_model_passes() -> None:
-    assert str(apply(SOUND, Gate())) == "gate: pass"
+    assert str(applied(SOUND)) == "gate: pass"
 
 
 @pytest.mark.parametrize(("fault", "reason"), FAULTS)
 def test_each_fault_has_its_reason(fault: dict[str, float], reason: str) -> None:
-    found = apply({**SOUND, **fault}, Gate())
+    found = applied({**SOUND, **fault})
     assert len(found.failures) == 1 and reason in found.failures[0] and not found.unknown
 
 
@@ -76,22 +81,22 @@ def test_limits_can_be_moved() -> None:
         most_std=3.0,
         most_mean=2.0,
     )
-    assert {apply({**SOUND, **fault}, loose) for fault, _ in FAULTS} == {GateResult((), ())}
-    assert apply(SOUND, replace(Gate(), accuracy=0.74)).failures
+    assert {applied({**SOUND, **fault}, loose) for fault, _ in FAULTS} == {GateResult((), ())}
+    assert applied(SOUND, replace(Gate(), accuracy=0.74)).failures
 
 
 @pytest.mark.parametrize("missing", SOUND)
 def test_what_was_not_measured_is_said(missing: str) -> None:
     figures = {name: value for name, value in SOUND.items() if name != missing}
-    found = apply(figures, Gate())
+    found = applied(figures)
     assert str(found).startswith("gate: warn") and all("was not measured" in reason for reason in found.unknown)
-    assert apply({**figures, **({"ece": 0.5} if missing != "ece" else {"fresh_std": 9.0})}, Gate()).failures
-    assert len(apply({}, Gate()).unknown) == 11
+    assert applied({**figures, **({"ece": 0.5} if missing != "ece" else {"fresh_std": 9.0})}).failures
+    assert len(applied({}).unknown) == 11
 
 
 def test_few_pairs_in_the_wrong_order_are_no_proof() -> None:
     """A slice counts against the model where the whole of its interval is below the limit."""
-    assert not apply({**SOUND, "accuracy_longer": 0.45, "accuracy_longer_high": 0.52}, Gate()).failures
+    assert not applied({**SOUND, "accuracy_longer": 0.45, "accuracy_longer_high": 0.52}).failures
 
 
 def test_ppo_is_told_or_refused(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tetrad.inference.completions import Completion
-from tetrad.reward.probes import Probe, probes, worst
+from tetrad.reward.probes import Probe, probes, worst_shift
 from tetrad.types import Turn
 
 ENGLISH = [f"number {i} was fine and {'long ' * (i % 5)}enough" for i in range(40)]
@@ -26,17 +26,18 @@ def test_what_pays_for_length() -> None:
 
 def test_what_pays_for_a_phrase() -> None:
     found = probed(ENGLISH, lambda text: 3.0 * ("hope" in text) - len(text) / 1000)
-    phrase = worst(found, "phrase")
-    assert phrase is not None and phrase.text == "I hope this helps." and phrase.shift > 2.9
+    phrase = max((probe for probe in found if probe.name == "phrase"), key=lambda probe: probe.shift)
+    assert phrase.text == "I hope this helps." and phrase.shift > 2.9
+    assert worst_shift(found, "phrase") == phrase.shift
     assert sum(probe.name == "phrase" and probe.shift > 0 for probe in found) == 1
-    assert worst(found, "nothing") is None
+    assert worst_shift(found, "nothing") is None
 
 
 def test_chinese_answers_get_chinese_words() -> None:
     seen: list[str] = []
     found = probed(CHINESE, lambda text: seen.append(text) or float("谢谢" in text))
-    phrase = worst(found, "phrase")
-    assert phrase is not None and phrase.text == "谢谢!" and phrase.shift == 1
+    phrase = max((probe for probe in found if probe.name == "phrase"), key=lambda probe: probe.shift)
+    assert phrase.text == "谢谢!" and phrase.shift == 1 == worst_shift(found, "phrase")
     assert f"{CHINESE[0]}{CHINESE[0]}" in seen  # no space between
     assert CHINESE[0][: (len(CHINESE[0]) + 1) // 2] in seen
 

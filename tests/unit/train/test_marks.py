@@ -10,8 +10,8 @@ import families
 from tetrad.console import Console
 from tetrad.data.source import Counts
 from tetrad.pipeline import recipe
+from tetrad.reward.data import read_examples
 from tetrad.text.chat_template import TEMPLATES
-from tetrad.train.reward import read_examples
 from tetrad.training.context import StageContext
 
 CHATS = [row for row in TEMPLATES if row != "instruction"]
@@ -31,5 +31,6 @@ def context(folder: Path, *words: str) -> StageContext:
 def test_the_reward_model_reads_the_end_token_last(tmp_path: Path, row: str) -> None:
     """As in PPO, where a reply ends with it: no newline stands behind."""
     ctx, tokenizer, form = context(tmp_path), families.learned(), TEMPLATES[row]
-    examples = read_examples(ctx, ctx.recipe.reward.data, form, tokenizer, 512, Counts())
+    s = ctx.recipe.reward
+    examples = read_examples(s, form, tokenizer, 512, ctx.files(s.data), Counts())
     assert [int(tokens.ids[-1]) for tokens in examples.tokens] == [form.end_id(tokenizer)] * 2

@@ -1,0 +1,111 @@
+"""The reward models that a stage trains, one per seed: how they are built and saved."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tetrad.model.huggingface import members_content, read_causal, read_scalar
+from tetrad.model.lora import merged
+from tetrad.model.transformer import CausalLM, ScalarModel, frozen, grow_vocabulary
+from tetrad.reward.annotators import LR as ANNOTATORS_LR
+from tetrad.reward.annotators import Annotators, annotator_report
+from tetrad.reward.data import RewardData
+from tetrad.reward.metrics import RewardMetrics
+from tetrad.reward.model import RewardModel, score_tokens
+from tetrad.seeds import seed_for
+from tetrad.storage import Content
+from tetrad.text.tokenizer import Tokenizer
+from tetrad.training import adapters
+from tetrad.training.context import StageContext
+from tetrad.training.optimizer import Optimizer, OptimizerGroup
+from tetrad.training.run_folder import StageRun, Stateful
+from tetrad.training.stage import Weights, finish
+
+
+class Latent(nn.Module):
+    """The reward model, rho and the parameters of annotators, in one optimizer and one checkpoint."""
+
+    def __init__(self, reward: ScalarModel, learn_rho: bool, annotators: Annotators | None = None) -> None:
+        super().__init__()
+        self.reward, self.annotators = reward, annotators
+        self.log_rho = nn.Parameter(torch.zeros(()), requires_grad=learn_rho)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of the ensemble. Its head, dropout and order of records follow from its seed."""
+
+    latent: Latent
+    optimizer: Optimizer
+    seed: int
+
+
+class Ensemble:
+    """One member per seed. Errors: E-MODEL-*, E-CKPT-*."""
+
+    def __init__(self, ctx: StageContext, data: RewardData) -> None:
+        """The first seed is the recipe's own. Adapters share one frozen copy of the model that they adapt."""
+        s, own = ctx.recipe.reward, ctx.recipe.seed
+        base = frozen(read_causal(data.folder)).to(data.device.torch_device) if s.adapters else None
+        seeds = [own, *(seed_for(own, "member", k) for k in range(1, s.ensemble_size))]
+        self.members = [_member(ctx, data, base, seed) for seed in seeds]
+        self.latents = nn.ModuleList(member.latent for member in self.members)
+
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint must hold to resume exactly, besides the best weights so far."""
+        optimizers = OptimizerGroup([member.optimizer for member in self.members])
+        return {"model": Weights(self.latents), "optimizer": optimizers}
+
+    def report_annotators(self, ctx: StageContext, data: RewardData) -> dict[str, Any]:
+        """How reliable each annotator is, by the rewards of the first member: shown, and as annotators.json has it."""
+        if not data.annotators:
+            return {}
+        latent, micro_batch_tokens = self.members[0].latent, ctx.recipe.run.micro_batch_tokens
+        rewards = torch.tensor(score_tokens(latent.reward, data.train.tokens, data.device, micro_batch_tokens))
+        rewards = rewards * latent.log_rho.detach().exp().cpu()
+        report = annotator_report(data.train.records, rewards, data.annotators)
+        report.show(ctx.console)
+        return asdict(report)
+
+    def model(self, data: RewardData) -> RewardModel:
+        """The members' rewards, as others use them."""
+        models = [member.latent.reward for member in self.members]
+        micro_batch_tokens = data.ctx.recipe.run.micro_batch_tokens
+        return RewardModel(models, data.tokenizer, data.template, data.device, data.folder, micro_batch_tokens)
+
+
+def _member(ctx: StageContext, data: RewardData, base: CausalLM | None, seed: int) -> Member:
+    """The folder's model, or adapters on `base`, with a fresh head."""
+    s, head, records = ctx.recipe.reward, seed_for(seed, "head"), data.train.records
+    model = adapters.scalar_on(ctx, base, head) if base else read_scalar(data.folder, head)
+    model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
+    annotators = Annotators(records, data.annotators) if data.annotators else None
+    both_kinds = len({type(record) for record in records}) > 1
+    latent = Latent(model, both_kinds, annotators).to(data.device.torch_device)
+    muon_lr = s.muon_lr if s.optimizer == "muon" else 0.0
+    optimizer = Optimizer(latent, s.lr, ctx.recipe.optim, muon_lr=muon_lr, lr_overrides={"annotators.": ANNOTATORS_LR})
+    return Member(latent, optimizer, seed)
+
+
+def save(ctx: StageContext, stage: StageRun, model: RewardModel, metrics: RewardMetrics, **reports: Any) -> None:
+    """Leaves a model that others load. reports: by the name of their JSON file; none for an empty one."""
+    adapters.keep(ctx, model.members[0], model.folder)
+    whole, tokenizer = exported(model.members, model.tokenizer)
+    files: dict[str, Content] = {}
+    for name, report in reports.items():
+        if report:
+            text = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)
+            files[f"{name}.json"] = (text + "\n").encode()
+    finish(ctx, stage, whole[0], tokenizer, model.template, metrics.record(), files | members_content(whole))
+
+
+def exported(models: Sequence[ScalarModel], tokenizer: Tokenizer) -> tuple[list[ScalarModel], Tokenizer]:
+    """Whole models, and a tokenizer with a padding token: transformers reads scores at the last non-padding token."""
+    whole, tokenizer = [merged(model) for model in models], tokenizer.with_pad()
+    for model in whole:
+        grow_vocabulary(model, tokenizer.size)
+    return whole, tokenizer
