@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,22 +62,12 @@ class AdamW(_Algorithm):
             if not moved:
                 continue
             states = [self.state.get(p) or self._begin(p) for p in moved]
-            adamw(
-                list[Tensor](moved),
-                [p.grad for p in moved if p.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                maximize=False,
-                lr=group.lr,
-                weight_decay=group.weight_decay,
-                beta1=self.settings.beta1,
-                beta2=self.settings.beta2,
-                eps=self.settings.eps,
-            )
+            means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            gradients = [p.grad for p in moved if p.grad is not None]
+            options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False}
+            options |= {name: getattr(self.settings, name) for name in ("beta1", "beta2", "eps")}
+            options |= {"lr": group.lr, "weight_decay": group.weight_decay}
+            adamw(list[Tensor](moved), gradients, means, squares, [], steps, **options)
 
     def _begin(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         self.state[parameter] = {

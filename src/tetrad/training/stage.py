@@ -105,9 +105,9 @@ def start(
 
 def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:
     """The table by which checkpoints are checked before a stage starts must match what the stage keeps."""
-    row = STAGES.get(ctx.folder.name)
-    listed = (row.parts(ctx.recipe), row.values) if row else ((), ())
-    if listed[0] and listed != (tuple(parts), tuple(values)):
+    row = STAGES[ctx.folder.name]
+    listed = row.parts(ctx.recipe), row.values
+    if listed != (tuple(parts), tuple(values)):
         raise RuntimeError(f"the registry lists {listed}, the stage keeps {tuple(parts)}, {tuple(values)}")
 
 
