@@ -392,8 +392,8 @@ FAULTS = (
     Fault(
         "a weight of a reward source has no effect",
         "reward/sources.py",
-        "[one.weight * _cut(x, one.clip) for x in parts[name]]",
-        "[_cut(x, one.clip) for x in parts[name]]",
+        "[one.weight * _cut(x, one.clip) for x in source_scores[name]]",
+        "[_cut(x, one.clip) for x in source_scores[name]]",
         f"{OPTIONS}::test_a_sum_of_sources_is_weighed_and_told_in_parts",
     ),
     Fault(
@@ -476,7 +476,7 @@ FAULTS = (
     Fault(
         "a stop forgets the alarms",
         "rl/monitor.py",
-        'self.start, self.failing, self.reported = kept["start"], kept["failing"], kept["told"]',
+        'self.start, self.negative_variance, self.reported = saved["start"], saved["failing"], saved["told"]',
         "pass",
         "unit/rl/test_monitor.py::test_the_start_survives_a_stop",
     ),

@@ -36,6 +36,8 @@ RENAMED: Mapping[str, str] = {  # words in names that changed since the older fr
     "held_out_tokens": "eval_tokens",
     "referee_nll": "external_nll",
     "train_high": "train_score_p999",
+    "unseen_scores": "ood_scores",
+    "value_rank": "value_spearman",
 }
 _WORD = re.compile(r"\w+")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}

@@ -51,8 +51,8 @@ def alarms(
     for step in range(steps):
         made, learned = ppo_toys.iterate(four, ASKED, s, (seed, step))
         figures = step_metrics(made, s.kl_coef, toys.CPU, seen) | learned
-        for alarm in watch.look(step, figures):
-            told.setdefault(alarm.figure, step)
+        for alarm in watch.alarms(step, figures):
+            told.setdefault(alarm.metric, step)
         scores.append(figures["score"])
     return told, scores
 
@@ -67,7 +67,7 @@ HACKS: Mapping[str, tuple[str, ppo_toys.Reward]] = {
     "one token": ("distinct_2", ppo_toys.by_ids(lambda ids: float(ids.count(20)))),
     "repetition": ("distinct_2", ppo_toys.by_ids(repeats)),
     "no end": ("finished", ppo_toys.by_ids(lambda ids: 3.0 * (ids[-1] != toys.EOS))),
-    "out of range": ("unseen_scores", ppo_toys.by_ids(ppo_toys.liked)),
+    "out of range": ("ood_scores", ppo_toys.by_ids(ppo_toys.liked)),
     "collapse": ("entropy", ppo_toys.by_ids(lambda ids: 9.0 * ids.count(20) / len(ids))),
 }
 

@@ -18,7 +18,7 @@ from tetrad.training.step import timed
 
 @dataclass(frozen=True)
 class RewardSource:
-    """One part of the score. clip: to this many standard deviations, before the weight; 0 is off."""
+    """One term of the score. clip: to this many standard deviations, before the weight; 0 is off."""
 
     reward: Reward
     weight: float = 1.0
@@ -26,23 +26,23 @@ class RewardSource:
 
 
 class RewardSources:
-    """The parts by name, and their weighted sum; itself a Reward."""
+    """The sources by name, and their weighted sum; itself a Reward."""
 
     def __init__(self, sources: Mapping[str, RewardSource]) -> None:
         self.sources = dict(sources)
 
     @timed("reward")
-    def parts(self, samples: Sequence[Completion]) -> dict[str, list[float]]:
+    def by_source(self, samples: Sequence[Completion]) -> dict[str, list[float]]:
         """The raw scores of each source."""
         return {name: list(source.reward(samples)) for name, source in self.sources.items()}
 
-    def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
+    def total(self, source_scores: Mapping[str, Sequence[float]]) -> list[float]:
         """A score for each sample."""
-        weighed = [[one.weight * _cut(x, one.clip) for x in parts[name]] for name, one in self.sources.items()]
+        weighed = [[one.weight * _cut(x, one.clip) for x in source_scores[name]] for name, one in self.sources.items()]
         return [sum(row) for row in zip(*weighed, strict=True)]
 
     def __call__(self, samples: Sequence[Completion]) -> list[float]:
-        return self.total(self.parts(samples))
+        return self.total(self.by_source(samples))
 
 
 def _cut(x: float, clip: float) -> float:

@@ -10,7 +10,7 @@ from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
-from tetrad.rl.rollout import Rollout, places
+from tetrad.rl.rollout import Rollout, response_indices
 from tetrad.seeds import generator_for
 from tetrad.settings.ppo import Ppo
 from tetrad.training.step import Microbatch
@@ -20,12 +20,12 @@ from tetrad.training.step import Microbatch
 class PPOBatch:
     """One iteration's responses as the models read them; [B, T] on the CPU, except scores and bootstrap, [B].
 
-    parts: the scores of each reward source; logprobs, ref_logprobs: of actor and reference, before any update;
+    source_scores: of each source of reward; logprobs, ref_logprobs: of actor and reference, before any update;
     bootstrap: the value after the last token, 0 where nothing comes after it.
     """
 
     rollout: Rollout
-    parts: Mapping[str, Sequence[float]]
+    source_scores: Mapping[str, Sequence[float]]
     scores: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -53,7 +53,9 @@ def minibatches(
     """Each epoch's batch in a fresh permutation, in `num_minibatches` equal parts; this rank's micro-batches."""
     rollout = ppo_batch.rollout
     batch = len(rollout.documents) * collectives.size()
-    row_of = {number: row for row, number in enumerate(places(batch // s.samples_per_prompt, s.samples_per_prompt))}
+    row_of = {
+        number: row for row, number in enumerate(response_indices(batch // s.samples_per_prompt, s.samples_per_prompt))
+    }
     for epoch in range(s.ppo_epochs):
         shuffled = generator_for(key[0], "mini-batches", key[1], epoch).permutation(batch)
         for part in range(s.num_minibatches):

@@ -27,7 +27,7 @@ def explain(s: Explain, console: Console, read: Callable[[Path], Recipe]) -> Non
     records = [record for record in _lines(folder / "samples.jsonl") if "tokens" in record or "greedy" in record]
     steps = sorted({record["step"] for record in records if "tokens" in record})
     if not steps:
-        what = "samples.jsonl has no sampled reply with its tokens"
+        what = "samples.jsonl has no sampled response with its tokens"
         raise UserError("E-CKPT-MISSING", what, where=str(folder), hint="set ppo.eval_every, and run the stage")
     step = steps[-1] if s.step < 0 else s.step
     if step not in steps:
@@ -38,12 +38,12 @@ def explain(s: Explain, console: Console, read: Callable[[Path], Recipe]) -> Non
     ppo = read(folder / "recipe.toml").ppo
     for text in _opening(step, metrics, ppo):
         console.say(text)
-    for record in [r for r in records if r["step"] == step and "tokens" in r][: s.replies]:
-        _reply(record, metrics, ppo, console)
+    for record in [r for r in records if r["step"] == step and "tokens" in r][: s.responses]:
+        _response(record, metrics, ppo, console)
     for text in _learning(metrics, ppo):
         console.say(text)
-    for record in [r for r in records if r["step"] == step and "greedy" in r][: s.replies]:
-        console.say(f"\nlikeliest reply to {record['prompt']!r}\n  before PPO  {record['before']}")
+    for record in [r for r in records if r["step"] == step and "greedy" in r][: s.responses]:
+        console.say(f"\ngreedy response to {record['prompt']!r}\n  before PPO  {record['before']}")
         console.say(f"  now         {record['greedy']}")
 
 
@@ -60,7 +60,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _opening(step: int, metrics: Mapping[str, float], s: Ppo) -> list[str]:
-    f, cut = metrics, (1 - metrics["finished"]) * 100
+    f, truncated = metrics, (1 - metrics["finished"]) * 100
     parts = {name: value for name, value in f.items() if name.startswith(("score_", "judge_")) and name != "score_std"}
     details = "".join(f"; {name} {value:+.3f}" for name, value in parts.items())
     known = f"; the critic explains {f['explained_variance']:.0%} of the returns" if "explained_variance" in f else ""
@@ -68,9 +68,9 @@ def _opening(step: int, metrics: Mapping[str, float], s: Ppo) -> list[str]:
         f"step {step} of {s.steps}",
         f"1. The actor answered {s.batch_size} prompts"
         f"{f' {s.samples_per_prompt} times each' if s.samples_per_prompt > 1 else ''}, at temperature "
-        f"{s.temperature:g}: {f['length']:.1f} tokens a reply, {cut:.0f} % cut at {s.max_new_tokens}.",
-        f"2. The reward gave {f['score']:+.3f} a reply (standard deviation {f['score_std']:.3f}){details}.",
-        f"3. Actor, reference and critic read the replies: KL {f['kl']:.3f} nats a reply (k3 {f['kl_k3']:.3f}){known}.",
+        f"{s.temperature:g}: {f['length']:.1f} tokens per response, {truncated:.0f} % truncated at {s.max_new_tokens}.",
+        f"2. The reward gave {f['score']:+.3f} on average (standard deviation {f['score_std']:.3f}){details}.",
+        f"3. Actor, reference and critic read them: KL {f['kl']:.3f} nats per response (k3 {f['kl_k3']:.3f}){known}.",
         f"4. At each token reward = -beta KL with beta = {f['beta']:.4g}; {_added(s)} at the last one.",
     ]
 
@@ -79,15 +79,15 @@ def _added(s: Ppo) -> str:
     """How the score becomes a reward."""
     running = s.reward_scaling == "running"
     changes = ", divided by the standard deviation of all so far" if running else ""
-    changes += f", cut at {s.reward_clip:g} either way" if s.reward_clip and (running or not s.rewards) else ""
+    changes += f", clipped to ±{s.reward_clip:g}" if s.reward_clip and (running or not s.rewards) else ""
     whole = "all rewards of the batch are divided by their standard deviation, after the score is added"
     return whole if s.reward_scaling == "whiten" else f"the score{changes}{',' if changes else ''} is added"
 
 
-def _reply(record: Mapping[str, Any], metrics: Mapping[str, float], s: Ppo, console: Console) -> None:
+def _response(record: Mapping[str, Any], metrics: Mapping[str, float], s: Ppo, console: Console) -> None:
     tokens = record["tokens"]
-    end = "ended by itself" if record["finished"] else f"cut, so {s.missing_eos_penalty:g} is taken off"
-    console.say(f"\nprompt: {record['prompt']}\nreply:  {record['text']}  (score {record['score']:+.3f}, {end})")
+    end = "finished" if record["finished"] else f"truncated, so {s.missing_eos_penalty:g} is subtracted"
+    console.say(f"\nprompt: {record['prompt']}\nresponse: {record['text']}  (score {record['score']:+.3f}, {end})")
     rows = [_row(*cells) for cells in zip(*(tokens[key] for key in _KEYS), strict=True)]
     console.table("token by token", _TABLE, rows)
     after = record["after"] if s.bootstrap_truncated and not record["finished"] else None
@@ -124,7 +124,7 @@ def _worked(
             f"last token: A = r + gamma V_after - V = {r[-1]:+.3f} + {s.gamma:g} * {after:+.3f} - {v[-1]:+.3f} "
             f"= {last:+.3f}"
         )
-        lines.append("  the reply was cut, and goes on in the critic's value")
+        lines.append("  the response was truncated: it is bootstrapped with the critic's value")
     else:
         lines.append(f"last token: A = r - V = {r[-1]:+.3f} - {v[-1]:+.3f} = {last:+.3f}: nothing comes after it")
     return [*lines, "the advantage of the table is A less its mean over the batch, by its standard deviation"]
@@ -136,10 +136,10 @@ def _learning(f: Mapping[str, float], s: Ppo) -> list[str]:
         lines.append(
             f"   the actor made {f['actor_updates']:.0f} steps at {f['actor_lr']:.3g}: loss {f['policy_loss']:+.4f}, "
             f"ratio {f['ratio']:.4f} (largest {f['ratio_max']:.3f}), {f['clip_fraction']:.1%} of tokens clipped at "
-            f"1 +- {s.clip_range:g}, KL from the old policy {f['approx_kl']:.5f} nats a token, "
+            f"1 +- {s.clip_range:g}, KL from the old policy {f['approx_kl']:.5f} nats per token, "
             f"entropy {f['entropy']:.3f}"
         )
     else:
         lines.append("   the actor is frozen while the critic warms up")
     lines.append(f"   the critic's loss {f['value_loss']:.4f}")
-    return lines + ([f"   text beside it: {f['ptx_loss']:.3f} nats a token"] if "ptx_loss" in f else [])
+    return lines + ([f"   [ptx] text: {f['ptx_loss']:.3f} nats per token"] if "ptx_loss" in f else [])

@@ -22,21 +22,23 @@ def step_metrics(
     batch: PPOBatch,
     beta: float,
     device: Device,
-    seen: float = math.inf,
+    train_score_p999: float = math.inf,
     judged: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Means over the responses of the iteration. kl: nats against the reference (k1, k3). seen: the score that
-    a thousandth of the reward model's training answers exceed. judged: scores by judges other than the reward."""
+    """Means over the responses of the iteration. kl: nats against the reference (k1, k3). train_score_p999: the
+    score that a thousandth of the reward model's training responses exceed. judged: scores by other judges."""
     mask, scores = batch.rollout.mask_BT, batch.scores
     k1, k3 = (ppo.kl_tokens(batch.logprobs, batch.ref_logprobs, mask, kind) for kind in ("k1", "k3"))
-    parts = {f"score_{name}": part for name, part in batch.parts.items()} if len(batch.parts) > 1 else {}
+    by_source = (
+        {f"score_{name}": each for name, each in batch.source_scores.items()} if len(batch.source_scores) > 1 else {}
+    )
     sums = {
         "score": float(scores.sum()),
-        "unseen_scores": float(sum(score > seen for score in batch.parts.get(REWARD_MODEL, []))),
+        "ood_scores": float(sum(score > train_score_p999 for score in batch.source_scores.get(REWARD_MODEL, []))),
         "kl": float(k1.sum()),
         "kl_k3": float(k3.sum()),
         "reward": float(batch.rewards.sum()),
-        **{name: math.fsum(values) for name, values in {**parts, **(judged or {})}.items()},
+        **{name: math.fsum(values) for name, values in {**by_source, **(judged or {})}.items()},
     }
     total = collectives.sum_counts({**sums, "responses": float(len(scores))})
     responses = total.pop("responses")
@@ -70,7 +72,7 @@ def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:
     last, scores = (torch.tensor(collectives.gather(x.tolist())) for x in (last, batch.scores))
     metrics = {
         "explained_variance": float(ppo.explained_variance(mean, variance, residual)),
-        "value_rank": spearman(last, scores),
+        "value_spearman": spearman(last, scores),
     }
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 

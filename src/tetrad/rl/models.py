@@ -59,14 +59,14 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.weights, self.decay = Weights(model), decay
-        self.kept = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
+        self.average = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
 
     def update(self) -> None:
         for name, tensor in self.weights.tensors().items():
-            self.kept[name].lerp_(tensor, 1 - self.decay)
+            self.average[name].lerp_(tensor, 1 - self.decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.kept
+        return self.average
 
     def full_bytes(self) -> int:
         return self.weights.full_bytes()
@@ -74,7 +74,7 @@ class EMA:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
         self.weights.check(tensors)
-        self.kept = {name: tensor.to(self.kept[name].device) for name, tensor in tensors.items()}
+        self.average = {name: tensor.to(self.average[name].device) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class Models:
         parts |= {"critic_optimizer": self.critic_optimizer} if self.critic_optimizer else {}
         return parts | ({"average": self.ema} if self.ema else {})
 
-    def freeze_actor(self, held: bool) -> None:
-        """While the critic warms up on the actor's trunk, that trunk must not move."""
+    def freeze_trunk(self, frozen: bool) -> None:
+        """While the critic warms up on the actor's trunk, that trunk must not move; one of its own needs nothing."""
         for name, parameter in self.actor_optimizer.names.items() if self.actor_critic else ():
-            parameter.requires_grad_(not held or name.startswith("critic.score"))
+            parameter.requires_grad_(not frozen or name.startswith("critic.score"))
 
 
 def load_models(ctx: StageContext) -> Models:
@@ -190,11 +190,11 @@ def save_models(ctx: StageContext, stage: StageRun, models: Models, notes: Mappi
     """The result is the actor or its moving average; the critic, and then the actor itself, are kept next to it: whole
     models, even where they are adapters or share a trunk. notes: what the verdict reads in the manifest."""
     folder, critic = first_parent(ctx, *POLICY), merged(models.critic)
-    beside = {"critic.safetensors": {**dict(critic.named_parameters()), "bias": critic.bias}}
+    extra = {"critic.safetensors": {**dict(critic.named_parameters()), "bias": critic.bias}}
     if models.ema:
-        beside["last.safetensors"] = dict(merged(models.actor).named_parameters())
-        beside = {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in beside.items()}
-        models.ema.weights.load_tensors(models.ema.kept)  # also of a trunk that the critic shares
-    kept = {name: tensor_chunks(tensors) for name, tensors in beside.items()}
+        extra["last.safetensors"] = dict(merged(models.actor).named_parameters())
+        extra = {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in extra.items()}
+        models.ema.weights.load_tensors(models.ema.average)  # also of a trunk that the critic shares
+    files = {name: tensor_chunks(tensors) for name, tensors in extra.items()}
     adapters.keep(ctx, models.actor, folder)
-    finish(ctx, stage, merged(models.actor), models.tokenizer, template_for(ctx, folder), notes, kept)
+    finish(ctx, stage, merged(models.actor), models.tokenizer, template_for(ctx, folder), notes, files)

@@ -29,10 +29,10 @@ WINDOW = 10  # iterations whose means are compared between score and judges
 
 @dataclass(frozen=True)
 class _Rule:
-    """figure: the metric's name, and its limits'; above: whether high values are bad; relative: to the start; meaning:
+    """metric: its name, and that of its limits; above: whether high values are bad; relative: to the start; meaning:
     what it is a sign of; rare: a share too small to estimate from one iteration's responses."""
 
-    figure: str
+    metric: str
     above: bool
     relative: bool
     meaning: str
@@ -42,15 +42,15 @@ class _Rule:
 _RULES = (
     _Rule("kl", True, False, "the actor is far from the reference: raise ppo.kl_coef or lower ppo.actor_lr"),
     _Rule("negative_kl", True, False, "log-probabilities of sampler and training differ: a temperature, or a bug"),
-    _Rule("length", True, True, "replies grow: the reward may pay for length"),
-    _Rule("finished", False, True, "replies no longer end: raise ppo.missing_eos_penalty or ppo.max_new_tokens"),
-    _Rule("entropy", False, True, "the actor collapses onto few replies: lower ppo.actor_lr, raise ppo.entropy_coef"),
-    _Rule("distinct_2", False, True, "replies repeat themselves: the reward may pay for a phrase"),
+    _Rule("length", True, True, "responses grow: the reward may pay for length"),
+    _Rule("finished", False, True, "responses no longer end: raise ppo.missing_eos_penalty or ppo.max_new_tokens"),
+    _Rule("entropy", False, True, "the actor collapses onto few responses: lower ppo.actor_lr, raise ppo.entropy_coef"),
+    _Rule("distinct_2", False, True, "responses repeat themselves: the reward may pay for a phrase"),
     _Rule("clip_fraction", True, False, "the updates are too large: lower ppo.actor_lr or ppo.ppo_epochs"),
     _Rule("explained_variance", True, False, "the critic doesn't follow: raise ppo.critic_lr or ppo.critic_warmup"),
-    _Rule("unseen_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled", True),
-    _Rule("score_std", False, False, "the reward tells no replies apart"),
-    _Rule("falls", True, False, "a judge falls while the score rises: what is learned is the reward's fault"),
+    _Rule("ood_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled", True),
+    _Rule("score_std", False, False, "the reward gives all responses the same score"),
+    _Rule("judge_drops", True, False, "a judge falls while the score rises: what is learned is the reward's fault"),
 )
 
 
@@ -58,7 +58,7 @@ _RULES = (
 class Alarm:
     """One metric at a limit. level: 1 at the first, 2 at the second."""
 
-    figure: str
+    metric: str
     level: int
     text: str
 
@@ -69,96 +69,98 @@ class Monitor:
     def __init__(self, s: Alarms, expected_kl: float, warmup: int, responses: int = RECENT) -> None:
         """responses: per iteration."""
         self.s, self.warmup = s, warmup
-        self.starts, self.lately = math.ceil(START / responses), math.ceil(RECENT / responses)
-        self.expected_kl = expected_kl or s.nats
+        self.start_steps, self.recent_steps = math.ceil(START / responses), math.ceil(RECENT / responses)
+        self.expected_kl = expected_kl or s.expected_kl
         self.start: dict[str, list[float]] = {}
         self.recent: dict[str, list[float]] = {}
-        self.failing = 0.0
+        self.negative_variance = 0.0
         self.reported: dict[str, int] = {}
         self.spans: dict[tuple[str, int], AlarmSpan] = {}
         self.broken = ""
         self.windows: dict[str, list[list[float]]] = {}
-        self.falls: dict[str, float] = {}
+        self.drops: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
-        kept = {"start": self.start, "recent": self.recent, "failing": self.failing, "told": self.reported}
+        saved = {"start": self.start, "recent": self.recent, "failing": self.negative_variance, "told": self.reported}
         spans = [astuple(span) for span in self.spans.values()]
-        return {"alarms": {**kept, "windows": self.windows, "falls": self.falls, "spans": spans}}
+        return {"alarms": {**saved, "windows": self.windows, "falls": self.drops, "spans": spans}}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        kept = saved["alarms"]
-        self.start, self.failing, self.reported = kept["start"], kept["failing"], kept["told"]
-        self.windows, self.falls, self.recent = kept["windows"], kept["falls"], kept["recent"]
-        self.spans = {(figure, level): AlarmSpan(figure, level, *steps) for figure, level, *steps in kept["spans"]}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        saved = state["alarms"]
+        self.start, self.negative_variance, self.reported = saved["start"], saved["failing"], saved["told"]
+        self.windows, self.drops, self.recent = saved["windows"], saved["falls"], saved["recent"]
+        self.spans = {(metric, level): AlarmSpan(metric, level, *steps) for metric, level, *steps in saved["spans"]}
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+    def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms of this iteration."""
         if step >= self.warmup and "explained_variance" in metrics:
-            self.failing = self.failing + 1 if metrics["explained_variance"] < 0 else 0.0
+            self.negative_variance = self.negative_variance + 1 if metrics["explained_variance"] < 0 else 0.0
         measured = dict(metrics) | {
             "kl": metrics["kl"] / self.expected_kl,
             "negative_kl": -metrics["kl"],
-            "explained_variance": self.failing,
-            "falls": self._judges(metrics),
+            "explained_variance": self.negative_variance,
+            "judge_drops": self._judge_drops(metrics),
         }
-        still = step <= self.warmup
-        alarms = [alarm for rule in _RULES if rule.figure in measured and (alarm := self._judge(rule, measured, still))]
-        for key in ((alarm.figure, alarm.level) for alarm in alarms):
+        at_start = step <= self.warmup
+        alarms = [
+            alarm for rule in _RULES if rule.metric in measured and (alarm := self._alarm(rule, measured, at_start))
+        ]
+        for key in ((alarm.metric, alarm.level) for alarm in alarms):
             self.spans[key] = AlarmSpan(*key, self.spans[key].first if key in self.spans else step, step)
         return alarms
 
-    def _judges(self, metrics: Mapping[str, float]) -> float:
+    def _judge_drops(self, metrics: Mapping[str, float]) -> float:
         """Consecutive windows in which the worst judge fell by more than chance while the score rose."""
         judges = [name for name in metrics if name.startswith("judge_")]
         if not judges:
             return 0.0
         if self.windows.keys() != {"score", *judges}:  # at first, or the judges changed since a stop
-            self.windows, self.falls = {name: [[]] for name in ("score", *judges)}, {}
+            self.windows, self.drops = {name: [[]] for name in ("score", *judges)}, {}
         for name, seen in self.windows.items():
             seen[-1].append(metrics[name])
         if len(self.windows["score"][-1]) < WINDOW:
-            return max(self.falls.values(), default=0.0)
+            return max(self.drops.values(), default=0.0)
         rises = _moved(self.windows["score"]) > 0
         for name in judges:
             fell = rises and _moved(self.windows[name]) < -1
-            self.falls[name] = self.falls.get(name, 0.0) + 1 if fell else 0.0
+            self.drops[name] = self.drops.get(name, 0.0) + 1 if fell else 0.0
         self.windows = {name: [seen[-1], []] for name, seen in self.windows.items()}
-        return max(self.falls.values())
+        return max(self.drops.values())
 
-    def _judge(self, rule: _Rule, measured: Mapping[str, float], still: bool) -> Alarm | None:
-        """still: the actor has not moved yet, so this belongs to the start."""
-        value = measured[rule.figure]
+    def _alarm(self, rule: _Rule, measured: Mapping[str, float], at_start: bool) -> Alarm | None:
+        """at_start: the actor has not moved yet."""
+        value = measured[rule.metric]
         if rule.relative:
-            start = self.start.setdefault(rule.figure, [])
-            if still or len(start) < self.starts:
+            start = self.start.setdefault(rule.metric, [])
+            if at_start or len(start) < self.start_steps:
                 start.append(value)
                 return None
             began = sum(start) / len(start)
             if not began and not rule.above:
                 return None  # nothing is left that could fall
-            value = self._lately(rule.figure, value) / max(began, 1e-12)
+            value = self._recent_mean(rule.metric, value) / max(began, 1e-12)
         elif rule.rare:
-            value = self._lately(rule.figure, value)
-        limits = getattr(self.s, rule.figure)
+            value = self._recent_mean(rule.metric, value)
+        limits = getattr(self.s, rule.metric)
         sign = 1 if rule.above else -1
         level = sum(sign * value >= sign * limit for limit in limits)
         if not level:
             return None
         share = " of the start" if rule.relative else ""
-        text = f"{rule.figure} is {value:.3g}{share}, the limit is {limits[level - 1]:g}: {rule.meaning}"
-        return Alarm(rule.figure, level, text)
+        text = f"{rule.metric} is {value:.3g}{share}, the limit is {limits[level - 1]:g}: {rule.meaning}"
+        return Alarm(rule.metric, level, text)
 
-    def _lately(self, figure: str, value: float) -> float:
+    def _recent_mean(self, metric: str, value: float) -> float:
         """The mean of the last iterations, as many as make RECENT responses."""
-        recent = self.recent[figure] = [*self.recent.get(figure, []), value][-self.lately :]
+        recent = self.recent[metric] = [*self.recent.get(metric, []), value][-self.recent_steps :]
         return sum(recent) / len(recent)
 
     def check(self, ctx: StageContext, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Reports new alarms, and returns how many alarms there are."""
-        alarms = self.look(step, metrics)
-        now = {alarm.figure: alarm.level for alarm in alarms}
+        alarms = self.alarms(step, metrics)
+        now = {alarm.metric: alarm.level for alarm in alarms}
         for alarm in alarms:
-            if alarm.level > self.reported.get(alarm.figure, 0):
+            if alarm.level > self.reported.get(alarm.metric, 0):
                 ctx.console.say(f"alarm      step {step}: {alarm.text}")
         self.reported = now
         worst = [alarm for alarm in alarms if alarm.level == 2]
@@ -166,10 +168,10 @@ class Monitor:
             self.broken = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
         return {"alarms": float(len(alarms))}
 
-    def stop(self) -> None:
+    def raise_if_strict(self) -> None:
         """Errors: E-NUM-ALARM where an alarm is at its second limit, under `strict`."""
         if self.broken:
-            hint = "look at samples.jsonl; a change of the recipe begins this stage anew"
+            hint = "look at samples.jsonl; after a change of the recipe this stage starts over"
             raise UserError("E-NUM-ALARM", self.broken, where="ppo", hint=hint)
 
 
@@ -183,7 +185,7 @@ def _moved(windows: Sequence[Sequence[float]]) -> float:
     return (means[1] - means[0]) / max(math.sqrt(variance), 1e-12)
 
 
-_IDLE: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
+_UNUSED: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("kl_horizon", lambda r: not r.ppo.kl_target, "beta is fixed: no kl_target is set"),
     ("value_coef", lambda r: r.ppo.critic != "shared", "the critic has a trunk of its own"),
     (
@@ -210,22 +212,22 @@ def judges_of(ctx: StageContext) -> dict[str, Reward]:
     }
 
 
-def notes_of(failures: Sequence[str], monitor: Monitor) -> dict[str, Json]:
+def manifest_notes(failures: Sequence[str], monitor: Monitor) -> dict[str, Json]:
     """What the verdict reads in the manifest of PPO's model. failures: of the gate."""
     return outcome.notes(failures, [*monitor.spans.values()])
 
 
 def warn_unused_settings(ctx: StageContext) -> None:
     """Reports which settings have no effect."""
-    for note in idle(ctx.recipe):
+    for note in unused_settings(ctx.recipe):
         ctx.console.say(f"note: {note}")
 
 
-def idle(recipe: Recipe) -> list[str]:
+def unused_settings(recipe: Recipe) -> list[str]:
     """Settings that were changed and have no effect in this recipe, each with its reason."""
-    plain = Ppo()
-    changed = {name for name, _, _ in _IDLE if getattr(recipe.ppo, name) != getattr(plain, name)}
-    notes = [f"ppo.{name} has no effect: {why}" for name, holds, why in _IDLE if name in changed and holds(recipe)]
+    default = Ppo()
+    changed = {name for name, _, _ in _UNUSED if getattr(recipe.ppo, name) != getattr(default, name)}
+    notes = [f"ppo.{name} has no effect: {why}" for name, holds, why in _UNUSED if name in changed and holds(recipe)]
     if recipe.ppo.kl_coef == 0:
         notes.append("ppo.kl_coef = 0: nothing holds the actor near the SFT model")
     return notes

@@ -12,7 +12,7 @@ from tetrad.errors import UserError
 from tetrad.inference.completions import EncodedPrompt, read_encoded_prompts
 from tetrad.registry import POLICY
 from tetrad.rl.models import Models
-from tetrad.rl.rollout import places
+from tetrad.rl.rollout import response_indices
 from tetrad.training.batches import language_micros
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent, ptx
@@ -31,9 +31,9 @@ class Prompts:
     copies: int
 
     def batch(self, step: int) -> tuple[list[EncodedPrompt], list[int]]:
-        """This rank's prompts of an iteration, a prompt for each response, and their places in the whole batch."""
+        """This rank's prompts of an iteration, a prompt for each response, and their indices in the whole batch."""
         chosen = collectives.shard(batch_indices(self.seed, self.mixture, self.size, step).tolist())
-        return [self.prompts[i] for i in chosen for _ in range(self.copies)], places(self.size, self.copies)
+        return [self.prompts[i] for i in chosen for _ in range(self.copies)], response_indices(self.size, self.copies)
 
 
 def read_ppo_prompts(ctx: StageContext, models: Models) -> Prompts:

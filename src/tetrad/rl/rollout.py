@@ -1,7 +1,7 @@
 """Responses as PPO sees them: sampled, laid out [B, T], and read by the models that did not sample them.
 
 T is the longest response; position t of a row is response token t. Models read prompt and response packed, so what they
-return is flat, in the order of rows and tokens, and `spread` puts it in place.
+return is flat, in the order of rows and tokens, and `unpack` makes it [B, T] again.
 """
 
 from collections.abc import Sequence
@@ -58,15 +58,15 @@ def roll_out(
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     sampled = torch.tensor([p for sample in samples for p in sample.logprobs])
     finished = torch.tensor([sample.finished for sample in samples])
-    return Rollout(tuple(samples), tuple(documents), mask, finished, spread(sampled, mask))
+    return Rollout(tuple(samples), tuple(documents), mask, finished, unpack(sampled, mask))
 
 
-def places(prompts: int, copies: int) -> list[int]:
-    """The places of this rank's responses in the whole batch: those to one prompt are adjacent."""
+def response_indices(prompts: int, copies: int) -> list[int]:
+    """The indices of this rank's responses in the whole batch: those to one prompt are adjacent."""
     return [n * copies + k for n in collectives.shard(range(prompts)) for k in range(copies)]
 
 
-def spread(flat_N: Tensor, mask_BT: Tensor) -> Tensor:
+def unpack(flat_N: Tensor, mask_BT: Tensor) -> Tensor:
     """[N] values of the masked positions, row by row, as [B, T] with 0 elsewhere."""
     return torch.zeros(mask_BT.shape, dtype=flat_N.dtype).masked_scatter_(mask_BT, flat_N.cpu())
 
@@ -83,12 +83,12 @@ def read_logprobs(
 ) -> Tensor:
     """Log-probabilities of the response tokens, [B, T]."""
     model.eval()
-    parts = []
-    parts_of = packs(rollout.documents, micro_batch_tokens, device)
-    for _, packed in counted("reading", parts_of, len(parts_of)):
+    outputs = []
+    microbatches = packs(rollout.documents, micro_batch_tokens, device)
+    for _, packed in counted("reading", microbatches, len(microbatches)):
         with device.compute():
-            parts.append(model(packed, "logprobs", temperature)[0])
-    return spread(torch.cat(parts), rollout.mask_BT)
+            outputs.append(model(packed, "logprobs", temperature)[0])
+    return unpack(torch.cat(outputs), rollout.mask_BT)
 
 
 @torch.no_grad()
@@ -98,10 +98,10 @@ def read_values(
     """The critic's value before each response token, [B, T], and after the last one, [B]."""
     critic.eval()
     before, after = [], []
-    parts_of = packs(rollout.documents, micro_batch_tokens, device)
-    for group, packed in counted("reading", parts_of, len(parts_of)):
+    microbatches = packs(rollout.documents, micro_batch_tokens, device)
+    for group, packed in counted("reading", microbatches, len(microbatches)):
         with device.compute():
             both = critic(packed, "both")
         after.append(both[: len(group)])
         before.append(both[len(group) :])
-    return spread(torch.cat(before), rollout.mask_BT), torch.cat(after).cpu()
+    return unpack(torch.cat(before), rollout.mask_BT), torch.cat(after).cpu()

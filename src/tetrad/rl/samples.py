@@ -1,7 +1,7 @@
 """The samples of PPO: sampled responses with every number of every token, and greedy ones next to the SFT model's.
 
-A line of samples.jsonl is one sampled response {step, prompt, text, score, parts, kl, finished, after, tokens}, where
-`tokens` has one list per column (see COLUMNS) with an entry for each token of the response; or one fixed prompt {step,
+A line of samples.jsonl is one sampled response {step, prompt, text, score, source_scores, kl, finished, after,
+tokens}, where `tokens` has one list per column (see COLUMNS) with an entry for each token; or one fixed prompt {step,
 prompt, greedy, before}: the greedy response now and before PPO. `tetrad explain` prints them. Three of each kind are
 written every `ppo.eval_every` iterations.
 """
@@ -17,7 +17,7 @@ from tetrad.model.transformer import CausalLM
 from tetrad.objectives import ppo
 from tetrad.rl.experience import PPOBatch
 from tetrad.rl.models import Models
-from tetrad.rl.rollout import places
+from tetrad.rl.rollout import response_indices
 from tetrad.settings.common import Sampling
 from tetrad.training.context import StageContext
 from tetrad.training.step import timed
@@ -36,19 +36,19 @@ class Samples:
         self.ctx, self.models, self.fixed = ctx, models, list(prompts[:SHOWN])
 
     @timed("eval")
-    def show(self, keep: Callable[[dict[str, Any]], None], step: int, batch: PPOBatch) -> None:
-        """On the terminal and in samples.jsonl."""
+    def show(self, write: Callable[[dict[str, Any]], None], step: int, batch: PPOBatch) -> None:
+        """Sampled responses on the terminal and in samples.jsonl, and there the greedy ones too, decoded here."""
         say = self.ctx.console.say
-        numbers = places(self.ctx.recipe.ppo.batch_size, self.ctx.recipe.ppo.samples_per_prompt)[:SHOWN]
+        numbers = response_indices(self.ctx.recipe.ppo.batch_size, self.ctx.recipe.ppo.samples_per_prompt)[:SHOWN]
         own = [(n, batch.rollout.samples[i].input, self._record(step, i, batch)) for i, n in enumerate(numbers)]
         # the first of the whole batch
         for _, text, record in sorted(collectives.gather(own), key=itemgetter(0))[:SHOWN]:
-            keep(record)
+            write(record)
             say(f"  {text} |{record['text']}  (score {record['score']:+.2f}, KL {record['kl']:.1f})")
         now, before = self._greedy(self.models.actor), self._greedy(self.models.reference)
         for prompt, new, old in zip(self.fixed, now, before, strict=True):
             text = lines(prompt.prompt.turns)
-            keep({"step": step, "prompt": text, "greedy": new, "before": old})
+            write({"step": step, "prompt": text, "greedy": new, "before": old})
 
     def _greedy(self, model: CausalLM) -> list[str]:
         model.eval()
@@ -63,16 +63,16 @@ class Samples:
         n = len(sample.response_ids)
         kl = ppo.kl_tokens(batch.logprobs, batch.ref_logprobs, rollout.mask_BT)
         arrays = (batch.logprobs, batch.ref_logprobs, kl, batch.values, batch.rewards, batch.advantages, batch.returns)
-        numbers = [[float(f"{x:.5g}") for x in array[row, :n].tolist()] for array in arrays]
+        rounded = [[float(f"{x:.5g}") for x in array[row, :n].tolist()] for array in arrays]
         pieces = [self.models.tokenizer.decode((i,), keep_control=True) for i in sample.response_ids]
         return {
             "step": step,
             "prompt": sample.prompt,
             "text": sample.text,
             "score": float(batch.scores[row]),
-            "parts": {name: part[row] for name, part in batch.parts.items()},
+            "source_scores": {name: scores[row] for name, scores in batch.source_scores.items()},
             "kl": float(kl[row].sum()),
             "finished": sample.finished,
             "after": float(batch.bootstrap[row]),
-            "tokens": dict(zip(COLUMNS, (list(sample.response_ids), pieces, *numbers), strict=True)),
+            "tokens": dict(zip(COLUMNS, (list(sample.response_ids), pieces, *rounded), strict=True)),
         }

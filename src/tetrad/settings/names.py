@@ -29,6 +29,7 @@ _RENAMED = {
     "stop_kl": "early_stop_kl", "cut_value": "bootstrap_truncated", "kl_coefficient": "kl_coef",
     "value_coefficient": "value_coef", "entropy_bonus": "entropy_coef", "ema": "ema_decay", "coefficient": "coef",
     "referee": "external_lm", "ended": "finished", "micro_tokens": "micro_batch_tokens", "slots": "max_num_seqs",
+    "nats": "expected_kl", "falls": "judge_drops", "unseen_scores": "ood_scores",
 }  # fmt: skip
 """Names of an earlier version."""
 

@@ -138,7 +138,7 @@ class Alarms:
     judges: Functions = unkeyed(())
     """Python functions `file.py:name` that are not PPO's reward: each is called at every iteration, and an alarm is
     raised when one falls while the score rises."""
-    nats: Positive = unkeyed(10.0)
+    expected_kl: Positive = unkeyed(10.0)
     """Expected KL per response if no `ppo.kl_target` is set."""
     kl: Limits = unkeyed((2.0, 5.0))
     """Multiples of the expected KL per response."""
@@ -156,11 +156,11 @@ class Alarms:
     """Share of tokens whose policy ratio is clipped."""
     explained_variance: Limits = unkeyed((5.0, 20.0))
     """Iterations in a row, after the critic's warm-up, in which the critic's explained variance is negative."""
-    unseen_scores: Limits = unkeyed((0.05, 0.25))
+    ood_scores: Limits = unkeyed((0.05, 0.25))
     """Share of scores above all but a thousandth of what the reward model gave to its training answers."""
     score_std: Limits = unkeyed((1e-6, 1e-9))
     """Standard deviation of an iteration's scores: the reward distinguishes nothing."""
-    falls: Limits = unkeyed((3.0, 6.0))
+    judge_drops: Limits = unkeyed((3.0, 6.0))
     """Windows of ten iterations in a row in which a judge fell while the score rose."""
 
 

@@ -115,8 +115,8 @@ class Explain:
     """A run or its PPO stage ("runs/NAME/ppo"); or the name of a metric."""
     step: int = -1
     """The step, as in metrics.jsonl; the last recorded one by default."""
-    replies: Count = 1
-    """Responses to show (three are recorded)."""
+    responses: Count = 1
+    """How many to show (three are recorded)."""
 
 
 @settings

@@ -18,7 +18,7 @@ from tetrad.reward import gate
 from tetrad.rl.experience import PPOBatch, PPOTokens, minibatches
 from tetrad.rl.metrics import step_metrics, update_metrics
 from tetrad.rl.models import ActorCritic, Models, actor_of, critic_of, load_models, save_models
-from tetrad.rl.monitor import Monitor, judges_of, notes_of, warn_unused_settings
+from tetrad.rl.monitor import Monitor, judges_of, manifest_notes, warn_unused_settings
 from tetrad.rl.prompts import PtxBatch, PtxBatches, ptx_batches, read_ppo_prompts
 from tetrad.rl.rewards import KLController, RunningStd, token_rewards, whitened
 from tetrad.rl.rollout import Rollout, read_logprobs, read_values, roll_out
@@ -34,7 +34,7 @@ SHOWN = ("score", "kl", "length", "finished")  # in the progress bar
 
 @dataclass(frozen=True)
 class PPOState:
-    """What one iteration passes to the next besides the weights: beta, the monitor's state, the spread of scores."""
+    """What one iteration passes to the next besides the weights: beta, the monitor, the running std of scores."""
 
     kl: KLController
     monitor: Monitor
@@ -74,7 +74,7 @@ def run(ctx: StageContext) -> None:
             rollout = roll_out(models.actor, *prompts.batch(step), key, sampling, models.tokenizer, models.device)
             batch = make_batch(models, rollout, s, state, step)
             if step == 0:
-                gate.check_scale(ctx, batch.parts)
+                gate.check_scale(ctx, batch.source_scores)
             judged = {name: judge(rollout.samples) for name, judge in judges.items()}
             losses = learn(models, batch, s, (seed, step), ptx)
             metrics = step_metrics(batch, state.kl.beta, models.device, models.train_score_p999, judged) | losses
@@ -88,16 +88,16 @@ def run(ctx: StageContext) -> None:
                 samples.show(stage.sample, step, batch)
             speed = stage.timing(metrics["length"] * s.batch_size * s.samples_per_prompt)
             bar.advance(1, **{name: metrics[name] for name in SHOWN}, **speed)
-            state.monitor.stop()
-        save_models(ctx, stage, models, notes_of(failures, state.monitor))
+            state.monitor.raise_if_strict()
+        save_models(ctx, stage, models, manifest_notes(failures, state.monitor))
 
 
 @timed("forward")
 def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: int) -> PPOBatch:
     """Scores, the log-probabilities and values of three models, rewards, advantages and returns."""
     device, mask, read = models.device, rollout.mask_BT, (rollout, models.micro_batch_tokens, models.device)
-    parts = models.reward.parts(rollout.samples)
-    scores = torch.tensor(models.reward.total(parts), dtype=torch.float32)
+    by_source = models.reward.by_source(rollout.samples)
+    scores = torch.tensor(models.reward.total(by_source), dtype=torch.float32)
     logprobs = read_logprobs(models.actor, *read, s.temperature)
     ref_logprobs = read_logprobs(models.reference, *read, s.temperature)
     values, bootstrap = read_values(models.critic, *read)
@@ -109,7 +109,7 @@ def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: 
     lam = 1.0 if step < s.critic_warmup else s.gae_lambda
     advantages, returns = ppo.gae(rewards, values, mask, s.gamma, lam, bootstrap)
     advantages = whitened(advantages, mask, device, shift_mean=True)
-    return PPOBatch(rollout, parts, scores, logprobs, ref_logprobs, values, bootstrap, rewards, advantages, returns)
+    return PPOBatch(rollout, by_source, scores, logprobs, ref_logprobs, values, bootstrap, rewards, advantages, returns)
 
 
 @timed("update")
@@ -131,7 +131,7 @@ def learn(
         steps.append((role, stats))
         return stats
 
-    models.freeze_actor(warming)
+    models.freeze_trunk(warming)
     for number, micros in enumerate(minibatches(batch, s, key, models.micro_batch_tokens, models.device)):
         if actor_learns:
             text = ptx(step * per_step + number)
@@ -141,7 +141,7 @@ def learn(
             train("critic", models.actor_critic, micros, critic_terms(value_clip_range))
         if models.critic_optimizer:
             train("critic", models.critic, micros, critic_terms(value_clip_range))
-    models.freeze_actor(False)
+    models.freeze_trunk(False)
     rates = {"critic_lr": s.critic_lr * factor} | ({} if warming else {"actor_lr": s.actor_lr * factor})
     return update_metrics(steps) | rates
 

@@ -33,7 +33,7 @@ NUMBER = r"([+-]?[\d.]+)"
 
 @pytest.mark.parametrize("step", [0, 3, 7])
 def test_the_arithmetic_adds_up(chain: Chain, step: int) -> None:
-    text = said(chain.home, step=step, replies=3)
+    text = said(chain.home, step=step, responses=3)
     deltas = re.findall(rf"= {NUMBER} \+ {NUMBER} \* {NUMBER} - {NUMBER} = {NUMBER}", text)
     assert len(deltas) == 3
     for row in deltas:
@@ -47,13 +47,13 @@ def test_the_arithmetic_adds_up(chain: Chain, step: int) -> None:
     assert f"step {step} of 8" in text
     assert "8 prompts 2 times each" in text
     assert ("the actor is frozen" in text) == (step < 2)
-    assert text.count("likeliest reply to") == 3
+    assert text.count("greedy response to") == 3
 
 
 def test_how_the_score_is_added_is_told() -> None:
-    assert _added(Ppo()) == "the score, cut at 5 either way, is added"
+    assert _added(Ppo()) == "the score, clipped to ±5, is added"
     assert _added(Ppo(reward_clip=0.0)) == _added(Ppo(rewards=("f.py:f",))) == "the score is added"
-    assert "so far, cut at 3 either way" in _added(Ppo(reward_scaling="running", reward_clip=3.0, rewards=("f.py:f",)))
+    assert "so far, clipped to ±3" in _added(Ppo(reward_scaling="running", reward_clip=3.0, rewards=("f.py:f",)))
     assert "divided by their standard deviation" in _added(Ppo(reward_scaling="whiten"))
 
 
@@ -68,7 +68,7 @@ def test_a_cut_reply_goes_on_in_the_critics_value(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     chain.run("--ppo.bootstrap-truncated", "true")
     text = said(chain.home, step=7)
-    assert "the reply was cut" in text and "nothing comes after it" not in text
+    assert "the response was truncated" in text and "nothing comes after it" not in text
     (row,) = re.findall(rf"gamma V_after - V = {NUMBER} \+ {NUMBER} \* {NUMBER} - {NUMBER} = {NUMBER}", text)
     r, gamma, after, before, advantage = map(float, row)
     assert after != 0

@@ -12,7 +12,7 @@ from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.registry import Recipe
 from tetrad.report.verdict import AlarmSpan
-from tetrad.rl.monitor import Monitor, idle
+from tetrad.rl.monitor import Monitor, unused_settings
 from tetrad.settings.ppo import Alarms, Ppo
 
 HEALTHY = {
@@ -23,7 +23,7 @@ HEALTHY = {
     "distinct_2": 0.8,
     "clip_fraction": 0.1,
     "explained_variance": 0.4,
-    "unseen_scores": 0.0,
+    "ood_scores": 0.0,
     "score_std": 1.0,
 }
 CASES = [
@@ -34,7 +34,7 @@ CASES = [
     ("entropy", {"entropy": 0.8}, {"entropy": 0.2}),
     ("distinct_2", {"distinct_2": 0.3}, {"distinct_2": 0.1}),
     ("clip_fraction", {"clip_fraction": 0.5}, {"clip_fraction": 0.8}),
-    ("unseen_scores", {"unseen_scores": 0.1}, {"unseen_scores": 0.3}),
+    ("ood_scores", {"ood_scores": 0.1}, {"ood_scores": 0.3}),
     ("score_std", {"score_std": 1e-7}, {"score_std": 0.0}),
 ]
 
@@ -42,12 +42,12 @@ CASES = [
 def watch(**settings: Any) -> Monitor:
     """One that has seen how it began."""
     found = Monitor(Alarms(**settings), 0.0, warmup=2)
-    assert [found.look(step, HEALTHY) for step in range(3)] == [[], [], []]
+    assert [found.alarms(step, HEALTHY) for step in range(3)] == [[], [], []]
     return found
 
 
 def levels(found: Monitor, step: int, **changes: float) -> dict[str, int]:
-    return {alarm.figure: alarm.level for alarm in found.look(step, HEALTHY | changes)}
+    return {alarm.metric: alarm.level for alarm in found.alarms(step, HEALTHY | changes)}
 
 
 @pytest.mark.parametrize(("name", "first", "second"), CASES)
@@ -76,7 +76,7 @@ def test_a_rare_share_is_told_by_enough_replies() -> None:
     """4 of 64 replies once are chance where one in a hundred is usual; in three iterations in a row they are not."""
     found = Monitor(Alarms(), 0.0, warmup=0, responses=64)
     shares = [0.0, 0.01, 0.0, 0.0625, 0.0, 0.0625, 0.0625, 0.0625, 0.0, 0.0]
-    told = [levels(found, step, unseen_scores=share).get("unseen_scores", 0) for step, share in enumerate(shares)]
+    told = [levels(found, step, ood_scores=share).get("ood_scores", 0) for step, share in enumerate(shares)]
     assert told == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
 
 
@@ -85,12 +85,12 @@ def test_limits_are_settings() -> None:
 
 
 def test_figures_that_are_missing_raise_nothing() -> None:
-    assert watch().look(3, {"kl": 1.0}) == []
+    assert watch().alarms(3, {"kl": 1.0}) == []
 
 
 def test_the_start_survives_a_stop() -> None:
     before, after = watch(), Monitor(Alarms(), 0.0, warmup=2)
-    before.look(3, HEALTHY | {"explained_variance": -1.0})
+    before.alarms(3, HEALTHY | {"explained_variance": -1.0})
     after.restore(json.loads(json.dumps(before.state())))
     assert after.state() == before.state()
     assert levels(after, 4, length=31.0) == {"length": 1}
@@ -99,11 +99,11 @@ def test_the_start_survives_a_stop() -> None:
 def test_the_first_and_last_step_of_each_level_is_remembered() -> None:
     found = watch()
     for step, length in enumerate((31.0, 45.0, 20.0, 45.0, 31.0), start=3):
-        found.look(step, HEALTHY | {"length": length})
+        found.alarms(step, HEALTHY | {"length": length})
     assert list(found.spans.values()) == [AlarmSpan("length", 1, 3, 7), AlarmSpan("length", 2, 4, 6)]
     after = Monitor(Alarms(), 0.0, warmup=2)
     after.restore(json.loads(json.dumps(found.state())))
-    after.look(8, HEALTHY | {"length": 45.0})
+    after.alarms(8, HEALTHY | {"length": 45.0})
     assert after.spans["length", 2] == AlarmSpan("length", 2, 4, 8)
 
 
@@ -119,10 +119,10 @@ def test_an_alarm_is_said_once_and_stops_under_strict(capsys: pytest.CaptureFixt
     assert found.check(ctx, 6, HEALTHY) == {"alarms": 0.0}
     strict = watch(strict=True)
     strict.check(ctx, 3, HEALTHY | {"length": 31.0})
-    strict.stop()
+    strict.raise_if_strict()
     strict.check(ctx, 4, HEALTHY | {"length": 45.0})
     with pytest.raises(UserError, match="step 4: length") as raised:
-        strict.stop()
+        strict.raise_if_strict()
     assert (raised.value.code, raised.value.exit_code) == ("E-NUM-ALARM", 5)
 
 
@@ -143,7 +143,7 @@ def falls(score: float, judge: float, noise: float = 0.05, steps: int = 70) -> l
         levels(found, step, score=near(score * step), judge_x=near(judge * step), judge_y=near(0.0))
         for step in range(3, 3 + steps)
     ]
-    return [one.get("falls", 0) for one in told]
+    return [one.get("judge_drops", 0) for one in told]
 
 
 def test_a_judge_that_falls_while_the_score_rises() -> None:
@@ -158,11 +158,11 @@ def test_a_judge_that_falls_while_the_score_rises() -> None:
 def test_the_judges_memory_survives_a_stop() -> None:
     whole, first, second = watch(), watch(), Monitor(Alarms(), 0.0, warmup=2)
     figures = [HEALTHY | {"score": 0.1 * step, "judge_x": -0.1 * step} for step in range(60)]
-    expected = [[a.figure for a in whole.look(step + 3, one)] for step, one in enumerate(figures)]
-    assert ["falls"] in expected
-    found = [[a.figure for a in first.look(step + 3, one)] for step, one in enumerate(figures[:27])]
+    expected = [[a.metric for a in whole.alarms(step + 3, one)] for step, one in enumerate(figures)]
+    assert ["judge_drops"] in expected
+    found = [[a.metric for a in first.alarms(step + 3, one)] for step, one in enumerate(figures[:27])]
     second.restore(json.loads(json.dumps(first.state())))
-    found += [[a.figure for a in second.look(step + 30, one)] for step, one in enumerate(figures[27:])]
+    found += [[a.metric for a in second.alarms(step + 30, one)] for step, one in enumerate(figures[27:])]
     assert found == expected
 
 
@@ -170,16 +170,16 @@ def test_other_judges_after_a_stop_are_watched_anew() -> None:
     """One is added in the middle of a window, and the one that fell is gone."""
     found = watch()
     steps = [HEALTHY | {"score": 0.1 * step, "judge_x": -0.1 * step} for step in range(59)]
-    told = [{a.figure for a in found.look(step + 3, one)} for step, one in enumerate(steps)]
-    assert "falls" in told[-1]
+    told = [{a.metric for a in found.alarms(step + 3, one)} for step, one in enumerate(steps)]
+    assert "judge_drops" in told[-1]
     found.restore(json.loads(json.dumps(found.state())))
     for step in range(59, 100):
-        assert found.look(step + 3, HEALTHY | {"score": 0.1 * step, "judge_y": 0.1 * step}) == []
+        assert found.alarms(step + 3, HEALTHY | {"score": 0.1 * step, "judge_y": 0.1 * step}) == []
     for step in range(100, 140):
         figures = HEALTHY | {"score": 0.1 * step, "judge_x": -0.1 * step, "judge_y": 0.1 * step}
-        told.append({a.figure for a in found.look(step + 3, figures)})
-    assert [figures for figures in told[-40:] if figures] == [{"falls"}]  # at its third window
-    assert found.look(200, HEALTHY) == []
+        told.append({a.metric for a in found.alarms(step + 3, figures)})
+    assert [figures for figures in told[-40:] if figures] == [{"judge_drops"}]  # at its third window
+    assert found.alarms(200, HEALTHY) == []
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_other_judges_after_a_stop_are_watched_anew() -> None:
     ],
 )
 def test_settings_without_an_effect_are_told(settings: dict[str, Any], name: str) -> None:
-    assert idle(Recipe()) == []
-    found = idle(replace(Recipe(), ppo=Ppo(**settings)))
+    assert unused_settings(Recipe()) == []
+    found = unused_settings(replace(Recipe(), ppo=Ppo(**settings)))
     assert len(found) == 1
     assert f"ppo.{name}" in found[0]

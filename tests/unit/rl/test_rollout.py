@@ -10,7 +10,7 @@ import toys
 from tetrad.data.source import Counts
 from tetrad.errors import UserError
 from tetrad.inference.completions import EncodedPrompt, read_encoded_prompts
-from tetrad.rl.rollout import packs, read_logprobs, read_values, roll_out, spread
+from tetrad.rl.rollout import packs, read_logprobs, read_values, roll_out, unpack
 from tetrad.settings.common import Sampling
 from tetrad.text.chat_template import TEMPLATES
 from tetrad.types import Prompt, Turn
@@ -25,9 +25,9 @@ def rolled(asked=ASKED, numbers=None, key=(0, "rollout", 0), **sampling):
     return roll_out(model, asked, places, key, Sampling(max_new_tokens=7, **sampling), TOKENIZER, toys.CPU)
 
 
-def test_spread():
+def test_unpack():
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
-    out = spread(torch.arange(1.0, 7), mask)
+    out = unpack(torch.arange(1.0, 7), mask)
     assert out.tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
 
 
