@@ -5,6 +5,9 @@ which `scripts/pages.py` writes docs/errors.md; the code's family sets the exit 
 the fault is known, and printed once, by the command line.
 """
 
+from functools import partial
+from typing import Any
+
 EXIT_STOPPED, EXIT_LOST = 75, 8
 FAMILIES = {
     "CONF": (2, "the recipe or the command line"),
@@ -93,6 +96,10 @@ class UserError(Exception):
             raise ValueError(f"{code} is not in the table of codes")
         self.code, self.what, self.where, self.hint = code, what, where, hint
         super().__init__(str(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it passes between processes."""
+        return partial(type(self), where=self.where, hint=self.hint), (self.code, self.what)
 
     @property
     def exit_code(self) -> int:

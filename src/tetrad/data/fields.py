@@ -6,7 +6,7 @@ was seen, and suggest a fix.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from tetrad.errors import UserError
@@ -160,11 +160,3 @@ def chat(what: str, turn: int, where: str) -> NoReturn:
     """Errors: E-DATA-CHAT."""
     hint = "mend the order of the turns, or delete the record"
     raise UserError("E-DATA-CHAT", f"turn {turn}: {what}", where=where, hint=hint)
-
-
-def refuse_two_ranks(texts: Sequence[str], ranks: Sequence[float], where: str) -> None:
-    """Errors: E-DATA-RANK where one answer has two ranks."""
-    rank_of = dict(zip(texts, ranks, strict=True))
-    if any(rank_of[answer] != rank for answer, rank in zip(texts, ranks, strict=True)):
-        hint = "give it one rank, or delete one of the two"
-        raise UserError("E-DATA-RANK", "the same answer stands twice with different ranks", where=where, hint=hint)

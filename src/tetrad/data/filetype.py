@@ -20,34 +20,25 @@ _MODEL = "this belongs to a model; name the files of records"
 _ARROW = "write it as parquet, which is read, for example with Dataset.to_parquet(FILE) of datasets"
 _PARQUET, _GZIP = "parquet", "gzip"
 _TEXT = "records are text: copy what it says into a jsonl or txt file"
-_SIGNS = tuple(  # first bytes, what the file is, what to do
-    (re.compile(sign, re.DOTALL), what, hint)
-    for sign, what, hint in (
-        (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself", "fetch the file: git lfs pull"),
-        (rb"PAR1", _PARQUET, "give it its own ending, .parquet"),
-        (rb"\x1f\x8b", _GZIP, "name it {name}.gz"),
-        (
-            rb"PK\x03\x04.*?(\[Content_Types\]|docProps/|xl/|word/)",
-            "an Excel sheet or Word text (.xlsx, .docx)",
-            _SHEET,
-        ),
-        (rb"\xd0\xcf\x11\xe0", "an old Excel sheet or Word text (.xls, .doc)", _SHEET),
-        (rb"PK[\x03\x05][\x04\x06]", "a zip archive", _UNPACK),
-        (rb".{257}ustar", "a tar archive", _UNPACK),
-        (
-            rb"\x28\xb5\x2f\xfd|BZh\d|\xfd7zXZ|7z\xbc\xaf|Rar!\x1a",
-            "compressed (zstandard, bzip2, xz, 7z or RAR)",
-            _UNPACK,
-        ),
-        (rb"ARROW1|FEA1", "Arrow or Feather", _ARROW),
-        (rb"\xff{4}.{3}\0", "a stream of Arrow", _ARROW),
-        (rb"SQLite format 3\0", "an SQLite database", _EXPORT),
-        (rb"\x89HDF|\x93NUMPY", "an array (HDF5 or numpy)", _EXPORT),
-        (rb"\x80[\x02-\x05][^\s{]", "a pickle of Python, which is never read", _EXPORT),
-        (rb"GGUF|.{3}\0{5}\{", "a model file (safetensors or gguf)", _MODEL),
-        (rb"%PDF", "PDF", _TEXT),
-        (rb"\x89PNG|\xff\xd8\xff|GIF8", "a picture (PNG, JPEG or GIF)", _TEXT),
-    )
+_OFFICE = rb"PK\x03\x04.*?(\[Content_Types\]|docProps/|xl/|word/)"
+_PACKED = rb"\x28\xb5\x2f\xfd|BZh\d|\xfd7zXZ|7z\xbc\xaf|Rar!\x1a"
+_SIGNS = (  # first bytes, what the file is, what to do
+    (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself", "fetch the file: git lfs pull"),
+    (rb"PAR1", _PARQUET, "give it its own ending, .parquet"),
+    (rb"\x1f\x8b", _GZIP, "name it {name}.gz"),
+    (_OFFICE, "an Excel sheet or Word text (.xlsx, .docx)", _SHEET),
+    (rb"\xd0\xcf\x11\xe0", "an old Excel sheet or Word text (.xls, .doc)", _SHEET),
+    (rb"PK[\x03\x05][\x04\x06]", "a zip archive", _UNPACK),
+    (rb".{257}ustar", "a tar archive", _UNPACK),
+    (_PACKED, "compressed (zstandard, bzip2, xz, 7z or RAR)", _UNPACK),
+    (rb"ARROW1|FEA1", "Arrow or Feather", _ARROW),
+    (rb"\xff{4}.{3}\0", "a stream of Arrow", _ARROW),
+    (rb"SQLite format 3\0", "an SQLite database", _EXPORT),
+    (rb"\x89HDF|\x93NUMPY", "an array (HDF5 or numpy)", _EXPORT),
+    (rb"\x80[\x02-\x05][^\s{]", "a pickle of Python, which is never read", _EXPORT),
+    (rb"GGUF|.{3}\0{5}\{", "a model file (safetensors or gguf)", _MODEL),
+    (rb"%PDF", "PDF", _TEXT),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8", "a picture (PNG, JPEG or GIF)", _TEXT),
 )
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _CSV = re.compile(rb'^[^{}\[\]]*[\w"][,\t][\w"][^{}\[\]]*$')
@@ -75,7 +66,7 @@ def check_format(path: Path) -> None:
 
 def _signed(head: bytes) -> tuple[str, str]:
     """The format with these first bytes, and what to do; empty where it may be text."""
-    return next(((what, hint) for sign, what, hint in _SIGNS if sign.match(head)), ("", ""))
+    return next(((what, hint) for sign, what, hint in _SIGNS if re.match(sign, head, re.DOTALL)), ("", ""))
 
 
 def _other_text(path: Path, head: bytes) -> tuple[str, str]:

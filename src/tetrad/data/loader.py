@@ -117,45 +117,38 @@ class Rows:
         """Errors: E-DATA-EMPTY where the text is shorter than one row."""
         self.store, self.sequence_length, self.seed = store, sequence_length, seed
         self._mixture = mixture or whole(len(store))
-        self._ends = [0]  # rows before each epoch that was entered
-        self._epoch, self._documents, self._starts = -1, np.zeros(0, np.int64), np.zeros(1, np.int64)
-        self._enter(0)
-        self.per_epoch = int(self._starts[-1]) // sequence_length
+        self._ends = [0]  # rows before each epoch
+        self._epoch = lru_cache(maxsize=1)(self._documents)
+        tokens = int(self._epoch(0)[1][-1])
+        self.per_epoch = tokens // sequence_length
         if not self.per_epoch:
-            what = f"the first epoch has {int(self._starts[-1])} tokens, less than one row of {sequence_length}"
+            what = f"the first epoch has {tokens} tokens, less than one row of {sequence_length}"
             hint = "give more text, lower sequence_length, or raise the weights"
             raise UserError("E-DATA-EMPTY", what, where=store.where(0), hint=hint)
 
     def row(self, k: int) -> list[Tokens]:
         """The pieces of documents in row k, together `sequence_length` tokens, all of them labels of what precedes them
         in the same piece. A piece that continues a document from another row has no context."""
-        index = k - self._find(k)
-        at, end = index * self.sequence_length, (index + 1) * self.sequence_length
-        number = int(np.searchsorted(self._starts, at, side="right")) - 1
+        while k >= self._ends[-1]:
+            tokens = int(self._epoch(len(self._ends) - 1)[1][-1])
+            self._ends.append(self._ends[-1] + tokens // self.sequence_length)
+        epoch = bisect_right(self._ends, k) - 1
+        documents, starts = self._epoch(epoch)
+        at = (k - self._ends[epoch]) * self.sequence_length
+        end = at + self.sequence_length
+        number = int(np.searchsorted(starts, at, side="right")) - 1
         pieces = []
         while at < end:
-            start, stop = int(self._starts[number]), min(int(self._starts[number + 1]), end)
-            piece = self.store.piece(int(self._documents[number]), at - start, stop - start)
+            start, stop = int(starts[number]), min(int(starts[number + 1]), end)
+            piece = self.store.piece(int(documents[number]), at - start, stop - start)
             pieces.append(Tokens(piece.ids, np.ones(len(piece.ids), np.bool_), piece.where))
             at, number = stop, number + 1
         return pieces
 
-    def _find(self, k: int) -> int:
-        """Enters the epoch of row k and returns its first row."""
-        while k >= self._ends[-1]:
-            self._enter(len(self._ends) - 1)
-        epoch = bisect_right(self._ends, k) - 1
-        self._enter(epoch)
-        return self._ends[epoch]
-
-    def _enter(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        self._epoch, self._documents = epoch, mixed(self.seed, epoch, self._mixture)
-        self._starts = np.zeros(len(self._documents) + 1, np.int64)
-        np.cumsum(self.store.lengths[self._documents], out=self._starts[1:])
-        if epoch == len(self._ends) - 1:
-            self._ends.append(self._ends[-1] + int(self._starts[-1]) // self.sequence_length)
+    def _documents(self, epoch: int) -> tuple[Indices, Indices]:
+        """The documents of an epoch in their order, and where each begins among its tokens."""
+        documents = mixed(self.seed, epoch, self._mixture)
+        return documents, np.concatenate([[0], np.cumsum(self.store.lengths[documents])])
 
 
 def micro_batches(documents: Sequence[Tokens], micro_batch_tokens: int) -> list[list[int]]:

@@ -10,19 +10,25 @@ as not to be trained on.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tetrad.data.fields import MARKS, Fields, chat, fold, missing, number, refuse_two_ranks, text, turns, wrong_type
+from tetrad.data.fields import MARKS, Fields, chat, fold, missing, number, text, turns, wrong_type
 from tetrad.data.source import Counts
 from tetrad.errors import UserError
 from tetrad.types import Comparison, Conversation, Document, Prompt, Score, Turn
 
 Known = tuple[str, ...]  # the fields that a format reads
 _ANSWERS = ("output", "completion", "choices", "chosen", "rejected", "score", "annotator", "margin", "votes", "spread")
-_PREFERENCES = (  # required and optional fields of each format; the first complete format is read
-    (("choices",), ("annotator", "margin")),
-    (("chosen", "rejected"), ("annotator", "margin", "votes")),
-    (("output", "score"), ("annotator", "spread")),
+_PROMPTS = (  # the fields of each kind of prompt; the first kind whose first field is there is read
+    ("messages",),
+    ("conversations", "system"),
+    ("instruction", "input", "system", "history"),
+    ("prompt",),
+    ("input",),
 )
-_FORMS = {"choices": "ranked choices", "chosen": "chosen and rejected", "output": "scores"}
+_PREFERENCES = (  # name, required and optional fields of each format; the first complete format is read
+    ("ranked choices", ("choices",), ("annotator", "margin")),
+    ("chosen and rejected", ("chosen", "rejected"), ("annotator", "margin", "votes")),
+    ("scores", ("output", "score"), ("annotator", "spread")),
+)
 _TURN = ("role", "content", "from", "value")
 _TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 _PAIRED = "prompt and completion"
@@ -51,7 +57,8 @@ def document(fields: Fields, where: str, counts: Counts) -> Document:
 
 def conversation(fields: Fields, where: str, counts: Counts) -> Conversation | None:
     """An SFT record; None where its label says that the answer is bad, or where no answer is to be trained on."""
-    form, known, messages = _answered(fields, where)
+    form, answer, messages = _answered(fields, where)
+    known = (*_prompt_fields(fields), answer)
     label = next((name for name in ("label", "kto_tag") if _is_label(name, fields.get(name), form)), "")
     _seen(counts, form, fields, (*known, label), where, (*_TURN, *MARKS))
     answers = [turn.train for turn in messages if turn.role == "assistant"]
@@ -69,46 +76,50 @@ def _is_label(name: str, value: Any, form: str) -> bool:
     return isinstance(value, bool) or (free and str(value).lower() in (*_FALSE, *_TRUE))
 
 
-def _answered(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ...]]:
-    """The format's name, the fields read and the turns of an SFT record."""
+def _answered(fields: Fields, where: str) -> tuple[str, str, tuple[Turn, ...]]:
+    """The format's name, the field of the answer (empty where it is the last of the turns) and the turns."""
     if "messages" in fields or "conversations" in fields:
-        form, known, messages = _chat_turns(fields, where)
-        if messages[-1].role != "assistant":
-            chat("the last turn must be the assistant's", len(messages), where)
-        return form, known, messages
+        form = "messages" if "messages" in fields else "sharegpt conversations"
+        return form, "", _ending_in_answer(_chat_turns(fields, where), where)
     if "prompt" in fields and "completion" in fields:
         prompt, answer = _prompt(fields, where), _answer(fields, "completion", where)
-        return _PAIRED, ("prompt", "completion"), (*prompt.turns, *answer)
+        return _PAIRED, "completion", (*prompt.turns, *answer)
     if "instruction" in fields and "output" in fields:
-        form, known, messages = _instruction(fields, where)
-        return form, (*known, "output"), (*messages, Turn("assistant", text(fields, "output", where)))
+        messages = _instruction(fields, where)
+        form = "instruction and output" if messages[0].role == "instruction" else "alpaca with system or history"
+        return form, "output", (*messages, Turn("assistant", text(fields, "output", where)))
     return missing('"Instruction" and "Output", or "messages", or "prompt" and "completion"', fields, where)
 
 
-def _chat_turns(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ...]]:
+def _ending_in_answer(messages: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
+    if messages[-1].role != "assistant":
+        chat("the last turn must be the assistant's", len(messages), where)
+    return messages
+
+
+def _chat_turns(fields: Fields, where: str) -> tuple[Turn, ...]:
     """`messages`, or ShareGPT's `conversations` with an optional `system`."""
     if "messages" in fields:
-        return "messages", ("messages",), turns(fields["messages"], "messages", where)
+        return turns(fields["messages"], "messages", where)
     messages = turns(fields["conversations"], "conversations", where)
     if fields.get("system") and messages[0].role != "system":
         messages = (Turn("system", text(fields, "system", where)), *messages)
-    return "sharegpt conversations", ("conversations", "system"), messages
+    return messages
 
 
-def _instruction(fields: Fields, where: str) -> tuple[str, Known, tuple[Turn, ...]]:
+def _instruction(fields: Fields, where: str) -> tuple[Turn, ...]:
     """Instruction and Input; with Alpaca's system or history a multi-turn conversation."""
     extra = text(fields, "input", where, blank=True) if fields.get("input") is not None else ""
     first = text(fields, "instruction", where, blank=True)
     if not (first + extra).strip():
         hint = "give the model something to answer"
         raise UserError("E-DATA-BLANK", '"instruction" is empty', where=where, hint=hint)
-    known = ("instruction", "input", "system", "history")
     if not fields.get("system") and not fields.get("history"):
-        return "instruction and output", known, (Turn("instruction", first), Turn("input", extra))
+        return Turn("instruction", first), Turn("input", extra)
     before = _history(fields, where)
     system = (Turn("system", text(fields, "system", where)),) if fields.get("system") else ()
     user = Turn("user", first + (f"\n{extra}" if extra else ""))
-    return "alpaca with system or history", known, (*system, *before, user)
+    return (*system, *before, user)
 
 
 def _history(fields: Fields, where: str) -> tuple[Turn, ...]:
@@ -130,10 +141,7 @@ def _answer(fields: Fields, name: str, where: str) -> tuple[Turn, ...]:
     value = [fields[name]] if isinstance(fields[name], dict) and fields[name] else fields[name]
     if not _is_talk(value):
         return (Turn("assistant", text(fields, name, where)),)
-    messages = turns(value, name, where, answer=True)
-    if messages[-1].role != "assistant":
-        chat("the last turn must be the assistant's", len(messages), where)
-    return messages
+    return _ending_in_answer(turns(value, name, where, answer=True), where)
 
 
 def _is_talk(value: Any) -> bool:
@@ -156,10 +164,10 @@ def _prompt(fields: Fields, where: str, *, answered: bool = False) -> Prompt:
         missing('"Instruction" (and "Input"), or "input", or "prompt", or "messages"', fields, where)
     first = names[0]
     if first == "instruction":
-        return Prompt(_instruction(fields, where)[2], where)
+        return Prompt(_instruction(fields, where), where)
     talk = first == "prompt" and _is_talk(fields["prompt"])
     if talk or first in ("messages", "conversations"):
-        messages = turns(fields["prompt"], "prompt", where) if talk else _chat_turns(fields, where)[2]
+        messages = turns(fields["prompt"], "prompt", where) if talk else _chat_turns(fields, where)
         messages = messages[:-1] if answered and messages[-1].role == "assistant" else messages
         if not messages or messages[-1].role != "user":
             chat("the last turn before the answer must be the user's", len(messages), where)
@@ -172,32 +180,22 @@ def _prompt(fields: Fields, where: str, *, answered: bool = False) -> Prompt:
 
 def _prompt_fields(fields: Fields) -> Known:
     """The fields that the prompt is read from; empty where the record has none."""
-    forms = (
-        ("messages",),
-        ("conversations", "system"),
-        ("instruction", "input", "system", "history"),
-        ("prompt",),
-        ("input",),
-    )
-    return next((form for form in forms if form[0] in fields), ())
+    return next((names for names in _PROMPTS if names[0] in fields), ())
 
 
 def preference(fields: Fields, where: str, counts: Counts, scale: Sequence[float]) -> Comparison | Score:
-    form = next((form for form in _PREFERENCES if fields.keys() >= set(form[0])), None)
-    if form is None:
+    form, needed, optional = next((row for row in _PREFERENCES if fields.keys() >= set(row[1])), ("", (), ()))
+    if not form:
         missing('"choices", or "output" and "score", or "chosen" and "rejected"', fields, where)
     annotator = fields.get("annotator")
     if isinstance(annotator, bool) or not isinstance(annotator, str | int | None):
         wrong_type("annotator", "text", annotator, where)
     name = "" if annotator is None else str(annotator)
     record: Comparison | Score
-    if form[0][0] == "output":
-        record = _score(fields, name, where, scale)
-    else:
-        record = _comparison(fields, form[0][0], name, where)
-        counts.tied += len(set(record.ranks)) < 2
+    record = _score(fields, name, where, scale) if form == "scores" else _comparison(fields, name, where)
+    counts.tied += isinstance(record, Comparison) and len(set(record.ranks)) < 2
     inner = (*_TURN, "text", "votes" if isinstance(record, Comparison) and record.votes else "rank")
-    _seen(counts, _FORMS[form[0][0]], fields, (*_prompt_fields(fields), *form[0], *form[1]), where, inner)
+    _seen(counts, form, fields, (*_prompt_fields(fields), *needed, *optional), where, inner)
     return record
 
 
@@ -210,18 +208,20 @@ def _score(fields: Fields, annotator: str, where: str, scale: Sequence[float]) -
     return Score(prompt, text(fields, "output", where), score, annotator, where, spread)
 
 
-def _comparison(fields: Fields, form: str, annotator: str, where: str) -> Comparison:
+def _comparison(fields: Fields, annotator: str, where: str) -> Comparison:
+    ranks: tuple[float, ...] = (1.0, 2.0)
     votes: tuple[float, ...] = ()
-    if form == "choices":
+    if "choices" in fields:
         prompt = _prompt(fields, where)
         texts, ranks, votes = _choices(fields, where)
     else:
         prompt, texts = _pair(fields, where)
-        ranks = (1.0, 2.0)
         if fields.get("votes") is not None:
             votes = _votes(fields["votes"], where)
             ranks = _ranks_of(votes)
-    refuse_two_ranks(texts, ranks, where)
+    if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
+        hint = "give it one rank, or delete one of the two"
+        raise UserError("E-DATA-RANK", "the same answer stands twice with different ranks", where=where, hint=hint)
     margin = _not_negative(fields, "margin", where, "the better answer is the first: swap them, or drop the margin")
     return Comparison(prompt, texts, ranks, annotator, margin, where, votes)
 
@@ -256,8 +256,7 @@ def _pair(fields: Fields, where: str) -> tuple[Prompt, tuple[str, str]]:
         if better[:-1] != worse[:-1]:
             chat('"chosen" and "rejected" answer different conversations', len(better), where)
         for messages in (better, worse):
-            if messages[-1].role != "assistant":
-                chat("the last turn must be the assistant's", len(messages), where)
+            _ending_in_answer(messages, where)
         return Prompt(better[:-1], where), (better[-1].text, worse[-1].text)
     if not _prompt_fields(fields) and all(isinstance(value, str) for value in whole):
         what = '"chosen" and "rejected" are texts, and there is no prompt beside them'

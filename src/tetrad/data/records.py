@@ -35,35 +35,34 @@ def read_documents(paths: Paths, counts: Counts | None = None, refuse: Refuse | 
     return _each(documents_of, paths, counts, refuse)
 
 
-def read_conversations(
-    paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None
-) -> Iterator[Conversation]:
+def read_conversations(paths: Paths, counts: Counts | None = None) -> Iterator[Conversation]:
     """SFT records; the last turn is the assistant's. Errors: E-DATA-*."""
-    return _each(conversations_of, paths, counts, refuse)
+    return _each(conversations_of, paths, counts)
 
 
-def read_prompts(paths: Paths, counts: Counts | None = None, refuse: Refuse | None = None) -> list[Prompt]:
+def read_prompts(paths: Paths, counts: Counts | None = None) -> list[Prompt]:
     """The prompts of any record file; answers, ranks and scores are ignored. Errors: E-DATA-*."""
-    return list(_each(prompts_of, paths, counts, refuse))
+    return list(_each(prompts_of, paths, counts))
 
 
 def read_preferences(
-    paths: Paths, score_scale: Sequence[float] = (), counts: Counts | None = None, refuse: Refuse | None = None
+    paths: Paths, score_scale: Sequence[float] = (), counts: Counts | None = None
 ) -> list[Comparison | Score]:
     """Comparisons and scores in the order of the files; fully tied comparisons are kept and counted as `tied`.
 
     score_scale: the lowest and highest possible score; required as soon as a record has a score.
     Errors: E-DATA-SCALE (no scale; reports the range seen), E-DATA-NUMBER (outside it), E-DATA-RANK, other E-DATA-*.
     """
-    records = list(_each(partial(preferences_of, score_scale=score_scale), paths, counts, refuse))
+    records = list(_each(partial(preferences_of, score_scale=score_scale), paths, counts))
     refuse_no_scale(records, score_scale)
     return records
 
 
-def _each(read: Callable[..., Iterator[R]], paths: Paths, counts: Counts | None, refuse: Refuse | None) -> Iterator[R]:
-    counts = counts or Counts()
+def _each(
+    read: Callable[..., Iterator[R]], paths: Paths, counts: Counts | None, refuse: Refuse | None = None
+) -> Iterator[R]:
     given = paths if isinstance(paths, DataFiles) else sources(paths)
-    return (record for path in given.paths for record in read(path, given, counts, refuse))
+    return (record for path in given.paths for record in read(path, given, counts or Counts(), refuse))
 
 
 def reader(what: str, score_scale: Sequence[float] = ()) -> Callable[..., Iterator[Record]]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,25 +84,22 @@ def paragraphs(part: Path | Span, counts: Counts) -> Iterator[tuple[str, str]]:
     span = part if isinstance(part, Span) else Span(part)
     path = span.path
     check_format(path)
-    before, blank, first = counts.read, 0, 0
-    held: list[str] = []
-    for number, raw in lines(span):
-        text = decode(raw, f"{path}:{number}").rstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n")
-        for line in text.split("\n"):
-            if line.strip():
-                first = first if held else number
-                held.append(line)
-                continue
-            blank += 1
-            if held:
-                counts.read += 1
-                yield f"{path}:{first}", "\n".join(held)
-                held = []
-    if held:
-        counts.read += 1
-        yield f"{path}:{first}", "\n".join(held)
+    texts = ((number, _lf(decode(raw, f"{path}:{number}").rstrip("\r\n"))) for number, raw in lines(span))
+    numbered = ((number, line) for number, text in texts for line in text.split("\n"))
+    before, blank = counts.read, 0
+    for is_text, group in groupby(numbered, lambda pair: bool(pair[1].strip())):
+        if is_text:
+            numbers, paragraph = zip(*group, strict=True)
+            counts.read += 1
+            yield f"{path}:{numbers[0]}", "\n".join(paragraph)
+        else:
+            blank += sum(1 for _ in group)
     if counts.read == before and not span.start:
         empty(path, blank)
+
+
+def _lf(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse(text: str, where: str, *, ends_file: bool = False) -> Any:
@@ -202,23 +200,21 @@ def _json_values(path: Path) -> Iterator[Row]:
         raise UserError("E-DATA-HUGE", what, where=str(path), hint=hint)
     text = "".join(decode(raw, f"{path}:{number}") for number, raw in lines(Span(path)))
     at, line, counted = _skip(text, 0), 1, 0
-    inside = text[at : at + 1] == "["
+    inside = text.startswith("[", at)
     at = _skip(text, at + 1) if inside else at
-    first = True
-    while inside or at < len(text):
-        if inside and first and text[at : at + 1] == "]":
-            break
-        line, counted, first = line + text.count("\n", counted, at), at, False
+    closed = text.startswith("]", at)
+    while at < len(text) if not inside else not closed:
+        line, counted = line + text.count("\n", counted, at), at
         where = f"{path}:{line}"
         try:
             value, end = _DECODER.raw_decode(text, at)
             yield Row(where, value=_whole_text(value, text[at:end], where))
             at = _skip(text, end)
-            if inside and text[at : at + 1] == "]":
-                break
-            if inside and text[at : at + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-            at = _skip(text, at + 1) if inside else at
+            closed = text.startswith("]", at)
+            if inside and not closed:
+                if not text.startswith(",", at):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+                at = _skip(text, at + 1)
         except json.JSONDecodeError as error:
             _syntax(error, f"{path}:{error.lineno}", ends_file=True)
         except (_Refused, ValueError, RecursionError) as error:
@@ -258,8 +254,8 @@ def _table_rows(path: Path, separator: str, counts: Counts, rename: Mapping[str,
 def _table_lines(path: Path) -> Iterator[str]:
     """The lines of a table, all ending in LF: the line ends inside a cell differ by system only."""
     for number, raw in lines(Span(path)):
-        text = decode(raw, f"{path}:{number}").replace("\r\n", "\n").replace("\r", "\n")
-        yield from (line + "\n" for line in text.removesuffix("\n").split("\n"))
+        text = _lf(decode(raw, f"{path}:{number}")).removesuffix("\n")
+        yield from (line + "\n" for line in text.split("\n"))
 
 
 def _column_names(cells: list[str], where: str) -> list[str]:
@@ -276,15 +272,15 @@ def _column_names(cells: list[str], where: str) -> list[str]:
 
 
 def _table_row(names: list[str], meant: list[str], cells: list[str], where: str) -> Row:
-    if len(cells) != len(names):
-        hint = "put quotes around a cell that holds the separator"
-        what = f"{len(cells)} cells where the first line names {len(names)} columns"
-        return Row(where, value=UserError("E-DATA-SYNTAX", what, where=where, hint=hint))
     try:
+        if len(cells) != len(names):
+            hint = "put quotes around a cell that holds the separator"
+            what = f"{len(cells)} cells where the first line names {len(names)} columns"
+            raise UserError("E-DATA-SYNTAX", what, where=where, hint=hint)
         values = [_cell(name, cell, where) if cell else None for name, cell in zip(meant, cells, strict=True)]
-        return Row(where, value=dict(zip(names, values, strict=True)))
     except UserError as error:
         return Row(where, value=error)
+    return Row(where, value=dict(zip(names, values, strict=True)))
 
 
 def _cell(name: str, text: str, where: str) -> Any:

@@ -55,20 +55,12 @@ class Counts:
     forms: Counter[str] = field(default_factory=Counter)
     unknown: dict[str, str] = field(default_factory=dict)
 
-    def add(self, other: "Counts | Mapping[str, Any]") -> None:
-        """Adds another reading's counts, or those stored as JSON."""
+    def add(self, new: Mapping[str, Any]) -> None:
+        """Adds another reading's counts, as `told` gives them."""
+        firsts = {"first_long": self.first_long or new["first_long"], "unknown": {**new["unknown"], **self.unknown}}
+        combined = {"longest": max(self.longest, new["longest"]), "forms": self.forms + Counter(new["forms"]), **firsts}
         for name in (f.name for f in fields(self)):
-            mine, new = getattr(self, name), other[name] if isinstance(other, Mapping) else getattr(other, name)
-            if name == "longest":
-                self.longest = max(mine, new)
-            elif name == "first_long":
-                self.first_long = mine or new
-            elif name == "unknown":
-                self.unknown = {**new, **mine}
-            elif name == "forms":
-                self.forms += Counter(new)
-            else:
-                setattr(self, name, mine + new)
+            setattr(self, name, combined[name] if name in combined else getattr(self, name) + new[name])
 
     def told(self) -> dict[str, Any]:
         """The counts as JSON."""
@@ -213,13 +205,7 @@ def _boundary(file: IO[bytes], at: int, *, blank: bool) -> int:
 
 def _newlines(file: IO[bytes], start: int, stop: int) -> int:
     file.seek(start)
-    count = 0
-    while start < stop:
-        raw = file.read(min(_SCAN, stop - start))
-        if not raw:
-            break
-        count, start = count + raw.count(b"\n"), start + len(raw)
-    return count
+    return sum(file.read(min(_SCAN, stop - at)).count(b"\n") for at in range(start, stop, _SCAN))
 
 
 def lines(span: Span) -> Iterator[tuple[int, bytes]]:

@@ -16,8 +16,9 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 from tetrad import storage
 from tetrad.data.records import conversations_of, documents_of
 from tetrad.data.source import Counts, DataFiles, Span, refuse_none_learned, spans
-from tetrad.data.tokens import OnLong, fit, learned, refuse_long, tokenize, tokenize_documents
+from tetrad.data.tokens import OnLong, chunked, fit, learned, refuse_long, tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.storage import Json
 from tetrad.text.chat_template import Template
@@ -182,10 +183,8 @@ def build(
     todo = [job for job in jobs if not _is_built(job.folder)]
     done = len(jobs) - len(todo)
     progress(done, len(jobs))
-    for number, error in enumerate(_run(encoding, todo, workers), 1):
-        if error:
-            raise error
-        progress(done + number, len(jobs))
+    for built, _ in enumerate(_run(encoding, todo, workers), done + 1):
+        progress(built, len(jobs))
     counts = Counts()
     for job in jobs:
         counts.add(storage.read_manifest(job.folder)["counts"])
@@ -209,20 +208,19 @@ def _jobs(folder: Path, encoding: Encoding, given: DataFiles, sha256: Sequence[s
     return jobs
 
 
-def _run(encoding: Encoding, jobs: Sequence[_Job], workers: int) -> Iterator[UserError | None]:
-    """Builds the parts; yields each one's error or None, in the order of the parts."""
+def _run(encoding: Encoding, jobs: Sequence[_Job], workers: int) -> Iterator[None]:
+    """Builds the parts, and yields after each in their order. Errors: those of the first part first."""
     size = sum((job.span.stop or job.span.path.stat().st_size) - job.span.start for job in jobs)
     if workers < 2 or len(jobs) < 2 or size < ALONE_BYTES:
-        yield from (_build_part(encoding, job) for job in jobs)
+        for job in jobs:
+            _build_part(job, encoding)
+            yield
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin_worker, (os.getpid(), encoding))
-    futures: list[Future[tuple[str, str, str, str] | None]] = []
     try:
-        futures = [pool.submit(_work, job) for job in jobs]
-        for future in futures:
-            error = future.result()
-            yield UserError(error[0], error[1], where=error[2], hint=error[3]) if error else None
+        for future in [pool.submit(_build_part, job) for job in jobs]:
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -245,103 +243,54 @@ def _begin_worker(parent: int, encoding: Encoding) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(job: _Job) -> tuple[str, str, str, str] | None:
-    """Builds a part; its error as plain strings, which can be passed between processes."""
-    error = _build_part(_of_worker["encoding"], job)
-    return (error.code, error.what, error.where, error.hint) if error else None
-
-
-def _build_part(encoding: Encoding, job: _Job) -> UserError | None:
+def _build_part(job: _Job, encoding: Encoding | None = None) -> None:
+    """encoding: the worker's own, if it is one."""
     counts = Counts()
-    try:
-        write_part(job.folder, encoding.stream(job.span, job.given, counts), counts)
-    except UserError as error:
-        return error
-    return None
+    write_part(job.folder, (encoding or _of_worker["encoding"]).stream(job.span, job.given, counts), counts)
 
 
 def write_part(folder: Path, stream: Iterable[Tokens], counts: Counts) -> None:
-    """Writes one part with these records, and what became of the rows. Errors: E-IO-*, and those of the stream."""
-    with tempfile.TemporaryFile() as ids, tempfile.TemporaryFile() as train:
-        spool = _Spool(ids, train)
-        for tokens in stream:
-            spool.append(tokens)
-        spool.flush()
-        meta: dict[str, Json] = {"kind": "tokens", "records": spool.records, "ids": spool.dtype}
-        files = spool.files()
-        storage.write_folder(folder, files, {**meta, "paths": list(spool.paths), "counts": counts.told()})
+    """Writes one part with these records, and what became of the rows. Errors: E-IO-*, and those of the stream.
+
+    Ids and loss mask wait in unnamed files; a record takes 16 bytes of memory.
+    """
+    offsets, places, paths, largest = array("q", [0]), array("I"), dict[str, int](), 0
+    with tempfile.TemporaryFile() as ids_file, tempfile.TemporaryFile() as train_file:
+        for chunk in chunked(stream, HELD_RECORDS, lambda tokens: len(tokens.ids), SPOOL_TOKENS):
+            lengths = [len(tokens.ids) for tokens in chunk]
+            if not all(lengths):
+                raise ValueError(f"a record without tokens: {chunk[lengths.index(0)].where}")
+            ids = np.concatenate([tokens.ids for tokens in chunk])
+            largest = max(largest, int(ids.max()))
+            ids_file.write(ids.astype(np.uint32).data)
+            train_file.write(np.concatenate([tokens.train for tokens in chunk]).astype(np.uint8).data)
+            offsets.extend(accumulate(lengths, initial=offsets.pop()))
+            for tokens in chunk:
+                path, _, line = tokens.where.rpartition(":")
+                if not line.isdecimal():
+                    path, line = tokens.where, "0"
+                places.extend((paths.setdefault(path, len(paths)), int(line)))
+        records, dtype = len(offsets) - 1, "uint16" if largest < 1 << 16 else "uint32"
+        files: dict[str, Iterable[bytes]] = {
+            "ids.bin": (raw.astype(dtype).tobytes() for raw in _read(ids_file, np.uint32)),
+            "train.bin": (np.packbits(raw, bitorder="little").tobytes() for raw in _read(train_file, np.uint8)),
+            "offsets.bin": (offsets.tobytes(),),
+            "places.bin": (np.array(places, np.uint32).tobytes(),),
+        }
+        meta: dict[str, Json] = {"kind": "tokens", "records": records, "ids": dtype, "paths": list(paths)}
+        storage.write_folder(folder, files if records else {}, {**meta, "counts": counts.told()})
+
+
+def _read(file: IO[bytes], dtype: type[np.generic]) -> Iterator[np.ndarray[Any, Any]]:
+    file.seek(0)
+    while raw := file.read(SPOOL_TOKENS * np.dtype(dtype).itemsize):
+        yield np.frombuffer(raw, dtype)
 
 
 def _is_built(folder: Path) -> bool:
     """Whether a part is there and intact: a damaged one is rebuilt from its file. A process checks once."""
-    if folder in _whole:
-        return True
-    try:
-        if folder.exists() and storage.verify_folder(folder):
+    if folder not in _whole and folder.exists():
+        with suppress(UserError):
+            storage.verify_folder(folder)
             _whole.add(folder)
-    except UserError:
-        return False
     return folder in _whole
-
-
-@dataclass(slots=True)
-class _Spool:
-    """Tokens on their way to a part: ids and loss mask in unnamed files, 16 bytes per record in memory."""
-
-    ids: IO[bytes]
-    train: IO[bytes]
-    total: int = 0
-    largest: int = 0
-    offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
-    places: "array[int]" = field(default_factory=lambda: array("I"))
-    paths: dict[str, int] = field(default_factory=dict)
-    held: list[Tokens] = field(default_factory=list)
-
-    def append(self, tokens: Tokens) -> None:
-        if not len(tokens.ids):
-            raise ValueError(f"a record without tokens: {tokens.where}")
-        self.held.append(tokens)
-        self.total += len(tokens.ids)
-        if len(self.held) >= HELD_RECORDS or self.total - self.offsets[-1] >= SPOOL_TOKENS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.held:
-            ids = np.concatenate([tokens.ids for tokens in self.held])
-            self.largest = max(self.largest, int(ids.max()))
-            self.ids.write(ids.astype(np.uint32).data)
-            self.train.write(np.concatenate([tokens.train for tokens in self.held]).astype(np.uint8).data)
-            self.offsets.extend(accumulate((len(tokens.ids) for tokens in self.held), initial=self.offsets.pop()))
-            for tokens in self.held:
-                path, _, line = tokens.where.rpartition(":")
-                if not line.isdecimal():
-                    path, line = tokens.where, "0"
-                self.places.append(self.paths.setdefault(path, len(self.paths)))
-                self.places.append(int(line))
-            self.held.clear()
-
-    @property
-    def records(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def dtype(self) -> str:
-        return "uint16" if self.largest < 1 << 16 else "uint32"
-
-    def files(self) -> dict[str, Iterable[bytes]]:
-        if not self.records:
-            return {}
-        return {
-            "ids.bin": (np.frombuffer(raw, np.uint32).astype(self.dtype).tobytes() for raw in _read(self.ids, 4)),
-            "train.bin": (
-                np.packbits(np.frombuffer(raw, np.uint8), bitorder="little").tobytes() for raw in _read(self.train, 1)
-            ),
-            "offsets.bin": (self.offsets.tobytes(),),
-            "places.bin": (np.array(self.places, np.uint32).tobytes(),),
-        }
-
-
-def _read(spool: IO[bytes], width: int) -> Iterator[bytes]:
-    spool.seek(0)
-    while raw := spool.read(SPOOL_TOKENS * width):
-        yield raw

@@ -1,12 +1,14 @@
 """Every form of record, in any letter case, and one named error for each way to get it wrong."""
 
 import json
+from functools import partial
 
 import pytest
 
 from tetrad.data.records import (
     answers,
     content_key,
+    conversations_of,
     read_conversations,
     read_documents,
     read_preferences,
@@ -346,8 +348,9 @@ def test_fields_of_other_names(write):
 def test_bad_rows_can_be_set_aside(write):
     counts, aside = Counts(), []
     bad = ['{"instruction": 5, "output": "x"}\n', "{'a': 1}\n", "\n"]
-    paths = write(instruction(), *bad, instruction(), '{"instruction": "a\n')
-    found = list(read_conversations(paths, counts, lambda error, text: aside.append((error.code, error.where, text))))
+    (path,) = write(instruction(), *bad, instruction(), '{"instruction": "a\n')
+    read = partial(conversations_of, given=sources([path]), counts=counts)
+    found = list(read(path, refuse=lambda error, text: aside.append((error.code, error.where, text))))
     assert len(found) == 2 and (counts.read, counts.kept, counts.refused, counts.blank) == (5, 2, 3, 1)
     assert [(code, where[-2:]) for code, where, _ in aside] == [
         ("E-DATA-TYPE", ":2"),
@@ -355,8 +358,8 @@ def test_bad_rows_can_be_set_aside(write):
         ("E-DATA-SYNTAX", ":6"),
     ]
     assert [text for *_, text in aside] == [bad[0].strip(), bad[1].strip(), '{"instruction": "a']
-    array = write(json.dumps([instruction(), {"instruction": "q"}, instruction()]), name="f.json")
-    assert len(list(read_conversations(array, counts, lambda error, text: aside.append(text)))) == 2
+    (array,) = write(json.dumps([instruction(), {"instruction": "q"}, instruction()]), name="f.json")
+    assert len(list(read(array, refuse=lambda error, text: aside.append(text)))) == 2
     assert json.loads(aside[-1]) == {"instruction": "q"}
 
 
