@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tetrad import storage
@@ -31,11 +31,10 @@ StageFunction = Callable[[StageContext], None]
 _LOWER = "run.micro_batch_tokens, then the longest text (max_tokens, max_new_tokens), then the model"
 
 
-def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str, StageFunction] | None = None) -> None:
+def run(recipe: Recipe, console: Console, *, only: str = "") -> None:
     """Runs the stages that are not done, in order; `only` runs that one and needs its parents done.
 
-    stages: what runs instead of the modules tetrad.train.<stage>, for tests. Under torchrun every process runs this,
-    and only the first one writes.
+    Under torchrun every process runs this, and only the first one writes.
     Raises UserError, E-NUM-VERDICT after the last stage; Stopped when a stop was requested.
     """
     hashes = hashes_of(recipe)
@@ -43,7 +42,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
     if only:
         _refuse_missing_parents(steps, hashes)
     wanted, todo = steps[-1:] if only else steps, 0
-    if not stages and is_first():
+    if is_first():
         unfinished = [(step, current) for step in wanted if (current := state(step, hashes)) != "done"]
         memory = home(recipe) / ".cache" / "preflight.json"
         for note in preflight(recipe, unfinished, lambda folder: verify(folder, hashes), memory):
@@ -62,9 +61,9 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
             if is_first():
                 _prepare(step, current, recipe, console)
             row = STAGES[step.stage]
-            if is_first() and row.prepare and not stages:
-                _named(row.prepare)(context)
-            (stages[step.stage] if stages else _named(f"{row.module}:run"))(context)
+            if is_first() and row.prepare:
+                function_of(row.prepare)(context)
+            function_of(f"{row.module}:run")(context)
         if state(step, hashes) != "done":
             raise RuntimeError(f"the stage {step.stage} ended without a result that has its key")
         console.say(f"{step.stage:<10} done in {time.monotonic() - began:.1f} s: {step.result}")
@@ -76,10 +75,10 @@ def run(recipe: Recipe, console: Console, *, only: str = "", stages: Mapping[str
         _conclude(recipe, steps, hashes, console)
 
 
-def _named(function: str) -> StageFunction:
+def function_of(name: str) -> StageFunction:
     """MODULE:FUNCTION, imported when it is needed: training modules import torch."""
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def _conclude(recipe: Recipe, steps: list[Step], hashes: Hashes, console: Console) -> None:
