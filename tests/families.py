@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -10,7 +11,7 @@ from tetrad.data.tokens import tokenize
 from tetrad.text import bpe
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.types import Prompt, Turn
+from tetrad.types import Prompt, Tokens, Turn
 
 Chat = tuple[Turn, ...]
 TEXTS = (
@@ -36,6 +37,17 @@ SCRAPS = (
     *("<|", "|>", "<", ">", "im_", "_start", "end", "eot", "header", "think", "/", "tool_call", "|", "\n", " ", "\t"),
     *("\0", "\u200b", "\u200d", "\ufeff", "\u2060", "\u202e", "\r\n", "\x1f", "｜", "＜", "é", "e\u0301", "好", "🦊"),
 )
+
+
+def conversation(form: Template, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "") -> Tokens:
+    """Ids of all turns, encoded piece by piece; `train` marks each answer and its end token."""
+    ids: list[int] = []
+    train: list[bool] = []
+    for piece, trained in form.pieces(tokenizer, turns, where):
+        new = [piece] if isinstance(piece, int) else tokenizer.encode(piece)
+        ids += new
+        train += [trained] * len(new)
+    return Tokens(np.array(ids, np.int32), np.array(train, np.bool_), where)
 
 
 @cache

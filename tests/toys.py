@@ -113,7 +113,7 @@ def tokenizer(size: int = 40) -> Tokenizer:
     added = [{"id": i, "content": name, "special": True, **flags} for name, i in controls.items()]
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "w3"}
     spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}, "model": model}
-    return Tokenizer.from_json(json.dumps(spec))
+    return Tokenizer(json.dumps(spec))
 
 
 def members(models: Sequence[ScalarModel]) -> dict[str, Content]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import families
 import toys
 from tetrad.reward.batches import preference_micros
 from tetrad.reward.ensemble import Latent
@@ -28,7 +29,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 
 def conversation(answer: str = "w7 w8") -> Tokens:
-    return TEMPLATES["instruction"].conversation(TOKENIZER, [*PROMPT.turns, Turn("assistant", answer)])
+    return families.conversation(TEMPLATES["instruction"], TOKENIZER, [*PROMPT.turns, Turn("assistant", answer)])
 
 
 @pytest.mark.parametrize("pad", [toys.PAD, toys.EOS])

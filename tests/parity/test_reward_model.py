@@ -64,7 +64,7 @@ def test_without_a_pad_to_spare_it_gets_one(tmp_path: Path, spare: int) -> None:
     one taken, and no score changes."""
     spec = json.loads(toys.tokenizer().text)
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] == toys.EOS]
-    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    tokenizer = Tokenizer(json.dumps(spec))
     model = toys.scalar(seed=5, vocab_size=40 + spare, pad_id=None)
     before = score_tokens(model, [toys.document(ids) for ids in IDS], toys.CPU, 64)
     (grown,), own = exported([model], tokenizer)

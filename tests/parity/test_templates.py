@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import fetched
+from families import conversation
 from tetrad.text import bpe
 from tetrad.text.chat_template import TEMPLATES, Template, recognised
 from tetrad.text.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def with_tokens(text: str) -> str:
     """A tokenizer.json with the control tokens of every family; those of Qwen3's thinking are not special."""
     spec = json.loads(text)
     known = {token["content"] for token in spec["added_tokens"]}
-    size = Tokenizer.from_json(text).size
+    size = Tokenizer(text).size
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     for number, name in enumerate(n for n in (*FAMILY, *ADDED) if n not in known):
         spec["added_tokens"].append({"id": size + number, "content": name, **flags, "special": name in FAMILY})
@@ -64,8 +65,8 @@ def with_tokens(text: str) -> str:
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     """SmolLM2's cuts line ends as no Qwen or Llama does; the learned one cuts as those families do."""
     if request.param == "smollm2":
-        return Tokenizer.from_json(with_tokens((fetched.smollm2() / "tokenizer.json").read_text()))
-    return Tokenizer.from_json(with_tokens(bpe.learn([*SAID] * 3, 700).text))
+        return Tokenizer(with_tokens((fetched.smollm2() / "tokenizer.json").read_text()))
+    return Tokenizer(with_tokens(bpe.learn([*SAID] * 3, 700).text))
 
 
 def conversations() -> list[list[dict[str, str]]]:
@@ -97,7 +98,7 @@ def skip_other_families(tokenizer: Tokenizer, name: str) -> None:
 def ours(form: Template, tokenizer: Tokenizer, talk: list[dict[str, str]]) -> list[int]:
     turns = [Turn(turn["role"], turn["content"]) for turn in talk]
     if talk[-1]["role"] == "assistant":
-        return list(form.conversation(tokenizer, turns).ids)
+        return list(conversation(form, tokenizer, turns).ids)
     return form.prompt(tokenizer, turns)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import families
 import fetched
-from families import Chat
+from families import Chat, conversation
 from tetrad.errors import UserError
 from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded
 from tetrad.text.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def theirs_of(theirs: Any, chat: Chat, jinja: str | None = None) -> list[int]:
 
 
 def ours_of(form: Template, tokenizer: Tokenizer, chat: Chat) -> list[int]:
-    ids = form.conversation(tokenizer, chat).ids.tolist()
+    ids = conversation(form, tokenizer, chat).ids.tolist()
     assert chat[-1].role == "assistant" or ids == form.prompt(tokenizer, chat)
     return [int(i) for i in ids]
 
@@ -158,7 +158,7 @@ THOUGHTS = [
 def test_what_a_family_does_to_a_text(tmp_path: Path, row: str) -> None:
     """Trimmed turns and dropped thoughts. The learned tokenizer is read without <tool_response>, which is text here."""
     chats = THOUGHTS if row == "qwen3" else TRIMMED
-    plain = Tokenizer.from_json(families.learned().text.replace("tool_response>", "tool_other>"))
+    plain = Tokenizer(families.learned().text.replace("tool_response>", "tool_other>"))
     for name, content in plain.files(TEMPLATES[row]).items():
         (tmp_path / name).write_bytes(content)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, bos_token=BEGIN)

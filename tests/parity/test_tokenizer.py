@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from families import conversation
 from tetrad.text import bpe
 from tetrad.text.chat_template import TEMPLATES, Template
 from tetrad.text.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def jinja_ids(theirs, chat):
 
 
 def our_ids(template, tokenizer, chat):
-    return [int(i) for i in template.conversation(tokenizer, [Turn(*turn) for turn in chat]).ids]
+    return [int(i) for i in conversation(template, tokenizer, [Turn(*turn) for turn in chat]).ids]
 
 
 def test_pre_tokenisation_is_theirs():
@@ -87,7 +88,7 @@ def test_control_strings_differ_only_in_our_favour(tmp_path):
 
 
 def test_a_separator_added_to_a_foreign_tokenizer(tmp_path):
-    foreign = Tokenizer.from_json(TOKENIZER.text.replace("<|sep|>", "<|other|>"))
+    foreign = Tokenizer(TOKENIZER.text.replace("<|sep|>", "<|other|>"))
     for template, tokenizer in (
         (TEMPLATES["instruction"], foreign.with_control("<|sep|>")),
         (Template(separator="\n\n"), foreign),

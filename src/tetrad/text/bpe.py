@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tetrad.errors import UserError
-from tetrad.text.tokenizer import END, IM_END, IM_START, PAD, SEPARATOR, Tokenizer
+from tetrad.text.tokenizer import END, IM_END, IM_START, PAD, SEPARATOR, Tokenizer, control_token
 
 CONTROLS = (END, SEPARATOR, PAD, IM_START, IM_END)
 SMALLEST = 256 + len(CONTROLS)
@@ -63,8 +63,7 @@ def learn(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max_byt
         raise UserError("E-DATA-EMPTY", "there is no text to learn a tokenizer from", where="tokenizer.text")
     spec = json.loads(core.to_str())
     size = core.get_vocab_size()
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    spec["added_tokens"] = [{"id": size + i, "content": name, **flags} for i, name in enumerate(CONTROLS)]
+    spec["added_tokens"] = [control_token(size + i, name) for i, name in enumerate(CONTROLS)]
     return Tokenizer(json.dumps(spec, ensure_ascii=False), eos_ids=(size,), pad_id=size + CONTROLS.index(PAD))
 
 

@@ -14,13 +14,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
+from typing import Any
 
 from tetrad.errors import UserError
 from tetrad.text.tokenizer import END, IM_END, IM_START, SEPARATOR, Tokenizer
-from tetrad.types import Tokens, Turn
+from tetrad.types import Turn
 
 Piece = tuple[str | int, bool]  # a text to encode or a control id; whether the loss reads it
 THINK, THOUGHT = "<think>", "</think>"
@@ -79,12 +77,8 @@ class Template:
 
     def prompt(self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "") -> list[int]:
         """Ids up to where the answer begins."""
-        return _encode(tokenizer, self.pieces(tokenizer, turns, where))[0]
-
-    def conversation(self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "") -> Tokens:
-        """Ids of all turns; `train` marks each answer and its end token."""
-        ids, train = _encode(tokenizer, self.pieces(tokenizer, turns, where))
-        return Tokens(np.array(ids, np.int32), np.array(train, np.bool_), where)
+        pieces = [piece for piece, _ in self.pieces(tokenizer, turns, where)]
+        return [i for piece in pieces for i in (tokenizer.encode(piece) if isinstance(piece, str) else [piece])]
 
     def said(self, text: str) -> str:
         """The last answer as this template writes it."""
@@ -92,10 +86,9 @@ class Template:
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The id after an answer; `instruction` uses the first eos id of a foreign tokenizer without <|endoftext|>."""
-        token_id = tokenizer.control(self.end)
-        if token_id is None and self.start:
-            _no_control(self, self.end)
-        return tokenizer.eos_ids[0] if token_id is None else token_id
+        if not self.start and tokenizer.control(self.end) is None:
+            return tokenizer.eos_ids[0]
+        return _control(self, tokenizer, self.end)
 
     def jinja(self, tokenizer: Tokenizer) -> str:
         """The chat template that gives the same ids in transformers."""
@@ -328,21 +321,9 @@ def _merged(turns: Sequence[Turn], where: str) -> list[Turn]:
     return [Turn("user", turns[0].text + (f"\n{extra}" if extra else "")), *rest]
 
 
-def _encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-    ids: list[int] = []
-    train: list[bool] = []
-    for piece, trained in pieces:
-        new = [piece] if isinstance(piece, int) else tokenizer.encode(piece)
-        ids += new
-        train += [trained] * len(new)
-    return ids, train
-
-
 def _control(form: Template, tokenizer: Tokenizer, name: str) -> int:
     token_id = tokenizer.control(name)
-    return _no_control(form, name) if token_id is None else token_id
-
-
-def _no_control(form: Template, name: str) -> NoReturn:
-    hint = "choose the template instruction, or a tokenizer that has it"
-    raise UserError("E-MODEL-TEMPLATE", f"{form.name} needs the control token {name}", hint=hint)
+    if token_id is None:
+        hint = "choose the template instruction, or a tokenizer that has it"
+        raise UserError("E-MODEL-TEMPLATE", f"{form.name} needs the control token {name}", hint=hint)
+    return token_id

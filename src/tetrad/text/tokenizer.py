@@ -95,11 +95,6 @@ class Tokenizer:
         self._control_pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The tokenizer of a `tokenizer.json` text."""
-        return cls(text)
-
-    @classmethod
     def load(cls, folder: Path) -> Self:
         """The tokenizer of a Hugging Face folder. End tokens: generation_config.json, else config.json, else its own.
 
@@ -220,9 +215,7 @@ class Tokenizer:
         if name in self._controls:
             return self
         spec = json.loads(self.text)
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        token = {"id": self.size, "content": name, **flags, "special": True}
-        spec["added_tokens"] = [*(spec.get("added_tokens") or ()), token]
+        spec["added_tokens"] = [*(spec.get("added_tokens") or ()), control_token(self.size, name)]
         return Tokenizer(json.dumps(spec, ensure_ascii=False), self.eos_ids, self.pad_id, self.config)
 
     def with_pad(self) -> "Tokenizer":
@@ -271,6 +264,12 @@ class Tokenizer:
             own = token not in self._added and all(c in _BYTE_OF for c in name)
             self._spelled[token] = bytes(_BYTE_OF[c] for c in name) if own else name.encode()
         return self._spelled[token]
+
+
+def control_token(token: int, name: str) -> dict[str, Any]:
+    """As tokenizer.json lists it."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": name, **flags, "special": True}
 
 
 def _spare_pad(spare: Mapping[str, int]) -> int | None:

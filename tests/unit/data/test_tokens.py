@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from families import conversation
 from tetrad.data import tokens as tokens_file
 from tetrad.data.source import Counts
 from tetrad.data.tokens import fit, refuse_long, tokenize, tokenize_documents
@@ -35,7 +36,7 @@ def test_tokenize_equals_one_by_one(form, records, characters, monkeypatch):
     monkeypatch.setattr(tokens_file, "CHUNK_RECORDS", records)
     monkeypatch.setattr(tokens_file, "CHUNK_CHARACTERS", characters)
     found = list(tokenize(form, TOKENIZER, conversations(10)))
-    expected = [form.conversation(TOKENIZER, c.turns, c.where) for c in conversations(10)]
+    expected = [conversation(form, TOKENIZER, c.turns, c.where) for c in conversations(10)]
     assert len(found) == 10 and all(map(same, found, expected))
     assert found[0].ids.dtype == np.int32 and found[0].train.dtype == np.bool_
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tetrad
+from families import conversation
 from served import completed, rate, tokenizer, write_model, written
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
@@ -161,7 +162,7 @@ def test_written_documents_are_those_of_training(run: Path) -> None:
     prompts = [Prompt((Turn("instruction", "Go on."), Turn("input", "the plot")), "f:1"), Prompt((Turn("user", "x"),))]
     whole, cut = written(judge, prompts, ["is warm", "is warm"], [True, False])
     turns = (*prompts[0].turns, Turn("assistant", "is warm"))
-    assert whole.ids.tolist() == judge.template.conversation(judge.tokenizer, turns).ids.tolist()
+    assert whole.ids.tolist() == conversation(judge.template, judge.tokenizer, turns).ids.tolist()
     assert whole.where == "f:1"
     asked_ids = judge.template.prompt(judge.tokenizer, prompts[1].turns)
     assert cut.ids.tolist() == [*asked_ids, *judge.tokenizer.encode("is warm")]

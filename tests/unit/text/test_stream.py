@@ -105,7 +105,7 @@ def test_a_tokenizer_that_is_not_byte_level():
     d = tokenizers.decoders
     spec.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
     spec.add_special_tokens(["</s>"])
-    tokenizer = Tokenizer.from_json(spec.to_str())
+    tokenizer = Tokenizer(spec.to_str())
     fox = [2 + b for b in "狐".encode()]
     a, b = names.index("▁a"), names.index("b")
     shown, _ = pieces(tokenizer, [a, *fox, a])

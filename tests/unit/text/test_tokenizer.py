@@ -52,7 +52,7 @@ def test_user_text_is_never_a_control_token(parts):
 
 
 def test_added_tokens_that_are_not_special_are_plain_text_too():
-    tokenizer = Tokenizer.from_json(foreign("<|endoftext|>", "<think>", special=False))
+    tokenizer = Tokenizer(foreign("<|endoftext|>", "<think>", special=False))
     assert tokenizer.control("<think>") is not None
     assert tokenizer.control("<think>") not in tokenizer.encode("<think>so</think>")
     assert tokenizer.decode([tokenizer.control("<think>")]) == "<think>"  # as transformers' skip_special_tokens
@@ -88,7 +88,7 @@ def test_words_that_were_added_are_text(flags, normalizer):
     """In Latin and Chinese, new or built by merges too, whatever their flags: the library's ids, and no control."""
     words = ("running", "天气", "人工智能", "cashflow", IN_MERGES)
     text = with_words(*((word, flags) for word in words), normalizer=normalizer)
-    ours, core = Tokenizer.from_json(text), tokenizers.Tokenizer.from_str(text)
+    ours, core = Tokenizer(text), tokenizers.Tokenizer.from_str(text)
     assert IN_MERGES in json.loads(text)["model"]["vocab"]  # in the middle of the vocabulary
     used = set()
     for said in SAID:
@@ -106,7 +106,7 @@ def test_words_that_were_added_are_text(flags, normalizer):
 def test_a_word_with_an_accent_is_written_whole():
     """The byte alphabet has the letter é too, for another byte."""
     text = with_words(("café", {}), ("naïve bar", {}))
-    ours = Tokenizer.from_json(text)
+    ours = Tokenizer(text)
     for said in ("a café b", "naïve bar x"):
         ids = ours.encode(said)
         assert ids == tokenizers.Tokenizer.from_str(text).encode(said, add_special_tokens=False).ids
@@ -119,7 +119,7 @@ def test_a_control_token_that_merges_build_is_not_built_from_text(control):
     spec = json.loads(WORDS.text)
     identity = spec["model"]["vocab"][control]
     spec["added_tokens"] = [added(identity, control), added(WORDS.size - 5, "</s>")]
-    ours = Tokenizer.from_json(json.dumps(spec))
+    ours = Tokenizer(json.dumps(spec))
     for said in SAID:
         assert identity not in ours.encode(said)
         assert ours.decode(ours.encode(said)) == said
@@ -129,7 +129,7 @@ def test_a_control_token_that_merges_build_is_not_built_from_text(control):
 def test_runs_of_spaces_added_as_tokens_stay_text():
     base = LEARNED.size - 5
     spec = json.loads(LEARNED.text) | {"added_tokens": [added(base, "</s>"), added(base + 1, "   ", special=False)]}
-    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    tokenizer = Tokenizer(json.dumps(spec))
     assert tokenizer.encode("a   b</s>")[1] == base + 1
     assert tokenizer.encode_batch(["a   b</s>"]) == [tokenizer.encode("a   b</s>")]
     assert base not in tokenizer.encode("a   b</s>")
@@ -150,7 +150,7 @@ def test_control_tokens_inside_the_vocabulary_are_not_matched(kind):
     made = tokenizers.Tokenizer(core)
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["</s>"])
-    tokenizer = Tokenizer.from_json(made.to_str())
+    tokenizer = Tokenizer(made.to_str())
     assert made.encode("a </s> b").ids == [2, 1, 3]
     assert 1 not in tokenizer.encode("a </s> b")
     assert tokenizer.eos_ids == (1,)
@@ -184,7 +184,7 @@ def test_decode_of_another_kind_goes_through_the_library():
     core = tokenizers.Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "</s>": 2}, unk_token="▁a"))
     core.decoder = decoders.Metaspace()
     core.add_special_tokens(["</s>"])
-    assert Tokenizer.from_json(core.to_str()).decode([0, 1, 2]) == "a b"
+    assert Tokenizer(core.to_str()).decode([0, 1, 2]) == "a b"
 
 
 @given(st.lists(st.integers(0, LEARNED.size - 1), max_size=12))
@@ -215,7 +215,7 @@ def test_the_same_where_bytes_have_tokens_of_their_own(names, valid):
     built = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(vocab)}, [], byte_fallback=True))
     built.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     spec = json.loads(built.to_str()) | {"added_tokens": [added(1, "</s>")]}
-    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    tokenizer = Tokenizer(json.dumps(spec))
     ids = [vocab.index(name) for name in names]
     assert tokenizer.is_utf8(ids, tokenizer.decode(ids)) == valid
 
@@ -283,7 +283,7 @@ def test_what_a_text_may_show_is_never_chosen_as_the_pad(word):
     """transformers takes a pad out of texts, and `<think>`, which is not special, stands in them."""
     spec = json.loads(foreign("<|endoftext|>"))
     spec["added_tokens"].append(added(LEARNED.size - 4, word, special=False))
-    tokenizer = Tokenizer.from_json(json.dumps(spec))
+    tokenizer = Tokenizer(json.dumps(spec))
     assert tokenizer.pad_id is None
     assert "pad_token" not in json.loads(tokenizer.files()["tokenizer_config.json"])
 
@@ -322,7 +322,7 @@ def test_named_special_tokens_stay_named(tmp_path):
 
 
 def test_with_control_adds_one_id(tmp_path):
-    tokenizer = Tokenizer.from_json(foreign("<|endoftext|>"))
+    tokenizer = Tokenizer(foreign("<|endoftext|>"))
     grown = tokenizer.with_control("<|sep|>")
     assert grown.control("<|sep|>") == tokenizer.size and grown.size == tokenizer.size + 1
     assert grown.with_control("<|sep|>") is grown
