@@ -227,11 +227,12 @@ def side_by_side(systems: Mapping[str, Responses], count: int) -> list[dict[str,
 def show(ctx: StageContext, report: Mapping[str, Any]) -> None:
     """The tables of the report, and the answers side by side."""
     stages = [(stage, name, value) for stage, metrics in report["stages"].items() for name, value in metrics.items()]
-    ctx.console.table("Stages, on held-out data", ("stage", "figure", "value"), stages)
+    ctx.console.table("Stages, on held-out data", ("stage", "metric", "value"), stages)
     systems: Mapping[str, Mapping[str, Any]] = report["systems"]
     names = list(next(iter(systems.values())))
     rows = [[name, *(_shown(metrics.get(name)) for metrics in systems.values())] for name in names]
-    ctx.console.table(f"Answers to {report['prompts']} held-out prompts", ("", *systems), rows)
+    ctx.console.table(f"Responses to {report['prompts']} held-out prompts", ("metric", *systems), rows)
+    ctx.console.say("`tetrad explain METRIC` says what a row means")
     for texts in report["samples"]:
         ctx.console.say("\n".join(f"  {name}: {text}" for name, text in texts.items()))
 
