@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     write_model(folder / "sft", seed=1)
     write_model(folder / "reward", reward=True)
-    records = [{"Instruction": "Go on.", "Input": text, "reply": text} for text in TEXTS]
+    records = [{"Instruction": "Go on.", "Input": text, "response": text} for text in TEXTS]
     (folder / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "r.toml").write_text('[tokenizer]\ntext = ["t.txt"]\nvocab_size = 270\n')
     (folder / "t.txt").write_text("这部电影 is a film\n\n" * 40)

@@ -80,7 +80,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 )
 def test_generate_scores_what_score_scores(run: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     found = replies(run, tmp_path, **settings)
-    broken = [record for record in found if "\ufffd" in record["reply"]]
+    broken = [record for record in found if "\ufffd" in record["response"]]
     assert len(found) == REPLIES and len(broken) > REPLIES / 20  # so that half characters would be seen
     assert len({record["finished"] for record in found}) == 2
     assert max(abs(record["score"] - record["again"]) for record in found) < 1e-6
@@ -88,7 +88,7 @@ def test_generate_scores_what_score_scores(run: Path, tmp_path: Path, settings: 
 
 def test_replies_that_are_no_utf8_are_counted(run: Path, tmp_path: Path) -> None:
     found = replies(run, tmp_path, count=100)
-    broken = [number for number, record in enumerate(found, 1) if "\ufffd" in record["reply"]]
+    broken = [number for number, record in enumerate(found, 1) if "\ufffd" in record["response"]]
     first = f"the first answers {tmp_path / 'prompts.jsonl'}:{broken[0]}"
     what = f"note: {len(broken)} answers are not valid UTF-8, wrong bytes are written as U+FFFD; {first}"
     assert what in found[0]["said"]
@@ -96,6 +96,6 @@ def test_replies_that_are_no_utf8_are_counted(run: Path, tmp_path: Path) -> None
 
 def test_best_of_n_prefers_what_can_be_written(run: Path, tmp_path: Path) -> None:
     """Of eight replies to a prompt nearly always one is text: then that one is taken, whatever the others' scores."""
-    alone = sum("\ufffd" in record["reply"] for record in replies(run, tmp_path, count=100, max_new_tokens=2))
-    best = sum("\ufffd" in record["reply"] for record in replies(run, tmp_path, count=100, max_new_tokens=2, best_of=8))
+    alone = sum("\ufffd" in record["response"] for record in replies(run, tmp_path, count=100, max_new_tokens=2))
+    best = sum("\ufffd" in record["response"] for record in replies(run, tmp_path, count=100, max_new_tokens=2, best_of=8))
     assert alone > 50 and best < 20

@@ -11,7 +11,7 @@ import tetrad
 import toys
 from served import write_model
 from tetrad.cli.main import main
-from tetrad.inference.policy import asked
+from tetrad.inference.policy import instruction_prompt
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -58,7 +58,7 @@ def test_greedy_tokens(run: Path, stage: str, capsys: pytest.CaptureFixture[str]
             given = ["--instruction", instruction, "--input", extra, "--greedy", "--max-new-tokens", str(longest)]
             assert main(["generate", str(run / stage), *given]) == 0
             assert capsys.readouterr().out == expected + "\n"
-        ids = ours.form.prompt(ours.tokenizer, asked(instruction, extra).turns)
+        ids = ours.form.prompt(ours.tokenizer, instruction_prompt(instruction, extra).turns)
         assert (ids == inputs["input_ids"][0].tolist()) == ("<|" not in extra)
 
 

@@ -114,7 +114,7 @@ def generate(page: str, *words: str) -> dict[str, Any]:
 def test_python_lines_answer(folder: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.chdir(folder)
     _, printed = run_python_block(page, "tetrad")
-    assert printed == f"{[generate(page, '--max-new-tokens', '40')['reply']]}\n"
+    assert printed == f"{[generate(page, '--max-new-tokens', '40')['response']]}\n"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -130,7 +130,7 @@ def test_transformers_lines_give_what_tetrad_generates(
     assert len(prompt) < len(ids) <= 60
     answer = generate(page, "--greedy", "--max-new-tokens", str(60 - len(prompt)))
     reply = names["tokenizer"].decode(ids[len(prompt) :], skip_special_tokens=True)  # type: ignore[attr-defined]
-    assert (answer["reply"], answer["tokens"]) == (reply, len(ids) - len(prompt))
+    assert (answer["response"], answer["tokens"]) == (reply, len(ids) - len(prompt))
     assert reply in printed
 
 
