@@ -28,7 +28,7 @@ def start(device: str) -> None:
     """Joins the group that torchrun announced; does nothing on one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dog = watchdog.join()
-        store = PrefixStore("mesh", dog.store)
+        store = PrefixStore("collectives", dog.store)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         with dog.waiting("start"):
             dist.init_process_group(backend, store=store, rank=dog.rank, world_size=dog.size, timeout=_NEVER)

@@ -33,7 +33,7 @@ _UNKNOWN = (0, None, False, "", 0)  # of a rank that never wrote a heartbeat
 
 
 @dataclass(frozen=True)
-class _Late:
+class _Missing:
     """A rank that is waited for. silent: its heartbeat has stopped; gone: silent, or it has ended."""
 
     host: str
@@ -51,16 +51,16 @@ class Watchdog:
         self.patience, self.report, self.phase = patience, report, ""
         self._beats = self._number = 0
         self._inside: tuple[float, str] | None = None  # the collective that the main thread is in, and since when
-        self._asked = math.inf  # when a signal requested this process to stop
-        self._heard: dict[int, tuple[int, float]] = {}  # each rank's last beat, and when it was first seen
+        self._stop_requested = math.inf  # when a signal requested this process to stop
+        self._last_beats: dict[int, tuple[int, float]] = {}  # each rank's last beat, and when it was first seen
         self._lost = False  # the store, and with it all communication
-        self._said = False  # this rank has reported why all end
+        self._reported = False  # this rank has reported why all end
         self._hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # the store itself
         self._ends = threading.Event()
-        on_stop_request.append(self._ask)
+        on_stop_request.append(self._request_stop)
         self._own: Store = self.store.clone()  # a connection of its own: a wait on the other would block it
         self._beat()
-        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     @contextmanager
@@ -71,31 +71,31 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:
-            self._late(math.inf)
+            self._missing(math.inf)
             time.sleep(4 * _BEAT)  # by then it shows whose heartbeat stopped, or the failed rank has reported why
-            gone = [text for text, one in self._late(3 * _BEAT).items() if one.gone]
+            gone = [text for text, one in self._missing(3 * _BEAT).items() if one.gone]
             raise self._error(self._text(gone, f"lost its connection in {name}")) from error
         finally:
-            self._inside, self._heard = None, {}
+            self._inside, self._last_beats = None, {}
 
     def stop(self) -> None:
         """Ends the watchdog of a rank that is done."""
         self._ends.set()
         self._thread.join()
-        self._see_off()
+        self._announce_end()
 
     def claim(self, code: int) -> tuple[bool, int]:
         """Whether this rank is the first to end and has not reported it yet, and the exit code of the first."""
-        before, first = self._said, {"rank": self.rank, "code": code}
+        before, first = self._reported, {"rank": self.rank, "code": code}
         if not self._lost:  # if it is, connecting again would take a minute
             first = json.loads(self.store.clone().compare_set(_CLAIM, "", json.dumps(first)))
-        self._said = first["rank"] == self.rank
-        return self._said and not before, first["code"]
+        self._reported = first["rank"] == self.rank
+        return self._reported and not before, first["code"]
 
-    def _ask(self) -> None:
-        self._asked = min(self._asked, time.monotonic())
+    def _request_stop(self) -> None:
+        self._stop_requested = min(self._stop_requested, time.monotonic())
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         failing = claimed = math.inf
         while not self._ends.wait(_BEAT):
             now = time.monotonic()
@@ -104,15 +104,15 @@ class Watchdog:
                 if (code := claimed_code(self._own)) is not None:
                     claimed = min(claimed, now)
                     if self._inside and now - claimed >= _BEAT:
-                        self._leave(code)
+                        self._exit(code)
                 elif self._inside:
-                    self._look(now)
+                    self._check_others(now)
                 failing = math.inf
             except RuntimeError:  # the store is gone, and with it our launcher
                 failing = min(failing, now)
                 if now - failing > 5 * _BEAT:
                     self._lost = True
-                    self._leave(self.report(self._error(self._text([], "lost the process that started it"))))
+                    self._exit(self.report(self._error(self._text([], "lost the process that started it"))))
 
     def _beat(self) -> None:
         self._beats += 1
@@ -120,42 +120,43 @@ class Watchdog:
         state = [self._beats, inside, self._ends.is_set(), socket.gethostname(), os.getpid()]
         self._own.set(f"tetrad/beat/{self.rank}", json.dumps(state))
 
-    def _look(self, now: float) -> None:
+    def _check_others(self, now: float) -> None:
         """Ends this process if it has waited long enough for another one."""
         since, name = self._inside or (now, "")
-        limit = min(self.patience, _AFTER_STOP + self._asked - since)
-        late = self._late(min(self.patience, _AFTER_STOP) if self._asked < math.inf else self.patience - 2 * _BEAT)
-        if now - since < limit or not late:
+        stopping = self._stop_requested < math.inf
+        limit = min(self.patience, _AFTER_STOP + self._stop_requested - since)
+        missing = self._missing(min(self.patience, _AFTER_STOP) if stopping else self.patience - 2 * _BEAT)
+        if now - since < limit or not missing:
             return
-        text = self._text(list(late), f"has waited {now - since:.0f} s in {name}")
+        text = self._text(list(missing), f"has waited {now - since:.0f} s in {name}")
         stopped = Stopped(f"{text}; the same command goes on from the last checkpoint")
-        code = self.report(stopped if self._asked < math.inf else self._error(text))
-        for one in late.values():
+        code = self.report(stopped if stopping else self._error(text))
+        for one in missing.values():
             if one.silent and one.host == socket.gethostname():
                 with suppress(OSError):
                     os.kill(one.process, signal.SIGKILL)  # stopped, it would not hear the launcher's SIGTERM
-        self._leave(code)
+        self._exit(code)
 
-    def _late(self, limit: float) -> dict[str, _Late]:
+    def _missing(self, limit: float) -> dict[str, _Missing]:
         """Ranks not to wait for any longer, by a text that says why. limit: of seconds without a beat."""
-        now, late = time.monotonic(), dict[str, _Late]()
+        now, missing = time.monotonic(), dict[str, _Missing]()
         mine = self._inside and f"{self._inside[1]}, collective {self._number}"
         for rank in set(range(self.size)) - {self.rank}:
             key = f"tetrad/beat/{rank}"
             known = self._own.check([key])
             beat, inside, finished, host, process = json.loads(self._own.get(key)) if known else _UNKNOWN
-            if self._heard.setdefault(rank, (beat, now))[0] != beat:
-                self._heard[rank] = beat, now
+            if self._last_beats.setdefault(rank, (beat, now))[0] != beat:
+                self._last_beats[rank] = beat, now
             who = f"rank {rank} ({host}, process {process})" if known else f"rank {rank}"
-            silent = now - self._heard[rank][1] >= limit
+            silent = now - self._last_beats[rank][1] >= limit
             if finished or silent:
                 state = "has ended" if finished else "no longer answers"
-                late[f"{who} {state}"] = _Late(host, process, silent=silent and known, gone=True)
+                missing[f"{who} {state}"] = _Missing(host, process, silent=silent and known, gone=True)
             elif inside and inside != mine:
-                late[f"{who} waits in {inside}"] = _Late(host, process)
-            elif not inside and rank and self._asked == math.inf:
-                late[f"{who} is still at work"] = _Late(host, process)
-        return late
+                missing[f"{who} waits in {inside}"] = _Missing(host, process)
+            elif not inside and rank and self._stop_requested == math.inf:
+                missing[f"{who} is still at work"] = _Missing(host, process)
+        return missing
 
     def _text(self, others: Sequence[str], why: str) -> str:
         return "; ".join([*others, f"rank {self.rank} ({socket.gethostname()}) {why}"])
@@ -164,19 +165,19 @@ class Watchdog:
         hint = "see what became of it (killed for memory?); the same command goes on from the last checkpoint"
         return UserError("E-RANK-LOST", text, where=self.phase, hint=hint)
 
-    def _see_off(self) -> None:
+    def _announce_end(self) -> None:
         """Announces that this rank ends; if it hosts the store, waits for the others, so they can still read why."""
         self._ends.set()
-        began, self._heard = time.monotonic(), {}
+        began, self._last_beats = time.monotonic(), {}
         with suppress(RuntimeError):
             self._beat()
             while self._hosts and time.monotonic() - began < _AFTER_STOP:
-                if sum(one.gone for one in self._late(3 * _BEAT).values()) == self.size - 1:
+                if sum(one.gone for one in self._missing(3 * _BEAT).values()) == self.size - 1:
                     break
                 time.sleep(_BEAT / 10)
 
-    def _leave(self, code: int) -> None:
-        self._see_off()
+    def _exit(self, code: int) -> None:
+        self._announce_end()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
