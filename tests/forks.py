@@ -113,6 +113,8 @@ def serve(control: socket.socket) -> list[int]:
                     sys.exit()
                 child = os.fork()
                 if not child:
+                    waiting.close()
+                    control.close()
                     return list(given)
                 os.write(given[3], f"{child}\n".encode())
                 waiting.register(os.pidfd_open(child), selectors.EVENT_READ, (child, given[3]))

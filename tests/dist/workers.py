@@ -1,13 +1,16 @@
-"""Starts programs as ranks: two by hand, as torchrun would, or whatever a command starts by itself."""
+"""Starts programs as ranks: two by hand, as torchrun would, or whatever a command starts by itself.
+
+What is started here is a fork of a process that has imported torch; the ranks that a command starts are not.
+"""
 
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tetrad
+from forks import Fork
 
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join((str(Path(tetrad.__file__).parents[1]), str(ROOT / "tests")))
@@ -22,11 +25,11 @@ def pair(*words: str) -> list[subprocess.Popen[str]]:
     return [popen(words, **given, RANK=str(rank)) for rank in range(2)]
 
 
-def popen(words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+def popen(words: Sequence[str], **environment: str) -> "subprocess.Popen[str]":
     """`python WORDS` with its output in pipes."""
     given = {**os.environ, "PYTHONPATH": PYTHONPATH, **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *words], env=given, text=True, **pipes)
+    return Fork(words, env=given, text=True, **pipes)
 
 
 def children(parent: int) -> dict[int, int]:

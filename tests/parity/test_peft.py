@@ -1,7 +1,10 @@
 """Adapters of ours in PEFT: the folder loads onto the same base, gives the same numbers, and merges."""
 
+import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +15,19 @@ from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
 
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed"),
+]
 
 IDS = [[*toys.ids(length, length), toys.EOS] for length in (30, 4, 17)]
+
+
+@pytest.fixture(scope="module")
+def peft_model() -> Any:
+    """PEFT's class. Its import takes five seconds, which the collection of other tests is spared."""
+    return importlib.import_module("peft").PeftModel
 
 
 def written(folder: Path, model: CausalLM | ScalarModel, base: str) -> Path:
@@ -35,14 +47,14 @@ def adapted(model: CausalLM | ScalarModel) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_an_actors_adapter(tmp_path: Path, family: str) -> None:
+def test_an_actors_adapter(tmp_path: Path, peft_model: Any, family: str) -> None:
     base = toys.causal(seed=1, family=family).requires_grad_(False)
     place = toys.saved(tmp_path / "base", base)
     model = on_base(CausalLM, base)
     adapted(model)
     folder = written(tmp_path / "adapter", model, str(place))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    theirs = peft_model.from_pretrained(theirs, folder).eval()
     plain = theirs.merge_and_unload() if family == "qwen3" else theirs
     for ids in IDS:
         with torch.no_grad():
@@ -51,7 +63,7 @@ def test_an_actors_adapter(tmp_path: Path, family: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reward_models_adapter_with_its_head(tmp_path: Path) -> None:
+def test_a_reward_models_adapter_with_its_head(tmp_path: Path, peft_model: Any) -> None:
     base = toys.causal(seed=1).requires_grad_(False)
     place = toys.saved(tmp_path / "base", base)
     model = on_base(ScalarModel, base)
@@ -62,7 +74,7 @@ def test_a_reward_models_adapter_with_its_head(tmp_path: Path) -> None:
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(place, num_labels=1, dtype=torch.float32)
     theirs.config.pad_token_id = toys.PAD
-    theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    theirs = peft_model.from_pretrained(theirs, folder).eval()
     for ids in IDS:
         with torch.no_grad():
             expected = theirs(torch.tensor([ids])).logits[0, 0]
