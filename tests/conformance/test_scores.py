@@ -97,5 +97,7 @@ def test_replies_that_are_no_utf8_are_counted(run: Path, tmp_path: Path) -> None
 def test_best_of_n_prefers_what_can_be_written(run: Path, tmp_path: Path) -> None:
     """Of eight replies to a prompt nearly always one is text: then that one is taken, whatever the others' scores."""
     alone = sum("\ufffd" in record["response"] for record in replies(run, tmp_path, count=100, max_new_tokens=2))
-    best = sum("\ufffd" in record["response"] for record in replies(run, tmp_path, count=100, max_new_tokens=2, best_of=8))
+    best = sum(
+        "\ufffd" in record["response"] for record in replies(run, tmp_path, count=100, max_new_tokens=2, best_of=8)
+    )
     assert alone > 50 and best < 20
