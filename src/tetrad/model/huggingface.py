@@ -42,8 +42,10 @@ def read_members(folder: Path) -> tuple[ScalarModel, ...]:
     members = [read_scalar(folder)]
     for path in sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2])):
         tensors = read_tensors(path)
-        if tensors.keys() != {*dict(members[0].named_parameters()), "bias"}:
-            raise UserError("E-CKPT-KEYS", "its tensors are not those of the model beside it", where=str(path))
+        shapes = {**{name: p.shape for name, p in members[0].named_parameters()}, "bias": torch.Size()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+            code = "E-CKPT-KEYS" if tensors.keys() != shapes.keys() else "E-CKPT-SHAPE"
+            raise UserError(code, "its tensors are not those of the model beside it", where=str(path))
         model = _filled(ScalarModel, members[0].config, tensors)
         model.bias = tensors["bias"]
         members.append(model)

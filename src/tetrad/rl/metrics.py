@@ -57,9 +57,11 @@ def step_metrics(
 
 def texts_of_step(rollout: Rollout) -> dict[str, float]:
     """The responses of all ranks together: a share of different pairs is not a mean of shares."""
-    own = [(sample.response_ids, sample.text, sample.finished) for sample in rollout.samples]
+    own = [(sample.response_ids, sample.text, sample.finished, sample.valid_utf8) for sample in rollout.samples]
     gathered = collectives.gather(own)
-    return response_metrics([Completion((), tuple(ids), (), text, finished=end) for ids, text, end in gathered])
+    return response_metrics(
+        [Completion((), tuple(ids), (), text, finished=end, valid_utf8=valid) for ids, text, end, valid in gathered]
+    )
 
 
 def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:

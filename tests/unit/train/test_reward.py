@@ -181,10 +181,11 @@ def test_the_first_member_is_what_it_is_alone(chain: Chain) -> None:
 def test_a_foreign_member_is_refused(chain: Chain, tmp_path: Path) -> None:
     toys.saved(tmp_path, toys.scalar())
     assert len(read_members(tmp_path)) == 1
-    other = toys.scalar(layers=1)
-    toys.write(tmp_path, {"member-2.safetensors": toys.members([toys.scalar(), other])["member-2.safetensors"]})
-    with pytest.raises(UserError, match="E-CKPT-KEYS"):
-        read_members(tmp_path)
+    wide = toys.scalar(ff=toys.scalar().config.ff + 8)
+    for other, code in ((toys.scalar(layers=1), "E-CKPT-KEYS"), (wide, "E-CKPT-SHAPE")):
+        toys.write(tmp_path, {"member-2.safetensors": toys.members([toys.scalar(), other])["member-2.safetensors"]})
+        with pytest.raises(UserError, match=code):
+            read_members(tmp_path)
 
 
 # --- a tokenizer of its own ---
