@@ -15,7 +15,6 @@ from pathlib import Path
 from tetrad.errors import UserError
 
 _CHUNK = 1 << 20
-_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a link is refused, a pipe doesn't hang
 
 
 class Calls:
@@ -64,26 +63,29 @@ def write_all(descriptor: int, view: memoryview) -> None:
         view = view[written:]
 
 
-def sync_folder(path: Path) -> None:
-    """Returns when the folder's names (not its files' contents) are on the disk."""
-    descriptor = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = calls.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
-        calls.fsync(descriptor)
+        yield descriptor
     finally:
         calls.close(descriptor)
 
 
+def sync_folder(path: Path) -> None:
+    """Returns when the folder's names (not its files' contents) are on the disk."""
+    with _opened(path, os.O_DIRECTORY) as descriptor:
+        calls.fsync(descriptor)
+
+
 def chunks(path: Path) -> Iterator[bytes]:
     """A file piece by piece. Raises E-IO-READ; E-CKPT-PATH for what is not a plain file."""
-    with explained(path, "E-IO-READ"):
-        descriptor = calls.open(path, _READ_FLAGS)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError("E-CKPT-PATH", "is not a plain file", where=str(path))
-            while chunk := calls.read(descriptor, _CHUNK):
-                yield chunk
-        finally:
-            calls.close(descriptor)
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a link is refused, a pipe doesn't hang
+    with explained(path, "E-IO-READ"), _opened(path, flags) as descriptor:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError("E-CKPT-PATH", "is not a plain file", where=str(path))
+        while chunk := calls.read(descriptor, _CHUNK):
+            yield chunk
 
 
 def start_of(path: Path, limit: int) -> tuple[int, bytes]:
@@ -91,11 +93,9 @@ def start_of(path: Path, limit: int) -> tuple[int, bytes]:
 
     For files from elsewhere, which may be anything: a pipe or device is refused and never waited for.
     """
-    try:
-        descriptor = calls.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except ValueError as error:  # a zero byte in the name
-        raise OSError(errno.EINVAL, str(error)) from error
-    try:
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "embedded null byte")
+    with _opened(path, os.O_NONBLOCK) as descriptor:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder")
@@ -105,8 +105,6 @@ def start_of(path: Path, limit: int) -> tuple[int, bytes]:
         while len(raw) < limit and (chunk := calls.read(descriptor, min(_CHUNK, limit - len(raw)))):
             raw += chunk
         return status.st_size, bytes(raw)
-    finally:
-        calls.close(descriptor)
 
 
 def scan(path: Path) -> tuple[int, str]:

@@ -5,12 +5,11 @@ HF_HUB_OFFLINE have their usual meaning; with HF_HUB_OFFLINE=1 the copy of an ea
 """
 
 import fnmatch
-import importlib
 import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tetrad.errors import UserError
 
@@ -31,15 +30,16 @@ def fetch(name: str, suffixes: tuple[str, ...]) -> list[Path]:
         hint = "write hf://OWNER/NAME, hf://OWNER/NAME/data/train-*.parquet or hf://OWNER/NAME@REVISION"
         raise UserError("E-DATA-PATH", "names no dataset", where=name, hint=hint)
     repo, revision, pattern = match[1], match[2], match[3] or ""
-    client: Any = importlib.import_module("huggingface_hub")
-    offline: bool = importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE
+    from huggingface_hub import HfApi, constants, snapshot_download  # noqa: PLC0415 - only where a dataset is named
+
+    offline = constants.HF_HUB_OFFLINE
     try:
         if offline:
             wanted = [pattern] if pattern else [f"*{suffix}{gz}" for suffix in suffixes for gz in ("", ".gz")]
         else:
-            there = client.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+            there = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
             wanted = _chosen(name, there, pattern, suffixes)
-        folder = client.snapshot_download(
+        folder = snapshot_download(
             repo,
             repo_type="dataset",
             revision=revision,

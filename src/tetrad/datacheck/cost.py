@@ -10,7 +10,7 @@ et al. 2020), at a measured share of this machine's speed of matrix products: en
 
 import math
 import os
-import time
+import timeit
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tetrad.datacheck.reading import Reading
+from tetrad.datacheck.reading import HELD_OUT, Reading
 from tetrad.model.config import DecoderConfig
 from tetrad.model.inspect import parameter_count
 from tetrad.registry import Recipe
@@ -30,7 +30,6 @@ TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes per parameter
 BASE = 305 << 20  # bytes of a process with torch in it
 COMPILED = 145 << 20  # kernels that oneDNN compiles, where it trains
 SHARE = 0.6  # of the speed of large matrix products that a whole step reaches
-_TESTS = ("reward.validation", "reward.test")
 DECODED = 0.2  # of it that sampling reaches, token by token
 
 
@@ -94,7 +93,8 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
         on, batch = recipe.sft.adapters, recipe.sft.batch_size * r.tokens // len(r.lengths)
         costs.append(StageCost("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
     if (r := readings.get("reward.data")) and r.tokens:
-        costs.append(_reward(recipe, r, sum(readings[n].tokens for n in _TESTS if n in readings)))
+        tests = sum(readings[name].tokens for name in HELD_OUT["reward.data"] if name in readings)
+        costs.append(_reward(recipe, r, tests))
     if (r := readings.get("ppo.prompts")) and r.tokens:
         costs.append(_ppo(recipe, r))
     return costs
@@ -141,13 +141,7 @@ def _ppo(recipe: Recipe, r: Reading) -> StageCost:
 def speed() -> float:
     """Floating-point operations per second of a large float32 matrix product on this machine's CPU."""
     a = np.ones((1024, 1024), np.float32)
-    a @ a
-    best = 1e9
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - began)
-    return 2 * 1024**3 / best
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
 def section(

@@ -4,11 +4,12 @@ The rule: no group with an unbounded repeat may contain another unbounded repeat
 such a group. The rule looks at the pattern's text: possessive repeats (`a++`) pass, atomic groups count as any other.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 LONGEST = 10_000
-_ENDLESS = ("*", "+")
+_PARTS = re.compile(r"\\.|(?P<endless>[*+]|\{\d+,\})(?P<possessive>\+?)|\{[^{}()\[\]\\*+]*\}|.", re.DOTALL)
 
 
 def patterns(value: Any) -> Iterator[str]:
@@ -26,53 +27,23 @@ def patterns(value: Any) -> Iterator[str]:
 
 def may_explode(pattern: str) -> bool:
     """Whether an unbounded repeat occurs inside another one (or the pattern is longer than any in use)."""
-    groups, at, length = [False], 0, len(pattern)  # for each open group: whether it holds an unbounded repeat
+    groups = [False]  # for each open group: whether it holds an unbounded repeat
     inner = False  # whether the last atom does
-    while at < length:
-        char = pattern[at]
-        if char == "\\":
-            at, inner = at + 2, False
-        elif char == "[":
-            at, inner = _after_class(pattern, at), False
-        elif char == "(":
+    depth = 0  # of character classes, which may be nested
+    for part in _PARTS.finditer(pattern):
+        text = part[0]
+        if depth or text == "[":
+            depth += (text == "[") - (text == "]")
+            inner = False
+        elif text == "(":
             groups.append(False)
-            at += 1
-        elif char == ")":
+        elif text == ")":
             inner = groups.pop() if len(groups) > 1 else False
             groups[-1] |= inner
-            at += 1
-        elif (end := _endless(pattern, at)) > at:
+        elif part["endless"]:
             if inner:
                 return True
-            possessive = pattern[end : end + 1] == "+"
-            groups[-1] |= not possessive
-            at = end + possessive
-        elif char == "{" and (close := pattern.find("}", at)) > 0:
-            at = close + 1
-        else:
-            at, inner = at + 1, inner and char == "?"
-    return length > LONGEST
-
-
-def _endless(pattern: str, at: int) -> int:
-    """The position after an unbounded repeat that begins at `at`; `at` itself where there is none."""
-    if pattern[at] in _ENDLESS:
-        return at + 1
-    if pattern[at] == "{":
-        close = pattern.find("}", at)
-        inside = pattern[at + 1 : close] if close > 0 else ""
-        if inside.endswith(",") and inside[:-1].isdigit():
-            return close + 1
-    return at
-
-
-def _after_class(pattern: str, at: int) -> int:
-    """The position after a character class; classes may be nested."""
-    depth = 0
-    while at < len(pattern):
-        char = pattern[at]
-        at += 2 if char == "\\" else 1
-        depth += (char == "[") - (char == "]")
-        if not depth:
-            break
-    return at
+            groups[-1] |= not part["possessive"]
+        elif text[0] != "{" or len(text) == 1:
+            inner = inner and text == "?"
+    return len(pattern) > LONGEST
