@@ -66,7 +66,7 @@ def _each(
 
 
 def reader(what: str, score_scale: Sequence[float] = ()) -> Callable[..., Iterator[Record]]:
-    """The function below that reads one file, or a part of one, as this kind of record."""
+    """The function below that reads a file, or a part of one: (part, files, counts, refuse) to records of this kind."""
     readers: dict[str, Callable[..., Iterator[Record]]] = {
         "documents": documents_of,
         "conversations": conversations_of,
@@ -81,7 +81,7 @@ def documents_of(
 ) -> Iterator[Document]:
     path = part.path if isinstance(part, Span) else part
     if kind(path) != ".txt":
-        yield from _records(part, record_formats.document, given, counts, refuse)
+        yield from _records(record_formats.document, part, given, counts, refuse)
         return
     for where, text in paragraphs(part, counts):
         counts.kept += 1
@@ -89,20 +89,10 @@ def documents_of(
         yield Document(text, where)
 
 
-def conversations_of(
-    part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None
-) -> Iterator[Conversation]:
-    return _records(part, record_formats.conversation, given, counts, refuse)
-
-
-def prompts_of(part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None) -> Iterator[Prompt]:
-    return _records(part, record_formats.asked, given, counts, refuse)
-
-
 def preferences_of(
     part: Path | Span, given: DataFiles, counts: Counts, refuse: Refuse | None = None, score_scale: Sequence[float] = ()
 ) -> Iterator[Comparison | Score]:
-    return _records(part, partial(record_formats.preference, scale=score_scale), given, counts, refuse)
+    return _records(partial(record_formats.preference, scale=score_scale), part, given, counts, refuse)
 
 
 def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> None:
@@ -116,11 +106,11 @@ def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> 
 
 
 def _records(
-    part: Path | Span,
     make: Callable[[Fields, str, Counts], R | None],
+    part: Path | Span,
     given: DataFiles,
     counts: Counts,
-    refuse: Refuse | None,
+    refuse: Refuse | None = None,
 ) -> Iterator[R]:
     read, excluded = counts.read, counts.excluded
     for row in rows(part, counts, given.rename):
@@ -137,6 +127,10 @@ def _records(
             yield record
     if isinstance(part, Path):
         refuse_none_learned(counts.excluded - excluded, counts.read - read, str(part))
+
+
+conversations_of = partial(_records, record_formats.conversation)
+prompts_of = partial(_records, record_formats.asked)
 
 
 # --- contents of records ---

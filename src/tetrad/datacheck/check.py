@@ -17,7 +17,7 @@ from tetrad.data.records import refuse_no_scale
 from tetrad.data.source import Counts, sources
 from tetrad.data.tokens import too_long
 from tetrad.datacheck import cost, duplicates, findings, judgements, texts, vocabulary
-from tetrad.datacheck.reading import Encoder, Reading, read, settings_of, shortened, sniff
+from tetrad.datacheck.reading import SETTINGS, Encoder, Reading, read, settings_of, shortened, sniff
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig, read_config
 from tetrad.registry import Recipe
@@ -30,12 +30,8 @@ from tetrad.text.chat_template import choose, template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import renamed
 
-SETTING_OF = {  # a file by itself is checked as if this setting named it
-    "preferences": "reward.data",
-    "conversations": "sft.data",
-    "prompts": "ppo.prompts",
-    "documents": "pretrain.text",
-}
+SETTING_OF = {what: name for name, what in reversed(SETTINGS.items()) if name != "tokenizer.text"}
+"""A file by itself is checked as if this setting named it, the first for its kind of records."""
 _DOES = {"refuse": "stop the training", "truncate": "will be cut", "drop": "will be dropped"}
 
 
@@ -174,10 +170,10 @@ def files(readings: Sequence[Reading]) -> Section:
             if refused:
                 first = file.errors[0]
                 text = f"{refused} rows of {file.path} are refused, the first: [{first.code}] {first.what}"
-                section.findings.append(Finding("error", "refused", text, first.where, first.hint))
+                section.add("error", "refused", text, first.where, first.hint)
             if c.control_strings:
                 text = f"{file.path}: control tokens are spelt out {c.control_strings} times; they stay plain text"
-                section.findings.append(Finding("note", "control strings", text))
+                section.add("note", "control strings", text)
     columns = ("setting", "file", "read", "kept", "refused", "blank lines", "ties", "control strings")
     section.tables.append(Table("", columns, rows))
     if forms:
@@ -210,7 +206,7 @@ def lengths(readings: Sequence[Reading], encoder: Encoder) -> Section:
             table = reading.setting.partition(".")[0]
             fix = f'split them, or set {table}.overlong = "drop" or "truncate"'
             fix = fix if table in ("sft", "reward", "ppo") else ""
-            section.findings.append(Finding(level, "length", text, reading.first_long, fix))
+            section.add(level, "length", text, reading.first_long, fix)
     columns = ("setting", "records", "median", "95 %", "99 %", "longest", "over-long", "tokens", "trained")
     section.tables.append(Table("", columns, rows))
     return section

@@ -22,7 +22,7 @@ from tetrad.datacheck.reading import HELD_OUT, Reading
 from tetrad.model.config import DecoderConfig
 from tetrad.model.inspect import parameter_count
 from tetrad.registry import Recipe
-from tetrad.report.sections import Finding, Section, Table
+from tetrad.report.sections import Section, Table
 from tetrad.settings.base import model_pays
 from tetrad.settings.common import Lora
 
@@ -157,7 +157,7 @@ def section(
         needed = memory(stage, config, recipe)
         if needed > there and recipe.run.device != "cuda":
             text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU, and this machine has"
-            section.findings.append(Finding("warning", "memory", f"{text} {there / 2**30:.1f} GiB"))
+            section.add("warning", "memory", f"{text} {there / 2**30:.1f} GiB")
         work = 6 * n * stage.tokens + 2 * n * stage.read
         seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
         section.figures[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}

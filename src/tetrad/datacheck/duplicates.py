@@ -15,7 +15,7 @@ import rensa
 
 from tetrad.data.records import shared
 from tetrad.datacheck.reading import HELD_OUT, Reading, near_text
-from tetrad.report.sections import Finding, Section, Table, share
+from tetrad.report.sections import Section, Table, share
 
 SIMILAR = 0.7
 HASHES, BANDS = 128, 32  # two texts of similarity 0.7 share a band of 4 hashes with probability 0.9998
@@ -104,7 +104,7 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
             path = where.rpartition(":")[0]
             awk = f"keep the first of equal lines: awk '!seen[$0]++' {shlex.quote(path)} > NEW.jsonl"
             fix = awk if path.endswith(".jsonl") else ""
-            section.findings.append(Finding(level, "duplicates", text, where, fix))
+            section.add(level, "duplicates", text, where, fix)
     columns = ("setting", "records", "exact", "", "near", "", "most often")
     section.tables.append(Table("", columns, rows))
     return section
@@ -133,7 +133,7 @@ def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
                 text = f"{near} of {n} records of {names[1]} are nearly the same as one of {names[0]}"
             refused = exact and names[1] in HELD_OUT.get(names[0], ())
             level = "error" if refused else "warning" if exact + near > 0.005 * n else "note"
-            section.findings.append(Finding(level, "leakage", text, held.place(int(same.argmax()))))
+            section.add(level, "leakage", text, held.place(int(same.argmax())))
     columns = ("held out", "trained on", "records", "exact", "near", "leaked", "same prompt")
     section.tables.append(Table("", columns, rows))
     return section

@@ -20,7 +20,7 @@ from tetrad.data.similarity import Texts
 from tetrad.datacheck.reading import Reading
 from tetrad.datacheck.texts import folds, on_one_line
 from tetrad.objectives.ranks import centred_ranks
-from tetrad.report.sections import Finding, Section, Table, histogram, share
+from tetrad.report.sections import Section, Table, histogram, share
 from tetrad.types import Comparison, Score
 
 MOST_PAIRS = 40_000  # pairs that the linear model is trained on
@@ -160,7 +160,7 @@ def _note(section: Section, name: str, bad: list[str], n: int, much: float, text
     """bad: their locations; more of them than a share `much` of n is a warning."""
     if bad:
         level = "warning" if len(bad) > much * n else "note"
-        section.findings.append(Finding(level, name, f"{len(bad)} of {n} {text}", bad[0]))
+        section.add(level, name, f"{len(bad)} of {n} {text}", bad[0])
 
 
 def _one_person_differs(scores: Sequence[Score]) -> bool:
@@ -198,8 +198,7 @@ def agreement(section: Section, judged: Judgements) -> None:
     section.tables.append(Table(title, ("", "number", "alpha"), rows))
     for what, alpha in alphas.items():
         if alpha is not None and alpha < 0.2:
-            text = f"annotators hardly agree on the same {what}: alpha is {alpha:.2f}"
-            section.findings.append(Finding("warning", "agreement", text))
+            section.add("warning", "agreement", f"annotators hardly agree on the same {what}: alpha is {alpha:.2f}")
     _people(section, _verdicts(_against_others(judged), 20) or _verdicts(_against_reader(judged), 50))
 
 
@@ -247,23 +246,19 @@ def _people(section: Section, verdicts: dict[str, list[bool]]) -> None:
         return
     everyone = sum(map(len, verdicts.values()))
     agreed = sum(map(sum, verdicts.values()))
-    rows = []
-    for name, agrees in verdicts.items():
-        n, yes = len(agrees), sum(agrees)
-        rows.append((name, n, yes / n))
+    people = [(name, len(agrees), sum(agrees)) for name, agrees in verdicts.items()]
+    for name, n, yes in people:
         if everyone > n:
             others = (agreed - yes) / (everyone - n)
             error = math.sqrt(max(others * (1 - others), 0.01) * (1 / n + 1 / (everyone - n)))
             if others - yes / n > max(0.05, 4 * error):
                 text = f"annotator {name} agrees in {yes / n:.0%} of {n} pairs, the others in {others:.0%}"
-                section.findings.append(Finding("warning", "annotator", text))
-    rows.sort(key=lambda row: row[2])
-    section.figures["annotators"] = {name: {"judged": n, "agreement": rate} for name, n, rate in rows}
-    cells = [
-        (name, n, "{:.2f} [{:.2f}, {:.2f}]".format(rate, *wilson(sum(verdicts[name]), n))) for name, n, rate in rows
-    ]
+                section.add("warning", "annotator", text)
+    people.sort(key=lambda person: person[2] / person[1])
+    section.figures["annotators"] = {name: {"judged": n, "agreement": yes / n} for name, n, yes in people}
+    rows = [(name, n, "{:.2f} [{:.2f}, {:.2f}]".format(yes / n, *wilson(yes, n))) for name, n, yes in people[:SHOWN]]
     title = "agreement of each annotator, lowest first"
-    section.tables.append(Table(title, ("annotator", "pairs", "agrees"), cells[:SHOWN]))
+    section.tables.append(Table(title, ("annotator", "pairs", "agrees"), rows))
 
 
 def wilson(yes: int, n: int) -> tuple[float, float]:
@@ -284,7 +279,7 @@ def flips(section: Section, judged: Judgements) -> None:
     section.figures["reader_accuracy"] = right = float((scores > 0).mean())
     if right < 0.6:  # it knows too little to accuse anyone
         text = f"a linear reader of the texts finds the stated order in {right:.0%} of the pairs: too rarely to name"
-        section.findings.append(Finding("note", "flips", f"{text} flips"))
+        section.add("note", "flips", f"{text} flips")
         return
     section.figures["suspected_flips"] = int((scores < -SURE).sum())
     worst = [judged.decided[i] for i in np.argsort(scores)[:SHOWN] if scores[i] < -SURE]
@@ -306,15 +301,13 @@ def lengths(section: Section, judged: Judgements) -> None:
         section.plots.append(histogram("Better less worse answer, characters", "characters", gaps))
         if low > 0.6 or high < 0.4:
             text = f"the {'longer' if low > 0.6 else 'shorter'} answer wins in {max(longer, n - longer) / n:.0%}"
-            finding = Finding("warning", "length bias", f"{text} of {n} pairs: length alone predicts them")
-            section.findings.append(finding)
+            section.add("warning", "length bias", f"{text} of {n} pairs: length alone predicts them")
     if len(judged.scores) >= 20:
         x, y = centred_ranks([len(s.answer) for s in judged.scores]), centred_ranks([s.score for s in judged.scores])
         norm = math.sqrt(float(x @ x) * float(y @ y))
         section.figures["length_score_spearman"] = rho = float(x @ y) / norm if norm else 0.0
         rows.append(("Spearman of length and score", f"{rho:+.2f}"))
         if abs(rho) > 0.4:
-            text = f"scores follow length: Spearman is {rho:+.2f}"
-            section.findings.append(Finding("warning", "length bias", text))
+            section.add("warning", "length bias", f"scores follow length: Spearman is {rho:+.2f}")
     if rows:
         section.tables.append(Table("length", ("", ""), rows))

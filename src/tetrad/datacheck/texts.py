@@ -16,7 +16,7 @@ import py3langid
 from tetrad.data.records import asked
 from tetrad.data.similarity import LONGEST, MOST, Texts, covered, spread
 from tetrad.datacheck.reading import Reading, content
-from tetrad.report.sections import Finding, Section, Table, histogram, share
+from tetrad.report.sections import Section, Table, histogram, share
 
 MOST_CLASSIFIED = 1_000
 CLUSTERS = 12
@@ -65,7 +65,7 @@ def scripts(readings: Sequence[Reading]) -> Section:
         strange = sum("\ufffd" in text for text in texts)
         if strange:
             text = f"{reading.setting}: {share(strange, len(texts))} of the texts contain U+FFFD"
-            section.findings.append(Finding("warning", "encoding", f"{text} (decoded wrongly before)"))
+            section.add("warning", "encoding", f"{text} (decoded wrongly before)")
     columns = ("setting", "texts", "scripts, share of letters", "languages, share of texts")
     section.tables.append(Table("", columns, rows))
     return section
@@ -100,7 +100,7 @@ def prompts(readings: Sequence[Reading]) -> Section:
             section.tables.append(Table(f"groups in {reading.setting}", columns, lines, brief=4))
             if groups[0][0] > 0.5:
                 text = f"{reading.setting}: {groups[0][0]:.0%} of the prompts are alike ({groups[0][1]})"
-                section.findings.append(Finding("warning", "diversity", text))
+                section.add("warning", "diversity", text)
         section.figures[reading.setting] = counts
         rows.append((reading.setting, len(texts), different, share(different, len(reading.prompt_keys))))
     return section
@@ -164,7 +164,7 @@ def coverage(asks: Reading, judged: Reading) -> Section:
         where = asks.records[0].where.rpartition(":")[0]
         text = f"{cover.far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
         text += f", as {on_one_line(cover.farthest)!r}"
-        section.findings.append(Finding("warning", "coverage", text, where))
+        section.add("warning", "coverage", text, where)
     title = "PPO prompts: likeness to the nearest of the reward model's"
     section.plots.append(histogram(title, "cosine", cover.each))
     return section

@@ -10,7 +10,7 @@ from tetrad.data.records import read_documents
 from tetrad.data.source import sources
 from tetrad.errors import UserError
 from tetrad.registry import Recipe
-from tetrad.report.sections import Finding, Section, Table
+from tetrad.report.sections import Section, Table
 from tetrad.text.bpe import CONTROLS, SMALLEST, learn
 from tetrad.training.context import renamed
 
@@ -38,11 +38,11 @@ def section(recipe: Recipe) -> Section:
     if tokenizer.size < s.vocab_size and used[0] < MOST_BYTES:
         text = f"the text of tokenizer.text gives {tokenizer.size} of the {s.vocab_size} tokens asked for"
         fix = f"tokenizer.vocab_size = {tokenizer.size}, or more text"
-        section.findings.append(Finding("note", "vocabulary", text, fix=fix))
+        section.add("note", "vocabulary", text, fix=fix)
     if clauses:
         text = f"{len(clauses)} of {tokenizer.size} tokens are whole clauses, as " + ", ".join(clauses[:SHOWN])
         level = "warning" if len(clauses) > 0.005 * tokenizer.size else "note"
-        section.findings.append(Finding(level, "long tokens", text))
+        section.add(level, "long tokens", text)
     section.figures |= {"size": tokenizer.size, "asked": s.vocab_size, "bytes": used[0], "long_tokens": len(clauses)}
     rows = [(clause, len(clause)) for clause in clauses[:20]]
     section.tables.append(Table("longest clauses that are one token", ("token", "characters"), rows))

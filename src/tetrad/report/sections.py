@@ -90,6 +90,10 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
+    def add(self, level: str, name: str, text: str, where: str = "", fix: str = "") -> None:
+        """Adds a finding."""
+        self.findings.append(Finding(level, name, text, where, fix))
+
 
 @dataclass(frozen=True)
 class Span:

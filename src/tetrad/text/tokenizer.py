@@ -357,8 +357,7 @@ def _parts(merge: str | Sequence[str]) -> tuple[str, ...]:
 def _read_text(path: Path, limit: int) -> str:
     """A file of the folder as text. Raises ValueError where it is not UTF-8."""
     try:
-        size, _ = disk.start_of(path, 0)
-        raw = disk.start_of(path, limit)[1] if size <= limit else b""
+        size, raw = disk.start_of(path, limit)
     except OSError as error:
         raise UserError("E-MODEL-TOKENIZER", f"can't be read: {error.strerror}", where=str(path)) from None
     if size > limit:
