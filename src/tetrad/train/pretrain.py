@@ -16,47 +16,32 @@ from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, initialise
 from tetrad.seeds import seed_for
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.training.batches import language_micros
 from tetrad.training.context import StageContext
-from tetrad.training.optimizer import Optimizer, lr_factor
+from tetrad.training.language import train_language_model
+from tetrad.training.optimizer import Optimizer
 from tetrad.training.prepare import documents
 from tetrad.training.stage import Weights, finish, prepared, start, validation_metrics
-from tetrad.training.step import language_terms, timed, update
 from tetrad.types import Tokens
 
 
 def run(ctx: StageContext) -> None:
-    s, micro_batch_tokens = ctx.recipe.pretrain, ctx.recipe.run.micro_batch_tokens
-    device = choose(ctx.recipe.run)
+    s, device = ctx.recipe.pretrain, choose(ctx.recipe.run)
     data = prepared(ctx, documents)
     tokenizer = data.tokenizer
     rows = Rows(data.store, s.sequence_length, ctx.recipe.seed, data.mixture)
-    batch = s.batch_tokens // s.sequence_length
+    batch_rows = s.batch_tokens // s.sequence_length
     steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.sequence_length) / s.batch_tokens))
     model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
     model.to(device.torch_device)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
-    validation = _held_out(ctx, tokenizer)
+    validation = _validation(ctx, tokenizer)
+
+    def batch(step: int) -> list[Tokens]:
+        wanted = collectives.shard(range(step * batch_rows, (step + 1) * batch_rows))
+        return [piece for row in wanted for piece in rows.row(row)]
+
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
-        with ctx.console.progress("pretrain", steps, stage.step) as bar:
-            for step in stage.steps():
-                with timed("data"):
-                    wanted = collectives.shard(range(step * batch, (step + 1) * batch))
-                    pieces = [piece for row in wanted for piece in rows.row(row)]
-                    micros = language_micros(pieces, micro_batch_tokens, device)
-                factor = lr_factor(step, steps, s.warmup, s.schedule)
-                model.train()
-                stats = update(
-                    model,
-                    optimizer,
-                    micros,
-                    language_terms,
-                    device,
-                    factor=factor,
-                    max_norm=ctx.recipe.optim.max_grad_norm,
-                )
-                stage.log(step, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr)
-                bar.advance(1, loss=stats.loss, **stage.timing(stats.tokens))
+        train_language_model(ctx, stage, s, model, optimizer, device, batch)
         finish(ctx, stage, model, tokenizer, None, validation_metrics(ctx, model, validation, device))
 
 
@@ -82,7 +67,7 @@ def _new_model(ctx: StageContext, tokenizer: Tokenizer) -> CausalLM:
     return model
 
 
-def _held_out(ctx: StageContext, tokenizer: Tokenizer) -> list[Tokens]:
+def _validation(ctx: StageContext, tokenizer: Tokenizer) -> list[Tokens]:
     """The validation documents in pieces of at most one row: longer contexts were never trained."""
     s = ctx.recipe.pretrain
     validation = tokenize_documents(tokenizer, read_documents(ctx.files(s.validation)))
