@@ -19,7 +19,7 @@ from tetrad.console import Console
 from tetrad.inference.completions import EncodedPrompt
 from tetrad.inference.text_metrics import response_metrics
 from tetrad.pipeline import recipe, runner
-from tetrad.report.verdict import Difference, Verdict, failed_guards, verdict
+from tetrad.report.verdict import Difference, SystemMetrics, Verdict, failed_guards, verdict
 from tetrad.settings.evaluate import Evaluate
 from tetrad.settings.ppo import Ppo
 from tetrad.types import Prompt
@@ -101,7 +101,9 @@ def concluded(seed: int, steps: int, reward: ppo_toys.Reward) -> Verdict:
     scores, others = ([judge(sample.response_ids) for sample in r.samples] for r in (after, before))
     gains = {("ppo", "sft"): {"judge": Difference.of(scores, others)}}
     gains["sft", "ppo"] = {"judge": Difference.of(others, scores)}
-    found = verdict([], {"sft": (), "ppo": failed_guards(ppo, sft, Evaluate())}, gains)
+    found = verdict(
+        [], {"sft": (), "ppo": failed_guards(SystemMetrics.read(ppo), SystemMetrics.read(sft), Evaluate())}, gains
+    )
     assert found
     return found
 

@@ -165,8 +165,8 @@ def files(readings: Sequence[Reading]) -> Section:
             rows.append((reading.setting, str(file.path), c.read, c.kept, refused, c.blank, c.tied, c.control_strings))
             forms += [(str(file.path), note) for note in c.notes]
             bad += [(e.where, e.code, e.what, e.hint) for e in file.errors]
-            figures = {**c.told(), "refused": refused, "codes": dict(file.codes)}
-            section.figures[f"{reading.setting}: {file.path}"] = figures
+            metrics = {**c.told(), "refused": refused, "codes": dict(file.codes)}
+            section.metrics[f"{reading.setting}: {file.path}"] = metrics
             if refused:
                 first = file.errors[0]
                 text = f"{refused} rows of {file.path} are refused, the first: [{first.code}] {first.what}"
@@ -198,7 +198,7 @@ def lengths(readings: Sequence[Reading], encoder: Encoder) -> Section:
         rows.append((reading.setting, n, median, p95, p99, ordered[-1], reading.long, count, trained))
         stats = {"records": n, "unit": unit, "median": median, "p95": p95, "p99": p99, "longest": ordered[-1]}
         stats |= {"over_long": reading.long, "tokens": reading.tokens, "trained": reading.trained}
-        section.figures[reading.setting] = stats
+        section.metrics[reading.setting] = stats
         section.plots.append(histogram(f"{reading.setting}: length of a record", unit, reading.lengths))
         if reading.long:
             text = f"{reading.setting}: {reading.long} of {n} records are too long and {_DOES[reading.overlong]}"
@@ -260,7 +260,7 @@ def as_json(report: Report) -> str:
         "target": report.target,
         "findings": [asdict(finding) for finding in report.findings],
         "sections": {
-            s.name: {"title": s.title, "figures": s.figures, "tables": [asdict(t) for t in s.tables]}
+            s.name: {"title": s.title, "figures": s.metrics, "tables": [asdict(t) for t in s.tables]}
             for s in report.sections
         },
         "samples": [asdict(sample) for sample in report.samples],

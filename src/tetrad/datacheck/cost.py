@@ -160,11 +160,11 @@ def section(
             section.add("warning", "memory", f"{text} {there / 2**30:.1f} GiB")
         work = 6 * n * stage.tokens + 2 * n * stage.read
         seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
-        section.figures[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}
+        section.metrics[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}
         models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{needed / 2**30:.1f} GiB"
         models += f", {math.ceil(stage.adapters)} adapters" if stage.adapters else ""
         rows.append((stage.name, models, f"{stage.tokens / 1e6:.2f} M", room, duration(seconds)))
-    section.figures["parameters"] = n
+    section.metrics["parameters"] = n
     columns = ("stage", "models trained + frozen", "tokens learned from", "memory", "time on this CPU")
     title = f"{n / 1e6:.1f} million parameters, {rate / 1e9:.0f} GFLOP/s here, within a factor of two"
     title += "; tokens guessed from characters" if guessed else ""

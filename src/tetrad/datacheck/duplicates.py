@@ -96,7 +96,7 @@ def _duplicates(readings: Sequence[Reading], signed: dict[str, Signed]) -> Secti
         most = f"{where} occurs {counts.max()} times" if exact else ""
         rows.append((reading.setting, n, exact, share(exact, n), near, share(near, n), most))
         stats = {"records": n, "exact": exact, "near": near, "compared_nearly": len(like)}
-        section.figures[reading.setting] = stats
+        section.metrics[reading.setting] = stats
         if exact + near > 0.005 * n:
             text = f"{reading.setting}: {exact} of {n} records are copies of an earlier one, {near} more nearly so"
             much = exact + (near if reading.kind != "prompts" else 0)  # questions are often generated from one pattern
@@ -125,7 +125,7 @@ def _leakage(readings: Sequence[Reading], signed: dict[str, Signed]) -> Section:
         prompts = int(shared(held.prompt_keys, train.prompt_keys).sum()) if train.kind != "documents" else 0
         rows.append((names[1], names[0], n, exact, near, share(exact + near, n), prompts))
         stats = {"records": n, "exact": exact, "near": near, "prompts": prompts}
-        section.figures[f"{names[1]} in {names[0]}"] = stats
+        section.metrics[f"{names[1]} in {names[0]}"] = stats
         if exact + near:
             same[: len(like)] |= like
             text = f"{exact} of {n} records of {names[1]} are in {names[0]} too, and {near} more nearly so"

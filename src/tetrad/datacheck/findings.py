@@ -25,14 +25,14 @@ def section(recipe: Recipe, readings: Mapping[str, Reading], *, guessed: bool) -
         if reading.prompt_lengths:
             sides = [_quantiles(lengths) for lengths in (reading.prompt_lengths, reading.answer_lengths)]
             learned = reading.trained / max(reading.tokens, 1)
-            section.figures[reading.setting] = {"prompt": sides[0], "answer": sides[1], "learned": learned}
+            section.metrics[reading.setting] = {"prompt": sides[0], "answer": sides[1], "learned": learned}
             cells = [cell for side in sides for cell in (side.values() or [""] * 3)]
             rows.append((reading.setting, *cells, share(reading.trained, reading.tokens)))
     columns = ("setting", "prompt: median", "95 %", "longest", "answer: median", "95 %", "longest", "in answers")
     section.tables.append(Table("guessed from characters" if guessed else "", columns, rows))
     if (text := readings.get("pretrain.text")) and text.tokens:
         epochs = (recipe.pretrain.tokens or text.tokens) / text.tokens
-        section.figures["pretrain.text"] = {"tokens": text.tokens, "epochs": epochs}
+        section.metrics["pretrain.text"] = {"tokens": text.tokens, "epochs": epochs}
         section.tables.append(Table("pre-training", ("tokens of the text", "times read"), [(text.tokens, epochs)]))
     for part in (_epochs, _learned, _cut_off, _judges, _validation, _few, _scale):
         section.findings += part(recipe, readings)

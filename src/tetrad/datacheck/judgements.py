@@ -137,7 +137,7 @@ def contradictions(section: Section, judged: Judgements, ties: int) -> None:
         "scored_texts": len(by_text),
         "contradicting_scored_texts": len(differing),
     }
-    section.figures |= f
+    section.metrics |= f
     rows: list[tuple[Any, ...]] = []
     if f["pairs"]:
         rows += [
@@ -190,8 +190,8 @@ def agreement(section: Section, judged: Judgements) -> None:
     units = [Counter(pair.sign for pair in pairs) for pairs in judged.by_key.values() if len(pairs) > 1]
     scored = [Counter(score.score for score in scores) for scores in judged.by_text.values() if len(scores) > 1]
     alphas = {"pair": _alpha(units, "nominal"), "text": _alpha(scored, "interval")}
-    section.figures |= {"alpha_pairs": alphas["pair"], "alpha_scores": alphas["text"]}
-    section.figures |= {"pairs_judged_again": len(units), "texts_scored_again": len(scored)}
+    section.metrics |= {"alpha_pairs": alphas["pair"], "alpha_scores": alphas["text"]}
+    section.metrics |= {"pairs_judged_again": len(units), "texts_scored_again": len(scored)}
     rows = [("pairs judged more than once", len(units), alphas["pair"])] if units else []
     rows += [("texts scored more than once", len(scored), alphas["text"])] if scored else []
     title = "agreement (Krippendorff's alpha: 1 is perfect, 0 is chance)"
@@ -255,7 +255,7 @@ def _people(section: Section, verdicts: dict[str, list[bool]]) -> None:
                 text = f"annotator {name} agrees in {yes / n:.0%} of {n} pairs, the others in {others:.0%}"
                 section.add("warning", "annotator", text)
     people.sort(key=lambda person: person[2] / person[1])
-    section.figures["annotators"] = {name: {"judged": n, "agreement": yes / n} for name, n, yes in people}
+    section.metrics["annotators"] = {name: {"judged": n, "agreement": yes / n} for name, n, yes in people}
     rows = [(name, n, "{:.2f} [{:.2f}, {:.2f}]".format(yes / n, *wilson(yes, n))) for name, n, yes in people[:SHOWN]]
     title = "agreement of each annotator, lowest first"
     section.tables.append(Table(title, ("annotator", "pairs", "agrees"), rows))
@@ -276,12 +276,12 @@ def flips(section: Section, judged: Judgements) -> None:
     if len(judged.decided) < 200:
         return
     scores = judged.opinions
-    section.figures["reader_accuracy"] = right = float((scores > 0).mean())
+    section.metrics["reader_accuracy"] = right = float((scores > 0).mean())
     if right < 0.6:  # it knows too little to accuse anyone
         text = f"a linear reader of the texts finds the stated order in {right:.0%} of the pairs: too rarely to name"
         section.add("note", "flips", f"{text} flips")
         return
-    section.figures["suspected_flips"] = int((scores < -SURE).sum())
+    section.metrics["suspected_flips"] = int((scores < -SURE).sum())
     worst = [judged.decided[i] for i in np.argsort(scores)[:SHOWN] if scores[i] < -SURE]
     rows = [(p.where, p.annotator, on_one_line(p.better, 40), on_one_line(p.worse, 40)) for p in worst]
     title = f"suspected flips: a linear reader, right in {right:.0%}, is sure of the opposite"
@@ -296,7 +296,7 @@ def lengths(section: Section, judged: Judgements) -> None:
     if (n := int((gaps != 0).sum())) >= 20:
         longer = int((gaps > 0).sum())
         low, high = wilson(longer, n)
-        section.figures |= {"longer_wins": longer / n, "longer_wins_low": low, "longer_wins_high": high}
+        section.metrics |= {"longer_wins": longer / n, "longer_wins_low": low, "longer_wins_high": high}
         rows.append(("pairs in which the longer answer is better", f"{longer / n:.1%} [{low:.1%}, {high:.1%}]"))
         section.plots.append(histogram("Better less worse answer, characters", "characters", gaps))
         if low > 0.6 or high < 0.4:
@@ -305,7 +305,7 @@ def lengths(section: Section, judged: Judgements) -> None:
     if len(judged.scores) >= 20:
         x, y = centred_ranks([len(s.answer) for s in judged.scores]), centred_ranks([s.score for s in judged.scores])
         norm = math.sqrt(float(x @ x) * float(y @ y))
-        section.figures["length_score_spearman"] = rho = float(x @ y) / norm if norm else 0.0
+        section.metrics["length_score_spearman"] = rho = float(x @ y) / norm if norm else 0.0
         rows.append(("Spearman of length and score", f"{rho:+.2f}"))
         if abs(rho) > 0.4:
             section.add("warning", "length bias", f"scores follow length: Spearman is {rho:+.2f}")

@@ -60,7 +60,7 @@ def scripts(readings: Sequence[Reading]) -> Section:
         languages = Counter(py3langid.classify(text[:2000])[0] for text in long)
         by_script = {name: n / max(total, 1) for name, n in letters.most_common() if n}
         by_language = {name: n / len(long) for name, n in languages.most_common(8)}
-        section.figures[reading.setting] = {"scripts": by_script, "languages": by_language, "texts": len(texts)}
+        section.metrics[reading.setting] = {"scripts": by_script, "languages": by_language, "texts": len(texts)}
         rows.append((reading.setting, len(texts), _listed(by_script), _listed(by_language)))
         strange = sum("\ufffd" in text for text in texts)
         if strange:
@@ -101,7 +101,7 @@ def prompts(readings: Sequence[Reading]) -> Section:
             if groups[0][0] > 0.5:
                 text = f"{reading.setting}: {groups[0][0]:.0%} of the prompts are alike ({groups[0][1]})"
                 section.add("warning", "diversity", text)
-        section.figures[reading.setting] = counts
+        section.metrics[reading.setting] = counts
         rows.append((reading.setting, len(texts), different, share(different, len(reading.prompt_keys))))
     return section
 
@@ -153,7 +153,7 @@ def coverage(asks: Reading, judged: Reading) -> Section:
     cover = covered([asked(record) for record in asks.records], [asked(record) for record in judged.records])
     if cover is None:
         return section
-    section.figures |= {"nearest": cover.nearest, "usual": cover.usual, "limit": cover.limit, "far": cover.far}
+    section.metrics |= {"nearest": cover.nearest, "usual": cover.usual, "limit": cover.limit, "far": cover.far}
     rows = (
         ("likeness of a PPO prompt to its nearest, median", f"{cover.nearest:.2f}"),
         ("the same among the reward model's own", f"{cover.usual:.2f}"),

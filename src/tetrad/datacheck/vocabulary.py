@@ -43,7 +43,7 @@ def section(recipe: Recipe) -> Section:
         text = f"{len(clauses)} of {tokenizer.size} tokens are whole clauses, as " + ", ".join(clauses[:SHOWN])
         level = "warning" if len(clauses) > 0.005 * tokenizer.size else "note"
         section.add(level, "long tokens", text)
-    section.figures |= {"size": tokenizer.size, "asked": s.vocab_size, "bytes": used[0], "long_tokens": len(clauses)}
+    section.metrics |= {"size": tokenizer.size, "asked": s.vocab_size, "bytes": used[0], "long_tokens": len(clauses)}
     rows = [(clause, len(clause)) for clause in clauses[:20]]
     section.tables.append(Table("longest clauses that are one token", ("token", "characters"), rows))
     return section

@@ -28,7 +28,7 @@ from tetrad.model.transformer import CausalLM, frozen
 from tetrad.objectives.calibration import bootstrap_interval
 from tetrad.registry import POLICY
 from tetrad.report import outcome
-from tetrad.report.verdict import PPO, SFT, Difference, Verdict, failed_guards, verdict
+from tetrad.report.verdict import PPO, SFT, Difference, SystemMetrics, Verdict, failed_guards, verdict
 from tetrad.reward import gate
 from tetrad.reward.functions import python_function
 from tetrad.reward.metrics import RewardMetrics
@@ -181,15 +181,16 @@ def verdict_of(
     ctx: StageContext, table: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Scores], judges: Sequence[str]
 ) -> Verdict | None:
     """table: the metrics of each system; scores: those of each by judge; judges: names of those that may decide."""
-    guards = {name: failed_guards(system, table[SFT], ctx.recipe.evaluate) for name, system in table.items()}
+    systems = {name: SystemMetrics.read(metrics) for name, metrics in table.items()}
+    guards = {name: failed_guards(system, systems[SFT], ctx.recipe.evaluate) for name, system in systems.items()}
     pairs = permutations(table, 2)
     gains = {(a, b): {j: Difference.of(scores[a][j], scores[b][j]) for j in judges} for a, b in pairs}
     if PPO in table:
-        notes = recorded_metrics(ctx.parents[PPO])
+        notes = outcome.Notes.read(recorded_metrics(ctx.parents[PPO]))
     else:
         metrics = gate.recorded(ctx.parents["reward"]) if "reward" in ctx.parents else RewardMetrics()
-        notes = outcome.notes(gate.apply(metrics, ctx.recipe.gate).failures, [])
-    return verdict(outcome.faults(notes), guards, gains)
+        notes = outcome.Notes(gate.apply(metrics, ctx.recipe.gate).failures)
+    return verdict(notes.faults(), guards, gains)
 
 
 def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:

@@ -6,33 +6,48 @@ finished folder with one rename.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tetrad import storage
 from tetrad.registry import Recipe
-from tetrad.report.verdict import AlarmSpan, Verdict, alarm_faults, unevaluated
+from tetrad.report.verdict import AlarmSpan, Verdict, unevaluated
 from tetrad.storage import Json
 
 CARD = "README.md"
 _HEADING = "\n## Verdict\n\n"
 
 
-def notes(gate: Sequence[str], alarms: Sequence[AlarmSpan]) -> dict[str, Json]:
-    """PPO's notes in its manifest. gate: why the reward model failed."""
-    return {"gate": list(gate), "alarms": [asdict(span) for span in alarms]}
+@dataclass(frozen=True)
+class Notes:
+    """PPO's notes in its manifest. gate: why the reward model failed; alarms: when each was raised."""
+
+    gate: Sequence[str] = ()
+    alarms: Sequence[AlarmSpan] = ()
+
+    def record(self) -> dict[str, Json]:
+        """As the manifest has them."""
+        return {"gate": list(self.gate), "alarms": [asdict(span) for span in self.alarms]}
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "Notes":
+        """From a manifest's metrics."""
+        return cls(record["gate"], [AlarmSpan(**span) for span in record["alarms"]])
+
+    def faults(self) -> list[str]:
+        """What counts against the result: a gate that failed, alarms at their second limit."""
+        alarms = [
+            f"alarm {span.figure}: at its second limit, first at step {span.first}, last at step {span.last}"
+            for span in self.alarms
+            if span.level == 2
+        ]
+        return [*(f"gate: {reason}" for reason in self.gate), *alarms]
 
 
-def faults(metrics: Mapping[str, Any]) -> list[str]:
-    """The faults of the result in PPO's notes."""
-    spans = [AlarmSpan(**span) for span in metrics["alarms"]]
-    return [*(f"gate: {reason}" for reason in metrics["gate"]), *alarm_faults(spans)]
-
-
-def before_evaluation(recipe: Recipe, metrics: Mapping[str, Any]) -> Verdict:
+def before_evaluation(recipe: Recipe, notes: Notes) -> Verdict:
     """PPO's verdict from its own notes."""
-    return unevaluated(faults(metrics), "run on to evaluate it" if recipe.evaluate.prompts else "add [evaluate]")
+    return unevaluated(notes.faults(), "run on to evaluate it" if recipe.evaluate.prompts else "add [evaluate]")
 
 
 def of_run(recipe: Recipe, ppo: Path | None, report: Path | None) -> Verdict | None:
@@ -40,7 +55,7 @@ def of_run(recipe: Recipe, ppo: Path | None, report: Path | None) -> Verdict | N
     if report:
         saved = json.loads((report / "report.json").read_bytes())["verdict"]
         return Verdict(**{**saved, "reasons": tuple(saved["reasons"])}) if saved else None
-    return before_evaluation(recipe, storage.read_manifest(ppo)["figures"]) if ppo else None
+    return before_evaluation(recipe, Notes.read(storage.read_manifest(ppo)["figures"])) if ppo else None
 
 
 def with_verdict(card: str, verdict: Verdict) -> str:
@@ -51,9 +66,9 @@ def with_verdict(card: str, verdict: Verdict) -> str:
 
 def write_card(folder: Path, verdict: Verdict) -> None:
     """Writes the verdict into the card of a finished model, if it has another."""
-    place = folder / CARD
-    card = place.read_text(encoding="utf-8", errors="replace") if place.is_file() else f"# {folder.parent.name}\n"
+    path = folder / CARD
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else f"# {folder.parent.name}\n"
     if (now := with_verdict(card, verdict)) != card:
         with storage.RunLock(folder.parent / "lock"):
             storage.remove_leftovers(folder)
-            storage.write_file(place, now.encode())
+            storage.write_file(path, now.encode())

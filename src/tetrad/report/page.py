@@ -5,6 +5,7 @@ Plots are SVG of rectangles and texts, drawn here.
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib import resources
 from typing import Any
 
 from tetrad.report.sections import Finding, Plot, RenderedSample, Report, Section, Table
@@ -12,27 +13,7 @@ from tetrad.report.sections import Finding, Plot, RenderedSample, Report, Sectio
 ROWS = 200
 SAMPLE = 5_000
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --soft: #5c6b7a; --line: #d8dee6; --paper: #fff; --fill: #eef2f6;
-  --bar: #3d7ab8; --good: #d9f2e0; --error: #b3261e; --warning: #9a6700; --note: #4a5a6a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ef; --soft: #9aa8b5; --line: #36414d; --paper: #14191f;
-  --fill: #1e252d; --bar: #6ba6df; --good: #1d4a2c; --error: #ff8a80; --warning: #f0b64c; --note: #a9b8c6; } }
-body { margin: 2rem auto; max-width: 76rem; padding: 0 1.2rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: .95rem; margin: 1.1rem 0 .3rem; color: var(--soft); font-weight: 600; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-ul.findings { list-style: none; padding: 0; } .findings li { padding: .3rem 0; }
-.findings b { display: inline-block; min-width: 5.5rem; } .error b { color: var(--error); }
-.warning b { color: var(--warning); } .note b { color: var(--note); } .where { color: var(--soft); }
-.fix { margin-left: 5.75rem; }
-.plots { display: flex; flex-wrap: wrap; gap: 1.2rem; } svg text { fill: var(--soft); font-size: 10px; }
-svg rect { fill: var(--bar); } figure { margin: 0; } figcaption { font-size: .85rem; color: var(--soft); }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--fill); padding: .8rem; border-radius: 6px; }
-mark { background: var(--good); color: inherit; }
-"""
+_STYLE = resources.files("tetrad.report").joinpath("page.css").read_text("utf-8")
 
 
 def page(report: Report) -> str:
@@ -44,7 +25,7 @@ def page(report: Report) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="referrer" content="no-referrer">',
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<title>{_text(title)}</title><style>\n{_STYLE}</style></head><body>",
         f"<h1>{_text(title)}</h1>",
         _findings(report.findings),
         *map(_section, report.sections),
@@ -115,11 +96,8 @@ def _plot(plot: Plot) -> str:
 def _samples(samples: Iterable[RenderedSample]) -> str:
     parts = []
     for sample in samples:
-        left, runs = SAMPLE, []
-        for run in sample.runs:
-            text = _text(run.text[:left])
-            runs.append(f"<mark>{text}</mark>" if run.trained else text)
-            left = max(0, left - len(run.text))
-        parts.append(f"<h3><bdi>{_text(sample.where)}</bdi></h3><pre><bdi>{''.join(runs)}</bdi></pre>")
+        runs = ((_text(run.text), run.trained) for run in sample.beginning(SAMPLE))
+        marked = "".join(f"<mark>{text}</mark>" if trained else text for text, trained in runs)
+        parts.append(f"<h3><bdi>{_text(sample.where)}</bdi></h3><pre><bdi>{marked}</bdi></pre>")
     head = "<h2>Records as the model gets them</h2><p>What the loss reads is marked.</p>"
     return head + "".join(parts) if parts else ""

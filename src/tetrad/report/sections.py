@@ -1,7 +1,7 @@
-"""The parts of a report: sections with figures, tables, plots and findings."""
+"""The parts of a report: sections with metrics, tables, plots and findings."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,11 +81,11 @@ class Plot:
 
 @dataclass
 class Section:
-    """One part of a report, filled step by step. figures: by name, for programs; tables and plots: for people."""
+    """One part of a report, filled step by step. metrics: by name, for programs; tables and plots: for people."""
 
     name: str
     title: str
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -109,6 +109,12 @@ class RenderedSample:
 
     where: str
     runs: tuple[Span, ...]
+
+    def beginning(self, limit: int) -> Iterator[Span]:
+        """Its first `limit` characters."""
+        for run in self.runs:
+            yield Span(run.text[:limit], run.trained)
+            limit = max(0, limit - len(run.text))
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,7 @@ def show(report: Report, console: Console) -> None:
     if report.samples:
         console.say("Records as the model gets them; what the loss reads is marked")
     for sample in report.samples:
-        left, runs = SAMPLE, []
-        for run in sample.runs:
-            runs.append((run.text[:left], run.trained))
-            left = max(0, left - len(run.text))
-        console.marked(f"  {sample.where}: ", runs)
+        console.marked(f"  {sample.where}: ", [(run.text, run.trained) for run in sample.beginning(SAMPLE)])
     if first and len(every) > len(first):
         console.say("the other findings")
     _list(every[len(first) :], console)

@@ -7,7 +7,7 @@ narrow. With several judges the gain must hold at the level of all together (Bon
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -103,27 +103,47 @@ def is_better(gain: Differences) -> bool:
     return _rises(gain) and not any(difference.interval()[1] < 0 for difference in gain.values())
 
 
-def alarm_faults(spans: Sequence[AlarmSpan]) -> list[str]:
-    """The faults of PPO's result from alarms at their second limit."""
-    steps = "at its second limit, first at step {}, last at step {}"
-    return [f"alarm {span.figure}: {steps.format(span.first, span.last)}" for span in spans if span.level == 2]
+@dataclass(frozen=True)
+class SystemMetrics:
+    """Of a system's responses. kl: nats a response against SFT's. external_nll: None without such a model."""
+
+    kl: float
+    length: float
+    finished: float
+    distinct_2: float
+    commonest_word: float
+    external_nll: float | None = None
+
+    @classmethod
+    def read(cls, metrics: Mapping[str, Any]) -> "SystemMetrics":
+        """From a system's metrics in report.json."""
+        return cls(**{f.name: metrics[f.name] for f in fields(cls) if f.name in metrics})
 
 
-def failed_guards(system: Mapping[str, Any], sft: Mapping[str, Any], s: Evaluate) -> list[str]:
-    """What counts against a system whatever its scores, as text; both have the metrics that evaluate reports."""
-    (shortest, longest), nll = s.length_range, sft.get("external_nll")
+def failed_guards(system: SystemMetrics, sft: SystemMetrics, s: Evaluate) -> list[str]:
+    """What counts against a system whatever its scores, as text."""
+    shortest, longest = s.length_range
+    most_common = sft.commonest_word + s.max_common_word
+    most_nll = math.inf if sft.external_nll is None else sft.external_nll + math.log(s.max_perplexity)
     bounds = (
-        ("kl", -math.inf, s.max_kl, "max_kl"),
-        ("length", shortest * sft["length"], longest * sft["length"], "length_range"),
-        ("finished", s.min_finished * sft["finished"], math.inf, "min_finished"),
-        ("distinct_2", s.min_distinct_2 * sft["distinct_2"], math.inf, "min_distinct_2"),
-        ("commonest_word", 0.0, sft["commonest_word"] + s.max_common_word, "max_common_word"),
-        ("external_nll", -math.inf, math.inf if nll is None else nll + math.log(s.max_perplexity), "max_perplexity"),
+        ("kl", system.kl, sft.kl, -math.inf, s.max_kl, "max_kl"),
+        ("length", system.length, sft.length, shortest * sft.length, longest * sft.length, "length_range"),
+        ("finished", system.finished, sft.finished, s.min_finished * sft.finished, math.inf, "min_finished"),
+        (
+            "distinct_2",
+            system.distinct_2,
+            sft.distinct_2,
+            s.min_distinct_2 * sft.distinct_2,
+            math.inf,
+            "min_distinct_2",
+        ),
+        ("commonest_word", system.commonest_word, sft.commonest_word, 0.0, most_common, "max_common_word"),
+        ("external_nll", system.external_nll, sft.external_nll, -math.inf, most_nll, "max_perplexity"),
     )
     return [
-        f"{figure} is {value:.3g}, SFT's {sft[figure]:.3g} (evaluate.{setting} = {shown(getattr(s, setting))})"
-        for figure, low, high, setting in bounds
-        if (value := system.get(figure)) is not None and not low <= value <= high
+        f"{name} is {value:.3g}, SFT's {own:.3g} (evaluate.{setting} = {shown(getattr(s, setting))})"
+        for name, value, own, low, high, setting in bounds
+        if value is not None and not low <= value <= high
     ]
 
 

@@ -214,7 +214,7 @@ def judges_of(ctx: StageContext) -> dict[str, Reward]:
 
 def manifest_notes(failures: Sequence[str], monitor: Monitor) -> dict[str, Json]:
     """What the verdict reads in the manifest of PPO's model. failures: of the gate."""
-    return outcome.notes(failures, [*monitor.spans.values()])
+    return outcome.Notes(failures, [*monitor.spans.values()]).record()
 
 
 def warn_unused_settings(ctx: StageContext) -> None:

@@ -126,7 +126,7 @@ def finish(
     files = {**model_files(model), **tokenizer.files(template), **(extra or {})}
     card = _card(ctx, model, metrics)
     if ctx.folder.name == "ppo":
-        card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, metrics))
+        card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, outcome.Notes.read(metrics)))
     meta: dict[str, Json] = {"key": ctx.key, "figures": dict(metrics), "lineage": dict(ctx.lineage)}
     run.finish(files, meta, {outcome.CARD: card.encode(errors="backslashreplace")})
     collectives.barrier()

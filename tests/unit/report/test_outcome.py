@@ -1,6 +1,7 @@
 """The verdict in the card of a finished model: whole at every failing call, and the manifest stays right."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,15 @@ def test_a_failing_call_leaves_the_old_card_or_the_new_one(fault: str, tmp_path:
 
 
 def test_what_ppo_notes_is_read_back() -> None:
-    figures = outcome.notes(["length pays"], [AlarmSpan("kl", 2, 3, 9), AlarmSpan("finished", 1, 0, 1)])
-    assert outcome.faults(figures) == [
+    written = outcome.Notes(["length pays"], [AlarmSpan("kl", 2, 3, 9), AlarmSpan("finished", 1, 0, 1)])
+    record = {"gate": ["length pays"], "alarms": [asdict(alarm) for alarm in written.alarms]}
+    notes = outcome.Notes.read(json.loads(json.dumps(written.record())))
+    assert notes == written and written.record() == record
+    assert notes.faults() == [
         "gate: length pays",
         "alarm kl: at its second limit, first at step 3, last at step 9",
     ]
     asked = replace(Recipe(), evaluate=Evaluate(prompts=("p.jsonl",)))
-    assert outcome.before_evaluation(asked, figures).outcome == "not to be trusted"
-    assert outcome.before_evaluation(asked, outcome.notes([], [])) == BEFORE
-    assert outcome.before_evaluation(Recipe(), outcome.notes([], [])).reasons == ("add [evaluate]",)
+    assert outcome.before_evaluation(asked, notes).outcome == "not to be trusted"
+    assert outcome.before_evaluation(asked, outcome.Notes()) == BEFORE
+    assert outcome.before_evaluation(Recipe(), outcome.Notes()).reasons == ("add [evaluate]",)

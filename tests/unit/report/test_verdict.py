@@ -8,10 +8,9 @@ from statistics import fmean
 import pytest
 
 from tetrad.report.verdict import (
-    AlarmSpan,
     Difference,
+    SystemMetrics,
     Verdict,
-    alarm_faults,
     failed_guards,
     is_better,
     t_quantile,
@@ -99,11 +98,6 @@ def test_before_an_evaluation() -> None:
     assert str(unevaluated(["gate: x"], "add [evaluate]")) == "not to be trusted: use SFT"
 
 
-def test_alarms_count_at_their_second_limit() -> None:
-    spans = [AlarmSpan("kl", 1, 3, 9), AlarmSpan("length", 2, 12, 19)]
-    assert alarm_faults(spans) == ["alarm length: at its second limit, first at step 12, last at step 19"]
-
-
 SOUND = {"kl": 5.9, "length": 21.8, "finished": 0.996, "distinct_2": 0.77, "commonest_word": 0.22, "external_nll": 5.41}
 PLAIN = {
     "kl": 0.0,
@@ -115,10 +109,14 @@ PLAIN = {
 }
 
 
+def failed(system: Mapping[str, float | None], sft: Mapping[str, float | None], s: Evaluate | None = None) -> list[str]:
+    return failed_guards(SystemMetrics.read(system), SystemMetrics.read(sft), s or Evaluate())
+
+
 def test_the_examples_pass_the_guards() -> None:
     """The last row is the seed that comes closest to a limit, with more than half of its answers in one word."""
-    assert failed_guards(SOUND, PLAIN, Evaluate()) == failed_guards(PLAIN, PLAIN, Evaluate()) == []
-    assert failed_guards({**SOUND, "commonest_word": 0.52}, {**PLAIN, "commonest_word": 0.06}, Evaluate()) == []
+    assert failed(SOUND, PLAIN) == failed(PLAIN, PLAIN) == []
+    assert failed({**SOUND, "commonest_word": 0.52}, {**PLAIN, "commonest_word": 0.06}) == []
 
 
 @pytest.mark.parametrize(
@@ -134,18 +132,18 @@ def test_the_examples_pass_the_guards() -> None:
     ],
 )
 def test_each_guard(fault: dict[str, float], said: str) -> None:
-    (found,) = failed_guards({**SOUND, **fault}, PLAIN, Evaluate())
+    (found,) = failed({**SOUND, **fault}, PLAIN)
     assert found.startswith(said)
     loose = Evaluate(
         max_kl=99, length_range=(0, 9), min_finished=0, min_distinct_2=0, max_common_word=1, max_perplexity=9
     )
-    assert failed_guards({**SOUND, **fault}, PLAIN, loose) == []
+    assert failed({**SOUND, **fault}, PLAIN, loose) == []
 
 
 def test_what_was_not_measured_fails_no_guard() -> None:
     without = {name: value for name, value in SOUND.items() if name != "external_nll"}
-    assert failed_guards(without, PLAIN, Evaluate()) == []
-    assert failed_guards({**SOUND, "external_nll": 99.0}, {**PLAIN, "external_nll": None}, Evaluate()) == []
+    assert failed(without, PLAIN) == []
+    assert failed({**SOUND, "external_nll": 99.0}, {**PLAIN, "external_nll": None}) == []
 
 
 def test_quantiles_of_t() -> None:
