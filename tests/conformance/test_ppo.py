@@ -136,7 +136,7 @@ def test_score_lands_on_the_last_token_and_moves_with_the_end():
     four = some_models(other=True)
     rollout = ppo_toys.sampled(four, ASKED, S, (0, 0))
     made, rewards = ppo_toys.experience(four, rollout, replace(S, kl_coef=0.0, missing_eos_penalty=0.0))
-    scores = torch.tensor(four.reward(rollout.samples)).float()
+    scores = torch.tensor(four.reward.total(four.reward.by_source(rollout.samples))).float()
     last = torch.tensor([len(sample.response_ids) - 1 for sample in rollout.samples])
     assert len(last.unique()) > 2
     expected = torch.zeros_like(rewards).scatter_(1, last[:, None], scores[:, None].clamp(-5, 5))

@@ -197,9 +197,9 @@ def test_a_sum_of_sources_is_weighed_and_told_in_parts():
     high = ppo_toys.by_ids(lambda ids: 9.0)
     found = RewardSources({"count": RewardSource(count, 0.5), "high": RewardSource(high, 2.0, clip=5.0)})
     samples = rolled(some_models()).samples
-    parts = found.parts(samples)
-    assert parts["high"] == [9.0] * len(samples)
-    assert found.total(parts) == [0.5 * len(s.response_ids) + 10 for s in samples] == found(samples)
+    by_source = found.by_source(samples)
+    assert by_source["high"] == [9.0] * len(samples)
+    assert found.total(by_source) == [0.5 * len(s.response_ids) + 10 for s in samples]
 
 
 def test_no_two_sources_of_a_reward_share_a_name():

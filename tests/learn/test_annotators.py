@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import toys
-from tetrad.reward.annotators import LR, AnnotatorReport, Annotators, annotator_numbers, annotator_report
+from tetrad.reward.annotators import LR, AnnotatorReport, Annotators, annotator_report, ids_of_annotators
 from tetrad.reward.batches import preference_micros
 from tetrad.reward.ensemble import Latent
 from tetrad.reward.model import score_tokens
@@ -55,7 +55,7 @@ def comparison(best: int, name: str, number: int) -> Comparison:
 
 def trained(records: list[Comparison], planted: Planted, annotators: bool) -> Latent:
     """One epoch from one start."""
-    numbers = annotator_numbers(records) if annotators else {}
+    numbers = ids_of_annotators(records) if annotators else {}
     latent = Latent(toys.scalar(seed=1), False, Annotators(records, numbers) if annotators else None)
     optimizer = Optimizer(latent, 3e-3, Optim(), lr_overrides={"annotators.": LR})
     terms = preference_terms(Reward())
@@ -92,7 +92,7 @@ def modelled(planted: Planted) -> Latent:
 
 @pytest.fixture(scope="module")
 def report(planted: Planted, modelled: Latent) -> AnnotatorReport:
-    return annotator_report(planted.said, rewards(modelled, planted), annotator_numbers(planted.said))
+    return annotator_report(planted.said, rewards(modelled, planted), ids_of_annotators(planted.said))
 
 
 def test_it_loses_a_third_of_what_plain_bradley_terry_loses(planted: Planted, modelled: Latent) -> None:
@@ -136,7 +136,7 @@ def test_each_ones_scale_of_scores_is_learned() -> None:
         value = offsets.get(name, 0.0) + gains.get(name, 1.0) * good + 0.2 * float(draw.normal())
         documents.append((toys.document(answer.tolist()),))
         records.append(Score(PROMPT, "x", value, name))
-    numbers = annotator_numbers(records)
+    numbers = ids_of_annotators(records)
     latent = Latent(toys.scalar(seed=1), False, Annotators(records, numbers))
     optimizer = Optimizer(latent, 3e-3, Optim(), lr_overrides={"annotators.": LR})
     for step in range(75):

@@ -170,7 +170,9 @@ def test_gains_what_best_of_16_gains_at_its_kl(seed):
     models = deepcopy(ppo_toys.speaker()), toys.scalar(seed + 100)
     four = ppo_toys.four_models(s, *models, ppo_toys.by_ids(ppo_toys.liked))
     rollouts = [ppo_toys.sampled(four, asked(s.batch_size), s, (seed, 900 + k)) for k in range(8)]
-    scores = torch.tensor([score for rollout in rollouts for score in four.reward(rollout.samples)]).view(-1, 16)
+    scores = torch.tensor(
+        [score for rollout in rollouts for score in four.reward.total(four.reward.by_source(rollout.samples))]
+    ).view(-1, 16)
     best = float(scores.amax(1).mean() - scores.mean())
     way = []
     for step in range(s.steps):

@@ -23,9 +23,9 @@ def ece(confidence_N: Tensor, correct_N: Tensor, bins: int = 10) -> Tensor:
     """
     if confidence_N.numel() == 0 or not bool(((confidence_N >= 0) & (confidence_N <= 1)).all()):
         raise ValueError("confidences must lie in [0, 1], and there must be some")
-    place = (confidence_N * bins).long().clamp(max=bins - 1)
+    bin_N = (confidence_N * bins).long().clamp(max=bins - 1)
     gap = correct_N.to(confidence_N.dtype) - confidence_N
-    return torch.zeros(bins, dtype=gap.dtype, device=gap.device).index_add(0, place, gap).abs().sum() / len(gap)
+    return torch.zeros(bins, dtype=gap.dtype, device=gap.device).index_add(0, bin_N, gap).abs().sum() / len(gap)
 
 
 def brier(confidence_N: Tensor, correct_N: Tensor) -> Tensor:

@@ -152,8 +152,10 @@ def explained_variance(
     returns_mean: Tensor | float, returns_variance: Tensor | float, residual_variance: Tensor | float
 ) -> Tensor:
     """1 - Var(returns - values) / Var(returns); NaN (undefined) where all returns are equal but for rounding."""
-    mean, variance, rest = (torch.as_tensor(x).double() for x in (returns_mean, returns_variance, residual_variance))
-    return torch.where(variance <= (1e-12 * mean).square(), torch.nan, 1 - rest / variance)
+    mean, variance, residual = (
+        torch.as_tensor(x).double() for x in (returns_mean, returns_variance, residual_variance)
+    )
+    return torch.where(variance <= (1e-12 * mean).square(), torch.nan, 1 - residual / variance)
 
 
 def policy_loss_sum(

@@ -155,10 +155,10 @@ def _subset_levels(size: int) -> list[tuple[Tensor, Tensor]]:
     if size > LARGEST_EXACT_TIE:
         raise ValueError(f'{size} answers tied above others: exact goes up to {LARGEST_EXACT_TIE}; use ties="breslow"')
     levels: list[tuple[Tensor, Tensor]] = []
-    places: dict[tuple[int, ...], int] = {(): 0}
+    index_of: dict[tuple[int, ...], int] = {(): 0}
     for count in range(1, size + 1):
         subsets = list(combinations(range(size), count))
-        parents = [[places[s[:n] + s[n + 1 :]] for n in range(count)] for s in subsets]
+        parents = [[index_of[s[:n] + s[n + 1 :]] for n in range(count)] for s in subsets]
         levels.append((torch.tensor(subsets), torch.tensor(parents)))
-        places = {subset: place for place, subset in enumerate(subsets)}
+        index_of = {subset: index for index, subset in enumerate(subsets)}
     return levels

@@ -26,8 +26,8 @@ _LOGITS = torch.linspace(-5, 5, 201, dtype=torch.float64)  # of competence
 LR = 0.2  # these few parameters must move far in few steps
 
 
-def annotator_numbers(records: Sequence[Record]) -> dict[str, int]:
-    """Each annotator's number from 1 on, by name; 0 is for records without one."""
+def ids_of_annotators(records: Sequence[Record]) -> dict[str, int]:
+    """By name, from 1 on; 0 is for records without one."""
     return {name: i for i, name in enumerate(sorted({record.annotator for record in records} - {""}), start=1)}
 
 
@@ -38,12 +38,12 @@ class Annotators(nn.Module):
     comparisons: Tensor
     scores: Tensor
 
-    def __init__(self, records: Sequence[Record], numbers: Mapping[str, int]) -> None:
+    def __init__(self, records: Sequence[Record], annotator_ids: Mapping[str, int]) -> None:
         super().__init__()
-        size = len(numbers) + 1
+        size = len(annotator_ids) + 1
         counts = torch.zeros(2, size)
         for record in records:
-            counts[int(isinstance(record, Score)), numbers.get(record.annotator, 0)] += 1
+            counts[int(isinstance(record, Score)), annotator_ids.get(record.annotator, 0)] += 1
         compares, scores = (bool(row[1:].any()) for row in counts)
         self.register_buffer("comparisons", counts[0], persistent=False)
         self.register_buffer("scores", counts[1], persistent=False)
@@ -113,7 +113,7 @@ class AnnotatorReport:
             console.say(f"reward     {len(self.suspects)} comparisons look given the wrong way round: annotators.json")
 
 
-def annotator_report(records: Sequence[Record], rewards_D: Tensor, numbers: Mapping[str, int]) -> AnnotatorReport:
+def annotator_report(records: Sequence[Record], rewards_D: Tensor, annotator_ids: Mapping[str, int]) -> AnnotatorReport:
     """rewards_D: of the records' answers, on the trained scale."""
     lists = [record for record in records if isinstance(record, Comparison)]
     targets = judgements(records)
@@ -124,7 +124,7 @@ def annotator_report(records: Sequence[Record], rewards_D: Tensor, numbers: Mapp
     loglikelihoods = {
         name: -(crowd_pair_losses(gaps[pairs, None].double(), _LOGITS) * weights[pairs, None].double()).sum(0)
         for name, pairs in pairs_of.items()
-        if name in numbers
+        if name in annotator_ids
     }
     if not loglikelihoods:
         return AnnotatorReport()

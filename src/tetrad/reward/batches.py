@@ -80,7 +80,7 @@ class PreferenceTargets:
     pair's list; labels_P: the share of votes for the winner, 1 where there are no votes.
     ranked_N: documents of the lists, ranks_N and bounds: their ranks, list by list. scored_S: documents with a score;
     targets_S: the standardised score, weights_S: its weight relative to one that is known exactly.
-    annotators_L, annotators_S: numbers of the annotators of lists and scores; 0 where none is named.
+    annotators_L, annotators_S: ids of the annotators of lists and scores; 0 where none is named.
     """
 
     winners_P: Tensor
@@ -107,9 +107,9 @@ def judgements(
     records: Sequence[Record],
     offset: float = 0.0,
     scale: float = 1.0,
-    annotators: Mapping[str, int] = NO_ANNOTATORS,
+    annotator_ids: Mapping[str, int] = NO_ANNOTATORS,
 ) -> PreferenceTargets:
-    """On the CPU. offset, scale: a score's target is (score - offset) / scale; annotators: the number of each."""
+    """On the CPU. offset, scale: a score's target is (score - offset) / scale; annotator_ids: by name."""
     lists = [record for record in records if isinstance(record, Comparison)]
     scores = [record for record in records if isinstance(record, Score)]
     of_list = torch.tensor(
@@ -135,8 +135,8 @@ def judgements(
         scored_S=(~of_list).nonzero()[:, 0],
         targets_S=torch.tensor([(record.score - offset) / scale for record in scores]),
         weights_S=torch.tensor([1 / (1 + (record.spread / scale) ** 2) for record in scores]),
-        annotators_L=torch.tensor([annotators.get(record.annotator, 0) for record in lists], dtype=torch.int64),
-        annotators_S=torch.tensor([annotators.get(record.annotator, 0) for record in scores], dtype=torch.int64),
+        annotators_L=torch.tensor([annotator_ids.get(record.annotator, 0) for record in lists], dtype=torch.int64),
+        annotators_S=torch.tensor([annotator_ids.get(record.annotator, 0) for record in scores], dtype=torch.int64),
     )
 
 
@@ -154,7 +154,7 @@ def preference_micros(
     offset: float,
     scale: float,
     device: Device,
-    annotators: Mapping[str, int] = NO_ANNOTATORS,
+    annotator_ids: Mapping[str, int] = NO_ANNOTATORS,
     shared_prefix: str = "auto",
     keys: Sequence[int] = (),
 ) -> list[Microbatch]:
@@ -169,7 +169,7 @@ def preference_micros(
         # A list of ties carries no information.
         lists = sum(isinstance(record, Comparison) and len(set(record.ranks)) > 1 for record in chosen)
         counts = {"comparisons": float(lists), "scores": float(sum(isinstance(record, Score) for record in chosen))}
-        targets = judgements(chosen, offset, scale, annotators).to(device.torch_device)
+        targets = judgements(chosen, offset, scale, annotator_ids).to(device.torch_device)
         micros.append(Microbatch(packed, counts, targets))
     return micros
 

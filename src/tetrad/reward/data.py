@@ -13,7 +13,7 @@ from tetrad.distributed import collectives
 from tetrad.distributed.device import choose
 from tetrad.model.config import read_config
 from tetrad.registry import POLICY
-from tetrad.reward.annotators import annotator_numbers
+from tetrad.reward.annotators import ids_of_annotators
 from tetrad.reward.batches import Examples, Record, preference_micros
 from tetrad.reward.functions import python_function
 from tetrad.seeds import seed_for
@@ -33,8 +33,8 @@ class RewardData:
     """Examples, read with the tokenizer and template of the model in `folder`; None without such files. test is
     `validation` where the recipe has no other; baselines: functions to compare with, by name.
 
-    offset, scale: a score's target is (score - offset) / scale; annotators: the number of each, empty where all count
-    alike; mixture: how often an epoch reads each record; steps: of the whole training.
+    offset, scale: a score's target is (score - offset) / scale; annotator_ids: by name, empty where all count alike;
+    mixture: how often an epoch reads each record; steps: of the whole training.
     """
 
     def __init__(self, ctx: StageContext) -> None:
@@ -51,7 +51,7 @@ class RewardData:
         self.test = read(ctx.files(s.test), Counts()) if s.test else self.validation
         self.baselines = {spec.rpartition(":")[2]: python_function(spec) for spec in s.baselines}
         self.offset, self.scale = score_scale(s, self.train.records)
-        self.annotators = annotator_numbers(self.train.records) if s.annotators else {}
+        self.annotator_ids = ids_of_annotators(self.train.records) if s.annotators else {}
         self.mixture = ctx.files(s.data, s.weights).mixture(record.where for record in self.train.records)
         self.steps = steps_for(epoch_size(self.mixture), s.batch_size, s.epochs)
 
@@ -77,7 +77,7 @@ class RewardData:
         shared = "never" if s.token_weight else s.shared_prefix
         scale = (self.offset, self.scale)
         return preference_micros(
-            records, documents, micro_batch_tokens, *scale, self.device, self.annotators, shared, keys
+            records, documents, micro_batch_tokens, *scale, self.device, self.annotator_ids, shared, keys
         )
 
 

@@ -62,12 +62,12 @@ class Ensemble:
 
     def report_annotators(self, ctx: StageContext, data: RewardData) -> dict[str, Any]:
         """How reliable each annotator is, by the rewards of the first member: shown, and as annotators.json has it."""
-        if not data.annotators:
+        if not data.annotator_ids:
             return {}
         latent, micro_batch_tokens = self.members[0].latent, ctx.recipe.run.micro_batch_tokens
         rewards = torch.tensor(score_tokens(latent.reward, data.train.tokens, data.device, micro_batch_tokens))
         rewards = rewards * latent.log_rho.detach().exp().cpu()
-        report = annotator_report(data.train.records, rewards, data.annotators)
+        report = annotator_report(data.train.records, rewards, data.annotator_ids)
         report.show(ctx.console)
         return asdict(report)
 
@@ -83,7 +83,7 @@ def _member(ctx: StageContext, data: RewardData, base: CausalLM | None, seed: in
     s, head, records = ctx.recipe.reward, seed_for(seed, "head"), data.train.records
     model = adapters.scalar_on(ctx, base, head) if base else read_scalar(data.folder, head)
     model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
-    annotators = Annotators(records, data.annotators) if data.annotators else None
+    annotators = Annotators(records, data.annotator_ids) if data.annotator_ids else None
     both_kinds = len({type(record) for record in records}) > 1
     latent = Latent(model, both_kinds, annotators).to(data.device.torch_device)
     muon_lr = s.muon_lr if s.optimizer == "muon" else 0.0

@@ -26,7 +26,7 @@ class RewardSource:
 
 
 class RewardSources:
-    """The sources by name, and their weighted sum; itself a Reward."""
+    """The sources by name, and their weighted sum."""
 
     def __init__(self, sources: Mapping[str, RewardSource]) -> None:
         self.sources = dict(sources)
@@ -40,9 +40,6 @@ class RewardSources:
         """A score for each sample."""
         weighed = [[one.weight * _cut(x, one.clip) for x in source_scores[name]] for name, one in self.sources.items()]
         return [sum(row) for row in zip(*weighed, strict=True)]
-
-    def __call__(self, samples: Sequence[Completion]) -> list[float]:
-        return self.total(self.by_source(samples))
 
 
 def _cut(x: float, clip: float) -> float:

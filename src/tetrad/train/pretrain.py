@@ -37,8 +37,8 @@ def run(ctx: StageContext) -> None:
     validation = _validation(ctx, tokenizer)
 
     def batch(step: int) -> list[Tokens]:
-        wanted = collectives.shard(range(step * batch_rows, (step + 1) * batch_rows))
-        return [piece for row in wanted for piece in rows.row(row)]
+        indices = collectives.shard(range(step * batch_rows, (step + 1) * batch_rows))
+        return [piece for i in indices for piece in rows.row(i)]
 
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         train_language_model(ctx, stage, s, model, optimizer, device, batch)

@@ -40,8 +40,8 @@ def run(ctx: StageContext) -> None:
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
 
     def batch(step: int) -> list[Tokens]:
-        wanted = batch_indices(ctx.recipe.seed, data.mixture, s.batch_size, step).tolist()
-        return [data.store[i] for i in collectives.shard(wanted)]
+        indices = batch_indices(ctx.recipe.seed, data.mixture, s.batch_size, step).tolist()
+        return [data.store[i] for i in collectives.shard(indices)]
 
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         train_language_model(ctx, stage, s, model, optimizer, device, batch)

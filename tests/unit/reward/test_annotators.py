@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import toys
-from tetrad.reward.annotators import START, Annotators, annotator_numbers, annotator_report
+from tetrad.reward.annotators import START, Annotators, annotator_report, ids_of_annotators
 from tetrad.reward.batches import judgements, preference_micros
 from tetrad.reward.ensemble import Latent
 from tetrad.settings.reward import Reward
@@ -50,9 +50,9 @@ def terms_of(s: Reward, annotators: Annotators | None, numbers=NUMBERS) -> dict[
 
 
 def test_numbers():
-    assert annotator_numbers(RECORDS) == NUMBERS
-    assert annotator_numbers([pair(""), score("", 1.0)]) == {}
-    found = judgements(RECORDS, annotators=NUMBERS)
+    assert ids_of_annotators(RECORDS) == NUMBERS
+    assert ids_of_annotators([pair(""), score("", 1.0)]) == {}
+    found = judgements(RECORDS, annotator_ids=NUMBERS)
     assert found.annotators_L.tolist() == [2, 1, 0, 2, 2] == found.annotators_L[found.lists_P].tolist()
     assert found.annotators_S.tolist() == [1, 3]
     assert judgements(RECORDS).annotators_L.tolist() == [0] * 5
@@ -111,7 +111,7 @@ def test_what_is_told():
     """One who is right as often as the rewards say, one who is always wrong, one who said too little to know."""
     records = [pair("good", where="f:1")] * 40 + [pair("bad", 1, where="f:2")] * 40 + [pair("new", 1, where="f:3")]
     rewards = torch.tensor([3.0, -3.0]).repeat(81)
-    report = annotator_report(records, rewards, annotator_numbers(records))
+    report = annotator_report(records, rewards, ids_of_annotators(records))
     reliabilities, suspects = report.annotators, report.suspects
     names = [r.annotator for r in reliabilities]
     assert names[0] == "bad" and names[-1] == "good" and reliabilities[0].right < 0.1 < 0.9 < reliabilities[-1].right
