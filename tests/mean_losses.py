@@ -1,18 +1,25 @@
-"""The losses of papers, means of one batch, made of the sums that training uses."""
+"""The losses of papers, means of one batch: by their formula, or made of the sums that training uses."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from tetrad.objectives import ppo, preference
 
 
 def bt_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label: Tensor | None = None) -> Tensor:
-    """-label logsigmoid(d) - (1 - label) logsigmoid(-d), d = chosen - rejected - margin."""
+    """-label logsigmoid(d) - (1 - label) logsigmoid(-d), d = chosen - rejected - margin: the formula itself."""
+    gap = chosen - rejected - (0 if margin is None else margin)
+    label = torch.ones_like(gap) if label is None else label
+    return (-label * logsigmoid(gap) - (1 - label) * logsigmoid(-gap)).mean()
+
+
+def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+    """The same by the sum over pairs."""
     n = len(chosen)
-    weights = torch.full((n,), 1 / n, dtype=torch.float64)
-    pairs = torch.arange(n), torch.arange(n, 2 * n), weights
+    pairs = torch.arange(n), torch.arange(n, 2 * n), torch.full((n,), 1 / n, dtype=torch.float64)
     return preference.pair_loss_sum(torch.cat((chosen, rejected)), *pairs, margin, label)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 
-from mean_losses import bt_loss, kwise_loss, plackett_luce_loss
+from mean_losses import bt_loss, kwise_loss, pair_loss, plackett_luce_loss
 from tetrad.objectives import preference
 
 LISTS = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=5)
@@ -111,13 +111,15 @@ def test_lists_without_information():
 
 def test_pair_losses():
     chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 3.0])
-    plain = bt_loss(chosen, rejected)
+    plain = pair_loss(chosen, rejected)
     assert torch.allclose(plain, -logsigmoid(torch.tensor([1.0, -3.0])).mean())
-    assert torch.allclose(bt_loss(chosen, rejected, label=torch.ones(2)), plain)
-    half = bt_loss(chosen, rejected, label=torch.full((2,), 0.5))
-    assert torch.allclose(half, (plain + bt_loss(rejected, chosen)) / 2)
-    margin = torch.tensor([0.5, 0.0])
-    assert torch.allclose(bt_loss(chosen, rejected, margin), bt_loss(chosen - margin, rejected))
+    assert torch.allclose(pair_loss(chosen, rejected, label=torch.ones(2)), plain)
+    half = pair_loss(chosen, rejected, label=torch.full((2,), 0.5))
+    assert torch.allclose(half, (plain + pair_loss(rejected, chosen)) / 2)
+    margin, label = torch.tensor([0.5, 0.0]), torch.tensor([0.9, 0.6])
+    every = (chosen, rejected, margin, label)
+    assert torch.allclose(pair_loss(*every), bt_loss(*every))
+    assert torch.allclose(pair_loss(chosen, rejected, margin), pair_loss(chosen - margin, rejected))
 
 
 def test_weighted_pairs_take_margins_labels_and_competence():
@@ -138,7 +140,7 @@ def test_weighted_pairs_take_margins_labels_and_competence():
 
 def test_a_hopeless_gap_stays_finite():
     far = torch.tensor([-1e4], requires_grad=True)
-    loss = bt_loss(far, -far.detach())
+    loss = pair_loss(far, -far.detach())
     assert loss.item() == pytest.approx(2e4) and torch.autograd.grad(loss, far)[0].item() == -1
 
 
