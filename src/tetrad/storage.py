@@ -240,6 +240,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def metrics_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage measured; an earlier version called it figures."""
+    return dict(manifest.get("metrics", manifest.get("figures", {})))
+
+
 def verify_folder(path: Path) -> dict[str, Any]:
     """Reads every file of a folder and compares it with the manifest. Returns the manifest.
 

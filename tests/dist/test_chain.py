@@ -40,7 +40,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
         for left, right in zip(one, both, strict=True):
             assert left == pytest.approx(right, rel=2e-3, abs=2e-5), stage
         figures = [
-            json.loads((home / stage / "model/manifest.json").read_text())["figures"] for home in (chain.home, other)
+            json.loads((home / stage / "model/manifest.json").read_text())["metrics"] for home in (chain.home, other)
         ]
         alarms = [figure.pop("alarms", None) for figure in figures], [figure.pop("gate", None) for figure in figures]
         assert all(one == both for one, both in alarms), stage

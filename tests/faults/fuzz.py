@@ -95,7 +95,7 @@ def recipe(folder: Path) -> Target:
 def manifest(folder: Path) -> Target:
     """The manifest of a folder, and the verification of what it names; every second one has a true checksum."""
     place = folder / "model"
-    meta = {"key": "k", "figures": {"loss": 1.5}, "lineage": {"stage": "sft", "parents": {}, "data": {"sft.data": []}}}
+    meta = {"key": "k", "metrics": {"loss": 1.5}, "lineage": {"stage": "sft", "parents": {}, "data": {"sft.data": []}}}
     storage.write_folder(place, {"a.safetensors": b"abc", "state.json": b"{}"}, meta)
     path = place / storage.MANIFEST
     whole = path.read_bytes()

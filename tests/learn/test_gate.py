@@ -138,7 +138,7 @@ def judged(
     for name, count, draw in (("validation", 200, 1000), ("test", 300, 2000)):
         planted.write(home / f"{name}.jsonl", pairs(count, draw + seed, held or better))
     said = trained(home, "judge", "--seed", str(seed), *extra)
-    figures = json.loads((home / "runs/judge/reward/model/manifest.json").read_text())["figures"]
+    figures = json.loads((home / "runs/judge/reward/model/manifest.json").read_text())["metrics"]
     line = next(line for line in said.splitlines() if "gate:" in line)
     print(line, {name: round(value, 3) for name, value in figures.items()})
     return line

@@ -292,3 +292,8 @@ def test_json_that_would_fill_the_memory() -> None:
     for raw, parts in ((b"[[], {}]", 2), (b"[" + b"0," * 30 + b"0]", 2), (b"[NaN", 9), (b"\xff", 9)):
         with pytest.raises(ValueError, match=r".+"):
             storage.json_of(raw, parts)
+
+
+def test_what_a_stage_measured_is_read_by_its_earlier_name_too() -> None:
+    assert storage.metrics_of({"metrics": {"a": 1}}) == storage.metrics_of({"figures": {"a": 1}}) == {"a": 1}
+    assert storage.metrics_of({"key": "k"}) == {}

@@ -55,7 +55,7 @@ def of_run(recipe: Recipe, ppo: Path | None, report: Path | None) -> Verdict | N
     if report:
         saved = json.loads((report / "report.json").read_bytes())["verdict"]
         return Verdict(**{**saved, "reasons": tuple(saved["reasons"])}) if saved else None
-    return before_evaluation(recipe, Notes.read(storage.read_manifest(ppo)["figures"])) if ppo else None
+    return before_evaluation(recipe, Notes.read(storage.metrics_of(storage.read_manifest(ppo)))) if ppo else None
 
 
 def with_verdict(card: str, verdict: Verdict) -> str:

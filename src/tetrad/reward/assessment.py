@@ -133,7 +133,7 @@ def evaluate(
         accuracy_shorter_high=shorter[1],
     )
     _show(ctx, metrics, breakdown, probed)
-    report = {"figures": metrics.record(), **asdict(Evaluation(breakdown, probed, members))}
+    report = {"metrics": metrics.record(), **asdict(Evaluation(breakdown, probed, members))}
     return replace(metrics, **vars(scale)), report
 
 

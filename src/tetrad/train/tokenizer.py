@@ -27,5 +27,5 @@ def run(ctx: StageContext) -> None:
         if tokenizer.size < s.vocab_size:
             many = f"the text gave {tokenizer.size} of the {s.vocab_size} tokens that tokenizer.vocab_size asks for"
             ctx.console.say(f"note: {many}; more text, or a lower tokenizer.min_frequency, gives more")
-        stage.finish(tokenizer.files(), {"key": ctx.key, "figures": metrics, "lineage": dict(ctx.lineage)})
+        stage.finish(tokenizer.files(), {"key": ctx.key, "metrics": metrics, "lineage": dict(ctx.lineage)})
         collectives.barrier()

@@ -20,7 +20,7 @@ from tetrad.model.safetensors_io import file_bytes
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.registry import STAGES
 from tetrad.report import outcome
-from tetrad.storage import Content, Json
+from tetrad.storage import Content, Json, metrics_of
 from tetrad.text.chat_template import Template, choose
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.batches import mean_nll
@@ -127,7 +127,7 @@ def finish(
     card = _card(ctx, model, metrics)
     if ctx.folder.name == "ppo":
         card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, outcome.Notes.read(metrics)))
-    meta: dict[str, Json] = {"key": ctx.key, "figures": dict(metrics), "lineage": dict(ctx.lineage)}
+    meta: dict[str, Json] = {"key": ctx.key, "metrics": dict(metrics), "lineage": dict(ctx.lineage)}
     run.finish(files, meta, {outcome.CARD: card.encode(errors="backslashreplace")})
     collectives.barrier()
 
@@ -154,7 +154,7 @@ def _card(ctx: StageContext, model: CausalLM | ScalarModel, metrics: Mapping[str
 def recorded_metrics(folder: Path) -> dict[str, Any]:
     """The metrics that a stage recorded about its model."""
     manifest = folder / "manifest.json"
-    return dict(json.loads(manifest.read_bytes()).get("figures", {})) if manifest.is_file() else {}
+    return metrics_of(json.loads(manifest.read_bytes())) if manifest.is_file() else {}
 
 
 def read_policy(folder: Path, tokenizer: Tokenizer, template: Template) -> CausalLM:

@@ -97,9 +97,9 @@ class Workshop:
                 context.folder / "report", {"report.json": json.dumps(self.report).encode()}, {"key": key}
             )
             return
-        figures = {"figures": self.notes} if stage == "ppo" else {}
+        metrics = {"metrics": self.notes} if stage == "ppo" else {}
         card = {"README.md": f"# {stage}\n".encode()}
-        storage.write_folder(context.folder / "model", {"weights.bin": key.encode()}, {"key": key, **figures}, card)
+        storage.write_folder(context.folder / "model", {"weights.bin": key.encode()}, {"key": key, **metrics}, card)
 
     @property
     def home(self) -> Path:

@@ -121,7 +121,7 @@ def test_annotators_are_told(chain: Chain) -> None:
 
 def test_the_gate_is_told_and_heeded(chain: Chain) -> None:
     """What it judges is noted with the model; under `strict` PPO refuses one that fails, and moves no earlier stage."""
-    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["figures"]
+    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["metrics"]
     assert abs(figures["fresh_mean"]) < 3 and 0.2 < figures["fresh_std"] < 5
     assert 0.5 <= figures["length_accuracy"] <= 1
     chain.run()

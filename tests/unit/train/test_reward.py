@@ -141,7 +141,7 @@ def test_training_stops_where_held_out_records_gain_no_more(chain: Chain) -> Non
     chain.run("--reward.patience", "1", "--reward.lr", "0.3", "--reward.schedule", "constant", "--ppo.steps", "1")
     lines = chain.lines("reward")
     assert 2 < len(lines) < 14 and len(lines) % 2 == 0
-    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["figures"]
+    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["metrics"]
     assert figures["pairs"] > 0
 
 
@@ -154,7 +154,7 @@ def test_an_ensemble_is_averaged_and_its_doubt_subtracted(chain: Chain) -> None:
     members = read_members(folder)
     assert len(members) == 3 and (folder / "member-3.safetensors").is_file()
     told = json.loads((folder / "evaluation.json").read_text())
-    figures = json.loads((folder / "manifest.json").read_text())["figures"]
+    figures = json.loads((folder / "manifest.json").read_text())["metrics"]
     assert len({member["pair_accuracy"] for member in told["members"]}) > 1
     assert figures["spearman_sd"] > 0 and figures["disagreement"] > 0
     samples = [Completion((5, 6), (7 + i, 8, 9), (), "") for i in range(4)]
@@ -200,5 +200,5 @@ def test_a_reward_model_with_its_own_tokenizer_reads_texts(chain: Chain) -> None
     chain.run("--reward.from", small, "--ppo.critic", "actor")
     tokenizers = [(chain.home / stage / "model" / "tokenizer.json").read_bytes() for stage in ("sft", "reward")]
     assert tokenizers[0] != tokenizers[1]
-    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["figures"]
+    figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["metrics"]
     assert abs(figures["fresh_mean"]) < 3 and np.isfinite(chain.lines("ppo")[-1]["score"])
