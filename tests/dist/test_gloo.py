@@ -1,6 +1,7 @@
 """Two processes make the same steps as one, and only because they really speak to each other."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@cache
+def of_one_process(job: str) -> Found:
+    return JOBS[job]()
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -33,7 +39,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("job", JOBS)
 def test_two_are_one(ranks: list[dict[str, Found]], job: str) -> None:
     """Losses, terms and gradient norms of every step, and the weights after five: 1e-5 relative."""
-    alone = JOBS[job]()
+    alone = of_one_process(job)
     for found in ranks:
         together = found[job]
         assert together.keys() == alone.keys()
@@ -53,7 +59,7 @@ def test_five_steps_are_a_long_way(ranks: list[dict[str, Found]]) -> None:
 
 def test_whitening_spans_the_ranks(ranks: list[dict[str, Found]]) -> None:
     """Advantages have mean 0 and variance 1 over the rows of both, not of each."""
-    alone = JOBS["ppo"]()["advantages"]
+    alone = of_one_process("ppo")["advantages"]
     assert alone.shape[:2] == (STEPS, BATCH)
     for found in ranks:
         torch.testing.assert_close(found["ppo"]["advantages"], alone, rtol=1e-4, atol=1e-5)
@@ -68,7 +74,7 @@ def test_whitening_spans_the_ranks(ranks: list[dict[str, Found]]) -> None:
 @pytest.mark.parametrize("job", ["sft", "reward", "ppo"])
 def test_without_its_collectives_it_goes_wrong(ranks: list[dict[str, Found]], job: str, broken: str) -> None:
     """The gradients are really summed: where they are not, the processes part, or leave the one process's way."""
-    alone = JOBS[job]()["weights"]
+    alone = of_one_process(job)["weights"]
     found = [rank[f"{job} without {broken}"]["weights"] for rank in ranks]
     assert max(relative(part, alone) for part in found) > 1e-4
     if broken == "sum_gradients":
