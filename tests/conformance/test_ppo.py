@@ -320,6 +320,9 @@ def test_entropy_bonus_has_an_effect():
 def test_kl_is_summed_over_tokens():
     four = some_models(other=True)
     made, rewards = ppo_toys.experience(four, ppo_toys.sampled(four, ASKED, S, (0, 0)), S, beta=1.0)
-    scores = torch.tensor(four.reward(made.rollout.samples)).float().clamp(-5, 5) - (~made.rollout.finished_B).float()
+    scores = (
+        torch.tensor(four.reward.total(four.reward.by_source(made.rollout.samples))).float().clamp(-5, 5)
+        - (~made.rollout.finished_B).float()
+    )
     kl = ppo.kl_tokens(made.logprobs, made.ref_logprobs, made.rollout.mask_BT).sum(1)
     torch.testing.assert_close(rewards.sum(1), scores - kl, rtol=1e-5, atol=1e-5)

@@ -249,14 +249,14 @@ def test_text_beside_ppo_holds_the_language_model():
 def test_moving_average_follows_the_actor():
     actor = toys.causal(seed=1, vocab_size=VOCAB)
     average = EMA(actor, 0.75)
-    start = average.kept["model.norm.weight"].clone()
+    start = average.average["model.norm.weight"].clone()
     with torch.no_grad():
         actor.model.norm.weight += 4.0
     average.update()
-    torch.testing.assert_close(average.kept["model.norm.weight"], start + 1.0)
+    torch.testing.assert_close(average.average["model.norm.weight"], start + 1.0)
     again = EMA(toys.causal(seed=2, vocab_size=VOCAB), 0.75)
     again.load_tensors(average.tensors())
-    assert torch.equal(again.kept["model.norm.weight"], average.kept["model.norm.weight"])
+    assert torch.equal(again.average["model.norm.weight"], average.average["model.norm.weight"])
 
 
 def test_ratio_max_is_the_largest_of_all_micro_batches():

@@ -105,7 +105,7 @@ def test_learns_a_rule(seed):
     assert 0.03 <= share_right(four, LEARNS, seed, liked) <= 0.17
     for step in range(LEARNS.steps):
         made, _ = ppo_toys.iterate(four, asked(LEARNS.batch_size), LEARNS, (seed, step))
-        if sum(four.reward(made.rollout.samples)) >= 0.97 * LEARNS.batch_size:
+        if sum(four.reward.total(four.reward.by_source(made.rollout.samples))) >= 0.97 * LEARNS.batch_size:
             break
     assert share_right(four, LEARNS, seed, liked) >= 0.9
 

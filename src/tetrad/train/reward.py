@@ -52,17 +52,17 @@ def run(ctx: StageContext) -> None:
 def train(ctx: StageContext, stage: StageRun, data: RewardData, ensemble: Ensemble, best: EarlyStopping) -> None:
     """All steps, or those up to the evaluation that stops training early."""
     terms, validation_batch = preference_terms(ctx.recipe.reward), data.validation_batch()
-    evaluated = [step for step in range(data.steps) if (step + 1) % math.ceil(data.steps / EVALUATIONS) == 0]
-    evaluated = evaluated if best.patience else []
+    interval = math.ceil(data.steps / EVALUATIONS)
+    eval_steps = [step for step in range(data.steps) if best.patience and (step + 1) % interval == 0]
     if best.should_stop:
         stage.end_early()
-    with ctx.console.progress("reward", data.steps, stage.step, looks=sum(s >= stage.step for s in evaluated)) as bar:
+    with ctx.console.progress("reward", data.steps, stage.step, looks=sum(s >= stage.step for s in eval_steps)) as bar:
         for step in stage.steps():
             stats = [train_step(ctx, member, data, terms, step) for member in ensemble.members]
             metrics = mean_metrics(stats)
             stage.log(step, **metrics)
             bar.advance(1, loss=metrics["loss"], **stage.timing(sum(each.tokens for each in stats)))
-            if step in evaluated:
+            if step in eval_steps:
                 with bar.look():
                     best.update(eval_loss(ensemble.members, validation_batch, terms, data))
             if best.should_stop:
