@@ -91,7 +91,7 @@ FAULTS = (
         "8 old log-probabilities are the sampler's",
         "train/ppo.py",
         "logprobs = read_logprobs(models.actor, *read, s.temperature)",
-        "logprobs = rollout.sampled_BT",
+        "logprobs = rollout.sampler_logprobs_BT",
         f"{PPO}::test_kl_to_the_reference_starts_at_exactly_nothing",
     ),
     Fault(
@@ -229,7 +229,7 @@ FAULTS = (
     ),
     Fault(
         "23 every epoch has the same order",
-        "rl/experience.py",
+        "rl/minibatches.py",
         'generator_for(key[0], "mini-batches", key[1], epoch)',
         'generator_for(key[0], "mini-batches", key[1], 0)',
         f"{PPO}::test_epochs_read_every_row_once_in_fresh_order",
@@ -272,8 +272,8 @@ FAULTS = (
     Fault(
         "29 the entropy bonus has the wrong sign",
         "train/ppo.py",
-        '"tokens", -bonus)',
-        '"tokens", bonus)',
+        '"tokens", -coef)',
+        '"tokens", coef)',
         f"{PPO}::test_entropy_bonus_has_an_effect",
     ),
     Fault(
@@ -321,7 +321,7 @@ FAULTS = (
     Fault(
         "36 a judge that falls is not heard",
         "rl/monitor.py",
-        "fell = rises and _moved(self.windows[name]) < -1",
+        "fell = rises and _z_score(self.windows[name]) < -1",
         "fell = False",
         "unit/rl/test_monitor.py::test_a_judge_that_falls_while_the_score_rises",
     ),
@@ -348,7 +348,7 @@ FAULTS = (
     ),
     Fault(
         "a token meets another's advantage",
-        "rl/experience.py",
+        "rl/minibatches.py",
         "batch.advantages, batch.returns)",
         "batch.advantages.flip(0), batch.returns)",
         f"{PPO}::test_micro_batches_carry_their_own_numbers",
@@ -476,14 +476,14 @@ FAULTS = (
     Fault(
         "a stop forgets the alarms",
         "rl/monitor.py",
-        'self.start, self.negative_variance, self.reported = saved["start"], saved["failing"], saved["told"]',
+        'self.start, self.negative_ev_streak, self.reported = saved["start"], saved["failing"], saved["told"]',
         "pass",
         "unit/rl/test_monitor.py::test_the_start_survives_a_stop",
     ),
     Fault(
         "a judge that falls with the score is an alarm",
         "rl/monitor.py",
-        'rises = _moved(self.windows["score"]) > 0',
+        'rises = _z_score(self.windows["score"]) > 0',
         "rises = True",
         "unit/rl/test_monitor.py::test_a_judge_that_falls_while_the_score_rises",
     ),

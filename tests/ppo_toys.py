@@ -13,7 +13,7 @@ from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.reward.model import Reward
 from tetrad.reward.sources import RewardSource, RewardSources
-from tetrad.rl.experience import PPOBatch
+from tetrad.rl.minibatches import PPOBatch
 from tetrad.rl.models import Models
 from tetrad.rl.monitor import Monitor
 from tetrad.rl.rewards import KLController, RunningStd

@@ -10,9 +10,9 @@ import pytest
 
 from tetrad import __version__
 from tetrad.cli.main import commands, main
-from tetrad.registry import Recipe
 from tetrad.settings import use
 from tetrad.settings.base import options, tables
+from tetrad.stages import Recipe
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ import toys
 from tetrad.inference.completions import Completion
 from tetrad.objectives import ppo
 from tetrad.reward.model import score_tokens, trained
-from tetrad.rl.experience import minibatches
+from tetrad.rl.minibatches import minibatches
 from tetrad.rl.models import Models
 from tetrad.rl.rewards import token_rewards, whitened
 from tetrad.rl.rollout import read_logprobs, read_values
@@ -70,7 +70,7 @@ def test_dropout_is_off_in_all_four():
         scores = torch.tensor(trained([scorer], toys.CPU, 256)(rollout.samples))
         made, _ = ppo_toys.experience(four, rollout, S)
         four.actor.train()
-        again = ppo_toys.sampled(four, ASKED, S, (0, 0)).sampled_BT
+        again = ppo_toys.sampled(four, ASKED, S, (0, 0)).sampler_logprobs_BT
         found.append((scores, made.logprobs, made.ref_logprobs, made.values, again))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -93,9 +93,11 @@ def test_sampling_and_logprobs_have_one_temperature():
     four = some_models(s)
     rollout = ppo_toys.sampled(four, ASKED, s, (0, 0))
     mask = rollout.mask_BT
-    gap = (read_logprobs(four.actor, rollout, 4096, toys.CPU, 0.7) - rollout.sampled_BT).abs()
+    gap = (read_logprobs(four.actor, rollout, 4096, toys.CPU, 0.7) - rollout.sampler_logprobs_BT).abs()
     assert gap.max() <= 1e-4
-    assert (read_logprobs(four.actor, rollout, 4096, toys.CPU, 1.0) - rollout.sampled_BT).abs()[mask].max() > 0.05
+    assert (read_logprobs(four.actor, rollout, 4096, toys.CPU, 1.0) - rollout.sampler_logprobs_BT).abs()[
+        mask
+    ].max() > 0.05
 
 
 def test_layout_of_a_rollout():
@@ -159,7 +161,7 @@ def test_missing_end_is_paid_after_the_clip():
     """Else a score far above the clip would hide the penalty."""
     four = some_models()
     rollout = ppo_toys.sampled(four, ASKED, S, (0, 0))
-    zeros = torch.zeros_like(rollout.sampled_BT)
+    zeros = torch.zeros_like(rollout.sampler_logprobs_BT)
     s = replace(S, reward_clip=5.0, missing_eos_penalty=1.5)
     for score, end in ((100.0, 5.0), (-100.0, -5.0), (2.0, 2.0)):
         paid = token_rewards(s, torch.full((12,), score), zeros, zeros, rollout, 0.1).sum(1)

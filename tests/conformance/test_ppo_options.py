@@ -12,8 +12,8 @@ import toys
 from tetrad.objectives import ppo
 from tetrad.reward.model import trained
 from tetrad.reward.sources import RewardSource, RewardSources, named
-from tetrad.rl.experience import minibatches
-from tetrad.rl.models import EMA, ActorCritic, Models, _shared
+from tetrad.rl.minibatches import minibatches
+from tetrad.rl.models import EMA, Models, SharedActorCritic, _shared
 from tetrad.rl.prompts import PtxBatch
 from tetrad.rl.rewards import RunningStd, token_rewards
 from tetrad.settings.common import Optim
@@ -37,7 +37,7 @@ def some_models(s: Ppo = S, other: bool = True) -> Models:
 def shared_models(s: Ppo) -> Models:
     actor = toys.causal(seed=1, vocab_size=VOCAB)
     critic = _shared(actor, 4)
-    both = ActorCritic(actor, critic)
+    both = SharedActorCritic(actor, critic)
     optimizer = Optimizer(
         both, s.actor_lr, replace(Optim(), weight_decay=0.1), lr_overrides={"critic.score": s.critic_lr}
     )
@@ -183,7 +183,7 @@ def test_running_spread_is_that_of_all_scores():
 
 def test_running_scaling_divides_before_the_clip():
     four = some_models()
-    rollout, zeros = rolled(four), torch.zeros_like(rolled(four).sampled_BT)
+    rollout, zeros = rolled(four), torch.zeros_like(rolled(four).sampler_logprobs_BT)
     made, rewards = ppo_toys.experience(four, rollout, replace(S, reward_scaling="running", kl_coef=0.0))
     unit = made.scores.std(correction=0)
     expected = (made.scores / unit).clamp(-5, 5) - (~rollout.finished_B).float()

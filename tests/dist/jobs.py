@@ -94,7 +94,7 @@ def own_rows(rollout: Rollout) -> Rollout:
         tuple(rollout.documents[i] for i in rows),
         rollout.mask_BT[index],
         rollout.finished_B[index],
-        rollout.sampled_BT[index],
+        rollout.sampler_logprobs_BT[index],
     )
 
 

@@ -12,7 +12,7 @@ import toys
 from tetrad.inference.completions import EncodedPrompt
 from tetrad.model.transformer import CausalLM
 from tetrad.objectives import ppo
-from tetrad.rl.experience import PPOBatch
+from tetrad.rl.minibatches import PPOBatch
 from tetrad.rl.models import Models
 from tetrad.settings.ppo import Ppo
 from tetrad.training.batches import response_logprobs

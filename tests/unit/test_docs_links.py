@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tetrad.registry import Recipe
 from tetrad.settings import use
+from tetrad.stages import Recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -14,7 +14,7 @@ from tetrad import errors
 from tetrad.cli.main import main
 from tetrad.data import records
 from tetrad.pipeline import recipe
-from tetrad.registry import STAGES
+from tetrad.stages import STAGES
 from tetrad.types import Comparison, Score
 from tiny import write_tiny
 

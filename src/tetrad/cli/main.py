@@ -132,7 +132,7 @@ class Command:
 
 def commands() -> dict[str, Command]:
     """By name, in the order of the overview."""
-    from tetrad.registry import STAGES
+    from tetrad.stages import STAGES
 
     recipe = "RECIPE.toml"
     stages = {n: Command(recipe, f"only this stage: {row.summary}", tables=row.tables) for n, row in STAGES.items()}
@@ -165,9 +165,9 @@ def _overview() -> str:
 
 
 def _help(verb: str, *, everything: bool) -> str:
-    from tetrad.registry import STAGES, Recipe
     from tetrad.settings import use
     from tetrad.settings.arguments import help_text
+    from tetrad.stages import STAGES, Recipe
 
     command = commands()[verb]
     usage = f"usage: tetrad {verb} {command.argument} [--SETTING VALUE ...]".replace("  ", " ")

@@ -20,11 +20,11 @@ from tetrad.datacheck import cost, duplicates, findings, judgements, texts, voca
 from tetrad.datacheck.reading import SETTINGS, Encoder, Reading, read, settings_of, shortened, sniff
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig, read_config
-from tetrad.registry import Recipe
 from tetrad.report.page import page
 from tetrad.report.sections import Finding, RenderedSample, Report, Section, Span, Table, histogram, share
 from tetrad.report.terminal import show
 from tetrad.settings.use import Check
+from tetrad.stages import Recipe
 from tetrad.text.bpe import SMALLEST, learn
 from tetrad.text.chat_template import choose, template
 from tetrad.text.tokenizer import Tokenizer

@@ -21,10 +21,10 @@ import numpy as np
 from tetrad.datacheck.reading import HELD_OUT, Reading
 from tetrad.model.config import DecoderConfig
 from tetrad.model.inspect import parameter_count
-from tetrad.registry import Recipe
 from tetrad.report.sections import Section, Table
 from tetrad.settings.base import model_pays
 from tetrad.settings.common import Lora
+from tetrad.stages import Recipe
 
 TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes per parameter
 BASE = 305 << 20  # bytes of a process with torch in it

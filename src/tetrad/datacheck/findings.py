@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from tetrad.datacheck.reading import Reading
-from tetrad.registry import Recipe
 from tetrad.report.sections import Finding, Section, Table, share
+from tetrad.stages import Recipe
 from tetrad.types import Score
 
 FEW = {"sft.data": 100, "reward.data": 200, "reward.validation": 50, "ppo.prompts": 50, "evaluate.prompts": 30}

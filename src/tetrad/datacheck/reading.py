@@ -19,7 +19,7 @@ from tetrad.data.similarity import LONGEST
 from tetrad.data.source import Counts, DataFiles, kind, sources
 from tetrad.data.tokens import chunked, tokenize, tokenize_documents
 from tetrad.errors import UserError
-from tetrad.registry import Recipe
+from tetrad.stages import Recipe
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import renamed

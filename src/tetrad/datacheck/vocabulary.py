@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from tetrad.data.records import read_documents
 from tetrad.data.source import sources
 from tetrad.errors import UserError
-from tetrad.registry import Recipe
 from tetrad.report.sections import Section, Table
+from tetrad.stages import Recipe
 from tetrad.text.bpe import CONTROLS, SMALLEST, learn
 from tetrad.training.context import renamed
 

@@ -26,7 +26,6 @@ from tetrad.inference.text_metrics import response_metrics
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, frozen
 from tetrad.objectives.calibration import bootstrap_interval
-from tetrad.registry import POLICY
 from tetrad.report import outcome
 from tetrad.report.verdict import PPO, SFT, Difference, SystemMetrics, Verdict, failed_guards, verdict
 from tetrad.reward import gate
@@ -36,6 +35,7 @@ from tetrad.reward.model import Reward, reward_model
 from tetrad.reward.sources import named
 from tetrad.rl.rollout import Rollout, roll_out
 from tetrad.settings.common import Sampling
+from tetrad.stages import POLICY
 from tetrad.storage import RunLock, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.batches import response_logprobs

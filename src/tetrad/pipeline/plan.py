@@ -17,8 +17,8 @@ from tetrad.errors import UserError
 from tetrad.inference import model_folder
 from tetrad.pipeline.hashes import Hashes
 from tetrad.pipeline.status import Step
-from tetrad.registry import FOLDERS, STAGES, Recipe
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, is_function, options
+from tetrad.stages import FOLDERS, STAGES, Recipe
 from tetrad.storage import Json
 
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")

@@ -17,7 +17,7 @@ from tetrad.datacheck.reading import HELD_OUT, SETTINGS, settings_of, stage_of
 from tetrad.errors import UserError
 from tetrad.inference import model_folder
 from tetrad.pipeline.status import Step
-from tetrad.registry import POLICY, STAGES, Recipe
+from tetrad.stages import POLICY, STAGES, Recipe
 from tetrad.text.chat_template import choose
 from tetrad.text.tokenizer import SEPARATOR, Tokenizer
 from tetrad.training import checkpoint

@@ -17,10 +17,10 @@ from typing import Any
 from tetrad import disk
 from tetrad.errors import UserError
 from tetrad.pipeline.validation import PATHS, check, check_values
-from tetrad.registry import Recipe
 from tetrad.settings.arguments import nest, parse
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, options, toml_name
 from tetrad.settings.check import build
+from tetrad.stages import Recipe
 
 __all__ = ["Recipe", "read", "write"]
 

@@ -22,9 +22,9 @@ from tetrad.pipeline.plan import hashes_of, home, plan
 from tetrad.pipeline.preflight import preflight
 from tetrad.pipeline.recipe import write
 from tetrad.pipeline.status import Step, differences, lineage, show, state, verdict_of, verify
-from tetrad.registry import STAGES, Recipe
 from tetrad.report import outcome
 from tetrad.report.verdict import UNTRUSTED
+from tetrad.stages import STAGES, Recipe
 from tetrad.training.context import StageContext
 
 StageFunction = Callable[[StageContext], None]

@@ -13,10 +13,10 @@ from typing import Any
 from tetrad import storage
 from tetrad.console import Console
 from tetrad.pipeline.hashes import Hashes
-from tetrad.registry import Recipe
 from tetrad.report import outcome
 from tetrad.report.verdict import Verdict
 from tetrad.settings.names import shown
+from tetrad.stages import Recipe
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
-from tetrad.registry import Recipe
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, model_pays, options
 from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
+from tetrad.stages import Recipe
 
 PATHS = ("model.from", "reward.from", "evaluate.external_lm")
 """The settings that name an existing folder."""

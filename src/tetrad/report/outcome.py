@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tetrad import storage
-from tetrad.registry import Recipe
 from tetrad.report.verdict import AlarmSpan, Verdict, unevaluated
+from tetrad.stages import Recipe
 from tetrad.storage import Json
 
 CARD = "README.md"

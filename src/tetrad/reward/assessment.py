@@ -18,7 +18,6 @@ from tetrad.distributed.device import Device
 from tetrad.inference.completions import Completion, complete, read_encoded_prompts
 from tetrad.model.transformer import ScalarModel, frozen
 from tetrad.objectives.calibration import spearman
-from tetrad.registry import POLICY
 from tetrad.reward.batches import Examples
 from tetrad.reward.data import RewardData
 from tetrad.reward.evaluation import BETTER_IS_LONGER, BETTER_IS_SHORTER, Pairs, Slice, slices
@@ -26,6 +25,7 @@ from tetrad.reward.metrics import RewardMetrics, ScaleMetrics
 from tetrad.reward.model import Reward, RewardModel, reader
 from tetrad.reward.probes import Probe, probes, worst_shift
 from tetrad.settings.common import Sampling
+from tetrad.stages import POLICY
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent

@@ -12,12 +12,12 @@ from tetrad.data.tokens import tokenize
 from tetrad.distributed import collectives
 from tetrad.distributed.device import choose
 from tetrad.model.config import read_config
-from tetrad.registry import POLICY
 from tetrad.reward.annotators import ids_of_annotators
 from tetrad.reward.batches import Examples, Record, preference_micros
 from tetrad.reward.functions import python_function
 from tetrad.seeds import seed_for
 from tetrad.settings.reward import Reward
+from tetrad.stages import POLICY
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext

@@ -32,8 +32,8 @@ from tetrad.inference.model_folder import (
 from tetrad.model.config import is_reward
 from tetrad.model.huggingface import read_members
 from tetrad.model.transformer import ScalarModel
-from tetrad.registry import POLICY
 from tetrad.settings.common import Run
+from tetrad.stages import POLICY
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext

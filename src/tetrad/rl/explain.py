@@ -10,9 +10,9 @@ from typing import Any
 
 from tetrad.console import Console
 from tetrad.errors import UserError
-from tetrad.registry import Recipe
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.use import Explain
+from tetrad.stages import Recipe
 
 _TABLE = ("token", "text", "log pi", "log pi_ref", "KL", "reward", "value", "return", "advantage")
 _KEYS = ("ids", "pieces", "logprob", "reference", "kl", "reward", "value", "return", "advantage")
@@ -63,7 +63,11 @@ def _opening(step: int, metrics: Mapping[str, float], s: Ppo) -> list[str]:
     f, truncated = metrics, (1 - metrics["finished"]) * 100
     parts = {name: value for name, value in f.items() if name.startswith(("score_", "judge_")) and name != "score_std"}
     details = "".join(f"; {name} {value:+.3f}" for name, value in parts.items())
-    known = f"; the critic explains {f['explained_variance']:.0%} of the returns" if "explained_variance" in f else ""
+    known = (
+        f"; the critic explains {f['explained_variance']:.0%} of the variance of the returns"
+        if "explained_variance" in f
+        else ""
+    )
     return [
         f"step {step} of {s.steps}",
         f"1. The actor answered {s.batch_size} prompts"
@@ -80,7 +84,7 @@ def _added(s: Ppo) -> str:
     running = s.reward_scaling == "running"
     changes = ", divided by the standard deviation of all so far" if running else ""
     changes += f", clipped to ±{s.reward_clip:g}" if s.reward_clip and (running or not s.rewards) else ""
-    whole = "all rewards of the batch are divided by their standard deviation, after the score is added"
+    whole = "then all rewards of the batch are scaled to standard deviation 1 about their mean, the score included"
     return whole if s.reward_scaling == "whiten" else f"the score{changes}{',' if changes else ''} is added"
 
 
@@ -127,7 +131,7 @@ def _worked(
         lines.append("  the response was truncated: it is bootstrapped with the critic's value")
     else:
         lines.append(f"last token: A = r - V = {r[-1]:+.3f} - {v[-1]:+.3f} = {last:+.3f}: nothing comes after it")
-    return [*lines, "the advantage of the table is A less its mean over the batch, by its standard deviation"]
+    return [*lines, "the advantage of the table is (A - mean of the batch) / standard deviation of the batch"]
 
 
 def _learning(f: Mapping[str, float], s: Ppo) -> list[str]:

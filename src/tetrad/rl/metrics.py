@@ -11,7 +11,7 @@ from tetrad.inference.completions import Completion
 from tetrad.inference.text_metrics import response_metrics
 from tetrad.objectives import ppo
 from tetrad.objectives.calibration import spearman
-from tetrad.rl.experience import PPOBatch
+from tetrad.rl.minibatches import PPOBatch
 from tetrad.rl.rewards import mean_variance
 from tetrad.rl.rollout import Rollout
 from tetrad.settings.base import REWARD_MODEL
@@ -43,7 +43,7 @@ def step_metrics(
     total = collectives.sum_counts({**sums, "responses": float(len(scores))})
     responses = total.pop("responses")
     means = {name: value / responses for name, value in total.items()}
-    gap = float((batch.logprobs - batch.rollout.sampled_BT).abs()[mask].max())
+    gap = float((batch.logprobs - batch.rollout.sampler_logprobs_BT).abs()[mask].max())
     _, variance = mean_variance(scores, torch.ones_like(scores, dtype=torch.bool), device)
     return {
         **means,

@@ -20,11 +20,11 @@ from tetrad.model.huggingface import read_scalar
 from tetrad.model.lora import merged, on_base
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head
-from tetrad.registry import POLICY
 from tetrad.reward.model import Reward, reader, trained
 from tetrad.reward.sources import RewardSources, reward_sources
 from tetrad.seeds import seed_for
 from tetrad.settings.base import model_pays
+from tetrad.stages import POLICY
 from tetrad.storage import Json
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training import adapters
@@ -36,7 +36,7 @@ from tetrad.training.run_folder import StageRun
 from tetrad.training.stage import Weights, finish, read_policy, recorded_metrics, template_for
 
 
-class ActorCritic(nn.Module):
+class SharedActorCritic(nn.Module):
     """Actor and critic as one model, for one optimizer; the trunk that they share is one."""
 
     def __init__(self, actor: CausalLM, critic: ScalarModel) -> None:
@@ -46,12 +46,12 @@ class ActorCritic(nn.Module):
 
 def actor_of(model: nn.Module) -> CausalLM:
     """The actor, alone or on one trunk with the critic."""
-    return model.actor if isinstance(model, ActorCritic) else cast(CausalLM, model)
+    return model.actor if isinstance(model, SharedActorCritic) else cast(CausalLM, model)
 
 
 def critic_of(model: nn.Module) -> ScalarModel:
     """The critic, alone or on one trunk with the actor."""
-    return model.critic if isinstance(model, ActorCritic) else cast(ScalarModel, model)
+    return model.critic if isinstance(model, SharedActorCritic) else cast(ScalarModel, model)
 
 
 class EMA:
@@ -81,7 +81,7 @@ class EMA:
 class Models:
     """Actor and critic are updated. reference: the actor before PPO; reward: completions in, scores out. actor_critic:
     actor and critic on one trunk, with actor_optimizer for the two. train_score_p999: the 99.9 % quantile of the reward
-    model's scores on its training answers. micro_batch_tokens: what a model reads at once."""
+    model's scores on its training answers. micro_batch_tokens: tokens of a forward pass."""
 
     actor: CausalLM
     critic: ScalarModel
@@ -92,7 +92,7 @@ class Models:
     tokenizer: Tokenizer
     device: Device
     micro_batch_tokens: int
-    actor_critic: ActorCritic | None = None
+    actor_critic: SharedActorCritic | None = None
     ema: EMA | None = None
     train_score_p999: float = math.inf
 
@@ -107,8 +107,8 @@ class Models:
         parts |= {"critic_optimizer": self.critic_optimizer} if self.critic_optimizer else {}
         return parts | ({"average": self.ema} if self.ema else {})
 
-    def freeze_trunk(self, frozen: bool) -> None:
-        """While the critic warms up on the actor's trunk, that trunk must not move; one of its own needs nothing."""
+    def freeze_shared_trunk(self, frozen: bool) -> None:
+        """While the critic warms up on the actor's trunk, that trunk must not move; a separate critic needs nothing."""
         for name, parameter in self.actor_optimizer.names.items() if self.actor_critic else ():
             parameter.requires_grad_(not frozen or name.startswith("critic.score"))
 
@@ -131,7 +131,7 @@ def load_models(ctx: StageContext) -> Models:
     elif critic is None:
         critic = _critic(ctx, folder, tokenizer).to(place)
     optim = replace(ctx.recipe.optim, eps=s.adam_eps)
-    actor_critic = ActorCritic(actor, critic) if s.critic == "shared" else None
+    actor_critic = SharedActorCritic(actor, critic) if s.critic == "shared" else None
     lr_overrides = {"critic.score": s.critic_lr} if actor_critic else {}
     used = model_pays(s.rewards)
     return Models(
@@ -187,8 +187,8 @@ def _on_one_base(
 
 
 def save_models(ctx: StageContext, stage: StageRun, models: Models, notes: Mapping[str, Json]) -> None:
-    """The result is the actor or its moving average; the critic, and then the actor itself, are kept next to it: whole
-    models, even where they are adapters or share a trunk. notes: what the verdict reads in the manifest."""
+    """The result is the actor or its moving average. The critic, and beside an average the actor itself, are saved too,
+    as whole models even where they are adapters or share a trunk. notes: what the verdict reads in the manifest."""
     folder, critic = first_parent(ctx, *POLICY), merged(models.critic)
     extra = {"critic.safetensors": {**dict(critic.named_parameters()), "bias": critic.bias}}
     if models.ema:

@@ -11,7 +11,6 @@ from typing import Any
 
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
-from tetrad.registry import Recipe
 from tetrad.report import outcome
 from tetrad.report.verdict import AlarmSpan
 from tetrad.reward.functions import python_function
@@ -19,6 +18,7 @@ from tetrad.reward.model import Reward
 from tetrad.reward.sources import named
 from tetrad.settings.base import model_pays
 from tetrad.settings.ppo import Alarms, Ppo
+from tetrad.stages import Recipe
 from tetrad.storage import Json
 from tetrad.training.context import StageContext
 from tetrad.training.step import timed
@@ -50,7 +50,7 @@ _RULES = (
     _Rule("explained_variance", True, False, "the critic doesn't follow: raise ppo.critic_lr or ppo.critic_warmup"),
     _Rule("ood_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled", True),
     _Rule("score_std", False, False, "the reward gives all responses the same score"),
-    _Rule("judge_drops", True, False, "a judge falls while the score rises: what is learned is the reward's fault"),
+    _Rule("judge_drops", True, False, "a judge falls while the score rises: the policy exploits the reward"),
 )
 
 
@@ -64,7 +64,8 @@ class Alarm:
 
 
 class Monitor:
-    """The state of the alarms: the start, how long the critic has failed, and when each alarm was raised."""
+    """The state of the alarms: the start, for how many iterations in a row the explained variance was negative, and when
+    each alarm was raised."""
 
     def __init__(self, s: Alarms, expected_kl: float, warmup: int, responses: int = RECENT) -> None:
         """responses: per iteration."""
@@ -73,32 +74,32 @@ class Monitor:
         self.expected_kl = expected_kl or s.expected_kl
         self.start: dict[str, list[float]] = {}
         self.recent: dict[str, list[float]] = {}
-        self.negative_variance = 0.0
+        self.negative_ev_streak = 0.0
         self.reported: dict[str, int] = {}
         self.spans: dict[tuple[str, int], AlarmSpan] = {}
-        self.broken = ""
+        self.abort_reason = ""
         self.windows: dict[str, list[list[float]]] = {}
         self.drops: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
-        saved = {"start": self.start, "recent": self.recent, "failing": self.negative_variance, "told": self.reported}
+        saved = {"start": self.start, "recent": self.recent, "failing": self.negative_ev_streak, "told": self.reported}
         spans = [astuple(span) for span in self.spans.values()]
         return {"alarms": {**saved, "windows": self.windows, "falls": self.drops, "spans": spans}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         saved = state["alarms"]
-        self.start, self.negative_variance, self.reported = saved["start"], saved["failing"], saved["told"]
+        self.start, self.negative_ev_streak, self.reported = saved["start"], saved["failing"], saved["told"]
         self.windows, self.drops, self.recent = saved["windows"], saved["falls"], saved["recent"]
         self.spans = {(metric, level): AlarmSpan(metric, level, *steps) for metric, level, *steps in saved["spans"]}
 
     def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms of this iteration."""
         if step >= self.warmup and "explained_variance" in metrics:
-            self.negative_variance = self.negative_variance + 1 if metrics["explained_variance"] < 0 else 0.0
+            self.negative_ev_streak = self.negative_ev_streak + 1 if metrics["explained_variance"] < 0 else 0.0
         measured = dict(metrics) | {
             "kl": metrics["kl"] / self.expected_kl,
             "negative_kl": -metrics["kl"],
-            "explained_variance": self.negative_variance,
+            "explained_variance": self.negative_ev_streak,
             "judge_drops": self._judge_drops(metrics),
         }
         at_start = step <= self.warmup
@@ -120,9 +121,9 @@ class Monitor:
             seen[-1].append(metrics[name])
         if len(self.windows["score"][-1]) < WINDOW:
             return max(self.drops.values(), default=0.0)
-        rises = _moved(self.windows["score"]) > 0
+        rises = _z_score(self.windows["score"]) > 0
         for name in judges:
-            fell = rises and _moved(self.windows[name]) < -1
+            fell = rises and _z_score(self.windows[name]) < -1
             self.drops[name] = self.drops.get(name, 0.0) + 1 if fell else 0.0
         self.windows = {name: [seen[-1], []] for name, seen in self.windows.items()}
         return max(self.drops.values())
@@ -165,17 +166,17 @@ class Monitor:
         self.reported = now
         worst = [alarm for alarm in alarms if alarm.level == 2]
         if self.s.strict and collectives.any_rank(bool(worst)):  # metrics differ between ranks: all stop, or none
-            self.broken = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
+            self.abort_reason = f"step {step}: " + ("; ".join(alarm.text for alarm in worst) or "on another process")
         return {"alarms": float(len(alarms))}
 
     def raise_if_strict(self) -> None:
         """Errors: E-NUM-ALARM where an alarm is at its second limit, under `strict`."""
-        if self.broken:
+        if self.abort_reason:
             hint = "look at samples.jsonl; after a change of the recipe this stage starts over"
-            raise UserError("E-NUM-ALARM", self.broken, where="ppo", hint=hint)
+            raise UserError("E-NUM-ALARM", self.abort_reason, where="ppo", hint=hint)
 
 
-def _moved(windows: Sequence[Sequence[float]]) -> float:
+def _z_score(windows: Sequence[Sequence[float]]) -> float:
     """How far the mean of the last window is from that of the one before, in standard errors of the difference."""
     if len(windows) < 2:
         return 0.0
@@ -193,11 +194,11 @@ _UNUSED: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
         lambda r: r.reward.data != () and r.reward.ensemble_size == 1,
         "the reward model is no ensemble",
     ),
-    ("uncertainty_penalty", lambda r: not model_pays(r.ppo.rewards), "no reward model pays"),
+    ("uncertainty_penalty", lambda r: not model_pays(r.ppo.rewards), "no reward model is used"),
     (
         "reward_clip",
         lambda r: not model_pays(r.ppo.rewards) and r.ppo.reward_scaling != "running",
-        "no reward model pays",
+        "no reward model is used",
     ),
     ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),
 )

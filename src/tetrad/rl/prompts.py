@@ -10,9 +10,9 @@ from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.inference.completions import EncodedPrompt, read_encoded_prompts
-from tetrad.registry import POLICY
 from tetrad.rl.models import Models
 from tetrad.rl.rollout import response_indices
+from tetrad.stages import POLICY
 from tetrad.training.batches import language_micros
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent, ptx
@@ -22,18 +22,20 @@ from tetrad.training.step import Microbatch
 
 @dataclass(frozen=True)
 class Prompts:
-    """All prompts, how often each is read per epoch, and how many an iteration takes, `copies` of each."""
+    """All prompts, how often each is read per epoch, and how many an iteration takes, each several times."""
 
     prompts: Sequence[EncodedPrompt]
     mixture: Mixture
     seed: int
     size: int
-    copies: int
+    samples_per_prompt: int
 
     def batch(self, step: int) -> tuple[list[EncodedPrompt], list[int]]:
         """This rank's prompts of an iteration, a prompt for each response, and their indices in the whole batch."""
         chosen = collectives.shard(batch_indices(self.seed, self.mixture, self.size, step).tolist())
-        return [self.prompts[i] for i in chosen for _ in range(self.copies)], response_indices(self.size, self.copies)
+        return [self.prompts[i] for i in chosen for _ in range(self.samples_per_prompt)], response_indices(
+            self.size, self.samples_per_prompt
+        )
 
 
 def read_ppo_prompts(ctx: StageContext, models: Models) -> Prompts:

@@ -1,4 +1,4 @@
-"""From scores to token rewards: the KL coefficient, the scale of scores, and whitening over the batch of all ranks."""
+"""From scores to token rewards: the KL coefficient, clip, penalty and scale of scores, and whitening over all ranks."""
 
 import math
 from collections.abc import Sequence
@@ -33,31 +33,32 @@ class RunningStd:
 
     count: float = 0.0
     mean: float = 0.0
-    squares: float = 0.0
+    m2: float = 0.0
 
     def update(self, scores: Tensor, device: Device) -> float:
         """Adds these scores; returns the standard deviation of all so far, 1 where they are all equal."""
         every = torch.ones_like(scores, dtype=torch.bool)
         mean, variance = (float(x) for x in mean_variance(scores, every, device))
         n = float(collectives.sum_counts({"n": float(len(scores))})["n"])
-        total, apart = self.count + n, mean - self.mean
-        self.squares += variance * n + apart * apart * self.count * n / total
-        self.mean += apart * n / total
+        total, delta = self.count + n, mean - self.mean
+        self.m2 += variance * n + delta * delta * self.count * n / total
+        self.mean += delta * n / total
         self.count = total
-        return math.sqrt(self.squares / self.count) or 1.0
+        return math.sqrt(self.m2 / self.count) or 1.0
 
     def state(self) -> list[float]:
-        return [self.count, self.mean, self.squares]
+        return [self.count, self.mean, self.m2]
 
     def restore(self, saved: Sequence[float]) -> None:
-        self.count, self.mean, self.squares = saved
+        self.count, self.mean, self.m2 = saved
 
 
 def token_rewards(
     s: Ppo, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, rollout: Rollout, beta: float
 ) -> Tensor:
-    """-beta (log pi - log pi_ref) at each token, and the clipped score at the last, minus a penalty for a truncated
-    response."""
+    """-beta (log pi - log pi_ref) at each token; at the last also the score, clipped to ppo.reward_clip, minus
+    ppo.missing_eos_penalty for a truncated response. Among several sources the reward model is clipped before its
+    weight instead (`reward.sources`)."""
     clips = s.reward_scaling == "running" or not s.rewards  # a model among `rewards` is clipped before its weight
     clip = s.reward_clip if clips and s.reward_clip else None
     scores = ppo.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.finished_B, s.missing_eos_penalty)
@@ -76,5 +77,5 @@ def mean_variance(x: Tensor, mask: Tensor, device: Device) -> tuple[Tensor, Tens
 
 
 def whitened(x: Tensor, mask: Tensor, device: Device, *, shift_mean: bool) -> Tensor:
-    """Over the response tokens of the whole batch on all ranks."""
+    """(x - mean) / std, plus the mean again unless shift_mean, over the response tokens of the batch on all ranks."""
     return ppo.whiten(x, mask, *mean_variance(x, mask, device), shift_mean)

@@ -1,4 +1,4 @@
-"""Responses as PPO sees them: sampled, laid out [B, T], and read by the models that did not sample them.
+"""Responses as PPO sees them: sampled, laid out [B, T], and scored again by actor, reference and critic.
 
 T is the longest response; position t of a row is response token t. Models read prompt and response packed, so what they
 return is flat, in the order of rows and tokens, and `unpack` makes it [B, T] again.
@@ -28,28 +28,29 @@ from tetrad.types import Packed, Tokens
 class Rollout:
     """samples: prompt and response of each row. documents: the same as one document; labels are the response tokens.
 
-    mask_BT: response tokens; finished_B: it ends with an end token; sampled_BT: the sampler's own log-probabilities.
+    mask_BT: response tokens; finished_B: it ends with an end token; sampler_logprobs_BT: what the sampler
+    computed.
     """
 
     samples: tuple[Completion, ...]
     documents: tuple[Tokens, ...]
     mask_BT: Tensor
     finished_B: Tensor
-    sampled_BT: Tensor
+    sampler_logprobs_BT: Tensor
 
 
 @timed("rollout")
 def roll_out(
     actor: CausalLM,
     prompts: Sequence[EncodedPrompt],
-    numbers: Sequence[int],
+    indices: Sequence[int],
     key: tuple[int, str, int],
     sampling: Sampling,
     tokenizer: Tokenizer,
     device: Device,
 ) -> Rollout:
     """One response per prompt; see `complete`."""
-    samples = complete(actor, prompts, numbers, key, sampling, tokenizer, device)
+    samples = complete(actor, prompts, indices, key, sampling, tokenizer, device)
     documents = []
     for sample in samples:
         ids = np.asarray(sample.prompt_ids + sample.response_ids, np.int32)
@@ -61,9 +62,10 @@ def roll_out(
     return Rollout(tuple(samples), tuple(documents), mask, finished, unpack(sampled, mask))
 
 
-def response_indices(prompts: int, copies: int) -> list[int]:
+def response_indices(prompts: int, samples_per_prompt: int) -> list[int]:
     """The indices of this rank's responses in the whole batch: those to one prompt are adjacent."""
-    return [n * copies + k for n in collectives.shard(range(prompts)) for k in range(copies)]
+    own = collectives.shard(range(prompts))
+    return [n * samples_per_prompt + k for n in own for k in range(samples_per_prompt)]
 
 
 def unpack(flat_N: Tensor, mask_BT: Tensor) -> Tensor:

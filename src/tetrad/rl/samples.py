@@ -15,7 +15,7 @@ from tetrad.inference.completions import EncodedPrompt
 from tetrad.inference.engine import Request, generate
 from tetrad.model.transformer import CausalLM
 from tetrad.objectives import ppo
-from tetrad.rl.experience import PPOBatch
+from tetrad.rl.minibatches import PPOBatch
 from tetrad.rl.models import Models
 from tetrad.rl.rollout import response_indices
 from tetrad.settings.common import Sampling

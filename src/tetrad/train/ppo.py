@@ -1,9 +1,10 @@
 """PPO with four models: the actor and the critic learn, the reward model and the reference are frozen.
 
-One iteration: sample responses, score them, read them with actor, reference and critic, turn scores and KL into rewards
-and those into advantages, then a few epochs of clipped updates (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et
-al. 2022). Old log-probabilities come from the training forward, not from the sampler. Arrays are [B, T] and already
-shifted: a value is that before its token, the score lands on the last token of the response, its end is terminal.
+One iteration: sample responses, score them, compute log-probabilities with actor and reference and values with the
+critic, turn scores and KL into rewards and those into advantages, then a few epochs of clipped updates (Schulman et al.
+2017; Ziegler et al. 2019; Ouyang et al. 2022). Old log-probabilities come from the training forward, not from the
+sampler, and without dropout, as all of PPO. Arrays are [B, T] over response tokens: values[t] is the value before token
+t, the score is added at the last one, and the end is terminal unless `bootstrap_truncated`.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from tetrad.objectives import ppo
 from tetrad.reward import gate
-from tetrad.rl.experience import PPOBatch, PPOTokens, minibatches
 from tetrad.rl.metrics import step_metrics, update_metrics
-from tetrad.rl.models import ActorCritic, Models, actor_of, critic_of, load_models, save_models
+from tetrad.rl.minibatches import PPOBatch, PPOMicrobatch, minibatches
+from tetrad.rl.models import Models, SharedActorCritic, actor_of, critic_of, load_models, save_models
 from tetrad.rl.monitor import Monitor, judges_of, manifest_notes, warn_unused_settings
 from tetrad.rl.prompts import PtxBatch, PtxBatches, ptx_batches, read_ppo_prompts
 from tetrad.rl.rewards import KLController, RunningStd, token_rewards, whitened
@@ -29,7 +30,7 @@ from tetrad.training.optimizer import lr_factor
 from tetrad.training.stage import start
 from tetrad.training.step import MAX, Loss, Metric, Microbatch, StepStats, Term, Terms, timed, update
 
-SHOWN = ("score", "kl", "length", "finished")  # in the progress bar
+PROGRESS_METRICS = ("score", "kl", "length", "finished")  # in the progress bar
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def run(ctx: StageContext) -> None:
     models = load_models(ctx)
     prompts = read_ppo_prompts(ctx, models)
     warn_unused_settings(ctx)
-    failures = gate.before_ppo(ctx, [each.prompt for each in prompts.prompts])
+    gate_failures = gate.before_ppo(ctx, [each.prompt for each in prompts.prompts])
     ptx, judges = ptx_batches(ctx, models.device), judges_of(ctx)
     state = PPOState.of(ctx)
     samples = Samples(ctx, models, prompts.prompts)
@@ -78,18 +79,18 @@ def run(ctx: StageContext) -> None:
             judged = {name: judge(rollout.samples) for name, judge in judges.items()}
             losses = learn(models, batch, s, (seed, step), ptx)
             metrics = step_metrics(batch, state.kl.beta, models.device, models.train_score_p999, judged) | losses
-            if step >= s.critic_warmup:  # before, the actor can't move and its KL is 0
+            if step >= s.critic_warmup:  # in warm-up there is no KL to react to
                 state.kl.update(metrics["kl"], s.batch_size * s.samples_per_prompt)
             if models.ema:
                 models.ema.update()
             metrics |= state.monitor.check(ctx, step, metrics)
             stage.log(step, **metrics)
-            if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0) or state.monitor.broken:
+            if step == s.steps - 1 or (s.eval_every and step % s.eval_every == 0) or state.monitor.abort_reason:
                 samples.show(stage.sample, step, batch)
             speed = stage.timing(metrics["length"] * s.batch_size * s.samples_per_prompt)
-            bar.advance(1, **{name: metrics[name] for name in SHOWN}, **speed)
+            bar.advance(1, **{name: metrics[name] for name in PROGRESS_METRICS}, **speed)
             state.monitor.raise_if_strict()
-        save_models(ctx, stage, models, manifest_notes(failures, state.monitor))
+        save_models(ctx, stage, models, manifest_notes(gate_failures, state.monitor))
 
 
 @timed("forward")
@@ -116,7 +117,8 @@ def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: 
 def learn(
     models: Models, batch: PPOBatch, s: Ppo, key: tuple[int, int], ptx: PtxBatches = lambda _: []
 ) -> dict[str, float]:
-    """Epochs of mini-batches: one step of the actor and one of the critic each. key: seed and iteration."""
+    """Epochs of mini-batches, each one update of the actor and one of the critic (a joint one on a shared trunk, whose
+    value head has the critic's learning rate). key: seed and iteration."""
     step, per_step = key[1], s.ppo_epochs * s.num_minibatches
     factor = lr_factor(step, s.steps, warmup=0.0, schedule=s.schedule)
     warming = step < s.critic_warmup
@@ -131,17 +133,18 @@ def learn(
         steps.append((role, stats))
         return stats
 
-    models.freeze_trunk(warming)
+    models.freeze_shared_trunk(warming)
     for number, micros in enumerate(minibatches(batch, s, key, models.micro_batch_tokens, models.device)):
         if actor_learns:
-            text = ptx(step * per_step + number)
-            stats = train("actor", models.actor_critic or models.actor, micros + text, actor_terms(s))
+            ptx_micros = ptx(step * per_step + number)
+            stats = train("actor", models.actor_critic or models.actor, micros + ptx_micros, actor_terms(s))
+            # on a shared trunk early stopping ends the updates of the critic too
             actor_learns = not s.early_stop_kl or stats.terms["approx_kl"] <= s.early_stop_kl
         elif warming and models.actor_critic:
             train("critic", models.actor_critic, micros, critic_terms(value_clip_range))
         if models.critic_optimizer:
             train("critic", models.critic, micros, critic_terms(value_clip_range))
-    models.freeze_trunk(False)
+    models.freeze_shared_trunk(False)
     rates = {"critic_lr": s.critic_lr * factor} | ({} if warming else {"actor_lr": s.actor_lr * factor})
     return update_metrics(steps) | rates
 
@@ -154,11 +157,11 @@ def actor_terms(s: Ppo) -> Terms:
         actor = actor_of(model)
         if isinstance(micro.data, PtxBatch):
             return [Loss("ptx_loss", actor(micro.packed, "nll"), "ptx_tokens", micro.data.coefficient)]
-        hidden, tokens = actor.model(micro.packed), cast(PPOTokens, micro.data)
+        hidden, tokens = actor.model(micro.packed), cast(PPOMicrobatch, micro.data)
         logprobs, entropy = actor.read(hidden, micro.packed, "logprobs", s.temperature)
         shared = (
             value_terms(model.critic.read(hidden, micro.packed, "values"), tokens, s.value_clip_range, s.value_coef)
-            if isinstance(model, ActorCritic)
+            if isinstance(model, SharedActorCritic)
             else []
         )
         return [*policy_terms(logprobs, tokens, s), entropy_term(entropy, s.entropy_coef), *shared]
@@ -166,7 +169,7 @@ def actor_terms(s: Ppo) -> Terms:
     return terms
 
 
-def policy_terms(logprobs: Tensor, tokens: PPOTokens, s: Ppo) -> list[Term]:
+def policy_terms(logprobs: Tensor, tokens: PPOMicrobatch, s: Ppo) -> list[Term]:
     """ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))."""
     old, advantages, clip = tokens.old_logprobs, tokens.advantages, s.clip_range
     sums = ppo.policy_loss_sum(logprobs, old, advantages, clip, clip, s.dual_clip or None, tokens.weights)
@@ -180,11 +183,11 @@ def policy_terms(logprobs: Tensor, tokens: PPOTokens, s: Ppo) -> list[Term]:
     ]
 
 
-def entropy_term(entropy: Tensor, bonus: float) -> Term:
+def entropy_term(entropy: Tensor, coef: float) -> Term:
     """Entropy is maximised, so the bonus is a negative loss."""
-    if not bonus:
+    if not coef:
         return Metric("entropy", entropy.detach().sum(), "tokens")
-    return Loss("entropy", entropy.sum(), "tokens", -bonus)
+    return Loss("entropy", entropy.sum(), "tokens", -coef)
 
 
 def critic_terms(clip: float) -> Terms:
@@ -196,7 +199,7 @@ def critic_terms(clip: float) -> Terms:
     return terms
 
 
-def value_terms(values: Tensor, tokens: PPOTokens, clip: float, coefficient: float) -> list[Term]:
+def value_terms(values: Tensor, tokens: PPOMicrobatch, clip: float, coefficient: float) -> list[Term]:
     """loss = max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2."""
     sums = ppo.value_loss_sum(values, tokens.values, tokens.returns, clip or None, tokens.weights)
     return [

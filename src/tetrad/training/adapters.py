@@ -25,8 +25,8 @@ from tetrad.model.lora import (
 )
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, give_head
-from tetrad.registry import POLICY
 from tetrad.seeds import seed_for
+from tetrad.stages import POLICY
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
 

@@ -1,24 +1,64 @@
-"""The checkpoints of a stopped stage, checked without torch: which is the newest that a stage can resume from.
+"""Checkpoints: how one is written, loaded and checked, and which is the newest that a stage can resume from. No torch.
 
 A checkpoint is checkpoints/step-000400/{<part>.safetensors, state.json, manifest.json}. It is valid if its
 manifest confirms each file, every part that the stage keeps is there and is that part, and state.json has the stage's
-own values. `training.run_folder` loads what was chosen here; the pipeline checks first, to report damage at once.
+own values. The pipeline checks before anything runs, to report damage at once. Tensors are read and written by
+the caller.
 """
 
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tetrad import storage
 from tetrad.errors import UserError
 from tetrad.model.headers import read_header
+from tetrad.storage import Content, Json
+
+T = TypeVar("T")
 
 _STATE = ("step", "seed", "total_steps", "logs", "values", "environment")
 _HEADS = {"critic": True, "actor": False}  # whether a part has a scalar head
 _HINT = "put back a copy of it, or remove the folder and run the stage again"
 
 Failures = list[tuple[Path, UserError]]
+
+
+def save(checkpoints: Path, parts: Mapping[str, Content], state: Mapping[str, Json], keep: int) -> None:
+    """Writes a checkpoint and removes the oldest beyond `keep`. parts: by file name; state: all that _STATE names.
+
+    Raises UserError E-NUM-NONFINITE for a number of the state that is not finite, E-IO-*.
+    """
+    try:
+        raw = json.dumps(state, indent=1, allow_nan=False).encode()
+    except ValueError as error:
+        what = f"a number of the stage's state is not finite: {state['values']!s:.200}"
+        raise UserError("E-NUM-NONFINITE", what, where="state.json") from error
+    step = state["step"]
+    storage.write_folder(checkpoints / f"step-{step:06d}", {**parts, "state.json": raw}, {"step": step})
+    storage.prune(checkpoints, keep)
+
+
+def load(
+    path: Path,
+    loaders: Mapping[str, Callable[[T], None]],
+    read_tensors: Callable[[Path], T],
+    values: Collection[str],
+    ours: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Loads each part of a checkpoint by its loader and returns its state. values, ours: see `read_state`.
+
+    Raises UserError E-CKPT-*.
+    """
+    state = read_state(path, loaders, values, ours)
+    for name, load_tensors in loaders.items():
+        file = path / file_of(name)
+        try:
+            load_tensors(read_tensors(file))
+        except UserError as error:
+            raise UserError(error.code, error.what, where=error.where or str(file), hint=error.hint) from error
+    return state
 
 
 def newest(checkpoints: Path, read: Callable[[Path], Any]) -> tuple[Path | None, Any, Failures]:

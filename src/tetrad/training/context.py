@@ -8,7 +8,7 @@ from typing import cast
 
 from tetrad.console import Console
 from tetrad.data import source
-from tetrad.registry import Recipe
+from tetrad.stages import Recipe
 from tetrad.storage import Json
 
 

@@ -11,7 +11,7 @@ from tetrad.data.loader import Mixture
 from tetrad.data.source import Counts
 from tetrad.data.store import Encoding, TokenStore, build
 from tetrad.model.config import read_config
-from tetrad.registry import POLICY
+from tetrad.stages import POLICY
 from tetrad.text.chat_template import Template, choose
 from tetrad.text.tokenizer import SEPARATOR, Tokenizer
 from tetrad.training.context import StageContext

@@ -198,14 +198,8 @@ class StageRun:
 
     def _load(self, path: Path) -> dict[str, Any]:
         ours = {"seed": self._seed, "total_steps": self.total_steps}
-        state = checkpoint.read_state(path, self._parts, self._values(), ours)
-        for name, part in self._parts.items():
-            file = path / file_of(name)
-            try:
-                part.load_tensors(read_tensors(file))
-            except UserError as error:
-                raise UserError(error.code, error.what, where=error.where or str(file), hint=error.hint) from error
-        return state
+        loaders = {name: part.load_tensors for name, part in self._parts.items()}
+        return checkpoint.load(path, loaders, read_tensors, self._values(), ours)
 
     def _set_aside(self, failures: checkpoint.Failures) -> None:
         """Damaged checkpoints no longer count as kept ones; nothing of them is deleted before the stage ends."""
@@ -237,27 +231,11 @@ class StageRun:
         if self._main:
             for log in self._logs.values():
                 log.sync()
-            contents["state.json"] = self._state_json()
+            state: dict[str, Json] = {"step": self.step, "seed": self._seed, "total_steps": self.total_steps}
+            state |= {"logs": self._log_sizes(), "values": dict(self._values()), "environment": self._environment}
             with phase("writing a checkpoint"):
-                storage.write_folder(self.checkpoints / f"step-{self.step:06d}", contents, {"step": self.step})
-            storage.prune(self.checkpoints, self._keep)
+                checkpoint.save(self.checkpoints, contents, state, self._keep)
         self._saved_step = self.step
-
-    def _state_json(self) -> bytes:
-        values = dict(self._values())
-        state = {
-            "step": self.step,
-            "seed": self._seed,
-            "total_steps": self.total_steps,
-            "logs": self._log_sizes(),
-            "values": values,
-            "environment": self._environment,
-        }
-        try:
-            return json.dumps(state, indent=1, allow_nan=False).encode()
-        except ValueError as error:
-            what = f"a number of the stage's state is not finite: {values!s:.200}"
-            raise UserError("E-NUM-NONFINITE", what, where="state.json") from error
 
     # The loop
 

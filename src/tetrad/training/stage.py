@@ -18,8 +18,8 @@ from tetrad.model.config import DecoderConfig
 from tetrad.model.huggingface import model_files, read_causal
 from tetrad.model.safetensors_io import file_bytes
 from tetrad.model.transformer import CausalLM, ScalarModel
-from tetrad.registry import STAGES
 from tetrad.report import outcome
+from tetrad.stages import STAGES
 from tetrad.storage import Content, Json, metrics_of
 from tetrad.text.chat_template import Template, choose
 from tetrad.text.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: M
     row = STAGES[ctx.folder.name]
     listed = row.parts(ctx.recipe), row.values
     if listed != (tuple(parts), tuple(values)):
-        raise RuntimeError(f"the registry lists {listed}, the stage keeps {tuple(parts)}, {tuple(values)}")
+        raise RuntimeError(f"stages.py lists {listed}, the stage keeps {tuple(parts)}, {tuple(values)}")
 
 
 def finish(

@@ -16,9 +16,9 @@ from tetrad.inference.model_folder import (
     usable,
 )
 from tetrad.pipeline.preflight import Folders
-from tetrad.registry import Recipe
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.sft import Sft
+from tetrad.stages import Recipe
 from tetrad.text.tokenizer import Tokenizer
 
 

@@ -18,7 +18,7 @@ from tetrad.console import Console
 from tetrad.errors import Stopped, UserError
 from tetrad.pipeline import hashes, runner
 from tetrad.pipeline.recipe import read
-from tetrad.registry import STAGES
+from tetrad.stages import STAGES
 from tetrad.training.context import StageContext
 
 RECIPE = """

@@ -9,10 +9,10 @@ import pytest
 from faults.doubles import FAULTS, Counting, Failing, using
 from tetrad import storage
 from tetrad.errors import UserError
-from tetrad.registry import Recipe
 from tetrad.report import outcome
 from tetrad.report.verdict import AlarmSpan, Verdict
 from tetrad.settings.evaluate import Evaluate
+from tetrad.stages import Recipe
 
 BEFORE = Verdict("not evaluated", "", ("run on to evaluate it",))
 AFTER = Verdict("PPO is better", "PPO", ("ridge: PPO less SFT is +1.34 [+1.18, +1.50]",))

@@ -54,7 +54,7 @@ def test_how_the_score_is_added_is_told() -> None:
     assert _added(Ppo()) == "the score, clipped to ±5, is added"
     assert _added(Ppo(reward_clip=0.0)) == _added(Ppo(rewards=("f.py:f",))) == "the score is added"
     assert "so far, clipped to ±3" in _added(Ppo(reward_scaling="running", reward_clip=3.0, rewards=("f.py:f",)))
-    assert "divided by their standard deviation" in _added(Ppo(reward_scaling="whiten"))
+    assert "scaled to standard deviation 1 about their mean" in _added(Ppo(reward_scaling="whiten"))
 
 
 def test_a_row_a_token(chain: Chain) -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from tetrad.console import Console
 from tetrad.errors import UserError
-from tetrad.registry import Recipe
 from tetrad.report.verdict import AlarmSpan
 from tetrad.rl.monitor import Monitor, unused_settings
 from tetrad.settings.ppo import Alarms, Ppo
+from tetrad.stages import Recipe
 
 HEALTHY = {
     "kl": 3.0,

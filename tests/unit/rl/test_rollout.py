@@ -45,8 +45,8 @@ def test_a_row_is_its_prompt_and_reply():
         assert sample.text == TOKENIZER.decode(sample.response_ids)
         assert sample.turns == ASKED[i].prompt.turns
         assert bool(rollout.finished_B[i]) == (sample.response_ids[-1] in (1, 5, 9, 13))
-    assert not rollout.sampled_BT[~rollout.mask_BT].any()
-    assert (rollout.sampled_BT[rollout.mask_BT] < 0).all()
+    assert not rollout.sampler_logprobs_BT[~rollout.mask_BT].any()
+    assert (rollout.sampler_logprobs_BT[rollout.mask_BT] < 0).all()
 
 
 def test_a_prompt_keeps_its_random_numbers():

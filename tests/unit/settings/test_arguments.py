@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import tetrad
-from tetrad.registry import Recipe
 from tetrad.settings import use
 from tetrad.settings.arguments import help_text, nest, parse
 from tetrad.settings.base import options, tables
 from tetrad.settings.check import build
+from tetrad.stages import Recipe
 
 SOURCE = Path(tetrad.__file__).parent
 COMMANDS = (use.Check, use.Generate, use.Chat, use.ScoreFile, use.Explain, use.Doctor)

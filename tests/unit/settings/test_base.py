@@ -1,7 +1,7 @@
 """Settings: each option is documented, and at most forty of them a stage."""
 
-from tetrad.registry import STAGES, Recipe
 from tetrad.settings.base import options, tables
+from tetrad.stages import STAGES, Recipe
 
 
 def test_every_default_is_legal() -> None:

@@ -18,10 +18,10 @@ from tetrad.training.step import Microbatch
 
 @dataclass(frozen=True)
 class PPOBatch:
-    """One iteration's responses as the models read them; [B, T] on the CPU, except scores and bootstrap, [B].
+    """One iteration's responses as the models read them; on the CPU; all [B, T] but scores and bootstrap, [B].
 
     source_scores: of each source of reward; logprobs, ref_logprobs: of actor and reference, before any update;
-    bootstrap: the value after the last token, 0 where nothing comes after it.
+    bootstrap: the value after the last token, 0 if the response ended or bootstrapping is off.
     """
 
     rollout: Rollout
@@ -37,8 +37,8 @@ class PPOBatch:
 
 
 @dataclass(frozen=True)
-class PPOTokens:
-    """The same for the N response tokens of a micro-batch, on the device. weights: of each token's loss."""
+class PPOMicrobatch:
+    """The training targets of the N response tokens of a micro-batch, on the device. weights: of each token's loss."""
 
     old_logprobs: Tensor
     values: Tensor
@@ -65,12 +65,12 @@ def minibatches(
 
 
 def _micro(batch: PPOBatch, rows: Sequence[int], s: Ppo, device: Device) -> Microbatch:
-    """Its count "losses" is what a batch's losses are divided by: tokens, or responses."""
+    """Its count "losses" is the denominator of the losses: tokens, or responses."""
     rollout, index = batch.rollout, torch.tensor(rows)
     mask = rollout.mask_BT[index]
     arrays = (batch.logprobs, batch.values, batch.advantages, batch.returns)
     weights = mask / mask.sum(1, keepdim=True) if s.reduction == "sequence" else mask.float()
-    data = PPOTokens(*(x[mask].to(device.torch_device) for x in (*(x[index] for x in arrays), weights)))
+    data = PPOMicrobatch(*(x[mask].to(device.torch_device) for x in (*(x[index] for x in arrays), weights)))
     packed = device.put(pack([rollout.documents[i] for i in rows]))
     tokens = float(mask.sum())
     return Microbatch(packed, {"tokens": tokens, "losses": len(rows) if s.reduction == "sequence" else tokens}, data)
