@@ -64,8 +64,8 @@ class Alarm:
 
 
 class Monitor:
-    """The state of the alarms: the start, how many iterations in a row have a negative explained variance, and when each
-    alarm was raised."""
+    """The state of the alarms: the start, how many iterations in a row have a negative explained variance, and when
+    each alarm was raised."""
 
     def __init__(self, s: Alarms, expected_kl: float, warmup: int, responses: int = RECENT) -> None:
         """responses: per iteration."""
