@@ -150,9 +150,9 @@ def test_reward_loss_by_hand():
     comparisons = float(np.mean([np.mean(one) for one in nll]))
     scores = np.mean([(r[1][0] - (4 - 2) / 1.5) ** 2, (r[4][0] - (1 - 2) / 1.5) ** 2])
     (stats,), _, _ = reward_step(Reward(score_weight=0.5, center=0.2), 4096)
-    assert stats.terms["comparisons"] == pytest.approx(comparisons, rel=1e-5)
-    assert stats.terms["scores"] == pytest.approx(scores, rel=1e-5)
-    assert stats.terms["centre"] == pytest.approx(centre, rel=1e-5)
+    assert stats.terms["comparison_loss"] == pytest.approx(comparisons, rel=1e-5)
+    assert stats.terms["score_loss"] == pytest.approx(scores, rel=1e-5)
+    assert stats.terms["center_loss"] == pytest.approx(centre, rel=1e-5)
     assert stats.loss == pytest.approx(comparisons + 0.5 * scores + 0.2 * centre, rel=1e-5)
 
 

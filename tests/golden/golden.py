@@ -39,6 +39,14 @@ RENAMED: Mapping[str, str] = {  # words in names that changed since the older fr
     "unseen_scores": "ood_scores",
     "value_rank": "value_spearman",
 }
+RENAMED_IN_REWARD: Mapping[str, str] = {  # the same in the stage "reward" only: `check` counts comparisons and scores
+    "centre": "center_loss",
+    "comparisons": "comparison_loss",
+    "comparisons_read": "comparison_loss_tokens",
+    "competence_prior": "annotator_prior",
+    "scores": "score_loss",
+    "scores_read": "score_loss_tokens",
+}
 _WORD = re.compile(r"\w+")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
@@ -116,14 +124,12 @@ def freeze(example: str, folder: Path) -> Frozen:
     return frozen
 
 
-def renamed(value: Any) -> Any:
+def renamed(value: Any, names: Mapping[str, str]) -> Any:
     """The same tree under the names of today."""
     if isinstance(value, dict):
-        now = {
-            _WORD.sub(lambda w: RENAMED.get(w[0], w[0]).replace("held_out", "validation"), key): key for key in value
-        }
-        return {new: renamed(value[old]) for new, old in now.items()}
-    return [renamed(part) for part in value] if isinstance(value, list) else value
+        now = {_WORD.sub(lambda w: names.get(w[0], w[0]).replace("held_out", "validation"), key): key for key in value}
+        return {new: renamed(value[old], names) for new, old in now.items()}
+    return [renamed(part, names) for part in value] if isinstance(value, list) else value
 
 
 def difference(old: Any, new: Any, place: str = "") -> str:
@@ -143,11 +149,12 @@ def difference(old: Any, new: Any, place: str = "") -> str:
 
 def compare(before: Path, after: Path) -> int:
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
-    old, wrong = renamed(old), 0
+    wrong = 0
     for example in dict.fromkeys([*old, *new]):
         parts = old.get(example, {}), new.get(example, {})
         for stage in dict.fromkeys([*parts[0], *parts[1]]):
-            first = difference(parts[0].get(stage), parts[1].get(stage))
+            names = {**RENAMED, **(RENAMED_IN_REWARD if stage == "reward" else {})}
+            first = difference(renamed(parts[0].get(stage), names), parts[1].get(stage))
             wrong += bool(first)
             print(f"{example:<12}{stage:<10}{first or 'equal'}")
     return 1 if wrong else 0

@@ -55,7 +55,8 @@ class Reward:
     score_weight: NotNegative = 0.5
     """Weight of the mean loss of a batch's scores."""
     token_weight: NotNegative = 0.0
-    """Weight of the same losses at every token of an answer, on the text up to it (Cobbe et al. 2021); 0 is off."""
+    """Weight of the same losses on token rewards (Cobbe et al. 2021): a score's at every token of its answer, a
+    comparison's on the means over each answer's tokens; 0 is off."""
     annotators: bool = True
     """Learn how often each named annotator is right, and each one's offset and gain of scores; else all count alike."""
     center: NotNegative = 0.0
@@ -84,8 +85,8 @@ class Reward:
     ensemble_size: Count = 1
     """Reward models from as many seeds, averaged; the first is the folder's own, and their spread is reported."""
     patience: Whole = 3
-    """Training stops after this many of ten validation passes without improvement; 0 never stops. The weights of the
-    best pass are kept."""
+    """Training stops after this many of at most ten validation passes without improvement; 0 never stops. The weights
+    of the best pass are kept."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon on the matrices, AdamW on the rest."""
     lr: Rate = 5e-4

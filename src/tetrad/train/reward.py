@@ -106,11 +106,11 @@ def preference_terms(s: Reward) -> Terms:
         rewards = latent.reward(micro.packed, "both" if s.token_weight else "scores")
         rewards_D, before_N = rewards.tensor_split([len(micro.packed.bounds) - 1])
         scores = score_losses(s, latent, targets, rewards_D[targets.scored_S], every_S).sum()
-        centre = preference.center_loss_sum(rewards_D, targets.winners_P, targets.losers_P, targets.weights_P)
+        center = preference.center_loss_sum(rewards_D, targets.winners_P, targets.losers_P, targets.weights_P)
         losses: list[Term] = [
-            Loss("comparisons", comparison_loss(s, latent, targets, rewards_D), "comparisons", s.comparison_weight),
-            Loss("scores", scores, "scores", s.score_weight),
-            Loss("centre", centre, "comparisons", s.center),
+            Loss("comparison_loss", comparison_loss(s, latent, targets, rewards_D), "comparisons", s.comparison_weight),
+            Loss("score_loss", scores, "scores", s.score_weight),
+            Loss("center_loss", center, "comparisons", s.center),
         ]
         losses += token_terms(s, latent, micro, before_N) if s.token_weight else []
         losses += prior_terms(s, latent.annotators, targets) if latent.annotators else []
@@ -169,8 +169,8 @@ def token_terms(s: Reward, latent: Latent, micro: Microbatch, rewards_N: Tensor)
     losses = score_losses(s, latent, targets, rewards_N, score_D[documents_N])
     lists, scores = comparison_loss(s, latent, targets, mean_D), (losses / lengths_D[documents_N]).sum()
     return [
-        Loss("comparisons_read", lists, "comparisons", s.token_weight * s.comparison_weight),
-        Loss("scores_read", scores, "scores", s.token_weight * s.score_weight),
+        Loss("comparison_loss_tokens", lists, "comparisons", s.token_weight * s.comparison_weight),
+        Loss("score_loss_tokens", scores, "scores", s.token_weight * s.score_weight),
     ]
 
 
@@ -178,6 +178,6 @@ def prior_terms(s: Reward, annotators: Annotators, targets: PreferenceTargets) -
     """Of the annotators' competences and scales."""
     competence, scale = annotators.comparison_prior(targets.annotators_L), annotators.score_prior(targets.annotators_S)
     return [
-        Loss("competence_prior", competence, "comparisons", s.comparison_weight),
+        Loss("annotator_prior", competence, "comparisons", s.comparison_weight),
         Loss("scale_prior", scale, "scores", s.score_weight),
     ]

@@ -86,13 +86,13 @@ def test_losses_are_the_formula(loss):
         c = 1 / (1 + math.exp(-logits[record.annotator]))
         expected -= math.log(c / (1 + math.exp(-d)) + (1 - c) / (1 + math.exp(d)))
         place += 2
-    assert found["comparisons"] == pytest.approx(expected, rel=1e-5)
-    assert found["scores"] == pytest.approx(errors, rel=1e-5)
+    assert found["comparison_loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["score_loss"] == pytest.approx(errors, rel=1e-5)
 
 
 def test_without_annotators_nothing_changes():
     plain = terms_of(Reward(), None)
-    assert set(plain) == {"comparisons", "scores", "centre"}
+    assert set(plain) == {"comparison_loss", "score_loss", "center_loss"}
     sure = Annotators(RECORDS, NUMBERS)
     with torch.no_grad():
         sure.common.fill_(40.0)
@@ -102,7 +102,7 @@ def test_without_annotators_nothing_changes():
 
 def test_priors_add_up_to_one_an_annotator():
     found = terms_of(Reward(), planted())
-    assert found["competence_prior"] == pytest.approx((0.5**2 + 1.0**2) / (2 * 1.5**2), rel=1e-5)
+    assert found["annotator_prior"] == pytest.approx((0.5**2 + 1.0**2) / (2 * 1.5**2), rel=1e-5)
     offsets, gains = (0.3**2 + 0.4**2) / (2 * 0.5**2), (0.2**2 + 0.1**2) / (2 * 0.3**2)
     assert found["scale_prior"] == pytest.approx(offsets + gains, rel=1e-5)
 

@@ -102,9 +102,9 @@ def test_every_token_of_an_answer_can_learn() -> None:
     values = latent.reward(micros[0].packed, "values").detach().split([3, 5, 2, 7])
     scores = ((values[0] + 1).square().mean() + (values[3] - 1).square().mean()) / 2
     pairs = bt_loss(values[2].mean()[None], values[1].mean()[None])
-    assert stats.terms["scores_read"] == pytest.approx(float(scores), rel=1e-5)
-    assert stats.terms["comparisons_read"] == pytest.approx(float(pairs), rel=1e-5)
-    rest = 2.0 * stats.terms["scores"] + 3.0 * stats.terms["comparisons"]
+    assert stats.terms["score_loss_tokens"] == pytest.approx(float(scores), rel=1e-5)
+    assert stats.terms["comparison_loss_tokens"] == pytest.approx(float(pairs), rel=1e-5)
+    rest = 2.0 * stats.terms["score_loss"] + 3.0 * stats.terms["comparison_loss"]
     assert stats.loss == pytest.approx(rest + 0.5 * (2.0 * float(scores) + 3.0 * float(pairs)), rel=1e-5)
 
 
