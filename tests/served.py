@@ -58,11 +58,11 @@ def written(
     samples = [
         Completion((), (), p.turns, text, p.where, e) for p, text, e in zip(prompts, texts, finished, strict=True)
     ]
-    return reward_model.written(judge.template, judge.tokenizer, samples)
+    return reward_model.documents_from_text(judge.template, judge.tokenizer, samples)
 
 
 def rate(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:
     """Rewards of a judge that is one model."""
-    (rewards,) = reward_model.rate(judge, documents).tolist()
+    (rewards,) = reward_model.score_documents(judge, documents).tolist()
     found: list[float] = rewards
     return found

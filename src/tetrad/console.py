@@ -115,9 +115,9 @@ class Console:
             thread.join()
             _in_use.reset(token)
 
-    def progress(self, label: str, total: int, start: int = 0, *, looks: int = 0) -> "Progress":
-        """Progress of `total` steps, `start` of them already done. looks: validation passes still to come."""
-        return Progress(self, label, total, start, self.log_every, looks)
+    def progress(self, label: str, total: int, start: int = 0, *, evaluations: int = 0) -> "Progress":
+        """Progress of `total` steps, `start` of them already done. evaluations: validation passes still to come."""
+        return Progress(self, label, total, start, self.log_every, evaluations)
 
     @property
     def doing(self) -> str:
@@ -201,15 +201,15 @@ class Progress:
     """
 
     def __init__(
-        self, console: Console, label: str, total: int = 0, start: int = 0, every: int = 0, looks: int = 0
+        self, console: Console, label: str, total: int = 0, start: int = 0, every: int = 0, evaluations: int = 0
     ) -> None:
         self.label, self.total, self.done, self.every = label, total, start, every
         self.began, self.moved = time.monotonic(), -LINE_SECONDS[1]
         self.task: bars.TaskID | None = None
         self._numbers: dict[str, float | str] = {}
-        self._console, self._start, self._looks = console, start, looks
-        self._looked: list[float] = []  # seconds of each validation pass
-        self._look_began: float | None = None
+        self._console, self._start, self._evaluations_left = console, start, evaluations
+        self._evaluation_seconds: list[float] = []  # seconds of each validation pass
+        self._evaluation_began: float | None = None
         self._marks = deque([(self.began, start)], _RECENT[2])
 
     def __enter__(self) -> "Progress":
@@ -245,12 +245,12 @@ class Progress:
             self._console._advanced(self, first_or_last or before // self.every < self.done // self.every)
 
     @contextmanager
-    def look(self) -> Iterator[None]:
+    def evaluation(self) -> Iterator[None]:
         """A validation pass between two steps: not part of their rate, but of the time left."""
-        self._look_began = time.monotonic()
+        self._evaluation_began = time.monotonic()
         yield
-        self._looked.append(time.monotonic() - self._look_began)
-        self._looks, self._look_began = self._looks - 1, None
+        self._evaluation_seconds.append(time.monotonic() - self._evaluation_began)
+        self._evaluations_left, self._evaluation_began = self._evaluations_left - 1, None
 
     def pace(self) -> str:
         """The recent rate, and the time left at that rate, validation passes included."""
@@ -263,13 +263,13 @@ class Progress:
         rate = f"{1 / each:.3g} {often}" if each < 1 else f"{each:.3g} {seldom}"
         if self.done >= self.total:
             return f"{rate}  took {_duration(whole)}"
-        looks = self._looks * sum(self._looked) / max(1, len(self._looked))
-        more = "over " if self._looks > 0 and not self._looked else ""
-        return f"{rate}  {more}{_duration((self.total - self.done) * each + looks)} left"
+        evaluating = self._evaluations_left * sum(self._evaluation_seconds) / max(1, len(self._evaluation_seconds))
+        more = "over " if self._evaluations_left > 0 and not self._evaluation_seconds else ""
+        return f"{rate}  {more}{_duration((self.total - self.done) * each + evaluating)} left"
 
     def _clock(self) -> float:
         """Seconds without those of validation passes."""
-        return (self._look_began or time.monotonic()) - sum(self._looked)
+        return (self._evaluation_began or time.monotonic()) - sum(self._evaluation_seconds)
 
 
 _nowhere = Console(quiet=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
-from tetrad.settings.base import Seed, model_pays, settings
+from tetrad.settings.base import Seed, settings, uses_reward_model
 from tetrad.settings.common import Data, Lora, Optim, Run, Sampling
 from tetrad.settings.evaluate import Evaluate
 from tetrad.settings.model import Model
@@ -78,7 +78,7 @@ _START = "a model to start from"
 _BASE = Parent(("pretrain", "base"), _START, '[pretrain] text = ["FILE"], or [model] from = "FOLDER"')
 _POLICY = Parent(POLICY, _START, '[sft] data = ["FILE"], or [model] from = "FOLDER"')
 _TOKENS = Parent(("base", "tokenizer"), "a tokenizer", '[tokenizer] text = ["FILE"], or [model] from = "FOLDER"')
-_PAYS = '[reward] data = ["FILE"], or [ppo] rewards = ["FILE.py:NAME"]'
+_GIVE_REWARD = '[reward] data = ["FILE"], or [ppo] rewards = ["FILE.py:NAME"]'
 
 
 def _ppo_parts(recipe: "Recipe") -> tuple[str, ...]:
@@ -145,12 +145,12 @@ class Recipe:
         tables=("ppo", "ptx", "lora", "gate", "alarms", "optim", "run"),
         parents=(
             _POLICY,
-            Parent(("reward",), "a reward", _PAYS, lambda recipe: model_pays(recipe.ppo.rewards)),
+            Parent(("reward",), "a reward", _GIVE_REWARD, lambda recipe: uses_reward_model(recipe.ppo.rewards)),
             Parent(
                 ("reward",),
                 "a reward model for its critic",
                 '[ppo] critic = "actor", or [reward] data = ["FILE"]',
-                lambda recipe: recipe.ppo.critic == "reward" and not model_pays(recipe.ppo.rewards),
+                lambda recipe: recipe.ppo.critic == "reward" and not uses_reward_model(recipe.ppo.rewards),
             ),
         ),
         prepare="tetrad.training.prepare:check_ptx",

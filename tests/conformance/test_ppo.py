@@ -9,7 +9,7 @@ import ppo_toys
 import toys
 from tetrad.inference.completions import Completion
 from tetrad.objectives import ppo
-from tetrad.reward.model import score_tokens, trained
+from tetrad.reward.model import reward_function, score_sequences
 from tetrad.rl.minibatches import minibatches
 from tetrad.rl.models import Models
 from tetrad.rl.rewards import token_rewards, whitened
@@ -25,7 +25,7 @@ ASKED = ppo_toys.questions(12, VOCAB)
 def some_models(s: Ppo = S, pad: int = toys.PAD, other: bool = False) -> Models:
     """Rewards are a random reward model's. other: the reference is not the actor."""
     actor = toys.causal(seed=1, pad_id=pad, vocab_size=VOCAB)
-    reward = trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256)
+    reward = reward_function([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256)
     reference = toys.causal(seed=3, vocab_size=VOCAB) if other else None
     return ppo_toys.four_models(s, actor, toys.scalar(seed=4, vocab_size=VOCAB), reward, reference)
 
@@ -67,7 +67,7 @@ def test_dropout_is_off_in_all_four():
         for model in (four.actor, four.reference, four.critic, scorer):
             model.model.dropout = dropout
             model.train()
-        scores = torch.tensor(trained([scorer], toys.CPU, 256)(rollout.samples))
+        scores = torch.tensor(reward_function([scorer], toys.CPU, 256)(rollout.samples))
         made, _ = ppo_toys.experience(four, rollout, S)
         four.actor.train()
         again = ppo_toys.sampled(four, ASKED, S, (0, 0)).sampler_logprobs_BT
@@ -124,12 +124,14 @@ def test_values_stand_before_their_tokens():
     rollout = ppo_toys.sampled(four, ASKED[:4], S, (0, 0))
     values, after = read_values(four.critic, rollout, 64, toys.CPU)
     whole = torch.tensor(
-        score_tokens(four.critic, [toys.document(s.prompt_ids + s.response_ids) for s in rollout.samples], toys.CPU, 64)
+        score_sequences(
+            four.critic, [toys.document(s.prompt_ids + s.response_ids) for s in rollout.samples], toys.CPU, 64
+        )
     )
     torch.testing.assert_close(after, whole.float(), rtol=0, atol=1e-5)
     for row, sample in enumerate(rollout.samples):
         cut = [toys.document(sample.prompt_ids + sample.response_ids[:t]) for t in range(len(sample.response_ids))]
-        expected = torch.tensor(score_tokens(four.critic, cut, toys.CPU, 64)).float()
+        expected = torch.tensor(score_sequences(four.critic, cut, toys.CPU, 64)).float()
         torch.testing.assert_close(values[row, : len(cut)], expected, rtol=0, atol=1e-5)
         assert not values[row, len(cut) :].any()
 
@@ -290,7 +292,7 @@ def test_the_frozen_stay_frozen():
 
 def test_replies_are_scored_as_sampled():
     """By their ids: a text that would be tokenised otherwise, or look finished, must not be read again."""
-    reward = trained([toys.scalar(seed=2)], toys.CPU, 64)
+    reward = reward_function([toys.scalar(seed=2)], toys.CPU, 64)
     plain = Completion((5, 6), (7, 8, 9), (), "w7 w8 w9")
     assert reward([plain]) == reward([replace(plain, text="w9 w9 <|endoftext|>")])
     assert reward([plain]) != reward([replace(plain, response_ids=(7, 8, 9, toys.EOS))])
@@ -300,10 +302,10 @@ def test_replies_are_scored_as_sampled():
 def test_score_does_not_depend_on_batch_or_packing(micro_batch_tokens):
     model = toys.scalar(seed=2)
     documents = toys.documents(17)
-    expected = [score_tokens(model, [document], toys.CPU, 4096)[0] for document in documents]
+    expected = [score_sequences(model, [document], toys.CPU, 4096)[0] for document in documents]
     assert len({round(score, 3) for score in expected}) > 10
-    assert score_tokens(model, documents, toys.CPU, micro_batch_tokens) == pytest.approx(expected, abs=1e-5)
-    backwards = score_tokens(model, documents[::-1], toys.CPU, micro_batch_tokens)
+    assert score_sequences(model, documents, toys.CPU, micro_batch_tokens) == pytest.approx(expected, abs=1e-5)
+    backwards = score_sequences(model, documents[::-1], toys.CPU, micro_batch_tokens)
     assert backwards[::-1] == pytest.approx(expected, abs=1e-5)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import ppo_toys
 import toys
 from tetrad.objectives import ppo
-from tetrad.reward.model import trained
+from tetrad.reward.model import reward_function
 from tetrad.reward.sources import RewardSource, RewardSources, named
 from tetrad.rl.minibatches import minibatches
 from tetrad.rl.models import EMA, Models, SharedActorCritic, _shared
@@ -28,7 +28,7 @@ ASKED = ppo_toys.questions(12, VOCAB)
 
 
 def some_models(s: Ppo = S, other: bool = True) -> Models:
-    reward = trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256)
+    reward = reward_function([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256)
     reference = toys.causal(seed=3, vocab_size=VOCAB) if other else None
     models = toys.causal(seed=1, vocab_size=VOCAB), toys.scalar(seed=4, vocab_size=VOCAB)
     return ppo_toys.four_models(s, *models, reward, reference)
@@ -41,7 +41,9 @@ def shared_models(s: Ppo) -> Models:
     optimizer = Optimizer(
         both, s.actor_lr, replace(Optim(), weight_decay=0.1), lr_overrides={"critic.score": s.critic_lr}
     )
-    reward = RewardSources({"reward": RewardSource(trained([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256))})
+    reward = RewardSources(
+        {"reward": RewardSource(reward_function([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256))}
+    )
     return Models(
         actor,
         critic,
@@ -231,7 +233,9 @@ def test_text_beside_ppo_holds_the_language_model():
     for coefficient in (0.0, 5.0):
         s = replace(S, actor_lr=3e-3)
         actor, critic = toys.causal(seed=1, vocab_size=vocab), toys.scalar(seed=4, vocab_size=vocab)
-        four = ppo_toys.four_models(s, actor, critic, trained([toys.scalar(seed=2, vocab_size=vocab)], toys.CPU, 256))
+        four = ppo_toys.four_models(
+            s, actor, critic, reward_function([toys.scalar(seed=2, vocab_size=vocab)], toys.CPU, 256)
+        )
         made, _ = ppo_toys.experience(four, ppo_toys.sampled(four, ppo_toys.questions(12, vocab), s, (0, 0)), s)
         packed = toys.packed(documents)
         count = float((packed.targets_T != -100).sum())

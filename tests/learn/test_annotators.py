@@ -9,7 +9,7 @@ import toys
 from tetrad.reward.annotators import LR, AnnotatorReport, Annotators, annotator_report, ids_of_annotators
 from tetrad.reward.batches import preference_micros
 from tetrad.reward.ensemble import Latent
-from tetrad.reward.model import score_tokens
+from tetrad.reward.model import score_sequences
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
 from tetrad.train.reward import preference_terms
@@ -69,7 +69,9 @@ def trained(records: list[Comparison], planted: Planted, annotators: bool) -> La
 
 
 def rewards(latent: Latent, planted: Planted) -> torch.Tensor:
-    return torch.tensor(score_tokens(latent.reward, [t for pair in planted.documents for t in pair], toys.CPU, 10_000))
+    return torch.tensor(
+        score_sequences(latent.reward, [t for pair in planted.documents for t in pair], toys.CPU, 10_000)
+    )
 
 
 def accuracy(latent: Latent) -> float:

@@ -186,4 +186,4 @@ def test_a_constant_one(home: Path) -> None:
     tokenizer = Tokenizer.load(home / "runs/policy/sft/model")
     toys.write(home / "constant", {**model_files(model), **tokenizer.files(template("instruction"))})
     line = judged(home, extra=("--reward.from", str(home / "constant"), "--reward.lr", "1e-9"))
-    assert "gate: fail" in line and "hardly tells replies apart" in line
+    assert "gate: fail" in line and "hardly tells responses apart" in line

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import toys
-from tetrad.model.lora import ALL, adapter_config, adapter_tensors, add_adapters, on_base
+from tetrad.model.lora import ALL, adapter_config, adapter_tensors, add_adapters, share_weights
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
 
@@ -50,7 +50,7 @@ def adapted(model: CausalLM | ScalarModel) -> None:
 def test_an_actors_adapter(tmp_path: Path, peft_model: Any, family: str) -> None:
     base = toys.causal(seed=1, family=family).requires_grad_(False)
     place = toys.saved(tmp_path / "base", base)
-    model = on_base(CausalLM, base)
+    model = share_weights(CausalLM, base)
     adapted(model)
     folder = written(tmp_path / "adapter", model, str(place))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
@@ -66,7 +66,7 @@ def test_an_actors_adapter(tmp_path: Path, peft_model: Any, family: str) -> None
 def test_a_reward_models_adapter_with_its_head(tmp_path: Path, peft_model: Any) -> None:
     base = toys.causal(seed=1).requires_grad_(False)
     place = toys.saved(tmp_path / "base", base)
-    model = on_base(ScalarModel, base)
+    model = share_weights(ScalarModel, base)
     model.score.weight = torch.nn.Parameter(initial_head(32, 3))
     model.bias = torch.zeros(())
     adapted(model)

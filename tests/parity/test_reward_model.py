@@ -12,7 +12,7 @@ import torch
 import toys
 from tetrad.model.huggingface import read_scalar
 from tetrad.reward.ensemble import exported
-from tetrad.reward.model import score_tokens
+from tetrad.reward.model import score_sequences
 from tetrad.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -48,7 +48,7 @@ def test_ours_in_transformers(tmp_path: Path, family: str, side: str) -> None:
     assert bias == -0.75
     assert theirs.config.num_labels == 1
     assert theirs.config.pad_token_id == toys.PAD
-    ours = torch.tensor(score_tokens(model, [toys.document(ids) for ids in IDS], toys.CPU, 64))
+    ours = torch.tensor(score_sequences(model, [toys.document(ids) for ids in IDS], toys.CPU, 64))
     with torch.no_grad():
         logits = theirs(**padded(side)).logits
         alone = [theirs(torch.tensor([ids])).logits[0, 0].item() for ids in IDS]
@@ -66,7 +66,7 @@ def test_without_a_pad_to_spare_it_gets_one(tmp_path: Path, spare: int) -> None:
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] == toys.EOS]
     tokenizer = Tokenizer(json.dumps(spec))
     model = toys.scalar(seed=5, vocab_size=40 + spare, pad_id=None)
-    before = score_tokens(model, [toys.document(ids) for ids in IDS], toys.CPU, 64)
+    before = score_sequences(model, [toys.document(ids) for ids in IDS], toys.CPU, 64)
     (grown,), own = exported([model], tokenizer)
     assert (own.pad_id, grown.config.vocab_size) == (40, max(41, 40 + spare))
     grown.config = replace(grown.config, pad_id=own.pad_id)
@@ -82,7 +82,7 @@ def test_after_gain_and_bias(tmp_path: Path, family: str) -> None:
     """Normalised as the reward stage does it: the gain is in score.weight, the constant in config.json."""
     model = toys.scalar(seed=6, family=family)
     documents = [toys.document(ids) for ids in IDS]
-    raw = torch.tensor(score_tokens(model, documents, toys.CPU, 64))
+    raw = torch.tensor(score_sequences(model, documents, toys.CPU, 64))
     with torch.no_grad():
         model.score.weight /= raw.std(correction=0).float()
         model.bias.copy_(-(raw.mean() / raw.std(correction=0)))
@@ -109,7 +109,7 @@ def test_theirs_in_ours(tmp_path: Path) -> None:
     theirs = transformers.Qwen2ForSequenceClassification(config).eval()
     toys.randomise(theirs, seed=9)
     theirs.save_pretrained(tmp_path)
-    ours = score_tokens(read_scalar(tmp_path), [toys.document(ids) for ids in IDS], toys.CPU, 64)
+    ours = score_sequences(read_scalar(tmp_path), [toys.document(ids) for ids in IDS], toys.CPU, 64)
     with torch.no_grad():
         expected = theirs(**padded("right")).logits[:, 0]
     assert (torch.tensor(ours) - expected).abs().max() <= 1e-5

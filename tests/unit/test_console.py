@@ -160,21 +160,21 @@ def test_quick_steps_have_lines_by_their_number_alone(clock: Clock, monkeypatch:
     assert len(err.getvalue().splitlines()) == 12  # the first step took more than two seconds
 
 
-def test_the_time_left_counts_looks(clock: Clock) -> None:
+def test_the_time_left_counts_evaluations(clock: Clock) -> None:
     """A hundred steps of one second, and after each ten a look of thirty."""
     err = StringIO()
     left = []
-    with Console(log_every=1, out=StringIO(), err=err).progress("reward", 100, looks=10) as bar:
+    with Console(log_every=1, out=StringIO(), err=err).progress("reward", 100, evaluations=10) as bar:
         for step in range(100):
             clock.now += 1
             bar.advance()
             left.append(err.getvalue().splitlines()[-1].partition("s/step")[2].split("  ")[1])
             if (step + 1) % 10 == 0:
-                with bar.look():
+                with bar.evaluation():
                     clock.now += 30
                     assert "90 s left" in bar.pace() or step != 9
     assert left[:10] == [f"over {left} s left" for left in range(99, 89, -1)]
-    assert left[10] == "5 min left" and left[88] == "71 s left"  # 89 and 9 looks; 11 and 2
+    assert left[10] == "5 min left" and left[88] == "71 s left"  # 89 and 9 evaluations; 11 and 2
     assert left[-1] == "took 6 min"
 
 

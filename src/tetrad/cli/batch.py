@@ -23,7 +23,7 @@ from tetrad.data.source import Counts, sources
 from tetrad.errors import UserError
 from tetrad.inference import policy
 from tetrad.inference.completions import Completion, EncodedPrompt, best, read_encoded_prompts
-from tetrad.reward.model import RewardModel, load_reward, rate, rate_samples, written
+from tetrad.reward.model import RewardModel, documents_from_text, load_reward, score_documents, score_samples
 from tetrad.settings.use import Generate, ScoreFile
 from tetrad.storage import write_file
 from tetrad.text.tokenizer import Tokenizer
@@ -77,18 +77,18 @@ def score_file(settings: ScoreFile, console: Console) -> None:
     prompts, records = read_prompts(given, Counts()), _records(given.paths)
     reward_model = load_reward(settings.model, settings.template)
     samples = [_answered(record, prompt, given.rename) for record, prompt in zip(records, prompts, strict=True)]
-    documents = written(reward_model.template, reward_model.tokenizer, samples)
+    documents = documents_from_text(reward_model.template, reward_model.tokenizer, samples)
     scores: list[float] = []
 
     def scored() -> Iterator[Fields]:
         with console.progress("score", len(documents)) as bar:
             for start in range(0, len(documents), SCORES_AT_ONCE):
                 part = documents[start : start + SCORES_AT_ONCE]
-                rated = rate(reward_model, part)
-                means, spreads = rated.mean(0).tolist(), rated.std(0).tolist()
+                rewards = score_documents(reward_model, part)
+                means, stds = rewards.mean(0).tolist(), rewards.std(0).tolist()
                 scores.extend(means)
-                for record, score, spread in zip(records[start : start + len(part)], means, spreads, strict=True):
-                    yield _extended(record, {"score": score} | ({"score_std": spread} if len(rated) > 1 else {}))
+                for record, score, std in zip(records[start : start + len(part)], means, stds, strict=True):
+                    yield _extended(record, {"score": score} | ({"score_std": std} if len(rewards) > 1 else {}))
                 bar.advance(len(part), mean=float(np.mean(scores)))
 
     _deliver(scored(), settings.out, console)
@@ -108,13 +108,13 @@ def _best(
     chosen = _chosen(reward_model, groups, settings.best_of)
     # Scored again in the batches that `tetrad score` uses: the batch affects the last bits of a score.
     while part := list(islice(chosen, SCORES_AT_ONCE)):
-        yield from zip(part, rate_samples(reward_model, part), strict=True)
+        yield from zip(part, score_samples(reward_model, part), strict=True)
 
 
 def _chosen(reward_model: RewardModel, groups: Iterator[list[Completion]], size: int) -> Iterator[Completion]:
     """The best of each group of this size."""
     while held := list(islice(groups, max(1, SCORES_AT_ONCE // size))):
-        scores = iter(rate_samples(reward_model, [sample for group in held for sample in group]))
+        scores = iter(score_samples(reward_model, [sample for group in held for sample in group]))
         yield from (group[best(group, list(islice(scores, size)))] for group in held)
 
 

@@ -15,7 +15,7 @@ from tetrad.errors import UserError
 from tetrad.inference.completions import Completion
 from tetrad.inference.engine import Event
 from tetrad.inference.policy import Policy, cache_need, check_text, completion, encode_prompt, load, request
-from tetrad.reward.model import RewardModel, load_reward, rate_samples
+from tetrad.reward.model import RewardModel, load_reward, score_samples
 from tetrad.settings.use import Chat
 from tetrad.types import Prompt, Response, Turn
 
@@ -140,7 +140,7 @@ def score(session: ChatSession, reward_model: RewardModel) -> str:
     if session.last is None:
         return "There is no response yet."
     try:
-        return f"score {rate_samples(reward_model, [session.last])[0]:+.3f}"
+        return f"score {score_samples(reward_model, [session.last])[0]:+.3f}"
     except UserError as error:
         return f"[{error.code}] {error.what}"
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ import numpy as np
 from tetrad import storage
 from tetrad.data.records import conversations_of, documents_of
 from tetrad.data.source import Counts, DataFiles, Span, refuse_none_learned, spans
-from tetrad.data.tokens import OnLong, chunked, fit, learned, refuse_long, tokenize, tokenize_documents
+from tetrad.data.tokens import OnLong, chunked, learned, limit_length, refuse_long, tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.storage import Json
 from tetrad.text.chat_template import Template
@@ -72,7 +72,7 @@ class Encoding:
         records = conversations_of(span, given, counts)
         options = {"train_on_prompt": self.train_on_prompt, "last_only": self.last_only}
         tokens = learned(tokenize(self.template, tokenizer, records, **options, counts=counts), counts)
-        return fit(tokens, self.max_tokens, self.overlong, counts) if self.max_tokens else tokens
+        return limit_length(tokens, self.max_tokens, self.overlong, counts) if self.max_tokens else tokens
 
 
 @cache

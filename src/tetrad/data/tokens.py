@@ -48,7 +48,7 @@ def tokenize_documents(
     return _encode(tokenizer, (([(d.text, True), end], d.where) for d in documents), counts)
 
 
-def fit(stream: Iterable[Tokens], max_tokens: int, overlong: OnLong, counts: Counts) -> Iterator[Tokens]:
+def limit_length(stream: Iterable[Tokens], max_tokens: int, overlong: OnLong, counts: Counts) -> Iterator[Tokens]:
     """Records of at most `max_tokens` tokens.
 
     overlong: longer ones are refused (left out here; `refuse_long` raises once all are seen), truncated on

@@ -22,7 +22,7 @@ from tetrad.datacheck.reading import HELD_OUT, Reading
 from tetrad.model.config import DecoderConfig
 from tetrad.model.inspect import parameter_count
 from tetrad.report.sections import Section, Table
-from tetrad.settings.base import model_pays
+from tetrad.settings.base import uses_reward_model
 from tetrad.settings.common import Lora
 from tetrad.stages import Recipe
 
@@ -121,7 +121,7 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
 def _ppo(recipe: Recipe, r: Reading) -> StageCost:
     s = recipe.ppo
     batch, long = s.batch_size * s.samples_per_prompt, r.tokens / len(r.lengths) + s.max_new_tokens * 0.6
-    judges = recipe.reward.ensemble_size if model_pays(s.rewards) else 0
+    judges = recipe.reward.ensemble_size if uses_reward_model(s.rewards) else 0
     learners = 1 if s.critic == "shared" else 2
     trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema_decay))
     return StageCost(

@@ -73,14 +73,14 @@ def _cut_off(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Findin
         if like and longer > MOST_LONGER:
             text = f"{longer:.0%} of the answers of {like.setting} are longer than {name}.max_new_tokens = {most}:"
             fix = f"{name}.max_new_tokens = {_quantiles(like.answer_lengths)['p95']}, or learn from shorter answers"
-            yield Finding("warning", "answer length", f"{text} replies will be cut off before they end", fix=fix)
+            yield Finding("warning", "answer length", f"{text} responses will be cut off before they end", fix=fix)
 
 
 def _judges(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
     if "ppo.prompts" in readings and "evaluate.prompts" not in readings:
         yield Finding("warning", "judge", "there is no [evaluate]: nothing will say whether PPO is better")
     elif "ppo.prompts" in readings and not recipe.evaluate.judges:
-        text = "[evaluate] has no judge but the reward of PPO itself, which rises even where replies get worse"
+        text = "[evaluate] has no judge but the reward of PPO itself, which rises even where responses get worse"
         yield Finding("warning", "judge", text, fix='evaluate.judges = ["FILE.py:FUNCTION"]')
 
 

@@ -28,7 +28,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     return ((name, part) for name, part in model.named_modules() if isinstance(part, Linear))
 
 
-def on_base(kind: type[M], base: CausalLM, config: DecoderConfig | None = None) -> M:
+def share_weights(kind: type[M], base: CausalLM, config: DecoderConfig | None = None) -> M:
     """A model whose decoder's parameters are those of `base`, not copies; its own head, if any, is left empty."""
     model = on_meta(kind, config or base.config)
     given = dict(base.named_parameters())

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tetrad.errors import UserError
 from tetrad.model.config import read_config
-from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, model_pays, options
+from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, options, uses_reward_model
 from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
 from tetrad.stages import Recipe
@@ -209,7 +209,7 @@ def _adapters(recipe: Recipe) -> Conflicts:
     """PPO's adapters build on the SFT model, and so must the reward model's."""
     ppo, reward = recipe.ppo, recipe.reward
     read = bool(ppo.prompts and ppo.adapters and reward.data)
-    read = read and (model_pays(ppo.rewards) or ppo.critic == "reward")
+    read = read and (uses_reward_model(ppo.rewards) or ppo.critic == "reward")
     if read and not reward.adapters:
         what = "ppo.adapters = true needs a reward model that is an adapter, and reward.adapters is false"
         yield Conflict(("ppo.adapters",), what, "write adapters = true in [reward] too", "E-CONF-CONFLICT")

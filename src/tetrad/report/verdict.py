@@ -179,4 +179,4 @@ def _name(system: str) -> str:
 
 def _cost(system: str) -> str:
     copies = system.removeprefix("best of ")
-    return f" (an answer costs {copies} replies and their rewards)" if copies != system else ""
+    return f" (an answer costs {copies} responses and their rewards)" if copies != system else ""

@@ -56,7 +56,7 @@ class Annotators(nn.Module):
         """Logits of the competence of these annotators."""
         return START + self.common + self.own[annotators] * (annotators > 0)
 
-    def rated(self, rewards_S: Tensor, annotators_S: Tensor) -> Tensor:
+    def predicted_rating(self, rewards_S: Tensor, annotators_S: Tensor) -> Tensor:
         """The scores that these annotators would give."""
         named = annotators_S > 0
         return self.offset[annotators_S] * named + rewards_S * (self.log_gain[annotators_S] * named).exp()

@@ -22,7 +22,7 @@ from tetrad.reward.batches import Examples
 from tetrad.reward.data import RewardData
 from tetrad.reward.evaluation import BETTER_IS_LONGER, BETTER_IS_SHORTER, Pairs, Slice, slices
 from tetrad.reward.metrics import RewardMetrics, ScaleMetrics
-from tetrad.reward.model import Reward, RewardModel, reader
+from tetrad.reward.model import Reward, RewardModel, sample_tokenizer
 from tetrad.reward.probes import Probe, probes, worst_shift
 from tetrad.settings.common import Sampling
 from tetrad.stages import POLICY
@@ -40,12 +40,12 @@ def normalise(ctx: StageContext, model: RewardModel, train: Examples) -> ScaleMe
     Measures the rewards before, and afterwards those of fresh responses to the same prompts and of training answers.
     """
     tokenizer = Tokenizer.load(first_parent(ctx, *POLICY))
-    read = reader(ctx, model.folder, tokenizer)
+    tokenize_samples = sample_tokenizer(ctx, model.folder, tokenizer)
     responses, fresh = _responses(ctx, tokenizer, model.device)
-    before = model.scores(read(responses))
+    before = model.scores(tokenize_samples(responses))
     for member, rewards in zip(model.members, before, strict=True):
         _rescale(member, float(rewards.mean()), float(rewards.std()))
-    after = model.scores(read(fresh))
+    after = model.scores(tokenize_samples(fresh))
     lengths = torch.tensor([float(len(sample.response_ids)) for sample in fresh])
     correlation = spearman(torch.from_numpy(after.mean(0)), lengths)
     seen = train.tokens[:: max(1, math.ceil(len(train.tokens) / MOST_SEEN))]
@@ -115,7 +115,7 @@ def evaluate(
     temperature = Pairs.of(validation, on_validation.mean(0), s.pair_gap).temperature()
     pairs = Pairs.of(test, on_test.mean(0), s.pair_gap)
     members = [Agreement.of(Pairs.of(test, rewards, s.pair_gap)) for rewards in on_test]
-    probed = probes(test.samples(), model.of_texts, s.probes)
+    probed = probes(test.samples(), model.score_texts, s.probes)
     breakdown = slices(test, pairs, temperature)
     longer, shorter = (accuracy_by_length(breakdown, value) for value in (BETTER_IS_LONGER, BETTER_IS_SHORTER))
     metrics = RewardMetrics(

@@ -15,7 +15,7 @@ from tetrad.reward.annotators import LR as ANNOTATORS_LR
 from tetrad.reward.annotators import Annotators, annotator_report
 from tetrad.reward.data import RewardData
 from tetrad.reward.metrics import RewardMetrics
-from tetrad.reward.model import RewardModel, score_tokens
+from tetrad.reward.model import RewardModel, score_sequences
 from tetrad.seeds import seed_for
 from tetrad.storage import Content
 from tetrad.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class Ensemble:
         if not data.annotator_ids:
             return {}
         latent, micro_batch_tokens = self.members[0].latent, ctx.recipe.run.micro_batch_tokens
-        rewards = torch.tensor(score_tokens(latent.reward, data.train.tokens, data.device, micro_batch_tokens))
+        rewards = torch.tensor(score_sequences(latent.reward, data.train.tokens, data.device, micro_batch_tokens))
         rewards = rewards * latent.log_rho.detach().exp().cpu()
         report = annotator_report(data.train.records, rewards, data.annotator_ids)
         report.show(ctx.console)
@@ -81,7 +81,7 @@ class Ensemble:
 def _member(ctx: StageContext, data: RewardData, base: CausalLM | None, seed: int) -> Member:
     """The folder's model, or adapters on `base`, with a fresh head."""
     s, head, records = ctx.recipe.reward, seed_for(seed, "head"), data.train.records
-    model = adapters.scalar_on(ctx, base, head) if base else read_scalar(data.folder, head)
+    model = adapters.adapted_scalar_model(ctx, base, head) if base else read_scalar(data.folder, head)
     model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
     annotators = Annotators(records, data.annotator_ids) if data.annotator_ids else None
     both_kinds = len({type(record) for record in records}) > 1
@@ -93,7 +93,7 @@ def _member(ctx: StageContext, data: RewardData, base: CausalLM | None, seed: in
 
 def save(ctx: StageContext, stage: StageRun, model: RewardModel, metrics: RewardMetrics, **reports: Any) -> None:
     """Leaves a model that others load. reports: by the name of their JSON file; none for an empty one."""
-    adapters.keep(ctx, model.members[0], model.folder)
+    adapters.save_adapter(ctx, model.members[0], model.folder)
     whole, tokenizer = exported(model.members, model.tokenizer)
     files: dict[str, Content] = {}
     for name, report in reports.items():

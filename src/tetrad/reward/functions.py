@@ -126,7 +126,7 @@ def _finite(scores: list[float], samples: Sequence[Completion], where: str) -> l
         raise UserError("E-NUM-REWARD", what, where=where)
     for sample, score in zip(samples, scores, strict=True):
         if not math.isfinite(score):
-            what = f"the score is {score} for the reply {sample.text[:80]!r} ({sample.where or 'no place'})"
+            what = f"the score is {score} for the response {sample.text[:80]!r} ({sample.where or 'no place'})"
             raise UserError("E-NUM-REWARD", what, where=where, hint="return finite numbers")
     return scores
 

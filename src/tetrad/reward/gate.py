@@ -14,7 +14,7 @@ from tetrad.data.similarity import covered
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
 from tetrad.reward.metrics import RewardMetrics
-from tetrad.settings.base import REWARD_MODEL, model_pays
+from tetrad.settings.base import REWARD_MODEL, uses_reward_model
 from tetrad.settings.reward import Gate
 from tetrad.training.context import StageContext
 from tetrad.training.stage import recorded_metrics
@@ -51,7 +51,7 @@ def _accuracy_checks(m: RewardMetrics, s: Gate) -> Iterator[_Check]:
     reason = "length alone is right in {:.3f} of the pairs, the model in {:.3f}"
     both = (m.length_accuracy, m.pair_accuracy)
     yield _Check("length bias", both, lambda length, model: model - length < s.length_margin, reason)
-    reason = "the reward follows the length of replies: rank correlation {:+.2f}"
+    reason = "the reward follows the length of responses: rank correlation {:+.2f}"
     rho = m.length_correlation
     yield _Check("correlation with length", (rho,), lambda rho: abs(rho) > s.length_correlation, reason)
     for side, accuracy, high in (
@@ -72,8 +72,10 @@ def _reward_checks(m: RewardMetrics, s: Gate) -> Iterator[_Check]:
     ):
         reason = f"{change} raises the reward by {{:.2f}} standard deviations"
         yield _Check(f"the probe {name!r}", (shift,), lambda shift: shift > s.probe_shift, reason)
-    hardly = "the model hardly tells replies apart: before it was scaled, their rewards had a standard deviation of"
-    yield _Check("spread of rewards", (m.policy_std,), lambda std: std < s.least_raw_std, f"{hardly} {{:.2g}}")
+    hardly = "the model hardly tells responses apart: before it was scaled, their rewards had a standard deviation of"
+    yield _Check(
+        "standard deviation of rewards", (m.policy_std,), lambda std: std < s.least_raw_std, f"{hardly} {{:.2g}}"
+    )
     yield _scale_check(m.fresh_mean, m.fresh_std, s)
 
 
@@ -81,8 +83,8 @@ def _scale_check(mean: float | None, std: float | None, s: Gate) -> _Check:
     def fails(mean: float, std: float) -> bool:
         return abs(mean) > s.most_mean or not s.least_std <= std <= s.most_std
 
-    reason = "fresh replies have mean {:+.2f} and standard deviation {:.2f}"
-    return _Check("scale on fresh replies", (mean, std), fails, reason)
+    reason = "fresh responses have mean {:+.2f} and standard deviation {:.2f}"
+    return _Check("scale on fresh responses", (mean, std), fails, reason)
 
 
 def _coverage_check(far: float | None, s: Gate) -> _Check:
@@ -123,10 +125,10 @@ def recorded(folder: Path) -> RewardMetrics:
 
 def before_ppo(ctx: StageContext, prompts: Sequence[Prompt]) -> tuple[str, ...]:
     """Why the reward model of this recipe fails, if it does and if PPO uses it. Errors: E-NUM-GATE."""
-    return check(ctx, ctx.parents["reward"], prompts).failures if model_pays(ctx.recipe.ppo.rewards) else ()
+    return check(ctx, ctx.parents["reward"], prompts).failures if uses_reward_model(ctx.recipe.ppo.rewards) else ()
 
 
-def check_scale(ctx: StageContext, source_scores: Mapping[str, Sequence[float]]) -> None:
+def warn_of_scale(ctx: StageContext, source_scores: Mapping[str, Sequence[float]]) -> None:
     """PPO's first responses are the SFT model's to PPO's own prompts: warns where the reward model's scores of them,
     normalised to mean 0 and standard deviation 1 on other prompts, are on another scale. source_scores: by source."""
     scores = collectives.gather(list(source_scores.get(REWARD_MODEL, [])))

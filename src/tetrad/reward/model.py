@@ -1,8 +1,8 @@
-"""A reward model in use: its members, how they read a completion, and the rewards that they give.
+"""A reward model in use: its members, how completions are tokenized for it, and the rewards that it gives.
 
-Where it trains a policy it reads the sampled ids themselves (`joined`: PPO, and the normalisation for PPO), since each
-of these tokens is rewarded. Everywhere else (generate, chat, score, evaluate) it reads the text (`written`): invalid
-UTF-8 as the U+FFFD that replaces it, the text tokenised again, so that scoring the text itself gives the same number.
+PPO, and the normalisation for PPO, score the sampled token ids themselves (`documents_from_ids`), since each of these
+tokens is rewarded. All else (generate, chat, score, evaluate) scores the text, tokenized again (`documents_from_text`):
+invalid UTF-8 as the U+FFFD that replaces it, so that scoring the written text gives the same number.
 """
 
 import math
@@ -63,21 +63,22 @@ class RewardModel:
         """Every member's reward for every document, [members, documents]. Errors: E-DATA-LONG."""
         return member_scores(self.members, documents, self.device, self.micro_batch_tokens)
 
-    def of_texts(self, samples: Sequence[Completion]) -> list[float]:
-        """Mean rewards of the members, from the texts; what is too long is truncated on the left."""
+    def score_texts(self, samples: Sequence[Completion]) -> list[float]:
+        """Mean rewards of the members for the samples' texts; what is too long is truncated on the left."""
         limit = self.members[0].config.max_positions
-        documents = written(self.template, self.tokenizer, samples)
+        documents = documents_from_text(self.template, self.tokenizer, samples)
         return self.scores([Tokens(t.ids[-limit:], t.train[-limit:]) for t in documents]).mean(0).tolist()  # type: ignore[no-any-return]
 
 
-def joined(samples: Sequence[Completion]) -> list[Tokens]:
-    """Prompt and response as one document each, without labels."""
+def documents_from_ids(samples: Sequence[Completion]) -> list[Tokens]:
+    """The token ids of each prompt and its response as one document, without labels."""
     documents = [np.asarray(s.prompt_ids + s.response_ids, np.int32) for s in samples]
     return [Tokens(ids, np.zeros(len(ids), np.bool_)) for ids in documents]
 
 
-def written(template: Template, tokenizer: Tokenizer, samples: Sequence[Completion]) -> list[Tokens]:
-    """The same from their texts, for any tokenizer; finished ones have their end token.
+def documents_from_text(template: Template, tokenizer: Tokenizer, samples: Sequence[Completion]) -> list[Tokens]:
+    """The texts of each prompt and its response, tokenized by this tokenizer, as one document without labels; finished
+    responses have their end token.
 
     Errors: E-DATA-*, E-MODEL-*.
     """
@@ -92,7 +93,7 @@ def written(template: Template, tokenizer: Tokenizer, samples: Sequence[Completi
 
 
 @torch.no_grad()
-def score_tokens(
+def score_sequences(
     model: ScalarModel, documents: Sequence[Tokens], device: Device, micro_batch_tokens: int
 ) -> list[float]:
     """The model's reward at the last token of each document."""
@@ -116,24 +117,24 @@ def member_scores(
         if len(document.ids) > limit:
             what = f"prompt and answer have {len(document.ids)} tokens, the reward model reads {limit}"
             raise UserError("E-DATA-LONG", what, where=document.where, hint="shorten the answer")
-    return np.array([score_tokens(member, documents, device, micro_batch_tokens) for member in members])
+    return np.array([score_sequences(member, documents, device, micro_batch_tokens) for member in members])
 
 
-def trained(
+def reward_function(
     members: Sequence[ScalarModel],
     device: Device,
     micro_batch_tokens: int,
-    read: Callable[[Sequence[Completion]], list[Tokens]] = joined,
+    tokenize_samples: Callable[[Sequence[Completion]], list[Tokens]] = documents_from_ids,
     uncertainty_penalty: float = 0.0,
 ) -> Reward:
-    """A reward model: the mean of its members, minus `uncertainty_penalty` times their standard deviation (Coste et al.
-    2024).
+    """A function from samples to rewards: the mean of the members, minus `uncertainty_penalty` times their standard
+    deviation (Coste et al. 2024).
 
-    read: how samples become documents; by the sampled ids themselves, or by `written`.
+    tokenize_samples: makes the documents of samples; see `sample_tokenizer`.
     """
 
     def reward(samples: Sequence[Completion]) -> list[float]:
-        scores = member_scores(members, read(samples), device, micro_batch_tokens)
+        scores = member_scores(members, tokenize_samples(samples), device, micro_batch_tokens)
         rewards: list[float] = (scores.mean(0) - uncertainty_penalty * scores.std(0)).tolist()
         return rewards
 
@@ -153,13 +154,13 @@ def load_reward(folder: str | Path, template: str = "") -> RewardModel:
     return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), device, path)
 
 
-def rate_samples(reward_model: RewardModel, samples: Sequence[Completion]) -> list[float]:
+def score_samples(reward_model: RewardModel, samples: Sequence[Completion]) -> list[float]:
     """The reward of each sample's text. Errors: E-DATA-LONG, E-NUM-NONFINITE."""
-    documents = written(reward_model.template, reward_model.tokenizer, samples)
-    return rate(reward_model, documents).mean(0).tolist()  # type: ignore[no-any-return]
+    documents = documents_from_text(reward_model.template, reward_model.tokenizer, samples)
+    return score_documents(reward_model, documents).mean(0).tolist()  # type: ignore[no-any-return]
 
 
-def rate(reward_model: RewardModel, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def score_documents(reward_model: RewardModel, documents: Sequence[Tokens]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Each member's reward at each document's last token, [members, documents]. Errors: E-DATA-LONG,
     E-NUM-NONFINITE."""
     rewards = reward_model.scores(documents)
@@ -177,22 +178,26 @@ def reward_model(
     tokenizer: Tokenizer | None = None,
     uncertainty_penalty: float = 0.0,
 ) -> Reward:
-    """A finished reward model; see `trained`. tokenizer: as `reader` takes it."""
+    """The rewards of the reward model in this folder; see `reward_function`. tokenizer: the policy's where it is being
+    trained; see `sample_tokenizer`."""
     members = [member.requires_grad_(False).to(device.torch_device) for member in read_members(folder)]
-    read = reader(ctx, folder, tokenizer)
-    return trained(members, device, ctx.recipe.run.micro_batch_tokens, read, uncertainty_penalty)
+    tokenize_samples = sample_tokenizer(ctx, folder, tokenizer)
+    return reward_function(members, device, ctx.recipe.run.micro_batch_tokens, tokenize_samples, uncertainty_penalty)
 
 
-def reader(
+def sample_tokenizer(
     ctx: StageContext, folder: Path, policy: Tokenizer | None = None
 ) -> Callable[[Sequence[Completion]], list[Tokens]]:
-    """How the reward model of this folder reads responses: by the text, but those of a policy in training, with this
-    tokenizer, by the sampled ids where the two share tokenizer and template."""
+    """A function that makes documents for the reward model of this folder: of the samples' texts, or of their sampled
+    ids if a policy is being trained and shares tokenizer and template with the reward model.
+
+    policy: the tokenizer of the policy in training; None scores texts.
+    """
     tokenizer, template = Tokenizer.load(folder), template_for(ctx, folder)
     if (
         policy
         and policy.fingerprint == tokenizer.fingerprint
         and template == template_for(ctx, first_parent(ctx, *POLICY))
     ):
-        return joined
-    return partial(written, template, tokenizer)
+        return documents_from_ids
+    return partial(documents_from_text, template, tokenizer)

@@ -10,7 +10,7 @@ from tetrad.distributed.device import Device
 from tetrad.inference.completions import Completion
 from tetrad.reward.functions import endpoint, python_function
 from tetrad.reward.model import Reward, reward_model
-from tetrad.settings.base import REWARD_MODEL, entries, is_function
+from tetrad.settings.base import REWARD_MODEL, is_function, reward_entries
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
 from tetrad.training.step import timed
@@ -47,8 +47,8 @@ def _cut(x: float, clip: float) -> float:
 
 
 def named(given: Sequence[str], reserved: Collection[str] = (REWARD_MODEL, "std")) -> list[str]:
-    """A unique name for each entry, none of them reserved (score_std is the spread of the total): `reward` for the
-    reward model, a function's own name, an address's host and port; the second of a name is NAME_2."""
+    """A unique name for each entry, none of them reserved (score_std is the standard deviation of the total): `reward`
+    for the reward model, a function's own name, an address's host and port; the second of a name is NAME_2."""
     names, taken = list[str](), set(reserved)
     for entry in given:
         if is_function(entry):
@@ -67,7 +67,7 @@ def reward_sources(
 ) -> RewardSources:
     """The recipe's sources. model: the reward model if loaded. Errors: E-CONF-FUNCTION, E-MODEL-*, E-CKPT-*."""
     s = ctx.recipe.ppo
-    specs = entries(s.rewards)
+    specs = reward_entries(s.rewards)
     weights = s.reward_weights or (1.0,) * len(specs)
     sources = {}
     for name, entry, weight in zip(named(specs), specs, weights, strict=True):

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from tetrad.distributed.device import Device, choose
 from tetrad.inference.model_folder import refuse_other_tokenizer
 from tetrad.model.huggingface import read_scalar
-from tetrad.model.lora import merged, on_base
+from tetrad.model.lora import merged, share_weights
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head
-from tetrad.reward.model import Reward, reader, trained
+from tetrad.reward.model import Reward, reward_function, sample_tokenizer
 from tetrad.reward.sources import RewardSources, reward_sources
 from tetrad.seeds import seed_for
-from tetrad.settings.base import model_pays
+from tetrad.settings.base import uses_reward_model
 from tetrad.stages import POLICY
 from tetrad.storage import Json
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training import adapters
-from tetrad.training.adapters import adapt, on_reward_base, scalar_on
+from tetrad.training.adapters import adapt, adapted_scalar_model, load_reward_adapter
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.prepare import first_parent
@@ -133,7 +133,7 @@ def load_models(ctx: StageContext) -> Models:
     optim = replace(ctx.recipe.optim, eps=s.adam_eps)
     actor_critic = SharedActorCritic(actor, critic) if s.critic == "shared" else None
     lr_overrides = {"critic.score": s.critic_lr} if actor_critic else {}
-    used = model_pays(s.rewards)
+    used = uses_reward_model(s.rewards)
     return Models(
         actor,
         critic,
@@ -171,18 +171,20 @@ def _on_one_base(
 ) -> tuple[CausalLM, ScalarModel | None, Reward | None]:
     """Actor, critic (None where it shares the actor's trunk) and reward model as adapters on the reference."""
     s, seed = ctx.recipe.ppo, ctx.recipe.seed
-    actor = on_base(CausalLM, base)
+    actor = share_weights(CausalLM, base)
     adapt(ctx, actor, seed_for(seed, "actor"))
     critic: ScalarModel | None = None
     reward: Reward | None = None
-    if model_pays(s.rewards) or s.critic == "reward":
-        reward_model = on_reward_base(ctx, base)
-        read = reader(ctx, ctx.parents["reward"], tokenizer)
-        reward = trained([reward_model.requires_grad_(False)], device, ctx.recipe.run.micro_batch_tokens, read)
+    if uses_reward_model(s.rewards) or s.critic == "reward":
+        reward_model = load_reward_adapter(ctx, base)
+        tokenize_samples = sample_tokenizer(ctx, ctx.parents["reward"], tokenizer)
+        reward = reward_function(
+            [reward_model.requires_grad_(False)], device, ctx.recipe.run.micro_batch_tokens, tokenize_samples
+        )
         if s.critic == "reward":
-            critic = on_reward_base(ctx, base)
+            critic = load_reward_adapter(ctx, base)
     if s.critic == "actor":
-        critic = scalar_on(ctx, base, seed_for(seed, "critic"))
+        critic = adapted_scalar_model(ctx, base, seed_for(seed, "critic"))
     return actor, critic, reward
 
 
@@ -196,5 +198,5 @@ def save_models(ctx: StageContext, stage: StageRun, models: Models, notes: Mappi
         extra = {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in extra.items()}
         models.ema.weights.load_tensors(models.ema.average)  # also of a trunk that the critic shares
     files = {name: tensor_chunks(tensors) for name, tensors in extra.items()}
-    adapters.keep(ctx, models.actor, folder)
+    adapters.save_adapter(ctx, models.actor, folder)
     finish(ctx, stage, merged(models.actor), models.tokenizer, template_for(ctx, folder), notes, files)

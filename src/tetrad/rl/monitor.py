@@ -16,7 +16,7 @@ from tetrad.report.verdict import AlarmSpan
 from tetrad.reward.functions import python_function
 from tetrad.reward.model import Reward
 from tetrad.reward.sources import named
-from tetrad.settings.base import model_pays
+from tetrad.settings.base import uses_reward_model
 from tetrad.settings.ppo import Alarms, Ppo
 from tetrad.stages import Recipe
 from tetrad.storage import Json
@@ -194,10 +194,10 @@ _UNUSED: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
         lambda r: r.reward.data != () and r.reward.ensemble_size == 1,
         "the reward model is no ensemble",
     ),
-    ("uncertainty_penalty", lambda r: not model_pays(r.ppo.rewards), "no reward model is used"),
+    ("uncertainty_penalty", lambda r: not uses_reward_model(r.ppo.rewards), "no reward model is used"),
     (
         "reward_clip",
-        lambda r: not model_pays(r.ppo.rewards) and r.ppo.reward_scaling != "running",
+        lambda r: not uses_reward_model(r.ppo.rewards) and r.ppo.reward_scaling != "running",
         "no reward model is used",
     ),
     ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),

@@ -52,14 +52,14 @@ Rewards = Annotated[tuple[str, ...], REWARDS]
 REWARD_MODEL = "reward"
 
 
-def entries(rewards: tuple[str, ...]) -> tuple[str, ...]:
+def reward_entries(rewards: tuple[str, ...]) -> tuple[str, ...]:
     """The sources of reward: none in the recipe means the reward model."""
     return rewards or (REWARD_MODEL,)
 
 
-def model_pays(rewards: tuple[str, ...]) -> bool:
+def uses_reward_model(rewards: tuple[str, ...]) -> bool:
     """Whether the reward model is one of the sources of reward."""
-    return REWARD_MODEL in entries(rewards)
+    return REWARD_MODEL in reward_entries(rewards)
 
 
 def is_function(reward: str) -> bool:

@@ -83,7 +83,8 @@ class Reward:
     batch_size: Count = 32
     """Records per optimizer step, on all machines together."""
     ensemble_size: Count = 1
-    """Reward models from as many seeds, averaged; the first is the folder's own, and their spread is reported."""
+    """Reward models from as many seeds, averaged; the first is the folder's own. Their standard deviation is
+    reported."""
     patience: Whole = 3
     """Training stops after this many of at most ten validation passes without improvement; 0 never stops. The weights
     of the best pass are kept."""

@@ -75,7 +75,7 @@ def run(ctx: StageContext) -> None:
             rollout = roll_out(models.actor, *prompts.batch(step), key, sampling, models.tokenizer, models.device)
             batch = make_batch(models, rollout, s, state, step)
             if step == 0:
-                gate.check_scale(ctx, batch.source_scores)
+                gate.warn_of_scale(ctx, batch.source_scores)
             judged = {name: judge(rollout.samples) for name, judge in judges.items()}
             losses = learn(models, batch, s, (seed, step), ptx)
             metrics = step_metrics(batch, state.kl.beta, models.device, models.train_score_p999, judged) | losses

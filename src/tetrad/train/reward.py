@@ -1,10 +1,10 @@
 """The reward model: one latent reward r from comparisons and scores, mixed in any proportion.
 
-A comparison says P(i over j) = sigmoid(rho (r_i - r_j)), all pairs of a list averaged (Ouyang et al. 2022, eq. 1) or
-the order as a whole (Plackett-Luce); a score says y = r in units of the scores' standard deviation, or of their scale.
-The likelihoods are added, each divided by its own count. rho is learned where both kinds occur, so that neither
-forces its scale on the other; a named annotator may err and has a score scale of its own (reward.annotators). Training
-stops when the validation loss stops falling; several seeds make an ensemble.
+A comparison is modelled as P(i over j) = sigmoid(rho (r_i - r_j)), averaged over all pairs of a ranking (Ouyang et al.
+2022, eq. 1), or by the order as a whole (Plackett-Luce); a rating y is modelled as r, in units of the scores' standard
+deviation, or of their scale. The likelihoods are added, each divided by its own count. rho is learned where both kinds
+occur, so that neither forces its scale on the other; a named annotator may err and has a score scale of its own
+(reward.annotators). Training stops when the validation loss stops falling; several seeds make an ensemble.
 """
 
 import math
@@ -28,9 +28,11 @@ from tetrad.training.early_stopping import EarlyStopping
 from tetrad.training.optimizer import lr_factor
 from tetrad.training.run_folder import StageRun
 from tetrad.training.stage import start
-from tetrad.training.step import Loss, Microbatch, StepStats, Term, Terms, measured, timed, update
+from tetrad.training.step import Loss, Microbatch, StepStats, Term, Terms, mean_loss, timed, update
 
-EVALUATIONS = 10  # of the validation loss, after each of which training may stop early
+# Evaluations of the validation loss, at most: every ceil(steps / EVALUATIONS) steps, so that the last step may not be
+# evaluated. After each one training may stop early.
+EVALUATIONS = 10
 
 
 def run(ctx: StageContext) -> None:
@@ -56,17 +58,19 @@ def train(ctx: StageContext, stage: StageRun, data: RewardData, ensemble: Ensemb
     eval_steps = [step for step in range(data.steps) if best.patience and (step + 1) % interval == 0]
     if best.should_stop:
         stage.end_early()
-    with ctx.console.progress("reward", data.steps, stage.step, looks=sum(s >= stage.step for s in eval_steps)) as bar:
+    with ctx.console.progress(
+        "reward", data.steps, stage.step, evaluations=sum(s >= stage.step for s in eval_steps)
+    ) as bar:
         for step in stage.steps():
             stats = [train_step(ctx, member, data, terms, step) for member in ensemble.members]
             metrics = mean_metrics(stats)
             stage.log(step, **metrics)
             bar.advance(1, loss=metrics["loss"], **stage.timing(sum(each.tokens for each in stats)))
             if step in eval_steps:
-                with bar.look():
+                with bar.evaluation():
                     best.update(eval_loss(ensemble.members, validation_batch, terms, data))
             if best.should_stop:
-                ctx.console.say(f"reward     stops after {step + 1} steps: held-out records gain no more")
+                ctx.console.say(f"reward     stops after {step + 1} steps: the validation loss stopped improving")
                 stage.end_early()
 
 
@@ -89,8 +93,8 @@ def mean_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
 
 @timed("eval")
 def eval_loss(members: Sequence[Member], micros: Sequence[Microbatch], terms: Terms, data: RewardData) -> float:
-    """The mean over members, without dropout. Rank 0's for all: ranks that differ would stop at different steps."""
-    losses = [measured(member.latent.eval(), micros, terms, data.device) for member in members]
+    """The mean over members, without dropout. All ranks use rank 0's value, so that all stop at the same step."""
+    losses = [mean_loss(member.latent.eval(), micros, terms, data.device) for member in members]
     return collectives.from_main(sum(losses) / len(losses))
 
 
@@ -102,17 +106,17 @@ def preference_terms(s: Reward) -> Terms:
 
     def terms(model: nn.Module, micro: Microbatch) -> list[Term]:
         latent, targets = cast(Latent, model), cast(PreferenceTargets, micro.data)
-        every_S = torch.arange(len(targets.scored_S), device=targets.scored_S.device)
+        all_scores_S = torch.arange(len(targets.scored_S), device=targets.scored_S.device)
         rewards = latent.reward(micro.packed, "both" if s.token_weight else "scores")
-        rewards_D, before_N = rewards.tensor_split([len(micro.packed.bounds) - 1])
-        scores = score_losses(s, latent, targets, rewards_D[targets.scored_S], every_S).sum()
+        rewards_D, token_rewards_N = rewards.tensor_split([len(micro.packed.bounds) - 1])
+        scores = score_losses(s, latent, targets, rewards_D[targets.scored_S], all_scores_S).sum()
         center = preference.center_loss_sum(rewards_D, targets.winners_P, targets.losers_P, targets.weights_P)
         losses: list[Term] = [
             Loss("comparison_loss", comparison_loss(s, latent, targets, rewards_D), "comparisons", s.comparison_weight),
             Loss("score_loss", scores, "scores", s.score_weight),
             Loss("center_loss", center, "comparisons", s.center),
         ]
-        losses += token_terms(s, latent, micro, before_N) if s.token_weight else []
+        losses += token_terms(s, latent, micro, token_rewards_N) if s.token_weight else []
         losses += prior_terms(s, latent.annotators, targets) if latent.annotators else []
         return losses
 
@@ -120,9 +124,9 @@ def preference_terms(s: Reward) -> Terms:
 
 
 def comparison_loss(s: Reward, latent: Latent, targets: PreferenceTargets, rewards_D: Tensor) -> Tensor:
-    """Summed over lists; a list's annotator may have flipped it."""
+    """The loss of all comparisons, summed over rankings; a ranking's annotator may have reversed it."""
     rewards_D = rewards_D * latent.log_rho.exp()
-    if s.comparison_loss == "pairs" or not len(targets.ranked_N):  # without lists, an empty sum
+    if s.comparison_loss == "pairs" or not len(targets.ranked_N):  # without comparisons, the sum over no pairs: 0
         return pairwise_loss(rewards_D, targets, latent.annotators, s.label_smoothing)
     return listwise_loss(rewards_D, targets, latent.annotators)
 
@@ -130,7 +134,7 @@ def comparison_loss(s: Reward, latent: Latent, targets: PreferenceTargets, rewar
 def pairwise_loss(
     rewards_D: Tensor, targets: PreferenceTargets, annotators: Annotators | None, smoothing: float
 ) -> Tensor:
-    """Bradley-Terry: -log sigmoid(r_winner - r_loser - margin), the mean over a list's pairs."""
+    """Bradley-Terry: -log sigmoid(r_winner - r_loser - margin), the mean over a ranking's pairs."""
     labels = targets.labels_P * (1 - smoothing) + (1 - targets.labels_P) * smoothing
     pairs = (targets.winners_P, targets.losers_P, targets.weights_P, targets.margins_P, labels)
     competence = annotators.competence(targets.annotators_L[targets.lists_P]) if annotators else None
@@ -138,7 +142,7 @@ def pairwise_loss(
 
 
 def listwise_loss(rewards_D: Tensor, targets: PreferenceTargets, annotators: Annotators | None) -> Tensor:
-    """Plackett-Luce: -log probability of a list's whole order."""
+    """Plackett-Luce: -log probability of a ranking's whole order."""
 
     def losses(ranks_N: Tensor) -> Tensor:
         return preference.plackett_luce_losses(rewards_D[targets.ranked_N], ranks_N, targets.bounds, "auto")
@@ -149,33 +153,39 @@ def listwise_loss(rewards_D: Tensor, targets: PreferenceTargets, annotators: Ann
     return preference.crowd_losses(losses(targets.ranks_N), losses(-targets.ranks_N), competence).sum()
 
 
-def score_losses(s: Reward, latent: Latent, targets: PreferenceTargets, rewards_N: Tensor, of_N: Tensor) -> Tensor:
-    """Of each reward against score number of_N, on its annotator's own scale; uncertain scores count less. [N]"""
+def score_losses(s: Reward, latent: Latent, targets: PreferenceTargets, rewards_N: Tensor, indices_N: Tensor) -> Tensor:
+    """Loss of each reward against its score, on the annotator's own scale; uncertain scores count less. [N]
+
+    indices_N: which of the batch's scores each reward is compared with.
+    """
     if latent.annotators:
-        rewards_N = latent.annotators.rated(rewards_N, targets.annotators_S[of_N])
+        rewards_N = latent.annotators.predicted_rating(rewards_N, targets.annotators_S[indices_N])
     kind: Literal["mse", "bce"] = "bce" if s.score_loss == "bce" else "mse"
-    return targets.weights_S[of_N] * preference.score_losses(rewards_N, targets.targets_S[of_N], kind)
+    return targets.weights_S[indices_N] * preference.score_losses(rewards_N, targets.targets_S[indices_N], kind)
 
 
 def token_terms(s: Reward, latent: Latent, micro: Microbatch, rewards_N: Tensor) -> list[Term]:
-    """The same losses on each prefix (Cobbe et al. 2021, section 4.2): for a scored answer the mean over its tokens,
-    for a list on each answer's mean. rewards_N: before each token of the answers."""
+    """The same losses on token rewards (Cobbe et al. 2021, section 4.2): of a score the mean of the losses at its
+    answer's tokens, of a comparison one loss on each answer's mean token reward.
+
+    rewards_N: the reward of the prefix before each token of the answers.
+    """
     targets, (documents_N, lengths_D) = cast(PreferenceTargets, micro.data), answer_tokens(micro.packed)
     mean_D = torch.zeros_like(lengths_D).index_add(0, documents_N, rewards_N) / lengths_D.clamp(min=1)
     score_D = torch.full_like(lengths_D, -1, dtype=torch.int64)
     score_D[targets.scored_S] = torch.arange(len(targets.scored_S), device=score_D.device)
-    of_score = score_D[documents_N] >= 0
-    rewards_N, documents_N = rewards_N[of_score], documents_N[of_score]
+    has_score_N = score_D[documents_N] >= 0
+    rewards_N, documents_N = rewards_N[has_score_N], documents_N[has_score_N]
     losses = score_losses(s, latent, targets, rewards_N, score_D[documents_N])
-    lists, scores = comparison_loss(s, latent, targets, mean_D), (losses / lengths_D[documents_N]).sum()
+    comparisons, scores = comparison_loss(s, latent, targets, mean_D), (losses / lengths_D[documents_N]).sum()
     return [
-        Loss("comparison_loss_tokens", lists, "comparisons", s.token_weight * s.comparison_weight),
+        Loss("comparison_loss_tokens", comparisons, "comparisons", s.token_weight * s.comparison_weight),
         Loss("score_loss_tokens", scores, "scores", s.token_weight * s.score_weight),
     ]
 
 
 def prior_terms(s: Reward, annotators: Annotators, targets: PreferenceTargets) -> list[Term]:
-    """Of the annotators' competences and scales."""
+    """Negative log priors of the annotators' competences and of their score scales."""
     competence, scale = annotators.comparison_prior(targets.annotators_L), annotators.score_prior(targets.annotators_S)
     return [
         Loss("annotator_prior", competence, "comparisons", s.comparison_weight),

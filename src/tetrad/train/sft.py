@@ -6,7 +6,7 @@ A batch is a number of records; which ones is a function of seed and step.
 from tetrad.data.loader import batch_indices, epoch_size, steps_for
 from tetrad.data.records import read_conversations
 from tetrad.data.source import Counts
-from tetrad.data.tokens import fit, refuse_long, tokenize
+from tetrad.data.tokens import limit_length, refuse_long, tokenize
 from tetrad.distributed import collectives
 from tetrad.distributed.device import choose
 from tetrad.model.huggingface import read_causal
@@ -24,12 +24,12 @@ from tetrad.types import Tokens
 
 
 def run(ctx: StageContext) -> None:
-    s, device, folder = ctx.recipe.sft, choose(ctx.recipe.run), first_parent(ctx, "pretrain", "base")
+    s, device, base_folder = ctx.recipe.sft, choose(ctx.recipe.run), first_parent(ctx, "pretrain", "base")
     data = prepared(ctx, conversations)
     tokenizer, template = data.tokenizer, data.template
     assert template
     ctx.console.say(f"sft        template {template.name}")
-    model = read_causal(folder)
+    model = read_causal(base_folder)
     if s.add_separator:
         grow_vocabulary(model, tokenizer.size)
     model.to(device.torch_device)
@@ -46,7 +46,7 @@ def run(ctx: StageContext) -> None:
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         train_language_model(ctx, stage, s, model, optimizer, device, batch)
         metrics = validation_metrics(ctx, model, validation, device)
-        adapters.keep(ctx, model, folder)
+        adapters.save_adapter(ctx, model, base_folder)
         finish(ctx, stage, merged(model), tokenizer, template, metrics)
 
 
@@ -57,7 +57,7 @@ def _validation(ctx: StageContext, template: Template, tokenizer: Tokenizer, mod
     stream = tokenize(
         template, tokenizer, read, train_on_prompt=s.train_on_prompt, last_only=s.train_turns == "last", counts=counts
     )
-    documents = list(fit(stream, limit, s.overlong, counts))
+    documents = list(limit_length(stream, limit, s.overlong, counts))
     refuse_long(counts, limit, s.overlong)
     if documents:
         report_counts(ctx, counts, len(documents), "held-out ")

@@ -21,7 +21,7 @@ from tetrad.model.lora import (
     add_adapters,
     has_adapters,
     load_adapters,
-    on_base,
+    share_weights,
 )
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, give_head
@@ -40,9 +40,9 @@ def adapt(ctx: StageContext, model: CausalLM | ScalarModel, seed: int) -> None:
     add_adapters(model, lora.rank, lora.alpha, targets, seed_for(seed, "adapter"))
 
 
-def scalar_on(ctx: StageContext, base: CausalLM, seed: int) -> ScalarModel:
+def adapted_scalar_model(ctx: StageContext, base: CausalLM, seed: int) -> ScalarModel:
     """A scalar model of fresh adapters and a fresh head on `base`."""
-    model = on_base(ScalarModel, base)
+    model = share_weights(ScalarModel, base)
     give_head(model, seed)
     adapt(ctx, model, seed)
     return model
@@ -54,7 +54,7 @@ def weights_digest(folder: Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def keep(ctx: StageContext, model: CausalLM | ScalarModel, base: Path) -> None:
+def save_adapter(ctx: StageContext, model: CausalLM | ScalarModel, base: Path) -> None:
     """Writes <stage>/adapter in PEFT's format, before the merged model ends the stage; nothing without adapters."""
     if not has_adapters(model) or not collectives.is_main():
         return
@@ -68,7 +68,7 @@ def keep(ctx: StageContext, model: CausalLM | ScalarModel, base: Path) -> None:
     storage.write_folder(ctx.folder / "adapter", files, {"key": ctx.key})
 
 
-def on_reward_base(ctx: StageContext, base: CausalLM) -> ScalarModel:
+def load_reward_adapter(ctx: StageContext, base: CausalLM) -> ScalarModel:
     """The recipe's reward model as an adapter with a head on `base`, the SFT model.
 
     Errors: E-CONF-CONFLICT where it was trained in full or has another base; E-CKPT-*.
@@ -84,7 +84,7 @@ def on_reward_base(ctx: StageContext, base: CausalLM) -> ScalarModel:
     if config["tetrad"]["base_sha256"] != weights_digest(base_folder):
         what = "the reward model's adapter was trained on other weights than the SFT model's"
         raise UserError("E-CONF-CONFLICT", what, where=str(adapter), hint=hint)
-    model = on_base(ScalarModel, base, read_config(folder))
+    model = share_weights(ScalarModel, base, read_config(folder))
     load_adapters(model, read_tensors(adapter / WEIGHTS), config["lora_alpha"] / config["r"], str(adapter))
     model.bias = base.model.norm.weight.new_tensor(config["tetrad"]["reward_bias"])
     return model

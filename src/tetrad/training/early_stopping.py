@@ -15,7 +15,7 @@ class EarlyStopping:
     def __init__(self, model: nn.Module, patience: int) -> None:
         self.weights, self.patience = Weights(model), patience
         self.loss, self.waited = math.inf, 0
-        self.kept: dict[str, Tensor] = {}
+        self.best_tensors: dict[str, Tensor] = {}
 
     @property
     def should_stop(self) -> bool:
@@ -26,20 +26,20 @@ class EarlyStopping:
         """Takes the validation loss of the current weights."""
         if loss < self.loss:
             self.loss, self.waited = loss, 0
-            self.kept = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
+            self.best_tensors = {name: tensor.clone() for name, tensor in self.weights.tensors().items()}
         else:
             self.waited += 1
 
     def restore_best(self) -> None:
         """Loads the best weights into the model."""
-        if self.kept:
-            self.weights.load_tensors(self.kept)
+        if self.best_tensors:
+            self.weights.load_tensors(self.best_tensors)
 
     def tensors(self) -> dict[str, Tensor]:
-        if not self.kept:
+        if not self.best_tensors:
             return {}
         numbers = {"loss": torch.tensor(self.loss, dtype=torch.float64), "waited": torch.tensor(self.waited)}
-        return {**numbers, **{f"best/{name}": tensor for name, tensor in self.kept.items()}}
+        return {**numbers, **{f"best/{name}": tensor for name, tensor in self.best_tensors.items()}}
 
     def full_bytes(self) -> int:
         return self.weights.full_bytes() if self.patience else 0
@@ -48,5 +48,5 @@ class EarlyStopping:
         if tensors:
             self.loss, self.waited = float(tensors["loss"]), int(tensors["waited"])
             own = self.weights.tensors()
-            kept = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
-            self.kept = {name: tensor.to(own[name].device) for name, tensor in kept.items()}
+            best_tensors = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
+            self.best_tensors = {name: tensor.to(own[name].device) for name, tensor in best_tensors.items()}

@@ -25,7 +25,8 @@ from tetrad.types import Packed
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One forward and backward. counts: what this part adds to each denominator. data: further inputs of the terms."""
+    """Input of one forward and backward pass. counts: what it adds to each denominator. data: further inputs of the
+    terms."""
 
     packed: Packed
     counts: Mapping[str, float]
@@ -69,7 +70,7 @@ class StepStats:
     tokens: float = 0.0
 
 
-_READ = "tokens read"  # a count that no loss is divided by
+_TOKENS_READ = "tokens read"  # a count that no loss is divided by
 
 
 class StepTimer:
@@ -96,7 +97,7 @@ timer = StepTimer()
 @contextmanager
 def timed(phase: str) -> Iterator[None]:
     """Counts a block, or each call of a function that it decorates, as this phase of the step. Of nested phases the
-    inner one counts; what a GPU has been given to do belongs to the phase that gave it."""
+    inner one counts; GPU work is charged to the phase that launched it."""
     outer = timer.enter(phase)
     try:
         yield
@@ -117,12 +118,13 @@ def update(
     factor: float = 1.0,
     max_norm: float = 0.0,
 ) -> StepStats:
-    """One optimizer step on a batch in parts. factor: share of the learning rate; max_norm: 0 means no clipping.
+    """One optimizer step, with gradient accumulation over the micro-batches. factor: multiplier of the peak learning
+    rate; max_norm: 0 means no clipping.
 
     Errors: E-NUM-NONFINITE before any weight changes, naming the batch's records.
     """
     read = float(sum(len(micro.packed.ids_T) for micro in micros))
-    totals = collectives.sum_counts({**collectives.sum_by_name(micro.counts for micro in micros), _READ: read})
+    totals = collectives.sum_counts({**collectives.sum_by_name(micro.counts for micro in micros), _TOKENS_READ: read})
     optimizer.clear()
     sums: dict[str, Tensor] = {}
     scales: dict[str, tuple[str, float]] = {}
@@ -143,13 +145,13 @@ def update(
     means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
     loss = math.fsum(means[name] * scales[name][1] for name in means)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        _stop(loss, norm, micros, partial(_finite, model, terms, totals, device))
+        _raise_nonfinite(loss, norm, micros, partial(_finite, model, terms, totals, device))
     optimizer.step(factor)
-    return StepStats(loss, norm, optimizer.lr * factor, means | largest, totals[_READ])
+    return StepStats(loss, norm, optimizer.lr * factor, means | largest, totals[_TOKENS_READ])
 
 
 @torch.no_grad()
-def measured(model: nn.Module, micros: Sequence[Microbatch], terms: Terms, device: Device) -> float:
+def mean_loss(model: nn.Module, micros: Sequence[Microbatch], terms: Terms, device: Device) -> float:
     """The loss of a batch as `update` would compute it, on this rank alone; no weight changes."""
     counts = collectives.sum_by_name(micro.counts for micro in micros)
     loss = 0.0
@@ -181,7 +183,9 @@ def _backward(parts: list[Tensor]) -> None:
         torch.stack(parts).sum().backward()
 
 
-def _stop(loss: float, norm: float, micros: Sequence[Microbatch], finite: Callable[[Microbatch], bool]) -> None:
+def _raise_nonfinite(
+    loss: float, norm: float, micros: Sequence[Microbatch], finite: Callable[[Microbatch], bool]
+) -> None:
     """Names the records of the micro-batches that are not finite by themselves, on the rank that has them."""
     failing = [micro for micro in micros if not finite(micro)]
     if collectives.any_rank(bool(failing)) and not failing:

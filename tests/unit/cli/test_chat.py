@@ -17,7 +17,7 @@ from tetrad.errors import UserError
 from tetrad.inference.completions import EncodedPrompt
 from tetrad.inference.engine import Engine, Request
 from tetrad.inference.policy import Policy, encode_prompt, load, request
-from tetrad.reward.model import load_reward, rate_samples
+from tetrad.reward.model import load_reward, score_samples
 from tetrad.settings import use
 from tetrad.types import Prompt, Turn
 
@@ -208,7 +208,7 @@ def test_score(talk: Talk, run: Path) -> None:
     said = talk("chat", "/score\nthe plot\n/score\n", reward=str(run / "reward"))
     found = completed(model, [encode_prompt(model, Prompt((Turn("user", "the plot"),)))], use.Sample(max_new_tokens=6))
     assert said[0] == "There is no response yet."
-    assert said[-1] == f"score {rate_samples(judge, [found[0]])[0]:+.3f}"
+    assert said[-1] == f"score {score_samples(judge, [found[0]])[0]:+.3f}"
     assert talk("chat", "/score\n")[0].startswith("There is no /score")
 
 

@@ -6,7 +6,7 @@ import pytest
 from families import conversation
 from tetrad.data import tokens as tokens_file
 from tetrad.data.source import Counts
-from tetrad.data.tokens import fit, refuse_long, tokenize, tokenize_documents
+from tetrad.data.tokens import limit_length, refuse_long, tokenize, tokenize_documents
 from tetrad.errors import UserError
 from tetrad.text import bpe
 from tetrad.text.chat_template import TEMPLATES
@@ -70,7 +70,7 @@ LONG = [record([1] * n, where=f"f:{n}") for n in (3, 9, 4, 7, 5)]
 
 def fitted(limit, overlong):
     counts = Counts(read=5, kept=5)
-    found = list(fit(LONG, limit, overlong, counts))
+    found = list(limit_length(LONG, limit, overlong, counts))
     refuse_long(counts, limit, overlong)
     return found
 
@@ -83,10 +83,10 @@ def test_fit_refuses_once_all_are_seen():
 
 def test_fit_cuts_and_drops_with_counts():
     counts = Counts()
-    assert [len(t.ids) for t in fit(LONG, 5, "truncate", counts)] == [3, 5, 4, 5, 5]
+    assert [len(t.ids) for t in limit_length(LONG, 5, "truncate", counts)] == [3, 5, 4, 5, 5]
     assert (counts.cut, counts.dropped) == (2, 0)
     counts = Counts()
-    assert [len(t.ids) for t in fit(LONG, 5, "drop", counts)] == [3, 4, 5]
+    assert [len(t.ids) for t in limit_length(LONG, 5, "drop", counts)] == [3, 4, 5]
     assert (counts.cut, counts.dropped) == (0, 2)
     with pytest.raises(UserError, match=r"E-DATA-LONG. f:3: 5 of 5"):
         fitted(2, "drop")
@@ -97,7 +97,7 @@ def test_fit_truncates_on_the_right_and_drops_what_has_no_answer_left():
     long = record(range(6), [False] * 4 + [True] * 2)
     counts = Counts()
     short = record([1], where="g:1")
-    assert list(fit([long, short], 3, "truncate", counts)) == [short]  # nothing of the answer is left
+    assert list(limit_length([long, short], 3, "truncate", counts)) == [short]  # nothing of the answer is left
     assert (counts.cut, counts.dropped) == (0, 1)
-    (prompt,) = fit([record(range(6), [False] * 6)], 3, "truncate", Counts())
+    (prompt,) = limit_length([record(range(6), [False] * 6)], 3, "truncate", Counts())
     assert prompt.ids.tolist() == [0, 1, 2]

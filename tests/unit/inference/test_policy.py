@@ -20,7 +20,7 @@ from tetrad.inference.completions import EncodedPrompt
 from tetrad.inference.policy import completion, encode_prompt, generate, instruction_prompt, load, model_folder, request
 from tetrad.model.lora import ALL, adapted, add_adapters
 from tetrad.model.transformer import CausalLM
-from tetrad.reward.model import load_reward, rate_samples
+from tetrad.reward.model import load_reward, score_samples
 from tetrad.settings import use
 from tetrad.types import Prompt, Response, Turn
 
@@ -177,7 +177,7 @@ def test_rewards_read_what_is_written(run: Path, form: str, reward: str) -> None
     assert {sample.finished for sample in found} == {True, False}
     prompts, texts = [Prompt(sample.turns) for sample in found], [sample.text for sample in found]
     documents = written(judge, prompts, texts, [sample.finished for sample in found])
-    assert rate_samples(judge, found) == rate(judge, documents)
+    assert score_samples(judge, found) == rate(judge, documents)
     again = [document.ids.tolist() for document in documents]
     assert again != [[*sample.prompt_ids, *sample.response_ids] for sample in found]  # so the test would notice
 
@@ -212,7 +212,7 @@ def test_a_reply_that_is_no_utf8_is_known_and_scored_as_written(run: Path, raw: 
     found = completion(model, asked_for, Response(ids, (0.0,) * len(ids), "length", text))
     assert found.valid_utf8 == valid
     documents = written(judge, [asked_for.prompt], [text], [False])
-    assert rate_samples(judge, [found]) == rate(judge, documents)
+    assert score_samples(judge, [found]) == rate(judge, documents)
 
 
 def byte_id(model: policy.Policy, byte: int) -> int:

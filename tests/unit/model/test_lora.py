@@ -18,7 +18,7 @@ from tetrad.model.lora import (
     has_adapters,
     load_adapters,
     merged,
-    on_base,
+    share_weights,
 )
 from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
 
@@ -35,7 +35,7 @@ def filled(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def on(base: CausalLM, targets: tuple[str, ...] = ALL, rank: int = 3) -> CausalLM:
-    model = on_base(CausalLM, base)
+    model = share_weights(CausalLM, base)
     add_adapters(model, rank, 6.0, targets, seed=1)
     return model
 
@@ -95,14 +95,14 @@ def test_sampling_reads_the_adapters():
 
 def test_read_back_onto_the_same_base():
     base = toys.causal(seed=1).requires_grad_(False)
-    model = on_base(ScalarModel, base)
+    model = share_weights(ScalarModel, base)
     model.score.weight = torch.nn.Parameter(initial_head(32, 3))
     model.bias = torch.tensor(0.25)
     add_adapters(model, 3, 6.0, ALL, seed=1)
     filled(model)
     told = json.loads(adapter_config(model, "base", {"reward_bias": 0.25}))
     assert (told["r"], told["lora_alpha"], told["task_type"]) == (3, 6.0, "SEQ_CLS")
-    again = on_base(ScalarModel, base)
+    again = share_weights(ScalarModel, base)
     load_adapters(again, adapter_tensors(model), told["lora_alpha"] / told["r"], "x")
     again.bias = torch.tensor(0.25)
     packed = toys.packed(toys.documents(5))
@@ -125,5 +125,5 @@ def test_what_does_not_belong_is_refused():
     )
     for given, beneath, kind, code in faults:
         with pytest.raises(UserError) as caught:
-            load_adapters(on_base(kind, beneath), given, 2.0, "adapter")
+            load_adapters(share_weights(kind, beneath), given, 2.0, "adapter")
         assert caught.value.code == code

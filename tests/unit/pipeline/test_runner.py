@@ -331,7 +331,7 @@ def test_the_verdict_is_the_last_line_of_run_and_status_and_in_the_card(shop: Wo
 
 
 def test_under_strict_a_result_not_to_be_trusted_is_exit_5_every_time(shop: Workshop) -> None:
-    shop.report = verdict_of("not to be trusted", "gate: the reward follows the length of replies")
+    shop.report = verdict_of("not to be trusted", "gate: the reward follows the length of responses")
     assert shop.run() == ALL
     for expected in ([], []):
         with pytest.raises(UserError, match="gate: the reward follows") as caught:

@@ -20,7 +20,7 @@ from tetrad.report.verdict import (
 from tetrad.settings.evaluate import Evaluate
 
 BEST = "best of 16"
-COST = "best of 16 (an answer costs 16 replies and their rewards)"
+COST = "best of 16 (an answer costs 16 responses and their rewards)"
 
 
 def gains(means: Mapping[str, Mapping[str, float]], count: int = 256) -> dict[tuple[str, str], dict[str, Difference]]:

@@ -12,7 +12,7 @@ import toys
 from tetrad.errors import Stopped, UserError
 from tetrad.inference.completions import Completion, best
 from tetrad.reward.functions import python_function
-from tetrad.reward.model import joined, score_tokens, trained
+from tetrad.reward.model import documents_from_ids, reward_function, score_sequences
 from tetrad.types import Turn
 
 SAMPLES = [
@@ -207,7 +207,7 @@ def test_what_a_function_prints_may_be_lost(tmp_path, monkeypatch, name):
 
 
 def test_joined():
-    first = joined(SAMPLES)[0]
+    first = documents_from_ids(SAMPLES)[0]
     assert first.ids.tolist() == [3, 4, 5, 6]
     assert not first.train.any()
 
@@ -215,10 +215,10 @@ def test_joined():
 def test_a_trained_model_keeps_the_order():
     """Documents are read by length, scores come back in their own order."""
     model = toys.scalar(seed=1)
-    reward = trained([model], toys.CPU, 8)
+    reward = reward_function([model], toys.CPU, 8)
     assert reward(SAMPLES) == pytest.approx([reward([sample])[0] for sample in SAMPLES], abs=1e-6)
     assert len({round(score, 4) for score in reward(SAMPLES)}) == 3
-    assert score_tokens(model, [], toys.CPU, 8) == []
+    assert score_sequences(model, [], toys.CPU, 8) == []
 
 
 def test_the_best_of_several():

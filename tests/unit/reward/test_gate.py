@@ -137,7 +137,7 @@ def test_prompts_unlike_the_reward_models_fail(
     ("scores", "said"),
     [
         ([-1.0, 1.0, 0.5, -0.5], ""),
-        ([2.0, 4.0, 2.5, 3.5], "fresh replies have mean +3.00 and standard deviation 0.79"),
+        ([2.0, 4.0, 2.5, 3.5], "fresh responses have mean +3.00 and standard deviation 0.79"),
         ([0.1, -0.1], "standard deviation 0.10"),
         ([], ""),
     ],
@@ -146,6 +146,6 @@ def test_the_scale_is_measured_again_on_ppos_own_prompts(
     capsys: pytest.CaptureFixture[str], scores: list[float], said: str
 ) -> None:
     ctx: Any = SimpleNamespace(recipe=SimpleNamespace(gate=Gate()), console=Console())
-    gate.check_scale(ctx, {"reward": scores})
+    gate.warn_of_scale(ctx, {"reward": scores})
     out = capsys.readouterr().out
     assert said in out and bool(out) == bool(said)

@@ -13,7 +13,7 @@ from tetrad.errors import UserError
 from tetrad.inference.completions import read_encoded_prompts
 from tetrad.model.huggingface import read_causal, read_members
 from tetrad.model.safetensors_io import read_tensors
-from tetrad.reward.model import trained
+from tetrad.reward.model import reward_function
 from tetrad.rl.rollout import roll_out
 from tetrad.settings.common import Sampling
 from tetrad.text.chat_template import template
@@ -80,7 +80,7 @@ def test_the_reward_is_normalised_on_replies_to_its_held_out_prompts(chain: Chai
     chosen = [questions[i] for i in order(3, 0, len(questions))[:16]]
     sampling = Sampling(max_new_tokens=8)
     rollout = roll_out(actor, chosen, range(16), (3, "normalise", 0), sampling, tokenizer, device)
-    scores = np.array(trained(read_members(chain.home / "reward" / "model"), device, 512)(rollout.samples))
+    scores = np.array(reward_function(read_members(chain.home / "reward" / "model"), device, 512)(rollout.samples))
     assert scores.mean() == pytest.approx(0, abs=1e-4)
     assert scores.std() == pytest.approx(1, abs=1e-4)
 

@@ -18,7 +18,7 @@ from tetrad.model.safetensors_io import read_tensors
 from tetrad.reward.batches import preference_micros
 from tetrad.reward.data import score_scale
 from tetrad.reward.ensemble import Latent
-from tetrad.reward.model import load_reward, member_scores, trained
+from tetrad.reward.model import load_reward, member_scores, reward_function
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
 from tetrad.train.reward import preference_terms
@@ -161,8 +161,8 @@ def test_an_ensemble_is_averaged_and_its_doubt_subtracted(chain: Chain) -> None:
     documents = [toys.document([5, 6, 7 + i, 8, 9]) for i in range(4)]
     scores = member_scores(members, documents, toys.CPU, 64)
     assert scores.std(0).min() > 1e-3
-    assert trained(members, toys.CPU, 64)(samples) == pytest.approx(scores.mean(0).tolist(), abs=1e-5)
-    wary = trained(members, toys.CPU, 64, uncertainty_penalty=2.0)(samples)
+    assert reward_function(members, toys.CPU, 64)(samples) == pytest.approx(scores.mean(0).tolist(), abs=1e-5)
+    wary = reward_function(members, toys.CPU, 64, uncertainty_penalty=2.0)(samples)
     assert wary == pytest.approx((scores.mean(0) - 2 * scores.std(0)).tolist(), abs=1e-5)
     assert len(load_reward(folder).members) == 3
     doubted = chain.lines("ppo")

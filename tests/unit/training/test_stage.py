@@ -12,7 +12,7 @@ import toys
 from tetrad.errors import UserError
 from tetrad.inference.completions import Completion
 from tetrad.model.huggingface import read_members
-from tetrad.reward.model import joined, reward_model, score_tokens, written
+from tetrad.reward.model import documents_from_ids, documents_from_text, reward_model, score_sequences
 from tetrad.settings.sft import Sft
 from tetrad.text.chat_template import TEMPLATES
 from tetrad.training.stage import Weights
@@ -49,8 +49,8 @@ def test_a_reward_model_reads_sampled_ids_in_training_and_the_text_elsewhere(tmp
     ids = tuple(token for letter in "the plot" for token in words.encode(letter))  # not as the tokenizer cuts it
     samples = [Completion(tuple(form.prompt(words, turns)), ids, turns, "the plot", finished=False)]
     (member,) = read_members(parents["reward"])
-    read = {"ids": joined(samples), "text": written(form, words, samples)}
-    scores = {name: score_tokens(member, documents, toys.CPU, 1000) for name, documents in read.items()}
+    read = {"ids": documents_from_ids(samples), "text": documents_from_text(form, words, samples)}
+    scores = {name: score_sequences(member, documents, toys.CPU, 1000) for name, documents in read.items()}
     assert scores["ids"] != scores["text"]
     assert reward_model(ctx, parents["reward"], toys.CPU, words)(samples) == scores["ids"]
     assert reward_model(ctx, parents["reward"], toys.CPU)(samples) == scores["text"]
