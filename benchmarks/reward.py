@@ -159,7 +159,7 @@ def mixed(policy: str, seed: int) -> Iterator[Row]:
         "both": ({"lists": lists, "scores": scores}, four + ANSWERS, 4),
     }
     for arm, (records, batch, epochs) in arms.items():
-        yield {"case": "mixed", "arm": arm, **train(policy, records, seed, batch=batch, epochs=epochs)}
+        yield {"case": "mixed", "arm": arm, **train(policy, records, seed, batch_size=batch, epochs=epochs)}
 
 
 def lists(policy: str, seed: int) -> Iterator[Row]:
@@ -171,7 +171,7 @@ def lists(policy: str, seed: int) -> Iterator[Row]:
         ("lists thrice", found, 48, 3),
         ("pairs", pairs, 96, 1),
     ):
-        yield {"case": "lists", "arm": arm, **train(policy, {"train": records}, seed, batch=batch, epochs=epochs)}
+        yield {"case": "lists", "arm": arm, **train(policy, {"train": records}, seed, batch_size=batch, epochs=epochs)}
 
 
 def paired(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -192,7 +192,7 @@ def trl(policy: str, seed: int) -> Iterator[Row]:
     rows = rows_of("train")
     pairs = paired(rows, len(rows), seed)
     half = ANSWERS // 2
-    yield {"case": "trl", "arm": "tetrad, scores", **train(policy, {"t": scored(rows)}, seed, batch=ANSWERS, epochs=2)}
+    yield {"case": "trl", "arm": "tetrad, scores", **train(policy, {"t": scored(rows)}, seed, batch_size=ANSWERS, epochs=2)}
     once = {"batch": half, "epochs": 1}
     yield {"case": "trl", "arm": "tetrad, pairs", **train(policy, {"t": pairs}, seed, **once)}
     plain = {**once, "dropout": 0.0, "token_dropout": 0.0}
