@@ -192,7 +192,11 @@ def trl(policy: str, seed: int) -> Iterator[Row]:
     rows = rows_of("train")
     pairs = paired(rows, len(rows), seed)
     half = ANSWERS // 2
-    yield {"case": "trl", "arm": "tetrad, scores", **train(policy, {"t": scored(rows)}, seed, batch_size=ANSWERS, epochs=2)}
+    yield {
+        "case": "trl",
+        "arm": "tetrad, scores",
+        **train(policy, {"t": scored(rows)}, seed, batch_size=ANSWERS, epochs=2),
+    }
     once = {"batch": half, "epochs": 1}
     yield {"case": "trl", "arm": "tetrad, pairs", **train(policy, {"t": pairs}, seed, **once)}
     plain = {**once, "dropout": 0.0, "token_dropout": 0.0}
