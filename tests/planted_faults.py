@@ -120,7 +120,7 @@ FAULTS = (
         "training/early_stopping.py",
         "return 0 < self.patience <= self.waited",
         "return False",
-        "unit/train/test_reward.py::test_training_stops_where_held_out_records_gain_no_more",
+        "unit/train/test_reward.py::test_training_stops_where_the_validation_loss_stops_improving",
     ),
     Fault(
         "13 PPO takes the reward's scale on trust",

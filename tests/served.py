@@ -51,7 +51,7 @@ def completed(
     return [completion for group in groups for completion in group]
 
 
-def written(
+def documents_from_text(
     judge: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]
 ) -> list[Tokens]:
     """Prompts and answers as the judge's documents."""
@@ -61,7 +61,7 @@ def written(
     return reward_model.documents_from_text(judge.template, judge.tokenizer, samples)
 
 
-def rate(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:
+def score_documents(judge: RewardModel, documents: Sequence[Tokens]) -> list[float]:
     """Rewards of a judge that is one model."""
     (rewards,) = reward_model.score_documents(judge, documents).tolist()
     found: list[float] = rewards

@@ -186,7 +186,8 @@ def _backward(parts: list[Tensor]) -> None:
 def _raise_nonfinite(
     loss: float, norm: float, micros: Sequence[Microbatch], finite: Callable[[Microbatch], bool]
 ) -> None:
-    """Names the records of the micro-batches that are not finite by themselves, on the rank that has them."""
+    """Raises E-NUM-NONFINITE, naming the records of the micro-batches that are not finite by themselves, on the rank
+    that has them."""
     failing = [micro for micro in micros if not finite(micro)]
     if collectives.any_rank(bool(failing)) and not failing:
         collectives.barrier()  # until a failing rank ends all

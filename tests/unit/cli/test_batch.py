@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from served import rate, written
+from served import documents_from_text, score_documents
 from tetrad.cli import batch
 from tetrad.cli.batch import generate_file, score_file
 from tetrad.console import Console
@@ -182,8 +182,8 @@ def test_every_form_is_scored_as_it_was_trained_on(run: Path, here: Path) -> Non
     records = read("o.jsonl")
     judge = load_reward(run / "reward")
     two = [Prompt((Turn("instruction", "Go on."), Turn("input", "the plot"))), Prompt((Turn("user", "a film"),))]
-    first, second, nothing = rate(
-        judge, written(judge, [*two, two[1]], ["is warm", "is warm", ""], [True, True, False])
+    first, second, nothing = score_documents(
+        judge, documents_from_text(judge, [*two, two[1]], ["is warm", "is warm", ""], [True, True, False])
     )
     assert [r["score"] for r in records] == pytest.approx(
         [first] * 4 + [second] * 2 + [nothing] * 3 + [first], abs=1e-5

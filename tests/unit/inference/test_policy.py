@@ -12,7 +12,7 @@ import torch
 
 import tetrad
 from families import conversation
-from served import completed, rate, tokenizer, write_model, written
+from served import completed, documents_from_text, score_documents, tokenizer, write_model
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.inference import engine, policy
@@ -160,7 +160,7 @@ def test_broken_text(run: Path) -> None:
 def test_written_documents_are_those_of_training(run: Path) -> None:
     judge = load_reward(run / "reward")
     prompts = [Prompt((Turn("instruction", "Go on."), Turn("input", "the plot")), "f:1"), Prompt((Turn("user", "x"),))]
-    whole, cut = written(judge, prompts, ["is warm", "is warm"], [True, False])
+    whole, cut = documents_from_text(judge, prompts, ["is warm", "is warm"], [True, False])
     turns = (*prompts[0].turns, Turn("assistant", "is warm"))
     assert whole.ids.tolist() == conversation(judge.template, judge.tokenizer, turns).ids.tolist()
     assert whole.where == "f:1"
@@ -176,8 +176,8 @@ def test_rewards_read_what_is_written(run: Path, form: str, reward: str) -> None
     found = completed(model, questions(model, *["the plot"] * 64), settings)
     assert {sample.finished for sample in found} == {True, False}
     prompts, texts = [Prompt(sample.turns) for sample in found], [sample.text for sample in found]
-    documents = written(judge, prompts, texts, [sample.finished for sample in found])
-    assert score_samples(judge, found) == rate(judge, documents)
+    documents = documents_from_text(judge, prompts, texts, [sample.finished for sample in found])
+    assert score_samples(judge, found) == score_documents(judge, documents)
     again = [document.ids.tolist() for document in documents]
     assert again != [[*sample.prompt_ids, *sample.response_ids] for sample in found]  # so the test would notice
 
@@ -211,8 +211,8 @@ def test_a_reply_that_is_no_utf8_is_known_and_scored_as_written(run: Path, raw: 
     (asked_for,) = questions(model, "the plot")
     found = completion(model, asked_for, Response(ids, (0.0,) * len(ids), "length", text))
     assert found.valid_utf8 == valid
-    documents = written(judge, [asked_for.prompt], [text], [False])
-    assert score_samples(judge, [found]) == rate(judge, documents)
+    documents = documents_from_text(judge, [asked_for.prompt], [text], [False])
+    assert score_samples(judge, [found]) == score_documents(judge, documents)
 
 
 def byte_id(model: policy.Policy, byte: int) -> int:
@@ -392,12 +392,14 @@ def test_one_bit_is_enough_and_nothing_is_made_twice(run: Path) -> None:
 
 def test_rate_refuses_what_it_cannot_read(run: Path) -> None:
     judge = load_reward(run / "reward")
-    long = written(judge, [instruction_prompt("x", where="f:3")], ["plot " * 90], [True])
-    error = code_of(rate, judge, long)
+    long = documents_from_text(judge, [instruction_prompt("x", where="f:3")], ["plot " * 90], [True])
+    error = code_of(score_documents, judge, long)
     assert (error.code, error.where) == ("E-DATA-LONG", "f:3")
     with torch.no_grad():
         judge.members[0].score.weight.fill_(float("nan"))
-    error = code_of(rate, judge, written(judge, [instruction_prompt("x", where="f:4")], ["warm"], [True]))
+    error = code_of(
+        score_documents, judge, documents_from_text(judge, [instruction_prompt("x", where="f:4")], ["warm"], [True])
+    )
     assert (error.code, error.where) == ("E-NUM-NONFINITE", "f:4")
 
 

@@ -137,7 +137,7 @@ def test_without_patience_nothing_is_kept() -> None:
     best.restore_best()
 
 
-def test_training_stops_where_held_out_records_gain_no_more(chain: Chain) -> None:
+def test_training_stops_where_the_validation_loss_stops_improving(chain: Chain) -> None:
     chain.run("--reward.patience", "1", "--reward.lr", "0.3", "--reward.schedule", "constant", "--ppo.steps", "1")
     lines = chain.lines("reward")
     assert 2 < len(lines) < 14 and len(lines) % 2 == 0
