@@ -15,7 +15,7 @@ import pytest
 from tetrad import storage
 from tetrad.data.loader import batch_indices, epoch_size, whole
 from tetrad.data.pack import pack
-from tetrad.data.records import read_conversations, read_preferences
+from tetrad.data.records import conversations_of, read_preferences
 from tetrad.data.source import Counts, sources
 from tetrad.data.store import Encoding, TokenStore, build
 from tetrad.text import bpe
@@ -151,7 +151,9 @@ def test_counters_with_bad_rows(tmp_path: Path) -> None:
     """read = kept + refused, each refused row with its own line; what is kept is what was good."""
     expected, wrong, blank = written(tmp_path / "s.jsonl", 5, bad=0.2)
     counts, aside = Counts(), []
-    found = list(read_conversations([tmp_path / "s.jsonl"], counts, lambda error, text: aside.append((error, text))))
+    given = sources([tmp_path / "s.jsonl"])
+    kept = conversations_of(given.paths[0], given, counts, lambda error, text: aside.append((error, text)))
+    found = list(kept)
     assert [c.turns[-1].text for c in found] == [answers[-1] for answers in expected]
     assert (counts.read, counts.kept, counts.refused, counts.blank) == (RECORDS, len(expected), wrong, blank)
     lines = (tmp_path / "s.jsonl").read_bytes().split(b"\n")
