@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from tetrad.errors import UserError
@@ -92,7 +92,12 @@ def model_files(model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES) -
         files["config.json"] = _json(config_json(config, "CausalLM"))
         files["generation_config.json"] = _json({"eos_token_id": eos_json(config), "pad_token_id": config.pad_id})
     tensors = _trained(model)
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    split = split_state_dict_into_shards_factory(  # the one for torch loads all of torch.compile: two seconds
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         files["model.safetensors.index.json"] = _json(index)
