@@ -119,7 +119,8 @@ def freeze(example: str, folder: Path) -> Frozen:
     scored = lines(folder / "scored.jsonl")
     frozen["generate"] = {"replies": [list(row.values()) for row in replies]}
     frozen["score"] = {"scores": [[v for v in row.values() if isinstance(v, float)] for row in scored]}
-    tetrad("check", recipe, "--json", folder / "check.json")
+    empty = ("--run.out", folder / "none")  # a tokenizer of an earlier run would count the tokens
+    tetrad("check", recipe, *empty, "--json", folder / "check.json")
     frozen["check"] = counts(json.loads((folder / "check.json").read_text(encoding="utf-8")))
     return frozen
 
