@@ -1,7 +1,7 @@
 """Bad input of every kind ends as a real command with its code, its place and its exit status, and nothing is lost.
 
-Each command is a process of its own, but a fork of one that has done the imports: its time counts from there, in
-seconds of a processor. `test_bad_inputs_timed` holds some of them to the clock from their very start.
+Each command is a process of its own, but a fork of one that has done the imports: its time counts from there, by the
+clock. `test_bad_inputs_timed` holds some of them to it from their very start.
 """
 
 import os
