@@ -2,8 +2,8 @@
 when nothing else does.
 
 One case of each code, one of each command and all with large inputs are held to it as a user starts them, with all that
-the interpreter does before and after. `test_bad_inputs` holds every case to the same limits without the start, for which
-half a second is left.
+the interpreter does before and after. `test_bad_inputs` holds every case to the same limits without the start, for
+which half a second is left.
 """
 
 import re

@@ -142,6 +142,8 @@ def _paired(first: Tensor, second: Tensor, weight: float = 0.0) -> tuple[Tensor,
 
 def _bt_loss(x: Inputs) -> dict[str, Tensor]:
     """smoothing: a label of 1 - smoothing."""
+    if unknown := x.keys() - {"chosen", "rejected", "margin", "label", "smoothing"}:
+        raise ValueError(f"unknown inputs {', '.join(sorted(unknown))}")
     chosen, label, smoothing = x["chosen"], x.get("label"), x.get("smoothing")
     if smoothing is not None and label is not None:
         raise ValueError("smoothing and label both set the target")

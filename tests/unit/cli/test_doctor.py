@@ -102,3 +102,22 @@ def test_the_environment_is_said():
     assert said["torch"][0].isdigit() and "GiB" in said["memory"] and "processors" in said["threads"]
     assert {"tetrad", "python", "numpy", "tokenizers", "safetensors", "attention", "processor"} <= set(said)
     assert all(isinstance(value, str) and value for value in said.values())
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "why"),
+    [
+        ("bt_loss", {"chosen": [1.0], "rejected": [0.0], "temperature": 2.0}, "unknown inputs temperature"),
+        ("bt_loss", {"chosen": [1.0], "rejected": [0.0], "label": [0.9], "smoothing": 0.1}, "both set the target"),
+        ("bt_loss", {"chosen": np.zeros(0), "rejected": np.zeros(0)}, "no values"),
+        ("kwise_loss", {"scores": [1.0, 0.0], "ranks": [1, 1], "ties": "skip"}, "no values"),
+        ("score_regression", {"pred": [1.0], "target": [1.0], "lo": 2.0, "hi": 2.0, "kind": "mse"}, "must rise"),
+        ("score_regression", {"pred": [], "target": [], "lo": 1.0, "hi": 5.0, "kind": "mse"}, "no values"),
+    ],
+)
+def test_inputs_that_no_function_takes_are_refused(
+    tmp_path: Path, function: str, inputs: dict[str, object], why: str
+) -> None:
+    with pytest.raises(UserError, match=why) as error:
+        check_vectors(write(tmp_path / "v.npz", function, **inputs))
+    assert error.value.code == "E-DATA-FORMAT"
