@@ -12,7 +12,9 @@ import torch
 from tetrad import storage
 from tetrad.errors import UserError
 from tetrad.model.safetensors_io import tensor_chunks
+from tetrad.pipeline import preflight
 from tetrad.pipeline.preflight import refuse_checkpoints
+from tetrad.pipeline.status import Step
 from tetrad.settings.ppo import Ppo
 from tetrad.stages import STAGES as REGISTRY
 from tetrad.stages import Recipe
@@ -115,3 +117,26 @@ def test_parts_of_ppo_follow_the_recipe() -> None:
     shared = replace(Recipe(), ppo=Ppo(critic="shared", ema_decay=0.9))
     assert REGISTRY["ppo"].parts(shared) == ("actor", "actor_optimizer", "critic", "average")
     assert "critic_optimizer" in REGISTRY["ppo"].parts(Recipe())
+
+
+def test_preflight_asks_for_the_checkpoints_of_stopped_stages_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "read_records", lambda *args: None)
+    step = Step("ppo", tmp_path, "key", {}, {})
+    (write(tmp_path, 4) / "critic.safetensors").unlink()
+    preflight.preflight(Recipe(seed=3), [(step, "new")], lambda folder: None, tmp_path / "memory")
+    with pytest.raises(UserError, match="no checkpoint is whole") as error:
+        preflight.preflight(Recipe(seed=3), [(step, "stopped")], lambda folder: None, tmp_path / "memory")
+    assert error.value.code.startswith("E-CKPT-")
+
+
+def test_a_part_that_is_not_its_own_is_named_by_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path, 4)
+
+    def refuse(tensors: Any) -> None:
+        raise UserError("E-CKPT-KEYS", "lacks a tensor")
+
+    with pytest.raises(UserError, match="lacks a tensor") as error:
+        checkpoint.load(path, {"actor": refuse}, lambda file: file, (), {"seed": 3})
+    assert error.value.where == str(path / "actor.safetensors")
