@@ -114,7 +114,6 @@ RECIPES: list[tuple[str, str, str, str]] = [
     ("kl-target", "[ppo]\nkl_target = 2.0\nkl_coef = 0.0\n", "E-CONF-CONFLICT", "r.toml:2"),
     ("test-without-held-out", '[reward]\ntest = ["a"]\n', "E-CONF-MISSING", "r.toml:2"),
     ("scale-turned", "[reward]\nscore_scale = [5, 1]\n", "E-CONF-RANGE", "score_scale = [1, 5]"),
-    ("bfloat16-on-a-cpu", '[run]\ndevice = "cpu"\ndtype = "bfloat16"\n', "E-CONF-DTYPE", "r.toml:3"),
     ("secret-key", 'api_key = "x"\n', "E-CONF-SECRET", "r.toml:1"),
     ("secret-value", f'[sft]\nseparator = "{SECRET}"\n', "E-CONF-SECRET", "r.toml:2"),
     ("secret-in-a-list", f'[sft]\ndata = ["{SECRET}"]\n', "E-CONF-SECRET", "r.toml:2"),

@@ -1,7 +1,7 @@
 """Where and in which precision to compute, and moving data there.
 
-Trained weights are float32; compute is bfloat16 by autocast on a GPU and float32 elsewhere (a CPU without bfloat16
-units is several times slower with it).
+Trained weights are float32; compute is bfloat16 by autocast on a GPU and float32 elsewhere. A CPU with units for
+bfloat16 products computes in it if it is asked to; any other would be several times slower with it.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
+from tetrad.kernels.cpu import NO_BFLOAT16, multiplies_bfloat16
 from tetrad.settings.common import Run
 from tetrad.types import Array, Packed
 
@@ -65,10 +66,9 @@ def choose(run: Run) -> Device:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if run.dtype == "bfloat16" and kind == "cpu":
-        what = "bfloat16 on a CPU is several times slower than float32 and not offered"
-        raise UserError("E-CONF-DTYPE", what, where="run.dtype", hint='set dtype = "float32"')
-    bfloat16 = run.dtype != "float32" and kind == "cuda" and torch.cuda.is_bf16_supported()
+    if run.dtype == "bfloat16" and kind == "cpu" and not multiplies_bfloat16():
+        raise UserError("E-CONF-DTYPE", NO_BFLOAT16, where="run.dtype", hint='set dtype = "float32"')
+    bfloat16 = run.dtype == "bfloat16" if kind == "cpu" else run.dtype != "float32" and torch.cuda.is_bf16_supported()
     return Device(device, torch.bfloat16 if bfloat16 else torch.float32)
 
 

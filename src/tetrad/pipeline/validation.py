@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tetrad.errors import UserError
+from tetrad.kernels.cpu import NO_BFLOAT16, multiplies_bfloat16
 from tetrad.model.config import read_config
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, options, uses_reward_model
 from tetrad.settings.check import is_text
@@ -197,9 +198,8 @@ def _sources(recipe: Recipe) -> Conflicts:
 
 
 def _numerics(recipe: Recipe) -> Conflicts:
-    if recipe.run.dtype == "bfloat16" and recipe.run.device == "cpu":
-        what = "bfloat16 on a CPU is several times slower than float32 and not offered"
-        yield Conflict(("run.dtype",), what, 'set dtype = "float32"', "E-CONF-DTYPE")
+    if recipe.run.dtype == "bfloat16" and recipe.run.device == "cpu" and not multiplies_bfloat16():
+        yield Conflict(("run.dtype",), NO_BFLOAT16, 'set dtype = "float32"', "E-CONF-DTYPE")
     if recipe.ppo.kl_target and not recipe.ppo.kl_coef:
         what = "ppo.kl_target adapts kl_coef, which starts at 0 and would stay there"
         yield Conflict(("ppo.kl_target",), what, "write kl_coef = 0.05, or kl_target = 0", "E-CONF-CONFLICT")
