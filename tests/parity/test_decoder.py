@@ -44,6 +44,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 untied": ("Qwen3", {**HEADS, "head_dim": 4, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}),
     "llama": ("Llama", {**HEADS, "tie_word_embeddings": False}),
     "llama3": ("Llama", {**HEADS, "rope_parameters": LLAMA3, "eos_token_id": [1, 5], "head_dim": 8}),
+    "mistral": ("Mistral", {**HEADS, "sliding_window": None, "head_dim": 16}),
+    "mistral tied": ("Mistral", {**HEADS, "sliding_window": None, "tie_word_embeddings": True}),
 }
 DOCUMENTS = [
     toys.document(toys.ids(length, length, 3, 99), prompt) for length, prompt in ((40, 3), (7, 1), (1, 1), (90, 30))

@@ -45,7 +45,7 @@ def sampled(model: CausalLM, slots: int, chosen: list[int] | None = None, **how:
     return generate(model, [toys.request(PROMPTS[i], i, max_new_tokens=NEW, **how) for i in numbers], toys.CPU, slots)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
 def test_greedy_is_theirs(tmp_path: Path, family: str) -> None:
     """With one slot, with eight that rows leave and others enter, and with all at once."""
     ends = (toys.EOS, 7) if family == "llama" else (toys.EOS,)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.parity
 # Of different lengths, all ending in an end token, one holding another in the middle.
 IDS = [[*toys.ids(length, length), toys.EOS] for length in (30, 4, 17, 1, 9)]
 IDS[2][5] = toys.EOS
-FAMILIES = ["qwen2", "qwen3", "llama"]
+FAMILIES = ["qwen2", "qwen3", "llama", "mistral"]
 
 
 def padded(side: str, pad: int = toys.PAD) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tetrad.errors import UserError
-from tetrad.model.config import is_reward, read_json
+from tetrad.model.config import GENERATION, is_reward, read_json
 from tetrad.model.inspect import Facts, inspect, verify_own
 from tetrad.settings.check import build
 from tetrad.settings.common import Sampling
@@ -22,7 +22,6 @@ from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
 _PROBES = [start * 60 + "!" for start in ("a", "1", " ", "\n", "é", "字", "ab ", "a1")]
 """Texts on which a regular expression that needs exponential time exhausts its retries at once."""
 _FILES = (".json", ".safetensors", ".jinja")
-_GENERATION = "generation_config.json"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -88,7 +87,7 @@ def model_folder(name: str | Path) -> Path:
 def own_sampling(name: str | Path) -> dict[str, Any]:
     """How the model of a folder, or of a stage of a run, should be sampled: the settings that the table has in
     generation_config.json, if that sets do_sample. Errors: E-MODEL-FORMAT, E-CONF-*."""
-    path = next((p for p in (Path(name, "model", _GENERATION), Path(name, _GENERATION)) if os.path.isfile(p)), None)
+    path = next((p for p in (Path(name, "model", GENERATION), Path(name, GENERATION)) if os.path.isfile(p)), None)
     if not path or (stated := read_json(path)).get("do_sample") is not True:
         return {}
     values = {key: stated[key] for key in _SAMPLING if stated.get(key) is not None}

@@ -1,7 +1,8 @@
 """The shape of a decoder, and its `config.json` as Hugging Face writes it. No torch.
 
-One decoder with a few flags covers Qwen2/2.5, Qwen3 and Llama 3. Whatever would change numbers in a way the decoder
-doesn't implement (yarn, sliding windows, quantised weights, custom code in the folder) is refused, never ignored.
+One decoder with a few flags covers Qwen2/2.5, Qwen3, Llama 3 and Mistral. Whatever would change numbers in a way the
+decoder doesn't implement (yarn, sliding windows, quantised weights, custom code in the folder) is refused, never
+ignored; a sliding window that no text can outgrow changes nothing.
 """
 
 import math
@@ -14,7 +15,7 @@ from tetrad import disk
 from tetrad.errors import UserError
 from tetrad.storage import json_of
 
-_CLASS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+_CLASS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
 _KINDS = ("CausalLM", "SequenceClassification")
 ARCHITECTURES = {f"{name}For{kind}": family for family, name in _CLASS.items() for kind in _KINDS}
 _SIZES = {
@@ -28,6 +29,9 @@ _SIZES = {
     "max_position_embeddings": "max_positions",
 }
 """config.json's names and ours."""
+_LEFT_OUT = {"qwen3": {"head_dim": 128}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096}}
+"""What transformers takes for a key that isn't there, where it isn't the same in all families."""
+GENERATION = "generation_config.json"
 MAX_JSON_BYTES = 8 << 20
 """The limit for config.json, an index of shards and the like."""
 _LARGEST = 2**31
@@ -45,7 +49,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """family: qwen2 (bias on q, k, v), qwen3 (norm on q and k) or llama. Sizes are counts; eos_ids may be several."""
+    """family: qwen2 (bias on q, k, v), qwen3 (norm on q and k), llama or mistral (neither). Sizes are counts.
+
+    eos_ids: all that end a text, those of generation_config.json too.
+    """
 
     family: str
     vocab_size: int
@@ -108,7 +115,7 @@ def _parsed(folder: Path) -> tuple[DecoderConfig, str]:
     raw = read_json(path)
     try:
         _refuse(raw, path)
-        return _checked(_parse(raw)), raw["architectures"][0]
+        return _checked(_parse(raw, folder)), raw["architectures"][0]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"config.json lacks or misstates {error}"
         raise UserError("E-MODEL-FORMAT", what, where=str(path), hint="copy the whole model folder again") from error
@@ -128,14 +135,31 @@ def _refuse(raw: dict[str, Any], path: Path) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         refuse(f"rotary scaling {shortened(kind)} isn't supported", "use a checkpoint without it")
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
-        refuse("sliding windows aren't supported", "set use_sliding_window = false if the model was trained without")
+    family = ARCHITECTURES[names[0]]
+    if _slides(raw, family):
+        window = shortened(_default(raw, "sliding_window", family))
+        hint = "lower max_position_embeddings to the window: up to that length the model is the same"
+        refuse(f"sliding windows aren't supported (sliding_window = {window})", hint)
     if raw.get("quantization_config"):
         refuse("the weights are quantised", "use the float checkpoint")
     if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("hidden_act, mlp_bias or partial_rotary_factor differ from the decoder's", "use another checkpoint")
-    if ARCHITECTURES[names[0]] != "qwen2" and raw.get("attention_bias"):
+    if family != "qwen2" and raw.get("attention_bias"):
         refuse("attention_bias = true isn't supported here", "use another checkpoint")
+
+
+def _slides(raw: dict[str, Any], family: str) -> bool:
+    """Whether some layer may see less than all positions: a window that holds them all is none."""
+    window = _default(raw, "sliding_window", family)
+    windowed = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or [])
+    if not windowed and (family != "mistral" or window is None):
+        return False
+    return type(window) is not int or window < _count(raw, "max_position_embeddings")
+
+
+def _default(raw: dict[str, Any], name: str, family: str, default: Any = None) -> Any:
+    """A value of config.json; the family's own where the key isn't there."""
+    return raw.get(name, _LEFT_OUT.get(family, {}).get(name, default))
 
 
 def shortened(value: Any) -> str:
@@ -144,10 +168,18 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def _end_ids(raw: dict[str, Any], folder: Path) -> tuple[int, ...]:
+    """Those of both files: of some models only generation_config.json names the end of a turn."""
+    path = folder / GENERATION
+    stated = read_json(path) if os.path.isfile(path) else {}
+    named = (raw.get("eos_token_id"), ""), (stated.get("eos_token_id"), f" in {GENERATION}")
+    return tuple(dict.fromkeys(i for value, where in named for i in _ids(value, where)))
+
+
+def _ids(value: Any, where: str) -> tuple[int, ...]:
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"eos_token_id: {shortened(value)}")
+        raise ValueError(f"eos_token_id{where}: {shortened(value)}")
     return ids
 
 
@@ -171,7 +203,7 @@ def _maybe_id(raw: dict[str, Any], name: str) -> int | None:
     return value
 
 
-def _parse(raw: dict[str, Any]) -> DecoderConfig:
+def _parse(raw: dict[str, Any], folder: Path) -> DecoderConfig:
     family = ARCHITECTURES[raw["architectures"][0]]
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     scaling = None
@@ -180,6 +212,7 @@ def _parse(raw: dict[str, Any]) -> DecoderConfig:
         scaling = RopeScaling(factor, low, high, _count(rope, "original_max_position_embeddings"))
     heads = _count(raw, "num_attention_heads")
     defaults = {"num_key_value_heads": heads, "head_dim": _count(raw, "hidden_size") // heads}
+    defaults = {name: _default(raw, name, family, value) or value for name, value in defaults.items()}
     return DecoderConfig(
         family=family,
         **{ours: _count(raw, name, defaults.get(name)) for name, ours in _SIZES.items()},
@@ -188,7 +221,7 @@ def _parse(raw: dict[str, Any]) -> DecoderConfig:
         norm_eps=_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
         tied=bool(raw.get("tie_word_embeddings", False)),
         init_std=_number("initializer_range", raw.get("initializer_range", 0.02)),
-        eos_ids=_ids(raw.get("eos_token_id")),
+        eos_ids=_end_ids(raw, folder),
         pad_id=_maybe_id(raw, "pad_token_id"),
         bos_id=_maybe_id(raw, "bos_token_id"),
         reward_bias=_number("tetrad.reward_bias", (raw.get("tetrad") or {}).get("reward_bias", 0.0)),
@@ -237,8 +270,10 @@ def config_json(config: DecoderConfig, kind: str) -> dict[str, Any]:
         "use_cache": True,
         "torch_dtype": "float32",
     }
-    if config.family != "qwen2":
+    if config.family in ("qwen3", "llama"):
         raw["attention_bias"] = False
+    if config.family == "mistral":
+        raw["sliding_window"] = None  # else transformers assumes one
     if kind == "SequenceClassification":
         raw |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         raw["tetrad"] = {"reward_bias": config.reward_bias}

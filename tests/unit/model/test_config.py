@@ -1,6 +1,7 @@
 """config.json of Hugging Face: every form that is read, and what is refused with which code."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -40,7 +41,10 @@ def refused(tmp_path, **values):
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         {"use_sliding_window": True, "sliding_window": 64},
         {"layer_types": ["full_attention", "sliding_attention"]},
-        {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 64},
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 64, "layer_types": ["full_attention"] * 2},
+        {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 4097},  # the window that isn't named
+        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"},
         {"architectures": []},
         {"architectures": None},
         {"quantization_config": {"quant_method": "gptq"}},
@@ -51,9 +55,31 @@ def refused(tmp_path, **values):
     ids=str,
 )
 def test_unsupported(tmp_path, values):
-    error = refused(tmp_path, **values)
+    drop = ["sliding_window"] if "sliding_window" not in values else []
+    error = refused(tmp_path, drop=drop, **values)
     assert error.code == "E-MODEL-UNSUPPORTED"
     assert error.hint
+
+
+def test_another_architecture_is_told_which_there_are(tmp_path):
+    error = refused(tmp_path, architectures=["Gemma3ForCausalLM"], model_type="gemma3_text")
+    assert "Gemma3ForCausalLM" in error.what
+    for name in ("Qwen2", "Qwen3", "Llama", "Mistral"):
+        assert f"{name}ForCausalLM" in error.hint and f"{name}ForSequenceClassification" in error.hint
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+SLIDING = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+
+
+@pytest.mark.parametrize("values", [{**MISTRAL, "sliding_window": None}, MISTRAL, SLIDING], ids=str)
+@pytest.mark.parametrize("window", [128, 4096])
+def test_a_window_over_all_positions_is_none(tmp_path, values, window):
+    """A Mistral that names none has transformers' 4096."""
+    drop = [] if "sliding_window" in values else ["sliding_window"]
+    windows = {} if values is MISTRAL else {"sliding_window": window}
+    given = folder(tmp_path, **{**values, **windows}) if windows else folder(tmp_path, drop=drop, **values)
+    assert read_config(given).max_positions == 128
 
 
 def test_code_of_the_folder_is_not_run(tmp_path):
@@ -79,7 +105,7 @@ def test_no_config(tmp_path):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
 @pytest.mark.parametrize("kind", ["CausalLM", "SequenceClassification"])
 def test_what_is_written_is_read(tmp_path, family, kind):
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192) if family == "llama" else None
@@ -87,7 +113,9 @@ def test_what_is_written_is_read(tmp_path, family, kind):
     config = toys.config(
         family, head_dim=16, rope_theta=5e5, rope_scaling=scaling, norm_eps=1e-5, tied=False, eos_ids=(1, 7), bos_id=0
     )
-    config = toys.config(**{**{f: getattr(config, f) for f in config.__dataclass_fields__}, "reward_bias": bias})
+    config = replace(
+        config, reward_bias=bias, max_positions=8192
+    )  # more than the window that transformers assumes for Mistral
     (tmp_path / "config.json").write_text(json.dumps(config_json(config, kind)))
     assert read_config(tmp_path) == config
 
@@ -95,6 +123,20 @@ def test_what_is_written_is_read(tmp_path, family, kind):
 @pytest.mark.parametrize(("value", "expected"), [(None, ()), (5, (5,)), ([5, 9], (5, 9)), (0, (0,)), ([], ())])
 def test_end_tokens(tmp_path, value, expected):
     assert read_config(folder(tmp_path, eos_token_id=value)).eos_ids == expected
+
+
+def test_end_tokens_of_generation_config(tmp_path):
+    """Llama 3's end of a turn is named there alone; the others keep their order."""
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": [9, 5, 8]}')
+    assert read_config(folder(tmp_path, eos_token_id=5)).eos_ids == (5, 9, 8)
+    assert read_config(folder(tmp_path, eos_token_id=None)).eos_ids == (9, 5, 8)
+    path.write_text('{"eos_token_id": "9"}')
+    with pytest.raises(UserError, match=r"E-MODEL-FORMAT.*generation_config\.json.*'9'"):
+        read_config(tmp_path)
+    path.write_text("[")
+    with pytest.raises(UserError, match=r"E-MODEL-FORMAT.*generation_config\.json"):
+        read_config(tmp_path)
 
 
 def test_forms_of_rope(tmp_path):
@@ -120,3 +162,8 @@ def test_what_is_left_out_has_their_default(tmp_path):
     assert config.kv_heads == 4
     assert not config.tied
     assert config.pad_id is None
+    left_out = ["head_dim", "num_key_value_heads", "sliding_window"]
+    wide = {"hidden_size": 128, "num_attention_heads": 16}
+    assert read_config(folder(tmp_path, drop=left_out, architectures=["Qwen3ForCausalLM"], **wide)).head_dim == 128
+    mistral = read_config(folder(tmp_path, drop=left_out, architectures=["MistralForCausalLM"], **wide))
+    assert (mistral.head_dim, mistral.kv_heads) == (8, 8)
