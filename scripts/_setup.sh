@@ -46,6 +46,6 @@ setup() {
     echo "setting up .venv${extras:+ with $extras}: once, torch is large" >&2
     # Of the packages only what the program loads is compiled, not all of torch: half of the time.
     .venv/bin/python -m pip install -q --no-compile -c constraints.txt -e ".${extras:+[$extras]}" || exit 1
-    .venv/bin/python -c "import tetrad.cli.batch, tetrad.train.ppo, tetrad.datacheck.check" || exit 1
+    .venv/bin/python -c "import tetrad.cli.score, tetrad.train.ppo, tetrad.datacheck.check" || exit 1
     echo "$want" >".venv/tetrad-${extras:-base}.stamp"
 }

@@ -37,7 +37,9 @@ HERE = Path(__file__).resolve()
 SRC = str(Path(tetrad.__file__).parents[1])  # what the tests import: of a planted fault not this checkout's
 READ_AT_START = re.compile(r"PYTHON(?!PATH$)|LC_|LANG|LD_|GLIBC_|MALLOC_|OMP_|MKL_|GOMP_|KMP_|OPENBLAS_|TORCH_|ATEN_")
 LIGHT = "cli.main console datacheck.check inference.model_folder pipeline.recipe pipeline.runner settings.use"
-HEAVY = "cli.batch cli.chat distributed.launch eval.compare train.pretrain train.ppo train.reward train.sft"
+HEAVY = (
+    "cli.generate cli.score cli.chat distributed.launch eval.compare train.pretrain train.ppo train.reward train.sft"
+)
 
 
 class Fork(subprocess.Popen[Any]):

@@ -143,7 +143,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the commands that use a model are called with."""
     seen: list[Any] = []
     monkeypatch.setattr(model_folder, "usable", lambda *_, **__: SimpleNamespace(note=""))
-    for module, names in (("batch", ["generate_file", "score_file"]), ("chat", ["chat"])):
+    for module, names in (("generate", ["generate_file"]), ("score", ["score_file"]), ("chat", ["chat"])):
         fake = ModuleType(f"tetrad.cli.{module}")
         for name in names:
             setattr(fake, name, lambda settings, console: seen.append(settings))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from served import write_model
-from tetrad.cli.batch import generate_file, score_file
+from tetrad.cli.generate import generate_file
+from tetrad.cli.score import score_file
 from tetrad.console import Console
 from tetrad.settings.use import Generate, ScoreFile
 

@@ -277,7 +277,7 @@ def _generate(words: list[str]) -> int:
     _look_at(settings.model, settings.template)
     if settings.reward:
         _look_at(settings.reward, settings.template, reward=True)
-    from tetrad.cli.batch import generate_file
+    from tetrad.cli.generate import generate_file
 
     return _with_console(generate_file, settings, "generate")
 
@@ -301,7 +301,7 @@ def _score(words: list[str]) -> int:
 
     settings, _ = _settings(ScoreFile, "score", words)
     _look_at(settings.model, settings.template, reward=True)
-    from tetrad.cli.batch import score_file
+    from tetrad.cli.score import score_file
 
     return _with_console(score_file, settings, "score")
 

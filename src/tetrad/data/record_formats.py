@@ -192,7 +192,7 @@ def preference(fields: Fields, where: str, counts: Counts, scale: Sequence[float
         wrong_type("annotator", "text", annotator, where)
     name = "" if annotator is None else str(annotator)
     record: Comparison | Score
-    record = _score(fields, name, where, scale) if form == "scores" else _comparison(fields, name, where)
+    record = _score(fields, name, where, scale) if form == "scores" else comparison(fields, where, name)
     counts.tied += isinstance(record, Comparison) and len(set(record.ranks)) < 2
     inner = (*_TURN, "text", "votes" if isinstance(record, Comparison) and record.votes else "rank")
     _seen(counts, form, fields, (*_prompt_fields(fields), *needed, *optional), where, inner)
@@ -208,12 +208,20 @@ def _score(fields: Fields, annotator: str, where: str, scale: Sequence[float]) -
     return Score(prompt, text(fields, "output", where), score, annotator, where, spread)
 
 
-def _comparison(fields: Fields, annotator: str, where: str) -> Comparison:
+def is_comparison(fields: Fields) -> bool:
+    """Whether a record has several answers in an order of preference."""
+    return any(fields.keys() >= set(needed) for _, needed, _ in _PREFERENCES if "score" not in needed)
+
+
+def comparison(fields: Fields, where: str, annotator: str = "") -> Comparison:
     ranks: tuple[float, ...] = (1.0, 2.0)
     votes: tuple[float, ...] = ()
     if "choices" in fields:
         prompt = _prompt(fields, where)
         texts, ranks, votes = _choices(fields, where)
+    elif all(_is_texts(fields[name]) for name in ("chosen", "rejected")):
+        prompt = _prompt(fields, where)
+        texts, ranks = _good_and_bad(fields, where)
     else:
         prompt, texts = _pair(fields, where)
         if fields.get("votes") is not None:
@@ -224,6 +232,22 @@ def _comparison(fields: Fields, annotator: str, where: str) -> Comparison:
         raise UserError("E-DATA-RANK", "the same answer stands twice with different ranks", where=where, hint=hint)
     margin = _not_negative(fields, "margin", where, "the better answer is the first: swap them, or drop the margin")
     return Comparison(prompt, texts, ranks, annotator, margin, where, votes)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _good_and_bad(fields: Fields, where: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The texts of lists of chosen and of rejected answers, as benchmarks have them, and their ranks, 1 and 2."""
+    if fields.get("votes") is not None:
+        hint = 'write "choices" with votes each'
+        raise UserError("E-DATA-RANK", '"votes" are for one chosen and one rejected answer', where=where, hint=hint)
+    answers = [
+        (f"{name}[{place}]", item) for name in ("chosen", "rejected") for place, item in enumerate(fields[name], 1)
+    ]
+    texts = tuple(text({name: item}, name, where) for name, item in answers)
+    return texts, (*(1.0 for _ in fields["chosen"]), *(2.0 for _ in fields["rejected"]))
 
 
 def _not_negative(fields: Mapping[str, Any], name: str, where: str, hint: str) -> float:

@@ -182,16 +182,22 @@ def slices(examples: Examples, pairs: Pairs, temperature: float) -> list[Slice]:
         values = sorted(set(values_D) - {""})
         if not 1 < len(values) <= MOST_VALUES:
             continue
-        of_D = torch.tensor([values.index(value) if value else -1 for value in values_D])
-        same = of_D[pairs.better_P] == of_D[pairs.worse_P]
-        for i, value in enumerate(values):
-            group = pairs.chosen(same & (of_D[pairs.better_P] == i), of_D[pairs.scored_S] == i)
-            result.append(Slice.of(by, value, group, temperature))
+        result += [Slice.of(by, value, group, temperature) for value, group in by_value(pairs, values_D)]
     lengths_D = torch.tensor([float(len(sample.text)) for sample in examples.samples()])
     for by, value, chosen in _of_pairs(pairs, lengths_D):
         if int(chosen.sum()) >= LEAST:
             result.append(Slice.of(by, value, pairs.chosen(chosen), temperature))
     return result
+
+
+def by_value(pairs: Pairs, values_D: Sequence[str]) -> Iterator[tuple[str, Pairs]]:
+    """Each value of the documents, sorted, and the pairs of which both have it; documents without a value are left
+    out."""
+    values = sorted(set(values_D) - {""})
+    of_D = torch.tensor([values.index(value) if value else -1 for value in values_D])
+    same = of_D[pairs.better_P] == of_D[pairs.worse_P]
+    for i, value in enumerate(values):
+        yield value, pairs.chosen(same & (of_D[pairs.better_P] == i), of_D[pairs.scored_S] == i)
 
 
 def _of_pairs(pairs: Pairs, lengths_D: Tensor) -> Iterator[tuple[str, str, Tensor]]:

@@ -75,12 +75,18 @@ class ScoreFile:
     model: str = ""
     """The reward model's folder ("runs/NAME/reward")."""
     data: File = ""
-    """A jsonl file with a prompt and an answer per line: `input` and `output`, or Instruction, Input and Output, or
-    messages; or what `generate` wrote, whose `response` is scored."""
+    """A file with a prompt and an answer per record: `input` and `output`, or Instruction, Input and Output, or
+    messages; or what `generate` wrote, whose `response` is scored; or pairs, ranked lists and benchmarks of them."""
     rename: tuple[str, ...] = ()
     """Other names of the file's fields, as question=Instruction answer=Output."""
     out: File = ""
-    """Write the scores to this jsonl file; without it they are printed."""
+    """Write the scores to this jsonl file; without it they are printed, unless the file has judgements."""
+    json: File = ""
+    """Write the agreement with the file's judgements to this file of JSON."""
+    by: str = "subset"
+    """The field whose values are subsets: the agreement is reported for each."""
+    pair_gap: NotNegative = 0.0
+    """Pairs of rated answers whose ratings are closer than this are left out."""
     template: TemplateName = ""
     """How a prompt becomes text, where the model's folder doesn't say."""
 

@@ -90,7 +90,7 @@ def test_every_setting_that_a_text_names_exists() -> None:
     assert len(set.union(*texts.values())) > 60
 
 
-@pytest.mark.parametrize("path", ["cli/batch.py", "cli/chat.py", "inference/policy.py"])
+@pytest.mark.parametrize("path", ["cli/generate.py", "cli/chat.py", "inference/policy.py"])
 def test_commands_without_a_recipe_name_their_own_settings(path: str) -> None:
     own: set[Any] = {name for cls in (use.Generate, use.Chat, use.ScoreFile) for name in options(cls)}
     named = set.union(set(), *map(flags, said(SOURCE / path)))

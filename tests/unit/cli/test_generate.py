@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from served import documents_from_text, score_documents
-from tetrad.cli import batch
-from tetrad.cli.batch import generate_file, score_file
+from tetrad.cli import generate, score
+from tetrad.cli.generate import generate_file
+from tetrad.cli.score import score_file
 from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.inference.policy import load
@@ -122,7 +123,7 @@ def test_the_batch_changes_nothing(run: Path, here: Path, monkeypatch: pytest.Mo
 
     before = replies(every), replies(best)
     assert before[0] != before[1]
-    monkeypatch.setattr(batch, "SCORES_AT_ONCE", 6)
+    monkeypatch.setattr(generate, "SCORES_AT_ONCE", 6)
     for slots in (1, 4):
         assert (replies(every | {"max_num_seqs": slots}), replies(best | {"max_num_seqs": slots})) == before
     assert replies(every | {"seed": 4}) != before[0]
@@ -136,8 +137,8 @@ def test_best_of_keeps_the_highest_reward(run: Path, here: Path) -> None:
         generated(run, **with_reward, best_of=n, out=f"{n}.jsonl")
     scores = [[("\ufffd" not in r["response"], r["score"]) for r in read(f"{n}.jsonl")] for n in (1, 2, 4, 8)]
     for fewer, more in pairwise(scores):
-        for (valid, score), (better, higher) in zip(fewer, more, strict=True):
-            assert (valid, score) <= (better, higher + 1e-6)  # one reply, two sizes of batch
+        for (valid, reward), (better, higher) in zip(fewer, more, strict=True):
+            assert (valid, reward) <= (better, higher + 1e-6)  # one reply, two sizes of batch
     assert all(a < b for a, b in zip(scores[0], scores[3], strict=True))
     assert {valid for row in scores for valid, _ in row} == {True, False}
     generated(run, **all_tokens, out="first.jsonl")
@@ -204,7 +205,7 @@ def test_scores_do_not_depend_on_the_batch(run: Path, here: Path, monkeypatch: p
     given: Lines = [{"input": "plot " * n, "output": "warm " * (20 - n)} for n in range(1, 20)]
     write("s.jsonl", given)
     scored(run, "s.jsonl", "a.jsonl")
-    monkeypatch.setattr(batch, "SCORES_AT_ONCE", 4)
+    monkeypatch.setattr(score, "SCORES_AT_ONCE", 4)
     scored(run, "s.jsonl", "b.jsonl")
     a, b = ([record["score"] for record in read(name)] for name in ("a.jsonl", "b.jsonl"))
     assert a == pytest.approx(b, abs=1e-5)
@@ -234,7 +235,7 @@ def test_a_bad_record_is_named(run: Path, here: Path, record: dict[str, Any], co
 
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would load a model fails."""
-    for module, name in ((batch.policy, "load"), (batch, "load_reward")):
+    for module, name in ((generate.policy, "load"), (generate, "load_reward")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("loaded"))
 
 
