@@ -195,7 +195,9 @@ def test_public_names_are_lazy() -> None:
     script = (
         "import sys, tetrad\n"
         "print(sorted({'torch', 'numpy', 'tokenizers', 'rich', 'pydantic'} & set(sys.modules)), tetrad.__version__)\n"
-        "tetrad.load, tetrad.generate, tetrad.forward\n"
+        "tetrad.UserError, tetrad.Stopped, dir(tetrad)\n"
+        "assert 'torch' not in sys.modules\n"
+        "tetrad.objectives.ppo.gae, tetrad.load, tetrad.generate, tetrad.forward\n"
         "print('torch' in sys.modules)\n"
     )
     done = subprocess.run(

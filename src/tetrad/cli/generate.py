@@ -20,14 +20,13 @@ from tetrad.data.source import Counts, sources
 from tetrad.errors import UserError
 from tetrad.inference import policy
 from tetrad.inference.completions import Completion, EncodedPrompt, best, read_encoded_prompts
-from tetrad.reward.model import RewardModel, load_reward, score_samples
+from tetrad.reward.model import SCORES_AT_ONCE, RewardModel, load_reward, score_samples
 from tetrad.settings.use import Generate
 from tetrad.storage import write_file
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import renamed
 
 Fields = dict[str, Any]
-SCORES_AT_ONCE = 128
 MOST_LINES = 50  # of progress
 GENERATED = ("response", "reply")  # written by generate, now and before, beside the answer that a record had
 ANSWERS = (*GENERATED, "output", "completion")
@@ -70,7 +69,7 @@ def _best(
     model: policy.Policy, reward_model: RewardModel | None, prompts: list[EncodedPrompt], settings: Generate
 ) -> Iterator[tuple[Completion, float | None]]:
     """One completion per prompt and its score; of several, the best."""
-    groups = policy.completions(model, prompts, settings, settings.best_of)
+    groups = policy.completions(model, prompts, settings, settings.best_of, settings.top_logprobs)
     if reward_model is None:
         yield from ((group[0], None) for group in groups)
         return

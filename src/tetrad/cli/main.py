@@ -9,8 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -207,19 +206,9 @@ def _recipe(verb: str, words: list[str]) -> int:
     if verb == "status":
         runner.status(recipe, console)
         return 0
-    with _stoppable(console, lambda doing: Stopped(f"in {doing}; the same command goes on from there")):
+    with runner.stoppable(console, lambda doing: Stopped(f"in {doing}; the same command goes on from there")):
         runner.run(recipe, console, only="" if verb == "run" else verb)
     return 0
-
-
-@contextmanager
-def _stoppable(console: Any, error: Callable[[str], BaseException]) -> Iterator[None]:
-    """Shows the progress of phases; a signal that no stage handles raises this error. error: from what was running."""
-    from tetrad.signals import Stop
-
-    stop = Stop(console.warn, lambda: console.doing, lambda: error(console.doing or "the plan"))
-    with console.in_use(), stop.listening():
-        yield
 
 
 def _flags(words: list[str]) -> list[str]:
@@ -253,11 +242,11 @@ def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
 
 def _with_console(function: Callable[[Any, Any], None], settings: object, verb: str) -> int:
     from tetrad.console import Console, phase
-    from tetrad.pipeline.runner import explained
+    from tetrad.pipeline.runner import explained, stoppable
 
     console = Console()
-    stoppable = _stoppable(console, lambda doing: KeyboardInterrupt(f"in {doing}; no file was written"))
-    with explained(verb, _LOWER.get(verb, _LENGTH)), stoppable, phase(verb):
+    stops = stoppable(console, lambda doing: KeyboardInterrupt(f"in {doing}; no file was written"))
+    with explained(verb, _LOWER.get(verb, _LENGTH)), stops, phase(verb):
         function(settings, console)
     return 0
 

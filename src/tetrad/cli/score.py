@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tetrad.cli.generate import ANSWERS, GENERATED, SCORES_AT_ONCE, Fields, check_out, deliver, extended, json_record
+from tetrad.cli.generate import ANSWERS, GENERATED, Fields, check_out, deliver, extended, json_record
 from tetrad.console import Console
 from tetrad.data.fields import Fields as Folded
 from tetrad.data.fields import fold, null
@@ -25,7 +25,7 @@ from tetrad.inference.completions import Completion
 from tetrad.reward.batches import Examples, Record
 from tetrad.reward.evaluation import Pairs, by_value
 from tetrad.reward.linear import fit, training_records
-from tetrad.reward.model import RewardModel, documents_from_text, load_reward, score_documents
+from tetrad.reward.model import SCORES_AT_ONCE, RewardModel, documents_from_text, load_reward, score_documents
 from tetrad.settings.use import ScoreFile
 from tetrad.storage import write_file
 from tetrad.training.context import renamed

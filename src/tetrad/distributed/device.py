@@ -18,6 +18,7 @@ from torch import Tensor
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
 from tetrad.kernels.cpu import NO_BFLOAT16, multiplies_bfloat16
+from tetrad.settings.check import build
 from tetrad.settings.common import Run
 from tetrad.types import Array, Packed
 
@@ -70,6 +71,11 @@ def choose(run: Run) -> Device:
         raise UserError("E-CONF-DTYPE", NO_BFLOAT16, where="run.dtype", hint='set dtype = "float32"')
     bfloat16 = run.dtype == "bfloat16" if kind == "cpu" else run.dtype != "float32" and torch.cuda.is_bf16_supported()
     return Device(device, torch.bfloat16 if bfloat16 else torch.float32)
+
+
+def chosen_device(device: str, dtype: str) -> Device:
+    """That of a run with these settings. Errors: E-CONF-{DEVICE,DTYPE,RANGE,TYPE}."""
+    return choose(build(Run, {"device": device, "dtype": dtype}, {"device": "device", "dtype": "dtype"}))
 
 
 def peak_bytes() -> int:

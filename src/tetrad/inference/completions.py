@@ -87,6 +87,12 @@ def best(samples: Sequence[Completion], scores: Sequence[float]) -> int:
     return max(range(len(samples)), key=lambda i: (samples[i].valid_utf8, scores[i]))
 
 
+def too_long(tokens: int, most: int, room: int, where: str) -> UserError:
+    """The error for a prompt that leaves no room for its response."""
+    what = f"the prompt has {tokens} tokens; {most} fit beside a response of {room}"
+    return UserError("E-DATA-LONG", what, where=where, hint="shorten it, or lower max_new_tokens")
+
+
 def read_encoded_prompts(
     paths: Paths,
     template: Template,
@@ -106,8 +112,7 @@ def read_encoded_prompts(
     for prompt, tokens in zip(prompts, tokenize(template, tokenizer, prompts, counts=counts), strict=True):
         long = len(tokens.ids) > most
         if long and (overlong == "refuse" or most < 1):
-            what = f"the prompt has {len(tokens.ids)} tokens; {most} fit beside a response of {room}"
-            raise UserError("E-DATA-LONG", what, where=prompt.where, hint="shorten it, or lower max_new_tokens")
+            raise too_long(len(tokens.ids), most, room, prompt.where)
         counts.cut += long and overlong == "truncate"
         counts.dropped += long and overlong == "drop"
         if not (long and overlong == "drop"):

@@ -101,6 +101,9 @@ def folder_template(folder: Path, choice: str) -> Template | None:
     Errors: E-MODEL-TEMPLATE.
     """
     noted = recorded(folder)
+    if choice and choice not in TEMPLATES:
+        hint = f"choose one of {', '.join(TEMPLATES)}"
+        raise UserError("E-MODEL-TEMPLATE", f"there is no template {choice!r}", hint=hint)
     if choice:
         return noted if noted and noted.name == choice else template_of(choice)
     return noted or recognised(folder)

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from tetrad.distributed.device import Device, choose
+from tetrad.distributed.device import Device, chosen_device
 from tetrad.errors import UserError
 from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.inference.engine import Engine, Request
@@ -22,14 +21,11 @@ from tetrad.inference.model_folder import (
     folder_template,
     model_folder,
     needed_template,
-    own_sampling,
     refuse_small_vocabulary,
 )
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, frozen
 from tetrad.settings import use
-from tetrad.settings.check import build
-from tetrad.settings.common import Run
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Prompt, Response, Turn
@@ -57,8 +53,12 @@ class Policy:
 
     def engine(self, slots: int, positions: int) -> Engine:
         """An engine where the weights are now. Errors: E-MEM-FULL."""
-        device = replace(self.device, torch_device=self.model.head_weight.device)
-        return Engine(self.fused, device, slots, positions, self.tokenizer)
+        return Engine(self.fused, self.placed, slots, positions, self.tokenizer)
+
+    @property
+    def placed(self) -> Device:
+        """The device where the weights are now."""
+        return replace(self.device, torch_device=self.model.head_weight.device)
 
     @cached_property
     def _current(self) -> Current:
@@ -71,16 +71,17 @@ class Policy:
         return tuple(dict.fromkeys(named))
 
 
-def load(folder: str | Path, template: str = "") -> Policy:
-    """The language model of a run's stage ("runs/NAME/ppo") or of a Hugging Face folder.
+def load(folder: str | Path, template: str = "", *, device: str = "auto", dtype: str = "auto") -> Policy:
+    """The language model of a run's stage ("runs/NAME/ppo") or of a Hugging Face folder, without gradients.
 
-    template: "instruction" or "chatml", if the folder names none. Errors: E-MODEL-*, E-CKPT-*.
+    template: of `tetrad generate --help`, if the folder names none. device: "cpu", "cuda", or "auto", a GPU if there is
+    one. dtype: what is computed in, "float32", "bfloat16" or "auto", as `run.dtype`; weights are float32. The model
+    itself is `.model`, a torch module. Errors: E-MODEL-*, E-CKPT-*, E-CONF-{DEVICE,DTYPE,RANGE}.
     """
-    path = model_folder(folder)
-    device = choose(Run())
-    model, tokenizer = frozen(read_causal(path)).to(device.torch_device), Tokenizer.load(path)
+    path, place = model_folder(folder), chosen_device(device, dtype)
+    model, tokenizer = frozen(read_causal(path)).to(place.torch_device), Tokenizer.load(path)
     refuse_small_vocabulary(model.config.vocab_size, tokenizer, path)
-    return Policy(model, tokenizer, folder_template(path, template), device, path)
+    return Policy(model, tokenizer, folder_template(path, template), place, path)
 
 
 def encode_prompt(model: Policy, prompt: Prompt) -> EncodedPrompt:
@@ -99,13 +100,13 @@ def check_text(text: str, where: str) -> None:
 
 
 def completions(
-    model: Policy, prompts: Sequence[EncodedPrompt], settings: use.Sample, samples_per_prompt: int = 1
+    model: Policy, prompts: Sequence[EncodedPrompt], settings: use.Sample, samples_per_prompt: int = 1, top: int = 0
 ) -> Iterator[list[Completion]]:
-    """The completions of each prompt, in order, as soon as they and those before them are done. Errors: E-DATA-LONG,
-    E-MEM-FULL."""
+    """The completions of each prompt, in order, as soon as they and those before them are done. top: so many of the
+    most likely ids in each place are noted. Errors: E-DATA-LONG, E-MEM-FULL."""
     engine = model.engine(*cache_shape(prompts, settings, samples_per_prompt))
     waiting = deque(
-        (engine.add(request(model, prompt, settings, number, samples_per_prompt)), prompt)
+        (engine.add(request(model, prompt, settings, number, samples_per_prompt, top)), prompt)
         for number, prompt in enumerate(prompts)
     )
     responses: dict[int, dict[int, Response]] = defaultdict(dict)
@@ -130,33 +131,17 @@ def cache_need(model: Policy, slots: int, positions: int) -> str:
     return f"{slots} slot{'s' * (slots > 1)} and a spare one of {positions} positions, {mib:.3g} MiB"
 
 
-def request(model: Policy, prompt: EncodedPrompt, settings: use.Sample, number: int, samples: int = 1) -> Request:
+def request(
+    model: Policy, prompt: EncodedPrompt, settings: use.Sample, number: int, samples: int = 1, top: int = 0
+) -> Request:
     """The engine's request. number: of the prompt, for its random numbers."""
     keys = tuple((settings.seed, "generate", index, number) for index in range(samples))
-    top = settings.top_logprobs if isinstance(settings, use.Generate) else 0
     return Request(prompt.ids, settings, keys, model.ends, settings.stop, top=top)
 
 
 def completion(model: Policy, prompt: EncodedPrompt, response: Response) -> Completion:
     """The response, with the engine's text, and its prompt."""
     return Completion.of(prompt, response, response.text, model.tokenizer)
-
-
-def generate(model: Policy, prompts: Sequence[str | tuple[str, str]], **settings: Any) -> list[str]:
-    """The responses to these prompts, each an Instruction or (Instruction, Input): those of `tetrad generate`.
-
-    settings: of `tetrad generate --help`, as `max_new_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`,
-    `stop`, `seed`. Errors: E-CONF-*, E-DATA-LONG, E-MODEL-TEMPLATE.
-    """
-    if "template" in settings:
-        raise UserError("E-CONF-CONFLICT", "the template was chosen by `load`", where="template")
-    values = own_sampling(model.folder) | settings
-    checked = use.agreed(build(use.Sample, values, {name: name for name in settings}), set(settings))
-    pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-    encoded = [
-        encode_prompt(model, instruction_prompt(*pair, where=f"prompt {number}")) for number, pair in enumerate(pairs)
-    ]
-    return [group[0].text for group in completions(model, encoded, checked)] if encoded else []
 
 
 def instruction_prompt(instruction: str, extra: str = "", *, where: str = "") -> Prompt:

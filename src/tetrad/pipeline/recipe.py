@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,16 +33,24 @@ _DEPTH = 16
 _OPTIONS = cache(options)
 
 
-def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file, with overrides such as `--ppo.actor-lr 1e-6`, checked as one.
+def read(source: Path | str | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """The recipe of a file, or of its tables as a dict, with overrides as `--ppo.actor-lr 1e-6` or {"ppo.actor_lr":
+    1e-6}, checked as one. A dict is read as a file `recipe.toml` in the current folder would be.
 
     Raises UserError E-CONF-{MISSING,SIZE,SYNTAX,DUPKEY,UNKNOWN,TYPE,RANGE,SECRET,DIVIDE,CONFLICT} with `file:line`.
     """
-    path = Path(path)
-    text = _text(path)
-    values = _toml(path, text)
-    places = {name: f"{path}:{line}" for name, line in _lines(text)}
-    stray, given, flags = parse(overrides, _OPTIONS(Recipe))
+    if isinstance(source, Mapping):
+        path, places, values = Path("recipe.toml"), dict[str, str](), nest(_dotted(source))
+    else:
+        path = Path(source)
+        text = _text(path)
+        values = _toml(path, text)
+        places = {name: f"{path}:{line}" for name, line in _lines(text)}
+    if isinstance(overrides, Mapping):
+        stray, given = list[str](), _dotted(overrides)
+        flags = dict.fromkeys(given, "overrides")
+    else:
+        stray, given, flags = parse(overrides, _OPTIONS(Recipe))
     if stray:
         hint = "a setting is written --TABLE.KEY VALUE, as --ppo.steps 50"
         raise UserError("E-CONF-SYNTAX", f"unexpected argument {stray[0]!r}", hint=hint)
@@ -56,6 +64,15 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _resolved(recipe, path.parent)
     check(recipe, places)
     return recipe
+
+
+def _dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"ppo": {"steps": 3}} as {"ppo.steps": 3}."""
+    dotted: dict[str, Any] = {}
+    for name, value in values.items():
+        inside = value if isinstance(value, Mapping) else {}
+        dotted |= {f"{name}.{key}": inner for key, inner in inside.items()} if inside else {str(name): value}
+    return dotted
 
 
 def write(recipe: Recipe) -> str:

@@ -11,8 +11,10 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from tetrad import storage
 from tetrad.console import Console, phase
@@ -23,7 +25,8 @@ from tetrad.pipeline.preflight import preflight
 from tetrad.pipeline.recipe import write
 from tetrad.pipeline.status import Step, differences, lineage, show, state, verdict_of, verify
 from tetrad.report import outcome
-from tetrad.report.verdict import UNTRUSTED
+from tetrad.report.verdict import UNTRUSTED, Verdict
+from tetrad.signals import Stop
 from tetrad.stages import STAGES, Recipe
 from tetrad.training.context import StageContext
 
@@ -31,7 +34,18 @@ StageFunction = Callable[[StageContext], None]
 _LOWER = "run.micro_batch_tokens, then the longest text (max_tokens, max_new_tokens), then the model"
 
 
-def run(recipe: Recipe, console: Console, *, only: str = "") -> None:
+@dataclass(frozen=True)
+class RunResult:
+    """What `run` leaves. folder: runs/NAME. stages: the folder of each stage by its name, as "ppo"; `tetrad.load` and
+    `tetrad.load_reward` take it. trained: the names of those that were not skipped. verdict: None without PPO."""
+
+    folder: Path
+    stages: Mapping[str, Path]
+    trained: tuple[str, ...]
+    verdict: Verdict | None
+
+
+def run(recipe: Recipe, console: Console, *, only: str = "") -> RunResult:
     """Runs the stages that are not done, in order; `only` runs that one and needs its parents done.
 
     Under torchrun every process runs this, and only the first one writes.
@@ -41,7 +55,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "") -> None:
     steps = plan(recipe, hashes, upto=only)
     if only:
         _refuse_missing_parents(steps, hashes)
-    wanted, todo = steps[-1:] if only else steps, 0
+    wanted, trained = steps[-1:] if only else steps, list[str]()
     if is_first():
         unfinished = [(step, current) for step in wanted if (current := state(step, hashes)) != "done"]
         memory = home(recipe) / ".cache" / "preflight.json"
@@ -54,7 +68,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "") -> None:
                 storage.remove_folder(step.folder / "checkpoints")  # left if a kill came between the result and this
             console.say(f"{step.stage:<10} unchanged, skipped")
             continue
-        todo += 1
+        trained.append(step.stage)
         context = StageContext(recipe, step.folder, step.key, step.parents, step.lineage, console)
         began = time.monotonic()
         with explained(step.stage), phase(step.stage):
@@ -69,10 +83,20 @@ def run(recipe: Recipe, console: Console, *, only: str = "") -> None:
         console.say(f"{step.stage:<10} done in {time.monotonic() - began:.1f} s: {step.result}")
     if is_first():
         hashes.save()
-    if not todo:
+    if not trained:
         console.say("nothing to do")
     if steps[-1].stage == "evaluate" or not recipe.evaluate.prompts:  # `tetrad ppo` reports no evaluation
         _conclude(recipe, steps, hashes, console)
+    verdict = verdict_of(recipe, steps, hashes)
+    return RunResult(home(recipe), {step.stage: step.folder for step in steps}, tuple(trained), verdict)
+
+
+@contextmanager
+def stoppable(console: Console, error: Callable[[str], BaseException]) -> Iterator[None]:
+    """Shows the progress of phases; a signal that no stage handles raises this error. error: from what was running."""
+    stop = Stop(console.warn, lambda: console.doing, lambda: error(console.doing or "the plan"))
+    with console.in_use(), stop.listening():
+        yield
 
 
 def function_of(name: str) -> StageFunction:

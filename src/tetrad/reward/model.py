@@ -19,7 +19,7 @@ from tetrad.console import counted
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.data.tokens import tokenize
-from tetrad.distributed.device import Device, choose
+from tetrad.distributed.device import Device, chosen_device
 from tetrad.errors import UserError
 from tetrad.inference.completions import Completion
 from tetrad.inference.model_folder import (
@@ -40,6 +40,9 @@ from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
 from tetrad.training.stage import template_for
 from tetrad.types import Prompt, Tokens
+
+SCORES_AT_ONCE = 128
+"""Texts that are scored together, by every command: the batch affects the last bits of a score."""
 
 
 class Reward(Protocol):
@@ -141,17 +144,18 @@ def reward_function(
     return reward
 
 
-def load_reward(folder: str | Path, template: str = "") -> RewardModel:
-    """The reward model of a run's stage ("runs/NAME/reward") or of a folder. Errors: E-MODEL-*, E-CKPT-*."""
+def load_reward(folder: str | Path, template: str = "", *, device: str = "auto", dtype: str = "auto") -> RewardModel:
+    """The reward model of a run's stage ("runs/NAME/reward") or of a folder, with all members of an ensemble; template,
+    device and dtype as in `tetrad.load`. Errors: E-MODEL-*, E-CKPT-*, E-CONF-{DEVICE,DTYPE,RANGE}."""
     path = model_folder(folder)
     if not is_reward(path):
         raise no_reward(path)
-    device = choose(Run())
+    place = chosen_device(device, dtype)
     members, tokenizer = read_members(path), Tokenizer.load(path)
     for member in members:
-        member.requires_grad_(False).eval().to(device.torch_device)
+        member.requires_grad_(False).eval().to(place.torch_device)
     refuse_small_vocabulary(members[0].config.vocab_size, tokenizer, path)
-    return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), device, path)
+    return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), place, path)
 
 
 def score_samples(reward_model: RewardModel, samples: Sequence[Completion]) -> list[float]:

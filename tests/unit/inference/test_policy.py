@@ -13,11 +13,12 @@ import torch
 import tetrad
 from families import conversation
 from served import completed, documents_from_text, score_documents, tokenizer, write_model
+from tetrad.api import generate
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.inference import engine, policy
 from tetrad.inference.completions import EncodedPrompt
-from tetrad.inference.policy import completion, encode_prompt, generate, instruction_prompt, load, model_folder, request
+from tetrad.inference.policy import completion, encode_prompt, instruction_prompt, load, model_folder, request
 from tetrad.model.lora import ALL, adapted, add_adapters
 from tetrad.model.transformer import CausalLM
 from tetrad.reward.model import load_reward, score_samples
@@ -140,9 +141,6 @@ def test_public_names(run: Path) -> None:
     assert tetrad.generate(model, []) == []
     assert tetrad.generate(model, ["x"], max_new_tokens=5) == tetrad.generate(model, ["x"], max_new_tokens=5)
     assert tetrad.generate(model, ["x"], max_new_tokens=5) != tetrad.generate(model, ["x"], max_new_tokens=5, seed=1)
-    assert {"load", "generate", "forward"} <= set(dir(tetrad))
-    with pytest.raises(AttributeError, match="nothing"):
-        tetrad.nothing  # noqa: B018
     with pytest.raises(UserError, match="E-CONF-RANGE"):
         tetrad.generate(model, ["x"], temperature=-1.0)
 
