@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import tetrad
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.distributed.device import Device
@@ -35,6 +36,16 @@ def test_every_stage_leaves_a_model_and_every_step_a_line(chain: Chain) -> None:
         assert (chain.home / stage / "model" / "model.safetensors").is_file()
         assert not (chain.home / stage / "checkpoints").exists()
     assert chain.lines("pretrain")[-1]["loss"] < chain.lines("pretrain")[0]["loss"] - 0.5
+
+
+def test_the_public_run_gives_folders_and_verdict(chain: Chain) -> None:
+    """Of what is done already, as `tetrad.run` of the same recipe finds it."""
+    result = tetrad.run(chain.path, {"run.out": str(chain.runs)}, quiet=True)
+    assert (result.folder, result.trained) == (chain.home, ())
+    assert result.stages == {stage: chain.home / stage for stage in STAGES}
+    report = json.loads((result.stages["evaluate"] / "report" / "report.json").read_text())
+    assert result.verdict and result.verdict.outcome == report["verdict"]["outcome"]
+    assert tetrad.generate(tetrad.load(result.stages["ppo"]), ["Go on."], max_new_tokens=2)
 
 
 PHASES = {
