@@ -143,6 +143,7 @@ def commands() -> dict[str, Command]:
         "run": Command(recipe, every),
         **stages,
         "check": Command(f"{recipe} | FILE ...", reads, _check, "Check"),
+        "init": Command("FILE ...", "write a short recipe for data files, from what their records show", _init, "Init"),
         "status": Command(recipe, shows),
         "generate": Command("MODEL", "answer one prompt or a file of prompts", _generate, "Generate"),
         "chat": Command("MODEL", "talk to a model", _chat, "Chat"),
@@ -323,6 +324,29 @@ def _check(words: list[str]) -> int:
         hint = "tetrad check RECIPE.toml, or tetrad check FILE ..."
         raise UserError("E-CONF-SYNTAX" if targets else "E-CONF-MISSING", what, where="check", hint=hint)
     return _with_console(lambda _, console: check_files(targets, settings, console), settings, "check")
+
+
+def _init(words: list[str]) -> int:
+    """The files are the words without a flag."""
+    from tetrad.settings.arguments import nest, parse, split
+    from tetrad.settings.base import options
+    from tetrad.settings.check import build
+    from tetrad.settings.use import Init
+
+    mine, files = split(_flags(words), options(Init))
+    _, values, places = parse(mine, options(Init))
+    settings = build(Init, nest(values), places)
+    if unexpected := next((word for word in files if word.startswith("--")), ""):
+        raise UserError("E-CONF-UNKNOWN", f"unexpected argument {unexpected}", where="init", hint="tetrad init --help")
+    if not files:
+        raise UserError("E-CONF-MISSING", "no data is given", where="init", hint="tetrad init FILE ... [--from MODEL]")
+    from tetrad.datacheck.init import init
+    from tetrad.pipeline.recipe import read
+
+    def write(settings: Init, console: Any) -> None:
+        read(init(settings, files, console))
+
+    return _with_console(write, settings, "init")
 
 
 def _explain(words: list[str]) -> int:

@@ -6,7 +6,7 @@ was seen, and suggest a fix.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 from tetrad.errors import UserError
@@ -127,6 +127,12 @@ def _check_order(role: str, last: str, place: int, where: str) -> None:
         chat(f"{role} after {last or 'nothing'}: user and assistant take turns", place, where)
 
 
+def usual_names(names: Collection[str]) -> dict[str, str]:
+    """Fields of Tetrad's formats that are not among the names, and which of the names usually means each."""
+    pairs = ((name, next((other for other in others if other in names), "")) for name, others in _USUAL.items())
+    return {name: other for name, other in pairs if other and name not in names}
+
+
 def missing(needed: str, fields: Fields, where: str) -> NoReturn:
     """Errors: E-DATA-MISSING, with the setting that would rename the fields where it can be guessed; E-DATA-NULL where
     a required field is present but null."""
@@ -134,8 +140,7 @@ def missing(needed: str, fields: Fields, where: str) -> NoReturn:
         null(min(nulls, key=needed.lower().index), where)
     seen = ", ".join(f'"{name}"' for name in fields) or "none"
     wanted = [name for name in _USUAL if f'"{name}"' in needed.lower() and name not in fields]
-    usual = {name: next((other for other in _USUAL[name] if other in fields), "") for name in wanted}
-    pairs = [f"{other}={name}" for name, other in usual.items() if other]
+    pairs = [f"{other}={name}" for name, other in usual_names(fields).items() if name in wanted]
     hint = "rename the fields (letter case does not matter)"
     if pairs:
         listed = ", ".join(f'"{pair}"' for pair in pairs)

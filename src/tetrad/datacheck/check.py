@@ -46,7 +46,7 @@ def check_recipe(recipe: Recipe, settings: Check, console: Console) -> None:
         "ppo": min(recipe.ppo.max_prompt or limit, limit - recipe.ppo.max_new_tokens),
         "evaluate": limit - recipe.evaluate.max_new_tokens,
     }
-    base = _encoder(recipe, folder, recipe.sft.template)
+    base = encoder_of(recipe, folder, recipe.sft.template)
     readings = []
     for setting, what, given in settings_of(recipe):
         stage = setting.partition(".")[0]
@@ -66,7 +66,7 @@ def check_files(paths: Sequence[str], settings: Check, console: Console) -> None
     """Checks data files by themselves. Errors: the first that training would stop at."""
     given = sources(paths, rename=renamed(settings.rename))
     folder = Path(settings.tokenizer) if settings.tokenizer else None
-    encoder = _encoder(Recipe(), folder, settings.template, settings.max_tokens)
+    encoder = encoder_of(Recipe(), folder, settings.template, settings.max_tokens)
     kinds = {path: settings.kind or sniff(path, given) for path in given.paths}
     readings = [
         read(SETTING_OF[what], what, given.only(*(path for path in given.paths if kinds[path] == what)), encoder)
@@ -94,7 +94,7 @@ def _config(recipe: Recipe, folder: Path | None) -> DecoderConfig:
     return DecoderConfig("qwen2", **shape, ff=m.ff or 3 * m.hidden_size, max_positions=m.max_positions, tied=m.tied)
 
 
-def _encoder(recipe: Recipe, folder: Path | None, name: str, limit: int = 0) -> Encoder:
+def encoder_of(recipe: Recipe, folder: Path | None, name: str, limit: int = 0) -> Encoder:
     """name: of a template, where one was chosen."""
     separator = recipe.sft.separator
     if folder is None:

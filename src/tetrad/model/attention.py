@@ -203,7 +203,8 @@ _in_parts: Callable[..., Tensor] = _InParts.apply
 def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, plan: Plan) -> Tensor:
     """Causal attention inside each document. H query heads, G key and value heads. Returns [T, H, D]."""
     if plan.parts:  # 16-bit kernels of a CPU have a backward that is seven times slower
-        return _in_parts(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_THD, k_TGD, v_TGD)), plan)
+        wide = torch.promote_types(q_THD.dtype, torch.float32)
+        return _in_parts(*(x.to(wide) for x in (q_THD, k_TGD, v_TGD)), plan).to(q_THD.dtype)
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads all of torch.compile: two seconds
 

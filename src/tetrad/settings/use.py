@@ -114,6 +114,20 @@ class Check:
 
 
 @settings
+class Init:
+    """Write a short recipe for data files."""
+
+    from_: str = ""
+    """A model to start from (a Hugging Face folder, or a stage of a run); without one a new model is trained."""
+    out: File = "recipe.toml"
+    """The recipe to write."""
+    split: Share = 0.1
+    """Share of the prompts of SFT and preference files that is held out where no file is named for that; 0: none."""
+    rename: tuple[str, ...] = ()
+    """Other names of fields, as question=Instruction answer=Output; usual ones are recognised."""
+
+
+@settings
 class Explain:
     """One step of PPO with its real numbers, token by token; or what a metric means."""
 
