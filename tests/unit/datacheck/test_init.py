@@ -115,7 +115,8 @@ def test_from_a_base(run: Path, here: Path) -> None:
     recipe, _ = made(write("sft.jsonl", [*SFT, long]), write("ranked.jsonl", RANKED), from_=base, split=0)
     assert "tokenizer" not in recipe and "pretrain" not in recipe
     assert recipe["model"] == {"from": base}
-    assert recipe["sft"]["overlong"] == recipe["ppo"]["overlong"] == "drop" and recipe["sft"]["lr"] == recipe["reward"]["lr"] == 5e-5
+    assert recipe["sft"]["overlong"] == recipe["ppo"]["overlong"] == "drop"
+    assert recipe["sft"]["lr"] == recipe["reward"]["lr"] == 5e-5
     assert "# 1 records are longer than the base reads" in Path("recipe.toml").read_text()
 
 
