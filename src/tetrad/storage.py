@@ -213,6 +213,11 @@ def json_of(raw: bytes, parts: int = 300_000) -> Any:
     return json.loads(raw.decode())
 
 
+def json_bytes(value: Json) -> bytes:
+    """A file of JSON that people can read too. Raises ValueError for a number that is not finite."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a folder, itself checked; the files it names are not read.
 

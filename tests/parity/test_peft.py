@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import pytest
 import torch
 
 import toys
-from tetrad.model.lora import ALL, adapter_config, adapter_tensors, add_adapters, share_weights
-from tetrad.model.safetensors_io import tensor_chunks
+from tetrad.cli.main import main
+from tetrad.model.huggingface import model_files
+from tetrad.model.lora import ALL, adapter_files, add_adapters, merged, share_weights
 from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
+from tetrad.storage import write_folder
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT of transformers, not of us
     pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed"),
 ]
 
@@ -27,15 +30,19 @@ IDS = [[*toys.ids(length, length), toys.EOS] for length in (30, 4, 17)]
 @pytest.fixture(scope="module")
 def peft_model() -> Any:
     """PEFT's class. Its import takes five seconds, which the collection of other tests is spared."""
-    return importlib.import_module("peft").PeftModel
+    with warnings.catch_warnings():  # of what it imports; what it says of a folder is an error, as everywhere
+        warnings.simplefilter("ignore")
+        return importlib.import_module("peft").PeftModel
 
 
-def written(folder: Path, model: CausalLM | ScalarModel, base: str) -> Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_bytes(adapter_config(model, base, {"base_sha256": "0"}))
-    weights = b"".join(bytes(chunk) for chunk in tensor_chunks(adapter_tensors(model)))
-    (folder / "adapter_model.safetensors").write_bytes(weights)
-    return folder
+def written(folder: Path, model: CausalLM | ScalarModel, base: Path, dtype: str = "float32") -> Path:
+    """The adapters as `tetrad export` takes them out of a stage."""
+    stage = folder / "stage"
+    toys.write(stage / "model", {**model_files(merged(model)), **toys.tokenizer().files()})
+    write_folder(stage / "adapter", adapter_files(model, base, {"base_sha256": "0" * 64}), {})
+    words = ["--adapter-only", "--base", str(base), "--dtype", dtype]
+    assert main(["export", str(stage), "--to", str(folder / "out"), *words]) == 0
+    return folder / "out"
 
 
 def adapted(model: CausalLM | ScalarModel) -> None:
@@ -47,12 +54,13 @@ def adapted(model: CausalLM | ScalarModel) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_an_actors_adapter(tmp_path: Path, peft_model: Any, family: str) -> None:
+def test_an_actors_adapter(tmp_path: Path, peft_model: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = toys.causal(seed=1, family=family).requires_grad_(False)
     place = toys.saved(tmp_path / "base", base)
     model = share_weights(CausalLM, base)
     adapted(model)
-    folder = written(tmp_path / "adapter", model, str(place))
+    folder = written(tmp_path / "adapter", model, place)
+    monkeypatch.chdir(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     theirs = peft_model.from_pretrained(theirs, folder).eval()
     plain = theirs.merge_and_unload() if family == "qwen3" else theirs
@@ -63,14 +71,17 @@ def test_an_actors_adapter(tmp_path: Path, peft_model: Any, family: str) -> None
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reward_models_adapter_with_its_head(tmp_path: Path, peft_model: Any) -> None:
+def test_a_reward_models_adapter_with_its_head(
+    tmp_path: Path, peft_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = toys.causal(seed=1).requires_grad_(False)
     place = toys.saved(tmp_path / "base", base)
     model = share_weights(ScalarModel, base)
     model.score.weight = torch.nn.Parameter(initial_head(32, 3))
     model.bias = torch.zeros(())
     adapted(model)
-    folder = written(tmp_path / "adapter", model, str(place))
+    folder = written(tmp_path / "adapter", model, place)
+    monkeypatch.chdir(tmp_path)
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(place, num_labels=1, dtype=torch.float32)
     theirs.config.pad_token_id = toys.PAD
@@ -80,3 +91,26 @@ def test_a_reward_models_adapter_with_its_head(tmp_path: Path, peft_model: Any) 
             expected = theirs(torch.tensor([ids])).logits[0, 0]
             ours = model(toys.packed([toys.document(ids)]), "scores")[0]
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_by_its_name_and_older_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder is named in full, a name of the hub as it is, and nothing where none is given: never a relative path.
+    Notes that stood in adapter_config.json, where PEFT warned of them, are moved out of it."""
+    base = toys.causal(seed=1).requires_grad_(False)
+    place = toys.saved(tmp_path / "base", base)
+    model = share_weights(CausalLM, base)
+    adapted(model)
+    written(tmp_path / "x", model, place)
+    stage = tmp_path / "x/stage"
+    files = {path.name: path.read_bytes() for path in (stage / "adapter").iterdir() if path.name != "manifest.json"}
+    notes = json.loads(files.pop("tetrad.json"))
+    config = json.loads(files["adapter_config.json"]) | {"tetrad": notes}
+    write_folder(stage / "adapter", files | {"adapter_config.json": json.dumps(config).encode()}, {})
+    for number, words in enumerate(([], ["--base", "someone/base"])):
+        out = tmp_path / f"out{number}"
+        assert main(["export", str(stage), "--to", str(out), "--adapter-only", *words]) == 0
+        written_config = json.loads((out / "adapter_config.json").read_text())
+        assert written_config.get("base_model_name_or_path") == (words[1] if words else None)
+        assert "tetrad" not in written_config
+        assert json.loads((out / "tetrad.json").read_text()) == notes
+        assert notes["base_sha256"] in (out / "README.md").read_text()

@@ -136,6 +136,7 @@ def commands() -> dict[str, Command]:
     recipe = "RECIPE.toml"
     stages = {n: Command(recipe, f"only this stage: {row.summary}", tables=row.tables) for n, row in STAGES.items()}
     every = "run all stages in order; finished ones are skipped, an interrupted one resumes"
+    exports = "write a model for transformers, PEFT, llama.cpp or Ollama"
     reads = "read every record, train nothing, and report what would spoil the training"
     explains = "one step of PPO with its real numbers, token by token; or what a metric means"
     shows = "which stages are done, stale or running, what each model was made from, and the verdict"
@@ -149,6 +150,7 @@ def commands() -> dict[str, Command]:
         "chat": Command("MODEL", "talk to a model", _chat, "Chat"),
         "score": Command("MODEL", "score answers with a reward model", _score, "ScoreFile"),
         "explain": Command("RUN | METRIC", explains, _explain, "Explain"),
+        "export": Command("MODEL", exports, _export, "Export"),
         "doctor": Command("", "versions, device, memory; with --vectors FILE the numeric self-test", _doctor, "Doctor"),
     }
 
@@ -362,6 +364,15 @@ def _explain(words: list[str]) -> int:
     from tetrad.rl.explain import explain
 
     return _with_console(lambda s, console: explain(s, console, read), settings, "explain")
+
+
+def _export(words: list[str]) -> int:
+    from tetrad.settings.use import Export, agreed_export
+
+    settings = agreed_export(*_settings(Export, "export", words))
+    from tetrad.cli.export import export
+
+    return _with_console(export, settings, "export")
 
 
 def _doctor(words: list[str]) -> int:

@@ -244,8 +244,8 @@ def eos_json(config: DecoderConfig) -> int | list[int] | None:
     return config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
 
 
-def config_json(config: DecoderConfig, kind: str) -> dict[str, Any]:
-    """What transformers reads. kind: "CausalLM" or "SequenceClassification" (one label).
+def config_json(config: DecoderConfig, kind: str, dtype: str = "float32") -> dict[str, Any]:
+    """What transformers reads. kind: "CausalLM" or "SequenceClassification" (one label). dtype: of the weights.
 
     `rope_theta` is for transformers 4, `rope_parameters` for 5; both hold the same.
     """
@@ -268,7 +268,7 @@ def config_json(config: DecoderConfig, kind: str) -> dict[str, Any]:
         "eos_token_id": eos_json(config),
         "pad_token_id": config.pad_id,
         "use_cache": True,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     }
     if config.family in ("qwen3", "llama"):
         raw["attention_bias"] = False

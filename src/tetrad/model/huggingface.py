@@ -5,7 +5,6 @@ wrote have a manifest and are verified before they are read.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tetrad.model.config import DecoderConfig, config_json, eos_json
 from tetrad.model.inspect import inspect, verify_own
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.model.transformer import CausalLM, M, ScalarModel, initial_head, on_meta
-from tetrad.storage import Content
+from tetrad.storage import Content, json_bytes
 
 SHARD_BYTES = 5 * 2**30
 
@@ -47,21 +46,29 @@ def read_members(folder: Path) -> tuple[ScalarModel, ...]:
             code = "E-CKPT-KEYS" if tensors.keys() != shapes.keys() else "E-CKPT-SHAPE"
             raise UserError(code, "its tensors are not those of the model beside it", where=str(path))
         model = _filled(ScalarModel, members[0].config, tensors)
-        model.bias = tensors["bias"]
+        model.bias = tensors["bias"].float()
         members.append(model)
     return tuple(members)
 
 
-def members_content(members: Sequence[ScalarModel]) -> dict[str, Content]:
+def members_content(members: Sequence[ScalarModel], dtype: str = "float32") -> dict[str, Content]:
     """The files of all but the first member, which is the folder's own model."""
     return {
-        f"member-{number}.safetensors": tensor_chunks({**_trained(member), "bias": member.bias})
+        f"member-{number}.safetensors": tensor_chunks({**_trained(member, dtype), "bias": member.bias})
         for number, member in enumerate(members[1:], start=2)
     }
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters()}
+def _trained(model: nn.Module, dtype: str = "float32") -> dict[str, Tensor]:
+    return {name: in_dtype(name, p.detach(), dtype) for name, p in model.named_parameters()}
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """float32, bfloat16 or float16. Raises E-NUM-NONFINITE for a number that float16 cannot hold."""
+    cast: Tensor = tensor.to(getattr(torch, dtype))
+    if dtype == "float16" and not bool(cast.isfinite().all()):
+        raise UserError("E-NUM-NONFINITE", "a weight is too large for float16", where=name, hint="write bfloat16")
+    return cast
 
 
 def _read(folder: Path, *, scalar: bool = False) -> tuple[DecoderConfig, dict[str, Tensor]]:
@@ -82,16 +89,19 @@ def _filled(kind: type[M], config: DecoderConfig, tensors: Mapping[str, Tensor])
     return model
 
 
-def model_files(model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES) -> dict[str, Content]:
-    """config.json, weights in one file or shards, generation_config.json: what transformers loads."""
+def model_files(
+    model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES, dtype: str = "float32"
+) -> dict[str, Content]:
+    """config.json, weights in one file or shards, generation_config.json: what transformers loads. Errors:
+    E-NUM-NONFINITE."""
     config, files = model.config, dict[str, Content]()
     if isinstance(model, ScalarModel):
         config = dataclasses.replace(config, reward_bias=float(model.bias))
-        files["config.json"] = _json(config_json(config, "SequenceClassification"))
+        files["config.json"] = json_bytes(config_json(config, "SequenceClassification", dtype))
     else:
-        files["config.json"] = _json(config_json(config, "CausalLM"))
-        files["generation_config.json"] = _json({"eos_token_id": eos_json(config), "pad_token_id": config.pad_id})
-    tensors = _trained(model)
+        files["config.json"] = json_bytes(config_json(config, "CausalLM", dtype))
+        files["generation_config.json"] = json_bytes({"eos_token_id": eos_json(config), "pad_token_id": config.pad_id})
+    tensors = _trained(model, dtype)
     split = split_state_dict_into_shards_factory(  # the one for torch loads all of torch.compile: two seconds
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -100,10 +110,6 @@ def model_files(model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES) -
     )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        files["model.safetensors.index.json"] = _json(index)
+        files["model.safetensors.index.json"] = json_bytes(index)
     shards = split.filename_to_tensors.items()
     return files | {file: tensor_chunks({name: tensors[name] for name in names}) for file, names in shards}
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,6 +5,7 @@ custom code, other architectures, wrong headers, tensors that config.json doesn'
 inspected. Damage in the weights themselves shows only in a manifest's sha256 or in the numbers.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig, is_reward, read_config, read_json, shortened
 from tetrad.model.headers import Entry, read_header, same_numbers
-from tetrad.storage import MANIFEST, verify_folder
+from tetrad.storage import MANIFEST, sha256_file, verify_folder
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("F32", "F16", "BF16", "F64")
@@ -168,3 +169,9 @@ def verify_own(folder: Path) -> None:
     """Compares the files of a folder that Tetrad wrote with its manifest. Errors: E-CKPT-*."""
     if os.path.isfile(folder / MANIFEST):
         verify_folder(folder)
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over a model folder's weight files."""
+    digests = [sha256_file(path) for path in inspect(folder, scalar=True).files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

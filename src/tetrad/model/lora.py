@@ -2,24 +2,30 @@
 
 A model on a base is a decoder whose parameters are the base's own tensors, frozen, with a pair of small matrices beside
 each large one: W x + alpha / rank * B A x. With B = 0, the initial value, that is the base exactly. On disk adapters
-have PEFT's names and adapter_config.json; `merged` adds them to the weights.
+have PEFT's names and adapter_config.json; what PEFT does not know lies
+beside them in tetrad.json; `merged` adds them to the weights.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from copy import copy
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tetrad.errors import UserError
-from tetrad.model.config import DecoderConfig
+from tetrad.model.config import DecoderConfig, read_json
+from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import Adapter, CausalLM, Linear, M, ScalarModel, on_meta
+from tetrad.storage import Content, json_bytes
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NOTES = "tetrad.json"
+"""Beside them: what PEFT has no key for. Its adapter_config.json warns of a key that it does not know."""
 _PEFT = "base_model.model."
 
 
@@ -85,8 +91,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def adapter_config(model: nn.Module, base: str, extra: Mapping[str, Any]) -> bytes:
-    """adapter_config.json as PEFT reads it. base: the folder of the weights beneath; extra: under "tetrad"."""
+def adapter_files(model: nn.Module, base: Path, notes: Mapping[str, Any]) -> dict[str, Content]:
+    """The files of an adapter folder. base: the folder of the weights beneath; notes: what PEFT has no key for."""
     linears = {name.rpartition(".")[2]: linear for name, linear in adapted(model) if linear.adapter is not None}
     first = next(iter(linears.values())).adapter
     assert first is not None
@@ -95,18 +101,20 @@ def adapter_config(model: nn.Module, base: str, extra: Mapping[str, Any]) -> byt
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(base.resolve()),
         "r": rank,
         "lora_alpha": first.scale * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": sorted(linears),
         "modules_to_save": ["score"] if scalar else None,
-        "tetrad": dict(extra),
     }
-    return (json.dumps(config, indent=2) + "\n").encode()
+    return {CONFIG: json_bytes(config), NOTES: json_bytes(notes), WEIGHTS: tensor_chunks(adapter_tensors(model))}
+
+
+def adapter_notes(folder: Path) -> dict[str, Any]:
+    """base_sha256 and, of a reward model, reward_bias of an adapter folder. Errors: E-MODEL-FORMAT."""
+    older = not (folder / NOTES).is_file()
+    return dict(read_json(folder / CONFIG)["tetrad"]) if older else read_json(folder / NOTES)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The reward models that a stage trains, one per seed: how they are built and saved."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from tetrad.reward.data import RewardData
 from tetrad.reward.metrics import RewardMetrics
 from tetrad.reward.model import RewardModel, score_sequences
 from tetrad.seeds import seed_for
-from tetrad.storage import Content
+from tetrad.storage import Content, json_bytes
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training import adapters
 from tetrad.training.context import StageContext
@@ -95,11 +94,7 @@ def save(ctx: StageContext, stage: StageRun, model: RewardModel, metrics: Reward
     """Leaves a model that others load. reports: by the name of their JSON file; none for an empty one."""
     adapters.save_adapter(ctx, model.members[0], model.folder)
     whole, tokenizer = exported(model.members, model.tokenizer)
-    files: dict[str, Content] = {}
-    for name, report in reports.items():
-        if report:
-            text = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)
-            files[f"{name}.json"] = (text + "\n").encode()
+    files: dict[str, Content] = {f"{name}.json": json_bytes(report) for name, report in reports.items() if report}
     finish(ctx, stage, whole[0], tokenizer, model.template, metrics.record(), files | members_content(whole))
 
 

@@ -1,4 +1,4 @@
-"""Arguments of the commands that use a model: generate, chat, score, doctor."""
+"""Arguments of the commands that use a model: generate, chat, score, export, doctor."""
 
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, TypeVar
@@ -140,11 +140,48 @@ class Explain:
 
 
 @settings
+class Export:
+    """A model for other programs: transformers, PEFT, llama.cpp and Ollama."""
+
+    model: str = ""
+    """A stage of a run ("runs/NAME/ppo") or a Hugging Face folder."""
+    to: File = ""
+    """The new folder, for transformers or, with `adapter_only`, for PEFT."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type of the weights in the folder `to`."""
+    adapter_only: bool = False
+    """Only the adapters of a stage that was trained with adapters."""
+    base: str = ""
+    """With `adapter_only`: where others find the model that the adapters were trained on, a name of the hub or a
+    folder."""
+    gguf: File = ""
+    """The new GGUF file. A Modelfile for Ollama is written beside it."""
+    type: Literal["f32", "f16", "q8_0"] = "f16"
+    """The type of the matrices in the GGUF file; norms and biases stay float32."""
+    template: TemplateName = ""
+    """How a prompt becomes text, where the model's folder doesn't say."""
+
+
+@settings
 class Doctor:
     """Versions, device and memory; with `vectors`, the numeric self-test."""
 
     vectors: str = ""
     """A file of test vectors: every objective is computed and compared, in float64 and float32."""
+
+
+def agreed_export(values: Export, given: set[str]) -> Export:
+    """The settings of `export`, if they go together. given: what the user set. Raises as `agreed`."""
+    if bool(values.to) == bool(values.gguf):
+        what = "give either --to FOLDER or --gguf FILE" + (", not both" if values.to else "")
+        raise UserError("E-CONF-CONFLICT" if values.to else "E-CONF-MISSING", what, where="export")
+    for name, needs in (("dtype", "to"), ("adapter_only", "to"), ("type", "gguf"), ("base", "adapter_only")):
+        if name in given and not getattr(values, needs):
+            flags = [f"--{flag.replace('_', '-')}" for flag in (name, needs)]
+            raise UserError(
+                "E-CONF-CONFLICT", f"{flags[0]} goes with {flags[1]}", where="export", hint=f"add {flags[1]}"
+            )
+    return values
 
 
 def agreed(values: T, given: set[str]) -> T:

@@ -190,7 +190,7 @@ def recorded(folder: Path) -> Template | None:
 
 def recognised(folder: Path) -> Template | None:
     """The row that matches a foreign folder's chat template; None where it has none. Errors: E-MODEL-TEMPLATE."""
-    text = _foreign(folder)
+    text = jinja_of(folder)
     if not text:
         return None
     digest = hashlib.sha256(text.strip().encode()).hexdigest()[:16]
@@ -203,8 +203,8 @@ def recognised(folder: Path) -> Template | None:
     raise UserError("E-MODEL-TEMPLATE", what, where=str(folder), hint=hint)
 
 
-def _foreign(folder: Path) -> str:
-    """A folder's Jinja, which is read as text only."""
+def jinja_of(folder: Path) -> str:
+    """A folder's Jinja, which is read as text only; empty where it has none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")

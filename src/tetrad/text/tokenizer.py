@@ -23,6 +23,7 @@ import tokenizers
 
 from tetrad import disk
 from tetrad.errors import UserError
+from tetrad.storage import json_bytes
 from tetrad.text.patterns import may_explode, patterns
 
 END, SEPARATOR, PAD = "<|endoftext|>", "<|sep|>", "<|pad|>"
@@ -31,7 +32,7 @@ _NOT_PASSED_ON = ("chat_template", "tetrad", "auto_map", "tokenizer_class", "ext
 MAX_JSON_BYTES = 64 << 20  # twice the largest in use
 MAX_OBJECT_BYTES = 8 << 20
 _MOST_PARTS = 1_200_000  # lists and objects
-_ENDS = (END, IM_END, "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+ENDS = (END, IM_END, "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _PADS = ("pad", "reserved", "unused", "unk")
 _BRACKETED = re.compile(r"[<\[].*[>\]]|【.*】", re.DOTALL)
@@ -81,7 +82,7 @@ class Tokenizer:
         self._names |= {i: name for name, i in self._controls.items()}
         self.size = max(self._names) + 1
         self._spelled: dict[int, bytes] = {}
-        named = [self._controls[name] for name in _ENDS if name in self._controls][:1]
+        named = [self._controls[name] for name in ENDS if name in self._controls][:1]
         self.eos_ids: tuple[int, ...] = tuple(eos_ids) or tuple(named)
         if not self.eos_ids:
             hint = 'name one as "eos_token_id" in config.json'
@@ -246,9 +247,8 @@ class Tokenizer:
         config = {"clean_up_tokenization_spaces": False, **foreign, **special, "tokenizer_class": TOKENIZER_CLASS}
         if template:
             config |= {"chat_template": template.jinja(self), "tetrad": template.record()}
-        texts = {"tokenizer_config.json": config, "special_tokens_map.json": special}
-        written = {name: (json.dumps(v, ensure_ascii=False, indent=2) + "\n").encode() for name, v in texts.items()}
-        return {"tokenizer.json": self.text.encode(), **written}
+        texts = {"tokenizer_config.json": json_bytes(config), "special_tokens_map.json": json_bytes(special)}
+        return {"tokenizer.json": self.text.encode(), **texts}
 
     @cached_property
     def _whole(self) -> tokenizers.Tokenizer:
@@ -276,7 +276,7 @@ def _spare_pad(spare: Mapping[str, int]) -> int | None:
     """Of control tokens that are not end tokens, one that is named like a filler, else any."""
     for word in (*_PADS, ""):
         for name, i in spare.items():
-            if name not in _ENDS and word in name.lower():
+            if name not in ENDS and word in name.lower():
                 return i
     return None
 

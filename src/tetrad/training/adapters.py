@@ -3,34 +3,32 @@
 A reward model's adapter belongs to the weights that it was trained on: their sha256 is saved with it and compared.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from tetrad import storage
 from tetrad.distributed import collectives
 from tetrad.errors import UserError
-from tetrad.model.config import read_config
-from tetrad.model.inspect import inspect
+from tetrad.model.config import read_config, read_json
+from tetrad.model.inspect import weights_digest
 from tetrad.model.lora import (
     ALL,
     ATTENTION,
-    adapter_config,
-    adapter_tensors,
+    CONFIG,
+    WEIGHTS,
+    adapter_files,
+    adapter_notes,
     add_adapters,
     has_adapters,
     load_adapters,
     share_weights,
 )
-from tetrad.model.safetensors_io import read_tensors, tensor_chunks
+from tetrad.model.safetensors_io import read_tensors
 from tetrad.model.transformer import CausalLM, ScalarModel, give_head
 from tetrad.seeds import seed_for
 from tetrad.stages import POLICY
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import first_parent
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapt(ctx: StageContext, model: CausalLM | ScalarModel, seed: int) -> None:
@@ -48,12 +46,6 @@ def adapted_scalar_model(ctx: StageContext, base: CausalLM, seed: int) -> Scalar
     return model
 
 
-def weights_digest(folder: Path) -> str:
-    """sha256 over a model folder's weight files."""
-    digests = [storage.sha256_file(path) for path in inspect(folder, scalar=True).files]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
 def save_adapter(ctx: StageContext, model: CausalLM | ScalarModel, base: Path) -> None:
     """Writes <stage>/adapter in PEFT's format, before the merged model ends the stage; nothing without adapters."""
     if not has_adapters(model) or not collectives.is_main():
@@ -61,11 +53,7 @@ def save_adapter(ctx: StageContext, model: CausalLM | ScalarModel, base: Path) -
     noted: dict[str, Any] = {"base_sha256": weights_digest(base)}
     if isinstance(model, ScalarModel):
         noted["reward_bias"] = float(model.bias)
-    files: dict[str, storage.Content] = {
-        CONFIG: adapter_config(model, str(base), noted),
-        WEIGHTS: tensor_chunks(adapter_tensors(model)),
-    }
-    storage.write_folder(ctx.folder / "adapter", files, {"key": ctx.key})
+    storage.write_folder(ctx.folder / "adapter", adapter_files(model, base, noted), {"key": ctx.key})
 
 
 def load_reward_adapter(ctx: StageContext, base: CausalLM) -> ScalarModel:
@@ -80,11 +68,11 @@ def load_reward_adapter(ctx: StageContext, base: CausalLM) -> ScalarModel:
         what = "ppo.adapters = true needs a reward model that is an adapter; this one was trained in full"
         raise UserError("E-CONF-CONFLICT", what, where=str(folder), hint=hint)
     storage.verify_folder(adapter)
-    config = json.loads((adapter / CONFIG).read_bytes())
-    if config["tetrad"]["base_sha256"] != weights_digest(base_folder):
+    config, notes = read_json(adapter / CONFIG), adapter_notes(adapter)
+    if notes["base_sha256"] != weights_digest(base_folder):
         what = "the reward model's adapter was trained on other weights than the SFT model's"
         raise UserError("E-CONF-CONFLICT", what, where=str(adapter), hint=hint)
     model = share_weights(ScalarModel, base, read_config(folder))
     load_adapters(model, read_tensors(adapter / WEIGHTS), config["lora_alpha"] / config["r"], str(adapter))
-    model.bias = base.model.norm.weight.new_tensor(config["tetrad"]["reward_bias"])
+    model.bias = base.model.norm.weight.new_tensor(notes["reward_bias"])
     return model

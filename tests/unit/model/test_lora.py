@@ -1,6 +1,7 @@
 """Adapters: nothing at the start, the base's own tensors beneath, what is merged and what is read back."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from tetrad.inference.fused_model import Fused
 from tetrad.model.lora import (
     ALL,
     ATTENTION,
-    adapter_config,
+    CONFIG,
+    adapter_files,
     adapter_tensors,
     add_adapters,
     has_adapters,
@@ -100,7 +102,7 @@ def test_read_back_onto_the_same_base():
     model.bias = torch.tensor(0.25)
     add_adapters(model, 3, 6.0, ALL, seed=1)
     filled(model)
-    told = json.loads(adapter_config(model, "base", {"reward_bias": 0.25}))
+    told = json.loads(b"".join([adapter_files(model, Path("base"), {"reward_bias": 0.25})[CONFIG]]))
     assert (told["r"], told["lora_alpha"], told["task_type"]) == (3, 6.0, "SEQ_CLS")
     again = share_weights(ScalarModel, base)
     load_adapters(again, adapter_tensors(model), told["lora_alpha"] / told["r"], "x")

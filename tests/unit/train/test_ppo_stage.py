@@ -207,7 +207,7 @@ def test_adapters_leave_the_reference_what_the_sft_model_is(chain: Chain) -> Non
     first = chain.lines("ppo")[0]
     assert first["kl"] == first["kl_k3"] == 0.0
     files = {path.name for path in (chain.home / "ppo/adapter").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "tetrad.json", "manifest.json"}
 
 
 def test_adapters_score_as_the_merged_reward_model_does(chain: Chain) -> None:
@@ -225,13 +225,11 @@ def test_adapters_on_another_base_are_refused(chain: Chain) -> None:
     chain.run(*ADAPTERS)
     config = chain.home / "reward/adapter"
     other = ("--reward.adapters", "true", "--ppo.adapters", "true", "--ppo.steps", "3")
-    text = (config / "adapter_config.json").read_text()
-    digest = json.loads(text)["tetrad"]["base_sha256"]
+    files = {path.name: path.read_bytes() for path in config.iterdir() if path.name != "manifest.json"}
+    digest = json.loads(files["tetrad.json"])["base_sha256"].encode()
     from tetrad import storage
 
-    weights = (config / "adapter_model.safetensors").read_bytes()
-    changed = text.replace(digest, "0" * 64).encode()
-    storage.write_folder(config, {"adapter_config.json": changed, "adapter_model.safetensors": weights}, {})
+    storage.write_folder(config, files | {"tetrad.json": files["tetrad.json"].replace(digest, b"0" * 64)}, {})
     with pytest.raises(UserError) as caught:
         chain.run(*other)
     assert caught.value.code == "E-CONF-CONFLICT"
