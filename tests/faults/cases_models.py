@@ -617,6 +617,8 @@ CASES += [
         "safetensors",
     ),
     Case("crowded-manifest", steps(put("manifest.json", CROWDED)), RESUME, "E-CKPT-MANIFEST", "manifest.json"),
+    Case("hub offline", lambda folder: None, "chat me/nothing", "E-MODEL-HUB", "hf download me/nothing"),
+    Case("hub name", lambda folder: None, "score hf://nothing --data x", "E-MODEL-MISSING", "names no model"),
     # These end well: they resume, or sample, and so import torch.
     Case(
         "checkpoint-before",

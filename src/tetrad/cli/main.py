@@ -221,7 +221,8 @@ def _flags(words: list[str]) -> list[str]:
 
 def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
     """The settings of a command that uses a model, whose folder is the only argument without a flag."""
-    from tetrad.inference.model_folder import own_sampling
+    from tetrad.hub import is_model
+    from tetrad.inference.model_folder import model_folder, own_sampling
     from tetrad.settings.arguments import nest, parse
     from tetrad.settings.base import options
     from tetrad.settings.check import build
@@ -239,11 +240,15 @@ def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
             flag = "MODEL" if name == "model" else "--data FILE.jsonl"
             hint = f"tetrad {verb} MODEL" + (" --data FILE.jsonl" if "data" in known else "")
             raise UserError("E-CONF-MISSING", f"{flag} is missing", where=verb, hint=hint)
+    if verb in ("generate", "chat", "score", "export"):
+        given: Any = build(cls, nest(values), places)  # a wrong flag is reported before anything is downloaded
+        if names := [name for name in (given.model, getattr(given, "reward", "")) if is_model(name)]:
+            _with_console(lambda names, _: [*map(model_folder, names)], names, verb)
     own = own_sampling(values["model"]) if issubclass(cls, Sample) else {}
     return build(cls, own | nest(values), places), set(values)
 
 
-def _with_console(function: Callable[[Any, Any], None], settings: object, verb: str) -> int:
+def _with_console(function: Callable[[Any, Any], object], settings: object, verb: str) -> int:
     from tetrad.console import Console, phase
     from tetrad.pipeline.runner import explained, stoppable
 

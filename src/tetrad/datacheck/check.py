@@ -19,6 +19,7 @@ from tetrad.data.tokens import too_long
 from tetrad.datacheck import cost, duplicates, findings, judgements, texts, vocabulary
 from tetrad.datacheck.reading import SETTINGS, Encoder, Reading, read, settings_of, shortened, sniff
 from tetrad.errors import UserError
+from tetrad.inference.model_folder import small_folder
 from tetrad.model.config import DecoderConfig, read_config
 from tetrad.report.page import page
 from tetrad.report.sections import Finding, RenderedSample, Report, Section, Span, Table, histogram, share
@@ -65,7 +66,7 @@ def check_recipe(recipe: Recipe, settings: Check, console: Console) -> None:
 def check_files(paths: Sequence[str], settings: Check, console: Console) -> None:
     """Checks data files by themselves. Errors: the first that training would stop at."""
     given = sources(paths, rename=renamed(settings.rename))
-    folder = Path(settings.tokenizer) if settings.tokenizer else None
+    folder = small_folder(settings.tokenizer) if settings.tokenizer else None
     encoder = encoder_of(Recipe(), folder, settings.template, settings.max_tokens)
     kinds = {path: settings.kind or sniff(path, given) for path in given.paths}
     readings = [
@@ -79,7 +80,7 @@ def check_files(paths: Sequence[str], settings: Check, console: Console) -> None
 def _tokenizer_folder(recipe: Recipe) -> Path | None:
     """Where the recipe's tokenizer is: in the folder it starts from, or trained already; None if not there yet."""
     start = recipe.model.from_
-    folder = Path(start) if start else Path(recipe.run.out) / recipe.name / "tokenizer"
+    folder = small_folder(start) if start else Path(recipe.run.out) / recipe.name / "tokenizer"
     if (folder / "model" / "tokenizer.json").is_file():
         return folder / "model"
     return folder if start else None

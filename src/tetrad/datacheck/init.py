@@ -75,7 +75,7 @@ def init(settings: Init, paths: Sequence[str], console: Console) -> Path:
     _refuse_existing(out)
     rename = (*settings.rename, *_renames(sources(paths, rename=renamed(settings.rename))))
     given = sources(paths, rename=renamed(rename))
-    base = model_folder(settings.from_) if settings.from_ else None
+    base = model_folder(settings.from_, weights=False) if settings.from_ else None
     limit = read_config(base).max_positions if base else 0
     encoder = encoder_of(Recipe(), base, "", limit)
     readings = _read(given, encoder)

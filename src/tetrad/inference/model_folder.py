@@ -1,18 +1,25 @@
 """Which folder a name means, and whether its model can be used, checked without torch and before anything starts.
 
-The pipeline runs `check` on every folder that a stage starts from, and commands that use a model on theirs: the
-manifest if there is one, then `model.inspect` and the tokenizer.
+A model of the hub means a folder in its client's cache. It is downloaded once, the small files first, so that what
+can't be loaded is refused before its weights; what the cache holds whole is not asked for again. The pipeline runs
+`check` on every folder that a stage starts from, and commands that use a model on theirs: the manifest if there is one,
+then `model.inspect` and the tokenizer.
 """
 
+import fnmatch
 import os
 import stat
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tetrad import hub, storage
 from tetrad.errors import UserError
-from tetrad.model.config import GENERATION, is_reward, read_json
-from tetrad.model.inspect import Facts, inspect, verify_own
+from tetrad.hub import is_model
+from tetrad.model.config import GENERATION, is_reward, read_config, read_json
+from tetrad.model.inspect import ADAPTER, INDEX, Facts, inspect, refuse_incomplete, verify_own, weight_names
 from tetrad.settings.check import build
 from tetrad.settings.common import Sampling
 from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded
@@ -22,6 +29,9 @@ from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
 _PROBES = [start * 60 + "!" for start in ("a", "1", " ", "\n", "é", "字", "ab ", "a1")]
 """Texts on which a regular expression that needs exponential time exhausts its retries at once."""
 _FILES = (".json", ".safetensors", ".jinja")
+_SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION, INDEX, ADAPTER)
+_WEIGHTS = ("model.safetensors", "member-*.safetensors")
+"""Those of the hub that are taken, beside the shards that an index names; never code or pickles."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -64,8 +74,13 @@ def usable(name: str, *, template: str = "", reward: bool = False) -> Checked:
     return checked
 
 
-def model_folder(name: str | Path) -> Path:
-    """The folder of the files: that of a stage of a run, or itself. Errors: E-MODEL-MISSING."""
+def model_folder(name: str | Path, *, weights: bool = True) -> Path:
+    """The folder of the files: that of a stage of a run, or itself, or that of a model of the hub, downloaded and
+    compared with the hub's sha256. weights: of the hub, whether they are needed. Errors: E-MODEL-MISSING, and for a
+    model of the hub E-MODEL-*, E-CKPT-HASH, E-IO-*.
+    """
+    if is_model(str(name)):
+        return snapshot(str(name), weights=weights, digest=storage.sha256_file)
     path = Path(name)
     for folder in (path / "model", path):
         if os.path.isfile(folder / "config.json"):
@@ -84,9 +99,64 @@ def model_folder(name: str | Path) -> Path:
     raise UserError("E-MODEL-MISSING", what, where=str(path), hint=hint)
 
 
+@cache
+def snapshot(name: str, *, weights: bool = True, digest: Callable[[Path], str] | None = None) -> Path:
+    """The folder of a model of the hub, in its client's cache, downloaded if that does not hold it whole.
+
+    weights: False for what is needed to read its settings and to tokenise. digest: for `hub_sha256`, at once.
+    Errors: E-MODEL-*, E-CKPT-HASH, E-IO-*.
+    """
+    repository = hub.model(name)
+    folder = repository.cached(_SMALL, _SMALL[:2])
+    if folder and weights:
+        folder = repository.cached([*(names := weight_names(folder)), *_WEIGHTS], names)
+    folder = folder or _downloaded(repository, weights=weights)
+    if digest:
+        hub_sha256(name, folder, digest)
+    return folder
+
+
+def hub_sha256(name: str, folder: Path, digest: Callable[[Path], str]) -> dict[str, str]:
+    """Of each file of a model of the hub; those of which the hub knows it are compared. digest: computes it.
+
+    The client's cache links a file of a commit to one that is named by its hash at the hub. Errors: E-CKPT-HASH.
+    """
+    names = {*_SMALL, *weight_names(folder), *(path.name for path in folder.glob(_WEIGHTS[1]))}
+    sums = {file: digest((folder / file).resolve()) for file in sorted(names) if (folder / file).is_file()}
+    for file, sha256 in sums.items():
+        path = folder / file
+        known = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+        if len(known) == len(sha256) and known != sha256:
+            what = f"{file} is damaged: its sha256 is {sha256[:12]}..., the hub's {known[:12]}..."
+            hint = f"delete {folder / os.readlink(path)} and run the same command again"
+            raise UserError("E-CKPT-HASH", what, where=name, hint=hint)
+    return sums
+
+
+def small_folder(name: str) -> Path:
+    """The folder that a name means, or that of a model of the hub without its weights. Errors: those of `snapshot`."""
+    return snapshot(name, weights=False) if is_model(name) else Path(name)
+
+
+def _downloaded(repository: hub.Repository, *, weights: bool) -> Path:
+    sizes = {name: size for name, size in repository.files().items() if "/" not in name}
+    _refuse_names(sizes, repository.given, "name a repository of transformers' form")
+    folder = repository.download(_SMALL, 0)
+    try:
+        read_config(folder)
+    except UserError as error:
+        raise UserError(error.code, error.what, where=repository.given, hint=error.hint) from None
+    if weights:
+        patterns = [*weight_names(folder), *_WEIGHTS]
+        wanted = [name for name in sizes if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+        repository.download(wanted, sum(sizes[name] for name in wanted if not (folder / name).is_file()))
+    return folder
+
+
 def own_sampling(name: str | Path) -> dict[str, Any]:
     """How the model of a folder, or of a stage of a run, should be sampled: the settings that the table has in
     generation_config.json, if that sets do_sample. Errors: E-MODEL-FORMAT, E-CONF-*."""
+    name = model_folder(name) if is_model(str(name)) else name
     path = next((p for p in (Path(name, "model", GENERATION), Path(name, GENERATION)) if os.path.isfile(p)), None)
     if not path or (stated := read_json(path)).get("do_sample") is not True:
         return {}
@@ -137,24 +207,24 @@ def foreign_files(folder: Path, setting: str) -> list[Path]:
 
     setting: what named the folder. Errors: E-MODEL-MISSING, and E-MODEL-* for text that is larger than any in use.
     """
-    files = sorted(p for p in folder.iterdir() if p.suffix in _FILES) if folder.is_dir() else []
-    names = [path.name for path in files]
-    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
-    missing += [] if any(name.endswith(".safetensors") for name in names) else ["model.safetensors"]
-    if missing:
-        what = f"{setting}: there is no {', no '.join(missing)}" if folder.is_dir() else f"{setting} names no folder"
-        hint = 'name a Hugging Face folder, or a stage that is done ("runs/NAME/sft")'
-        if folder.is_dir() and any(folder.glob("*.bin")):
-            hint = "convert the .bin files to safetensors first: pickles are never read"
-        if "tokenizer.json" in missing and any(folder.glob("*.model")):
-            hint = CONVERT
-        raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
+    hint = 'name a Hugging Face folder, or a stage that is done ("runs/NAME/sft")'
+    if not folder.is_dir():
+        raise UserError("E-MODEL-MISSING", f"{setting} names no folder", where=str(folder), hint=hint)
+    _refuse_names([path.name for path in folder.iterdir()], str(folder), hint)
+    files = sorted(p for p in folder.iterdir() if p.suffix in _FILES)
     for path in files:
         if path.suffix != ".safetensors" and path.stat().st_size > MAX_JSON_BYTES:
             code = "E-MODEL-TOKENIZER" if path.name.startswith("tokenizer") else "E-MODEL-FORMAT"
             what = f"{path.name} is larger than {MAX_JSON_BYTES >> 20} MiB"
             raise UserError(code, what, where=str(path), hint="copy the whole model folder again")
     return files
+
+
+def _refuse_names(names: Collection[str], where: str, hint: str) -> None:
+    """Raises UserError E-MODEL-{MISSING,UNSUPPORTED} for the names of files that are no model with its tokenizer."""
+    refuse_incomplete(names, where, hint)
+    if "tokenizer.json" not in names:
+        raise UserError("E-MODEL-MISSING", "tokenizer.json is missing", where=where, hint=CONVERT)
 
 
 def no_reward(folder: Path) -> UserError:

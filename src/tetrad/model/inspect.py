@@ -8,7 +8,7 @@ inspected. Damage in the weights themselves shows only in a manifest's sha256 or
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _WEIGHTS = ("F32", "F16", "BF16", "F64")
 _NOT_OURS = "rotary_emb.inv_freq"
 _WHOLE = "model.safetensors"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 _HINT = "check config.json against the weights"
 
 
@@ -44,7 +44,7 @@ def inspect(folder: Path, *, scalar: bool = False) -> Facts:
     """
     if not folder.is_dir():
         raise UserError("E-MODEL-MISSING", "there is no such folder", where=str(folder), hint="name a model folder")
-    _refuse_incomplete(folder)
+    refuse_incomplete([path.name for path in folder.iterdir()], str(folder))
     config, reward = read_config(folder), is_reward(folder)
     if reward and not scalar:
         hint = "name a language model; `tetrad score` uses reward models"
@@ -99,29 +99,28 @@ def parameter_count(config: DecoderConfig) -> int:
     return sum(math.prod(shape) for _, shape in parameter_shapes(config))
 
 
-def _refuse_incomplete(folder: Path) -> None:
-    """Lists all that a folder lacks, and what it has instead."""
-    names = sorted(path.name for path in folder.iterdir())
-    if _ADAPTER in names and "config.json" in names:
-        what = f"{_ADAPTER} lies beside the model: transformers would put that adapter onto its weights"
-        hint = "merge it with PEFT (merge_and_unload) and save that, or take the adapter's files away"
-        raise UserError("E-MODEL-UNSUPPORTED", what, where=str(folder), hint=hint)
+def refuse_incomplete(names: Iterable[str], where: str, hint: str = "copy the whole model folder") -> None:
+    """Lists all that a folder with files of these names lacks, and what it has instead. Errors: E-MODEL-*."""
+    names = sorted(names)
+    if ADAPTER in names and "config.json" in names:
+        what = f"{ADAPTER} lies beside the model: transformers would put that adapter onto its weights"
+        merge = "merge it with PEFT (merge_and_unload) and save that, or take the adapter's files away"
+        raise UserError("E-MODEL-UNSUPPORTED", what, where=where, hint=merge)
     missing = ["config.json"] if "config.json" not in names else []
     missing += [_WHOLE] if not any(name in names for name in (_WHOLE, INDEX)) else []
     if not missing:
         return
-    hint = "copy the whole model folder"
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         hint = "convert the .bin files to safetensors first: pickles are never read"
     there = ", ".join(shortened(name)[1:-1] for name in names[:8]) or "none"
     what = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing; files there: {there}"
-    raise UserError("E-MODEL-MISSING", what, where=str(folder), hint=hint)
+    raise UserError("E-MODEL-MISSING", what, where=where, hint=hint)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def weight_names(folder: Path) -> list[str]:
+    """The files that hold the weights of a folder, whether they are there or not. Errors: E-MODEL-FORMAT."""
     if not os.path.isfile(folder / INDEX):
-        yield folder / _WHOLE
-        return
+        return [_WHOLE]
     shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         what = "the index of shards can't be read: it has no weight_map"
@@ -130,9 +129,13 @@ def _files(folder: Path) -> Iterator[Path]:
         what = f"two sets of weights lie here: {_WHOLE}, and the shards that {INDEX} names"
         hint = f"take the older set away (with shards, {INDEX} too); transformers reads {_WHOLE}"
         raise UserError("E-MODEL-FORMAT", what, where=str(folder), hint=hint)
-    for name in sorted(set(shards.values())):
+    return sorted(set(shards.values()))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for name in weight_names(folder):
         path = folder / name
-        if path.parent != folder or not os.path.isfile(path):
+        if path.parent != folder or not os.path.lexists(path):
             hint = "copy the whole model folder"
             raise UserError("E-MODEL-MISSING", f"{shortened(name)} is missing", where=str(folder), hint=hint)
         yield path

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tetrad import storage
+from tetrad import hub, storage
 from tetrad.data import source
 from tetrad.errors import UserError
 from tetrad.inference import model_folder
@@ -23,6 +23,8 @@ from tetrad.storage import Json
 
 _TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")
 _OPTIONS = cache(options)
+Origin = tuple[Path, str, Mapping[str, Json]]
+"""What a stage is made from: the folder and its key; of a model of the hub also which one, for the lineage."""
 
 
 def plan(recipe: Recipe, hashes: Hashes, upto: str = "") -> list[Step]:
@@ -58,23 +60,28 @@ def _roles(recipe: Recipe, stage: str, on: list[str]) -> list[str]:
     return roles
 
 
-def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes) -> tuple[Path, str]:
+def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes) -> Origin:
     """The folder and the key of a stage's parent."""
     if role in steps:
-        return steps[role].result, steps[role].key
+        return steps[role].result, steps[role].key, {}
     setting = FOLDERS[role]
-    folder = Path(recipe.value(setting))
+    if hub.is_model(name := recipe.value(setting)):
+        repository, folder = hub.model(name), model_folder.snapshot(name)
+        sums = model_folder.hub_sha256(name, folder, hashes.of)
+        about = {"repository": repository.name, "revision": repository.revision, "commit": folder.name, "sha256": sums}
+        return folder, _digest([list(item) for item in sums.items()]), about
+    folder = Path(name)
     for step in steps.values():  # a stage of this very run
         if folder.resolve() in (step.folder.resolve(), step.result.resolve()):
-            return step.result, step.key
+            return step.result, step.key, {}
     for place in (folder / "model", folder):
         if (place / storage.MANIFEST).is_file():
-            return place, str(storage.read_manifest(place).get("key", ""))
+            return place, str(storage.read_manifest(place).get("key", "")), {}
     files = model_folder.foreign_files(folder, setting)
-    return folder, _digest([[path.name, hashes.of(path)] for path in files])
+    return folder, _digest([[path.name, hashes.of(path)] for path in files]), {}
 
 
-def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, tuple[Path, str]], hashes: Hashes) -> Step:
+def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, Origin], hashes: Hashes) -> Step:
     row = STAGES[stage]
     tables = row.keyed(recipe)
     names = [name for name in _OPTIONS(Recipe) if name.partition(".")[0] in tables]
@@ -91,11 +98,13 @@ def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, tuple
         elif option.keyed and name not in FOLDERS.values():
             settings[name] = float(value) if option.kind == "float" else value
     contents = {name: [[item["sha256"], item.get("function", "")] for item in items] for name, items in data.items()}
-    keys = {role: key for role, (_, key) in parents.items()}
+    keys = {role: key for role, (_, key, _) in parents.items()}
     key = _digest([stage, row.version, settings, contents, keys])
     lineage: dict[str, Any] = {"stage": stage, "key": key, "version": row.version, "settings": settings, "data": data}
-    lineage["parents"] = {role: {"folder": str(folder), "key": parent} for role, (folder, parent) in parents.items()}
-    return Step(stage, home(recipe) / stage, key, {role: folder for role, (folder, _) in parents.items()}, lineage)
+    lineage["parents"] = {
+        role: {"folder": str(at), "key": keys[role], **about} for role, (at, _, about) in parents.items()
+    }
+    return Step(stage, home(recipe) / stage, key, {role: at for role, (at, *_) in parents.items()}, lineage)
 
 
 def _function(text: str, hashes: Hashes) -> dict[str, str]:

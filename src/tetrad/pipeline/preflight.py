@@ -16,6 +16,7 @@ from tetrad.data.source import Counts, DataFiles
 from tetrad.datacheck.reading import HELD_OUT, SETTINGS, settings_of, stage_of
 from tetrad.errors import UserError
 from tetrad.inference import model_folder
+from tetrad.pipeline import validation
 from tetrad.pipeline.status import Step
 from tetrad.stages import POLICY, STAGES, Recipe
 from tetrad.text.chat_template import choose
@@ -36,6 +37,7 @@ def preflight(
     todo: stages with their states. verify: compares a folder with its manifest. memory: a file with the keys whose
     records were read before. Raises UserError E-MODEL-*, E-CKPT-*, E-CONF-*, E-DATA-*.
     """
+    validation.check(recipe)  # again: a model of the hub may not have been here when the recipe was read
     folders = Folders(recipe, [step.result for step, _ in todo], verify)
     for step, state in todo:
         folders.refuse(step.stage, step.parents)

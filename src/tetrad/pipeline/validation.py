@@ -13,7 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tetrad import hub
 from tetrad.errors import UserError
+from tetrad.hub import is_model
 from tetrad.kernels.cpu import NO_BFLOAT16, multiplies_bfloat16
 from tetrad.model.config import read_config
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, options, uses_reward_model
@@ -155,7 +157,8 @@ def _lengths(recipe: Recipe) -> Conflicts:
 
 def _positions(folder: str) -> tuple[int, str]:
     """The longest sequence of a folder's model and whose it is; 0 where there is no such model (reported elsewhere)."""
-    for place in (Path(folder) / "model", Path(folder)):
+    there = hub.model(folder).cached(("config.json",), ()) if is_model(folder) else Path(folder)
+    for place in (there / "model", there) if there else ():
         with suppress(UserError):
             return read_config(place).max_positions, f"the max_position_embeddings of {folder}"
     return 0, ""

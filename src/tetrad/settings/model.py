@@ -1,14 +1,15 @@
-"""A new model's shape, or the folder it comes from."""
+"""A new model's shape, or the model it comes from."""
 
 from tetrad.settings.base import Count, Positive, Whole, settings
 
 
 @settings
 class Model:
-    """The decoder of a new run (Qwen2), or `from`: a Hugging Face folder or another run's stage."""
+    """The decoder of a new run (Qwen2), or `from`: a Hugging Face folder, another run's stage, or a model by name."""
 
     from_: str = ""
-    """A Hugging Face folder or a run's stage ("runs/other/sft"): its shape and tokenizer; the rest here is ignored."""
+    """A Hugging Face folder, a run's stage ("runs/other/sft") or a model of the hub ("org/name@revision"): its shape
+    and tokenizer; the rest here is ignored."""
     hidden_size: Count = 128
     """Width."""
     layers: Count = 4

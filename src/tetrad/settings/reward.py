@@ -40,7 +40,7 @@ class Reward:
     test: Files = ()
     """Records read once, at the end, for the reported metrics; `validation` if none are given."""
     from_: str = ""
-    """A folder to start from ("from" in TOML); empty is the SFT model."""
+    """A folder, or a model of the hub, to start from ("from" in TOML); empty is the SFT model."""
     score_scale: tuple[float, float] | tuple[()] = ()
     """Lowest and highest possible score, as [1, 5]; required if any record has a score."""
     comparison_loss: Literal["pairs", "plackett-luce"] = "pairs"

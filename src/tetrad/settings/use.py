@@ -37,7 +37,7 @@ class Generate(Sample):
     """Answer one prompt or a file of prompts."""
 
     model: str = ""
-    """A stage of a run ("runs/NAME/ppo") or a Hugging Face folder."""
+    """A stage of a run ("runs/NAME/ppo"), a Hugging Face folder, or a model of the hub ("org/name")."""
     instruction: str = ""
     """The prompt's Instruction."""
     input: str = ""
@@ -61,7 +61,7 @@ class Chat(Sample):
     """Talk to a model in the terminal."""
 
     model: str = ""
-    """A stage of a run ("runs/NAME/ppo") or a Hugging Face folder."""
+    """A stage of a run ("runs/NAME/ppo"), a Hugging Face folder, or a model of the hub ("org/name")."""
     system: str = ""
     """The system message (the Instruction, for a model of the `instruction` template)."""
     reward: str = ""
