@@ -84,6 +84,13 @@ def test_a_stage_from_a_name(
     assert "hf download me/base" in capsys.readouterr().err
 
 
+def test_adapters_on_a_base_by_name(served: mirror.Mirror, tmp_path: Path) -> None:
+    """Its weights are hashed through the links of the client's cache."""
+    runs = f"{tmp_path}/runs"  # this process remembers the store of another test by its relative path
+    assert main(["sft", "recipe/recipe.toml", "--sft.adapters", "true", "--run.out", runs]) == 0
+    assert main(["export", f"{runs}/recipe/sft", "--to", "adapter", "--adapter-only", "--base", "me/base"]) == 0
+
+
 def test_lengths_are_checked_once_the_model_is_here(served: mirror.Mirror, capsys: pytest.CaptureFixture[str]) -> None:
     """When the recipe is read for the first time, nothing is known of the model."""
     for _ in range(2):
@@ -99,6 +106,7 @@ def test_commands(served: mirror.Mirror, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["generate", "me/base", *short]) == 0
     assert main(["generate", "me/base", "--reward", "hf://me/judge", "--best-of", "2", *short]) == 0
     assert main(["score", "me/judge", "--data", "answers.jsonl"]) == 0
+    assert main(["export", "me/base", "--to", "exported"]) == 0 and Path("exported/config.json").is_file()
     assert '"score"' in capsys.readouterr().out
     assert main(["score", "me/base", "--data", "answers.jsonl"]) == 4
     assert "E-CKPT-ROLE" in capsys.readouterr().err

@@ -176,5 +176,5 @@ def verify_own(folder: Path) -> None:
 
 def weights_digest(folder: Path) -> str:
     """sha256 over a model folder's weight files."""
-    digests = [sha256_file(path) for path in inspect(folder, scalar=True).files]
+    digests = [sha256_file(path.resolve()) for path in inspect(folder, scalar=True).files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
