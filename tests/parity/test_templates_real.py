@@ -14,7 +14,7 @@ import families
 import fetched
 from families import Chat, conversation
 from tetrad.errors import UserError
-from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded
+from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded, template
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.types import Turn
 
@@ -114,6 +114,29 @@ def test_the_exported_template(tmp_path: Path, row: str, vocabulary: str) -> Non
         begin = ours.control(BEGIN)
         assert theirs("x")["input_ids"][0] == begin
         assert all(theirs_of(theirs, chat).count(begin) == 1 for chat in chats)
+
+
+SYSTEM = 'You are "terse", it\'s 🦊 \\n {{ x }} %} {% raw %} {# y #}\n\n好。 '
+
+
+@pytest.mark.parametrize("system", ["", SYSTEM], ids=["dropped", "another"])
+@pytest.mark.parametrize("row", [row for row in TEMPLATES if row != "instruction"])
+def test_another_system_prompt(tmp_path: Path, row: str, system: str) -> None:
+    """Exported, it gives our ids; it is what the family's own template makes of a system turn, or the bare chat."""
+    ours, form = families.learned(), template(row, system=system)
+    for name, content in ours.files(form).items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, bos_token=BEGIN)
+    chats = CHATS[:60]
+    assert not differing(form, ours, theirs, chats, None)
+    assert recorded(tmp_path) == form
+    original = fetched.installed_jinja(row) if row in fetched.INSTALLED else TEMPLATES[row].jinja(ours)
+    for chat in chats:
+        turn = () if chat[0].role == "system" or not system else (Turn("system", system),)
+        if turn or chat[0].role == "system":
+            assert ours_of(form, ours, chat) == theirs_of(theirs, (*turn, *chat), original)
+        else:
+            assert theirs.decode(ours_of(form, ours, chat)).removeprefix(BEGIN).startswith(f"{form.start}user")
 
 
 def beginning(tokenizer: Tokenizer) -> Tokenizer:

@@ -97,12 +97,13 @@ def _config(recipe: Recipe, folder: Path | None) -> DecoderConfig:
 
 def encoder_of(recipe: Recipe, folder: Path | None, name: str, limit: int = 0) -> Encoder:
     """name: of a template, where one was chosen."""
-    separator = recipe.sft.separator
+    s = recipe.sft
     if folder is None:
-        return Encoder(learn(["a"], SMALLEST), template(name or "instruction", separator), limit, stand_in=True)
-    form = choose(folder, name, separator, own=False)
+        form = template(name or "instruction", s.separator, s.system)
+        return Encoder(learn(["a"], SMALLEST), form, limit, stand_in=True)
+    form = choose(folder, name, s.separator, s.system, own=False)
     tokenizer = Tokenizer.load(folder)
-    if recipe.sft.add_separator:
+    if s.add_separator:
         tokenizer = tokenizer.with_control(form.separator)
     return Encoder(tokenizer, form, limit)
 

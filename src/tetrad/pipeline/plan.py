@@ -21,7 +21,7 @@ from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, is_function, options
 from tetrad.stages import FOLDERS, STAGES, Recipe
 from tetrad.storage import Json
 
-_TEMPLATE = ("sft.template", "sft.separator", "sft.add_separator")
+_TEMPLATE = ("sft.template", "sft.system", "sft.separator", "sft.add_separator")
 _OPTIONS = cache(options)
 Origin = tuple[Path, str, Mapping[str, Json]]
 """What a stage is made from: the folder and its key; of a model of the hub also which one, for the lineage."""
@@ -91,6 +91,8 @@ def _step(recipe: Recipe, stage: str, has_sft: bool, parents: Mapping[str, Origi
     data: dict[str, list[dict[str, str]]] = {}
     for name in names:
         option, value = _OPTIONS(Recipe)[name], recipe.value(name)
+        if option.kind == "str" and value is None:
+            continue  # so that the keys from before the setting existed are still the same
         if option.mark == FILES:
             data[name] = [{"path": str(path), "sha256": hashes.of(path)} for path in source.files(value)]
         elif option.mark in (FUNCTIONS, REWARDS):

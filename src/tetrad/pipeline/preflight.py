@@ -90,7 +90,7 @@ class Folders:
         if s.add_separator:
             tokenizer = tokenizer.with_control(SEPARATOR)
         try:
-            choose(folder, s.template, s.separator, own=False).prompt(tokenizer, (Turn("user", "a"),), "")
+            choose(folder, s.template, s.separator, s.system, own=False).prompt(tokenizer, (Turn("user", "a"),), "")
         except UserError as error:
             raise UserError(error.code, error.what, where=error.where or "sft.template", hint=error.hint) from None
 

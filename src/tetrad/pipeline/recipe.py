@@ -77,7 +77,7 @@ def _dotted(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(recipe: Recipe) -> str:
-    """The recipe as TOML, with every setting and with absolute paths: `read` gives the same from any folder."""
+    """The recipe as TOML, with all that has a value and with absolute paths: `read` gives the same from any folder."""
     recipe = _resolved(recipe, Path.cwd())
     recipe = replace(recipe, run=replace(recipe.run, out=os.path.abspath(recipe.run.out)))
     lines: list[str] = []
@@ -86,7 +86,8 @@ def write(recipe: Recipe) -> str:
     for name, table in items:
         if is_dataclass(table):
             lines += ["", f"[{name}]"]
-            lines += [f"{toml_name(f.name)} = {_literal(getattr(table, f.name))}" for f in fields(table)]
+            values = {toml_name(f.name): getattr(table, f.name) for f in fields(table)}
+            lines += [f"{name} = {_literal(value)}" for name, value in values.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 

@@ -22,6 +22,7 @@ from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function,
 from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
 from tetrad.stages import Recipe
+from tetrad.text.chat_template import NO_SYSTEM
 
 PATHS = ("model.from", "reward.from", "evaluate.external_lm")
 """The settings that name an existing folder."""
@@ -194,6 +195,9 @@ def _sources(recipe: Recipe) -> Conflicts:
             what = f"{name} has {len(weights)} numbers for {entries} entries of {of}"
             what = what if any(weights) else f"{name} leaves nothing to read"
             yield Conflict((name,), what, "write one number, at least 0, for each", "E-CONF-CONFLICT")
+    sft = recipe.sft
+    if sft.system and (sft.template == "instruction" or not (sft.template or recipe.model.from_)):
+        yield Conflict(("sft.system",), *NO_SYSTEM, "E-CONF-CONFLICT")
     for pair in recipe.data.rename:
         if not re.fullmatch(r"\s*[^\s=][^=]*=\s*[^\s=][^=]*", pair):
             what = f'data.rename has "{pair}", which is not of the form OLD=NEW'

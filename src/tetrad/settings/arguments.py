@@ -159,7 +159,7 @@ def _names(group: str, among: Sequence[Option], width: int) -> list[str]:
 
 
 def _entry(option: Option, width: int) -> list[str]:
-    default = "none" if option.default in ("", ()) else shown(option.default)
+    default = "none" if option.default in ("", (), None) else shown(option.default)
     text = option.help if option.kind == "bool" else f"{option.help} ({option.wanted})"
     body = textwrap.wrap(f"{text} Default: {default}.", width - 30, break_on_hyphens=False)
     flag = f"  {option.flag}"

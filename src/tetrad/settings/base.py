@@ -165,7 +165,8 @@ def options(cls: type[Any], prefix: str = "") -> dict[str, Option]:
 def _kind(hint: Any) -> str:
     if hint in (bool, int, float, str):
         return str(hint.__name__)
-    kinds = {Literal: "choice", tuple: "strings" if hint == tuple[str, ...] else "floats", UnionType: "range"}
+    kinds = {Literal: "choice", tuple: "strings" if hint == tuple[str, ...] else "floats"}
+    kinds[UnionType] = "str" if hint == str | None else "range"
     return kinds[get_origin(hint)]
 
 

@@ -11,7 +11,7 @@ class Sft:
 
     GROUPS: ClassVar = {
         "data": "weights train_turns train_on_prompt max_tokens overlong",
-        "template": "separator add_separator",
+        "template": "system separator add_separator",
         "optimizer": "optimizer muon_lr warmup schedule",
     }
 
@@ -23,6 +23,8 @@ class Sft:
     """Records for the validation loss; never trained on."""
     template: TemplateName = ""
     """How a conversation becomes text; empty is the folder's own way, and `instruction` where it has none."""
+    system: str | None = None
+    """The system prompt of conversations without a system turn, instead of the template's own; "" drops that."""
     separator: Escaped = "<|sep|>"
     """Between the parts of `instruction`: a control token, or on a foreign tokenizer plain text such as "\\n\\n"."""
     add_separator: bool = False

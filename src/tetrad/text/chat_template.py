@@ -12,7 +12,7 @@ recognised by its hash or not at all, and no Jinja runs here.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ from tetrad.types import Turn
 
 Piece = tuple[str | int, bool]  # a text to encode or a control id; whether the loss reads it
 THINK, THOUGHT = "<think>", "</think>"
+NO_SYSTEM = (
+    "the template instruction has no place for sft.system",
+    'name a template of chats, as template = "chatml" under [sft], or remove system',
+)
+"""What is wrong, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,9 @@ class Template:
     separator: between the parts of `instruction`, a control token or plain text. end: the control token after an
     answer. Of a chat: begin, the control token at the start; start and head, those around a role name; gap, the text
     between header and content; after, the text after an end token, `closes` if the last turn has it too; system, the
-    default system prompt; trims: white space around a text is stripped; thinks: the last answer, and a generation
-    prompt, begins with an empty thought. known: sha256 of original templates of this family, 16 digits of each.
+    prompt of conversations without a system turn; trims: white space around a text is stripped; thinks: the last
+    answer, and a generation prompt, begins with an empty thought. known: sha256 of original templates of this family,
+    16 digits of each.
     """
 
     name: str = "instruction"
@@ -97,12 +103,19 @@ class Template:
         if self.start:
             kept = ("begin", "start", "head", "gap", "after", "closes", "system", "trims", "thinks")
             names = {"end": end, **{name: getattr(self, name) for name in kept}}
-        given = "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in names.items())
+        given = "".join(f"{{% set {key} = {json.dumps(v, ensure_ascii=False)} %}}" for key, v in names.items())
         return given + (_JINJA_CHAT if self.start else _JINJA_INSTRUCTION)
 
     def record(self) -> dict[str, str]:
         """What `recorded` reads back from an exported tokenizer_config.json."""
-        return {"template": self.name, "separator": self.separator}
+        own = {"system": self.system} if self.system != TEMPLATES[self.name].system else {}
+        return {"template": self.name, "separator": self.separator, **own}
+
+    def with_system(self, system: str | None) -> "Template":
+        """With another system prompt: None keeps its own, an empty text drops it. Errors: E-CONF-CONFLICT."""
+        if system and not self.start:
+            raise UserError("E-CONF-CONFLICT", NO_SYSTEM[0], where="sft.system", hint=NO_SYSTEM[1])
+        return self if system is None else replace(self, system=system.strip() if self.trims else system)
 
 
 def _chatml(name: str, system: str, known: tuple[str, ...] = (), **more: Any) -> Template:
@@ -161,23 +174,25 @@ _JINJA_CHAT = (
 # --- which template ---
 
 
-def template(name: str, separator: str = SEPARATOR) -> Template:
-    """A row of the table, `instruction` optionally with another separator."""
-    return Template(separator=separator) if name == "instruction" else TEMPLATES[name]
+def template(name: str, separator: str = SEPARATOR, system: str | None = None) -> Template:
+    """A row of the table, with another separator (`instruction` only) or system prompt. Errors: E-CONF-CONFLICT."""
+    return (Template(separator=separator) if name == "instruction" else TEMPLATES[name]).with_system(system)
 
 
-def choose(folder: Path, name: str, separator: str = SEPARATOR, *, own: bool) -> Template:
-    """The template for the model of a folder. name: the user's choice, or empty.
+def choose(folder: Path, name: str, separator: str = SEPARATOR, system: str | None = None, *, own: bool) -> Template:
+    """The template for the model of a folder. name: the user's choice, or empty; system: as in `with_system`.
 
     own: the model answers in the template that it was trained with, whatever the user's choice; else that comes first.
-    Then that of a foreign folder, if it is known, and `instruction` where there is none. Errors: E-MODEL-TEMPLATE.
+    Then that of a foreign folder, if it is known, and `instruction` where there is none. Errors: E-MODEL-TEMPLATE,
+    E-CONF-CONFLICT.
     """
     noted = recorded(folder)
     if own and noted:
         return noted
     if name or separator != SEPARATOR:  # only `instruction` has a separator to choose
-        return template(name or "instruction", separator)
-    return noted or recognised(folder) or template("instruction")
+        row = template(name or "instruction", separator)
+        return (noted if noted and noted.start and noted.name == row.name else row).with_system(system)
+    return (noted or recognised(folder) or template("instruction")).with_system(system)
 
 
 def recorded(folder: Path) -> Template | None:
@@ -185,7 +200,9 @@ def recorded(folder: Path) -> Template | None:
     noted = _config(folder).get("tetrad")
     if not isinstance(noted, dict) or noted.get("template") not in TEMPLATES:
         return None
-    return template(str(noted["template"]), str(noted.get("separator", SEPARATOR)))
+    system = noted.get("system")  # not there, where it is the template's own
+    form = template(str(noted["template"]), str(noted.get("separator", SEPARATOR)))
+    return form.with_system(system if isinstance(system, str) else None)
 
 
 def recognised(folder: Path) -> Template | None:

@@ -47,7 +47,7 @@ def conversations(ctx: StageContext) -> Prepared:
     if s.add_separator:
         tokenizer = tokenizer.with_control(SEPARATOR)
     limit = s.max_tokens or read_config(folder).max_positions
-    template = choose(folder, s.template, s.separator, own=False)
+    template = choose(folder, s.template, s.separator, s.system, own=False)
     last_only = s.train_turns == "last"
     encoding = Encoding(tokenizer.text, tokenizer.eos_ids, template, s.train_on_prompt, last_only, limit, s.overlong)
     return _tokens(ctx, "sft.data", s.weights, encoding, tokenizer)

@@ -181,7 +181,8 @@ def prepared(ctx: StageContext, make: Callable[[StageContext], Prepared]) -> Pre
 
 def template_for(ctx: StageContext, folder: Path) -> Template:
     """The template that the folder's model was trained with, else the recipe's. Errors: E-MODEL-TEMPLATE."""
-    return choose(folder, ctx.recipe.sft.template, ctx.recipe.sft.separator, own=True)
+    s = ctx.recipe.sft
+    return choose(folder, s.template, s.separator, s.system, own=True)
 
 
 def validation_metrics(

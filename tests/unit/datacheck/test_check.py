@@ -278,6 +278,14 @@ def test_samples_show_what_the_loss_reads(tmp_path: Path, checked: Checked) -> N
     assert "Say<|sep|>hi<|sep|>⟦你好<|endoftext|>⟧" in report["said"]
 
 
+def test_samples_show_the_system_prompt(tmp_path: Path, checked: Checked) -> None:
+    planted.write(tmp_path / "s.jsonl", [{"Instruction": "Say", "Output": "hi"}])
+    for setting, text in (("", "You are a helpful assistant."), ('system = ""', ""), ('system = "Rhyme."', "Rhyme.")):
+        report = checked(f'[sft]\ndata = ["s.jsonl"]\ntemplate = "qwen2"\n{setting}\n')
+        head = f"<|im_start|>system\n{text}<|im_end|>\n" if text else ""
+        assert report["samples"][0]["runs"][0]["text"].startswith(head + "<|im_start|>user\nSay")
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     planted.write(tmp_path / "s.jsonl", [{"question": "a", "answer": "b"}] * 3)

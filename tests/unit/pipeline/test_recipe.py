@@ -144,6 +144,10 @@ def test_written_recipe_reads_the_same_from_elsewhere(recipe_file: Path, tmp_pat
     other.parent.mkdir()
     other.write_text(write(recipe))
     assert read(other) == recipe
+    for system in ("", "Be «brief».\n"):
+        recipe = replace(recipe, sft=replace(recipe.sft, template="chatml", system=system))
+        other.write_text(write(recipe))
+        assert read(other) == recipe
 
 
 MISTAKES = [
@@ -166,6 +170,9 @@ MISTAKES = [
     ("[sft]\ndata = ['a', 3]", "TYPE", ":2", "list of files"),
     ("[model]\nrope_theta = 1979-05-27", "TYPE", ":2", "a number"),
     ("[sft]\ntemplate = 1979-05-27", "TYPE", ":2", '"instruction"'),
+    ("[sft]\nsystem = 3", "TYPE", ":2", "must be text. or leave system out"),
+    ("[sft]\nsystem = 'Be brief.'", "CONFLICT", ":2", "no place for sft.system"),
+    ("[model]\nfrom = 'x'\n[sft]\ntemplate = 'instruction'\nsystem = 'Be brief.'", "CONFLICT", ":5", "chatml"),
     ("sft = 3", "TYPE", ":1", "[sft]"),
     ("[[sft]]\nepochs = 3", "TYPE", ":1", "[sft]"),
     ("seed = '3'", "TYPE", ":1", "without quotes"),

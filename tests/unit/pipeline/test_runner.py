@@ -186,6 +186,15 @@ def test_the_key_is_of_contents_not_of_places(shop: Workshop) -> None:
     assert shop.run() == []
 
 
+def test_a_system_prompt_is_in_the_key_once_it_is_given(shop: Workshop) -> None:
+    shop.run("--sft.template", "qwen2.5")
+    settings = json.loads((shop.home / "sft" / "lineage.json").read_text())["settings"]
+    assert "sft.template" in settings and "sft.system" not in settings  # finished stages of before keep their keys
+    assert shop.run("--sft.template", "qwen2.5", "--sft.system", "") == ALL[2:]
+    assert json.loads((shop.home / "sft" / "lineage.json").read_text())["settings"]["sft.system"] == ""
+    assert shop.run("--sft.template", "qwen2.5", "--sft.system", "Be brief.") == ALL[2:]
+
+
 def test_a_raised_version_makes_the_stage_anew(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.run()
     row = replace(STAGES["reward"], version=STAGES["reward"].version + 1)

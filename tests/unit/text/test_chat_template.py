@@ -9,6 +9,7 @@ import pytest
 
 from families import conversation
 from tetrad.errors import UserError
+from tetrad.inference.model_folder import folder_template
 from tetrad.settings.base import TemplateName
 from tetrad.text import bpe
 from tetrad.text.chat_template import TEMPLATES, Template, choose, recognised, recorded, template
@@ -141,6 +142,33 @@ def test_the_template_that_tetrad_noted(tmp_path):
         assert choose(tmp_path, "", own=False) == form
     for text in ("{}", "[]", "{", '{"tetrad": {"template": "other", "separator": ""}}', '{"tetrad": []}'):
         assert recorded(folder_of(tmp_path, text)) is None
+
+
+def test_a_system_prompt_is_the_template_s_own_another_or_none(tmp_path):
+    qwen, chat = TEMPLATES["qwen2.5"], turns(("user", "hello"))
+    given = {None: qwen.system, "": "", "Be brief.": "Be brief."}
+    for system, text in given.items():
+        form = template("qwen2.5", system=system)
+        head = f"<|im_start|>system\n{text}<|im_end|>\n" if text else ""
+        assert (
+            shown(form.prompt(TOKENIZER, chat)) == head + "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+        )
+        own = turns(("system", "Rhyme."), ("user", "hello"))
+        assert form.prompt(TOKENIZER, own) == qwen.prompt(TOKENIZER, own)
+        for name, content in TOKENIZER.files(form).items():
+            (tmp_path / name).write_bytes(content)
+        assert ("system" in json.loads((tmp_path / "tokenizer_config.json").read_text())["tetrad"]) == (form != qwen)
+        assert recorded(tmp_path) == form == choose(tmp_path, "qwen2.5", system="Other.", own=True)
+        assert form == choose(tmp_path, "", own=False) == choose(tmp_path, "qwen2.5", own=False)
+        assert form == folder_template(tmp_path, "") == folder_template(tmp_path, "qwen2.5")
+        assert choose(tmp_path, "", system="Other.", own=False).system == "Other."
+        assert choose(tmp_path, "smollm2", own=False) == TEMPLATES["smollm2"]
+    config = {"tetrad": {"template": "qwen2.5", "separator": "<|sep|>", "system": 3}}
+    assert recorded(folder_of(tmp_path, config)) == qwen
+    none = tmp_path / "none"
+    assert choose(none, "", system="", own=False) == INSTRUCTION
+    with pytest.raises(UserError, match=r"E-CONF-CONFLICT.*instruction.*sft\.system.*chatml"):
+        choose(none, "", system="Be brief.", own=False)
 
 
 def test_a_foreign_template_is_known_by_its_hash_or_not_at_all(tmp_path):
