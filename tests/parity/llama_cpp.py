@@ -107,7 +107,7 @@ def compare(python: str, gguf: Path, responses: list[dict[str, Any]]) -> Counts:
             for place, (wanted, logprob) in enumerate(zip(row["ids"], row["logprobs"], strict=True)):
                 new = row["says"][place + 1][len(row["says"][place]) :]
                 if wanted not in row["ends"] and (not new or "\ufffd" in new):
-                    continue  # no whole character: the server reports nothing of it; the text is compared
+                    continue  # no whole character, or a control token: the server reports none; texts are compared
                 choice = ask(prompt=row["prompt"] + row["ids"][:place])["choices"][0]
                 count.ids += 1
                 if not choice["logprobs"]:  # an end token, of which nothing is reported

@@ -28,13 +28,15 @@ def gguf_bytes(model: CausalLM, words: Mapping[str, Any], kind: str, name: str) 
 
     Errors: E-MODEL-UNSUPPORTED, E-NUM-NONFINITE.
     """
-    family = {"mistral": "llama"}.get(model.config.family, model.config.family)
-    if model.config.rope_scaling and family != "llama":
-        what = f"llama.cpp has no Llama 3 scaling of rotary frequencies for {family}"
-        raise UserError("E-MODEL-UNSUPPORTED", what, where="rope_scaling", hint="use the model in transformers")
+    c, family = model.config, {"mistral": "llama"}.get(model.config.family, model.config.family)
+    other_width = family == "qwen2" and c.heads * c.head_dim != c.hidden_size
+    if other_width or (c.rope_scaling and family != "llama"):
+        lack = "heads of another width than hidden_size / heads" if other_width else "Llama 3's rotary scaling"
+        what, hint = f"llama.cpp's {family} does not have {lack}", "use the model in transformers"
+        raise UserError("E-MODEL-UNSUPPORTED", what, where=name, hint=hint)
     writer = gguf.GGUFWriter(None, family)
     about = {"name": name, "file_type": _FILE_TYPES[kind], "quantization_version": gguf.GGML_QUANT_VERSION}
-    for key, value in {**about, **_sizes(model.config), **words}.items():
+    for key, value in {**about, **_sizes(c), **words}.items():
         getattr(writer, f"add_{key}")(value)
     tensors = {name: (tensor, _type(tensor, kind)) for name, tensor in _renamed(model, family)}
     for key, (tensor, type_) in tensors.items():

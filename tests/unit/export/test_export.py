@@ -139,7 +139,7 @@ def test_without_the_package(
 
 
 def written(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, **changes: Any) -> tuple[Path, Any]:
-    stage = write_model(tmp_path / "stage", "chatml", **{"hidden_size": 64, "ff": 80, **changes})
+    stage = write_model(tmp_path / "stage", "chatml", **{"hidden_size": 64, "head_dim": 16, "ff": 80, **changes})
     exported(capsys, stage, "--gguf", tmp_path / "out/m.gguf", "--type", kind)
     return stage, gguf.GGUFReader(tmp_path / "out/m.gguf")
 
@@ -219,7 +219,13 @@ def test_llama_3s_frequencies(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     smooth = (32 / waves[between] - 1) / (4 - 1)
     assert np.allclose(factors.data[between], 1 / ((1 - smooth) / 8 + smooth), rtol=1e-5)
     stage = write_model(tmp_path / "other", "chatml", family="qwen3", rope_scaling=scaling)
-    assert "E-MODEL-UNSUPPORTED" in refused(capsys, stage, "--gguf", tmp_path / "other.gguf")
+    assert "Llama 3's rotary" in refused(capsys, stage, "--gguf", tmp_path / "other.gguf")
+
+
+def test_a_width_of_heads_that_llama_cpp_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = write_model(tmp_path / "stage", "chatml", head_dim=16)  # 4 heads of a model of 32
+    error = refused(capsys, stage, "--gguf", tmp_path / "out/m.gguf")
+    assert "E-MODEL-UNSUPPORTED" in error and "width" in error and not (tmp_path / "out/m.gguf").exists()
 
 
 def test_the_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
