@@ -477,7 +477,7 @@ FAULTS = (
         "PEFT reads a key that it does not know",
         "model/lora.py",
         '"r": rank,',
-        '"r": rank, "tetrad": {},',
+        '"r": rank, "base_sha256": "",',
         "parity/test_peft.py::test_an_actors_adapter",
     ),
     Fault(

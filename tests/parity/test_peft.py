@@ -35,12 +35,14 @@ def peft_model() -> Any:
         return importlib.import_module("peft").PeftModel
 
 
-def written(folder: Path, model: CausalLM | ScalarModel, base: Path, dtype: str = "float32") -> Path:
+def written(folder: Path, model: CausalLM | ScalarModel, base: Path, *, hub: bool = False) -> Path:
     """The adapters as `tetrad export` takes them out of a stage."""
     stage = folder / "stage"
-    toys.write(stage / "model", {**model_files(merged(model)), **toys.tokenizer().files()})
+    parents = {"base": {"folder": str(base), "key": "k", "repository": "org/name", "commit": "c0ffee"}}
+    files = {**model_files(merged(model)), **toys.tokenizer().files()}
+    write_folder(stage / "model", files, {"key": "k", "lineage": {"parents": parents if hub else {}}})
     write_folder(stage / "adapter", adapter_files(model, base, {"base_sha256": "0" * 64}), {})
-    words = ["--adapter-only", "--base", str(base), "--dtype", dtype]
+    words = ["--adapter-only", "--base", str(base)]
     assert main(["export", str(stage), "--to", str(folder / "out"), *words]) == 0
     return folder / "out"
 
@@ -114,3 +116,16 @@ def test_the_base_by_its_name_and_older_folders(tmp_path: Path, capsys: pytest.C
         assert "tetrad" not in written_config
         assert json.loads((out / "tetrad.json").read_text()) == notes
         assert notes["base_sha256"] in (out / "README.md").read_text()
+
+
+def test_a_base_of_the_hub_is_named_by_its_lineage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the commit that was trained on; a base that the user names comes first."""
+    base = toys.causal(seed=1).requires_grad_(False)
+    model = share_weights(CausalLM, base)
+    adapted(model)
+    written(tmp_path / "x", model, toys.saved(tmp_path / "base", base), hub=True)
+    for words, expected in (([], ("org/name", "c0ffee")), (["--base", "other/name"], ("other/name", None))):
+        out = tmp_path / expected[0].replace("/", "-")
+        assert main(["export", str(tmp_path / "x/stage"), "--to", str(out), "--adapter-only", *words]) == 0
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == expected

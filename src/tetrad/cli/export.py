@@ -5,13 +5,13 @@ from pathlib import Path
 from tetrad import storage
 from tetrad.console import Console, phase
 from tetrad.errors import UserError
-from tetrad.export.folder import export_adapter, export_folder, free_target, title
+from tetrad.export.folder import export_adapter, export_folder, free_target
 from tetrad.export.ollama import modelfile
 from tetrad.export.vocabulary import differences, words
 from tetrad.inference.model_folder import Checked, check, folder_template, model_folder, own_sampling
 from tetrad.model.huggingface import read_causal
 from tetrad.settings.use import Export, Sample
-from tetrad.text.chat_template import Template, jinja_of
+from tetrad.text.chat_template import jinja_of
 
 
 def export(settings: Export, console: Console) -> None:
@@ -43,21 +43,17 @@ def _gguf(settings: Export, folder: Path, checked: Checked) -> str:
     file, tokenizer, config = Path(settings.gguf), checked.tokenizer, checked.facts.config
     beside = file.with_name("Modelfile")
     free_target(beside, folder)
-    template, about = _template(folder, settings.template)
+    try:
+        template, about = folder_template(folder, settings.template), ""
+    except UserError as error:  # another's, which the file has all the same
+        template, about = None, f"note: {error.what}: the Modelfile has no TEMPLATE\n"
     own = (template.end_id(tokenizer),) if template else ()
     ends = tuple(dict.fromkeys((*own, *tokenizer.eos_ids, *config.eos_ids)))
     known = words(tokenizer, config, ends, str(folder))
     known["chat_template"] = jinja_of(folder) or (template.jinja(tokenizer) if template else "")
-    storage.write_file(file, gguf_bytes(read_causal(folder), known, settings.type, title(folder)))
+    name = "-".join(Path(settings.model).absolute().parts[-2:])
+    storage.write_file(file, gguf_bytes(read_causal(folder), known, settings.type, name))
     names, sampling = [known["token_list"][i] for i in ends], vars(Sample()) | own_sampling(folder)
     text = modelfile(file.name, template, names, sampling, add_bos=known["add_bos_token"])
     storage.write_file(beside, text.encode())
     return about + "".join(f"note: {note}\n" for note in differences(tokenizer, ends))
-
-
-def _template(folder: Path, choice: str) -> tuple[Template | None, str]:
-    """The folder's template, or the chosen one; where Tetrad does not know it, none and a note."""
-    try:
-        return folder_template(folder, choice), ""
-    except UserError as error:
-        return None, f"note: {error.what}: the Modelfile has no TEMPLATE\n"

@@ -41,7 +41,8 @@ def export_folder(folder: Path, checked: Checked, to: Path, dtype: str) -> None:
 def export_adapter(folder: Path, to: Path, dtype: str, base: str) -> str:
     """Writes the adapters of the stage whose model is in `folder` to a new folder; returns what they belong to.
 
-    base: what others load beneath them; a folder is named in full. Errors: E-MODEL-MISSING, E-CKPT-*, E-IO-*.
+    base: what others load beneath them; a folder is named in full. Where it is empty, a model of the hub is named, if
+    they were trained on one. Errors: E-MODEL-MISSING, E-CKPT-*, E-IO-*.
     """
     source = folder.parent / "adapter"
     if not (source / CONFIG).is_file():
@@ -49,8 +50,11 @@ def export_adapter(folder: Path, to: Path, dtype: str, base: str) -> str:
         raise UserError("E-MODEL-MISSING", "this model has no adapters", where=str(folder), hint=hint)
     storage.verify_folder(source)
     notes, config = adapter_notes(source), read_json(source / CONFIG)
-    named = str(Path(base).resolve()) if base and Path(base).is_dir() else base
-    config |= {"base_model_name_or_path": named or None}
+    parents = read_manifest(folder).get("lineage", {}).get("parents", {}).values()
+    trained_on = {str(Path(parent["folder"]).resolve()): parent for parent in parents}
+    hub: Mapping[str, str] = {} if base else trained_on.get(config["base_model_name_or_path"], {})
+    named = str(Path(base).resolve()) if base and Path(base).is_dir() else base or hub.get("repository", "")
+    config |= {"base_model_name_or_path": named or None, "revision": hub.get("commit")}
     config.pop("tetrad", None)  # older ones have it, and PEFT warns of it
     tensors = {name: in_dtype(name, tensor, dtype) for name, tensor in read_tensors(source / WEIGHTS).items()}
     files: dict[str, Content] = {CONFIG: json_bytes(config), NOTES: json_bytes(notes), WEIGHTS: tensor_chunks(tensors)}
@@ -62,17 +66,10 @@ def export_adapter(folder: Path, to: Path, dtype: str, base: str) -> str:
 def _write(to: Path, folder: Path, files: Mapping[str, Content], note: str, meta: Mapping[str, Json]) -> None:
     """The new folder, with the model's tokenizer, card and metrics, and the key of its source. meta: what it is."""
     own: Mapping[str, Any] = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    digest = weights_digest(folder)
-    key = hashlib.sha256(f"{own.get('key')} {digest} {sorted(meta.items())}".encode()).hexdigest()
-    source: dict[str, Json] = {"key": own.get("key", ""), "weights_sha256": digest, **meta}
+    key = hashlib.sha256(f"{own.get('key')} {weights_digest(folder)} {sorted(meta.items())}".encode()).hexdigest()
+    source: dict[str, Json] = {"key": own.get("key"), **meta}
     about: dict[str, Json] = {"key": key, "metrics": storage.metrics_of(own), "exported": source}
     words = {name: (folder / name).read_bytes() for name in _COPIED if (folder / name).is_file()}
     card = (folder / CARD).read_text(encoding="utf-8", errors="replace") if (folder / CARD).is_file() else ""
-    card = f"{card.rstrip() or '# ' + title(folder)}\n\n{note} Written by `tetrad export`.\n"
+    card = f"{card.rstrip() or '# ' + to.name}\n\n{note} Written by `tetrad export`.\n"
     storage.write_folder(to, {**files, **words}, about, {CARD: card.encode(errors="backslashreplace")})
-
-
-def title(folder: Path) -> str:
-    """A name of a model, from its place: `reviews-ppo` of runs/reviews/ppo/model."""
-    path = folder.resolve()
-    return f"{path.parents[1].name}-{path.parent.name}" if path.name == "model" else path.name

@@ -35,8 +35,7 @@ def gguf_bytes(model: CausalLM, words: Mapping[str, Any], kind: str, name: str) 
         what, hint = f"llama.cpp's {family} does not have {lack}", "use the model in transformers"
         raise UserError("E-MODEL-UNSUPPORTED", what, where=name, hint=hint)
     writer = gguf.GGUFWriter(None, family)
-    about = {"name": name, "file_type": _FILE_TYPES[kind], "quantization_version": gguf.GGML_QUANT_VERSION}
-    for key, value in {**about, **_sizes(c), **words}.items():
+    for key, value in {"name": name, "file_type": _FILE_TYPES[kind], **_sizes(c), **words}.items():
         getattr(writer, f"add_{key}")(value)
     tensors = {name: (tensor, _type(tensor, kind)) for name, tensor in _renamed(model, family)}
     for key, (tensor, type_) in tensors.items():
@@ -65,6 +64,7 @@ def _sizes(c: DecoderConfig) -> dict[str, Any]:
     counts = (c.vocab_size, c.max_positions, c.hidden_size, c.layers, c.ff, c.heads, c.kv_heads)
     heads = dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), c.head_dim)
     numbers = {"rope_freq_base": c.rope_theta, "layer_norm_rms_eps": c.norm_eps}
+    numbers["quantization_version"] = gguf.GGML_QUANT_VERSION
     return {**dict(zip(names.split(), counts, strict=True)), **heads, **numbers}
 
 

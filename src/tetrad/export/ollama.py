@@ -42,5 +42,4 @@ def go_template(form: Template, end: str, *, add_bos: bool) -> str:
 
 def _literal(text: str) -> str:
     """Text that Go's templates and the Modelfile leave as it is."""
-    plain = "{{" not in text and '"' not in text
-    return text if plain else "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if "{{" in text or '"' in text else text
