@@ -30,7 +30,7 @@ def test_ids_are_unique() -> None:
 def test_every_code_of_these_tables_has_a_case() -> None:
     """Codes of recipes, checkpoints and model folders; those that only torch can tell are tested beside their stage."""
     families = ("E-CONF-", "E-CKPT-", "E-MODEL-", "E-DATA-")
-    told_later = {"E-CONF-DEVICE", "E-CONF-DTYPE", "E-CONF-FUNCTION"}  # the second only where a CPU has no AMX: test_cpu.py
+    told_later = {"E-CONF-DEVICE", "E-CONF-DTYPE", "E-CONF-FUNCTION"}
     wanted = {code for code in CODES if code.startswith(families)} - told_later
     assert wanted <= {case.code for case in TABLES}
 

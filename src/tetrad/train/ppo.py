@@ -96,12 +96,12 @@ def run(ctx: StageContext) -> None:
 @timed("forward")
 def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: int) -> PPOBatch:
     """Scores, the log-probabilities and values of three models, rewards, advantages and returns."""
-    device, mask, read = models.device, rollout.mask_BT, (rollout, models.micro_batch_tokens, models.device)
+    device, mask, inputs = models.device, rollout.mask_BT, (rollout, models.micro_batch_tokens, models.device)
     by_source = models.reward.by_source(rollout.samples)
     scores = torch.tensor(models.reward.total(by_source), dtype=torch.float32)
-    logprobs = read_logprobs(models.actor, *read, s.temperature)
-    ref_logprobs = read_logprobs(models.reference, *read, s.temperature)
-    values, bootstrap = read_values(models.critic, *read)
+    logprobs = read_logprobs(models.actor, *inputs, s.temperature)
+    ref_logprobs = read_logprobs(models.reference, *inputs, s.temperature)
+    values, bootstrap = read_values(models.critic, *inputs)
     score_std = state.running_std.update(scores, device) if s.reward_scaling == "running" else 1.0
     rewards = token_rewards(s, scores / score_std, logprobs, ref_logprobs, rollout, state.kl.beta)
     if s.reward_scaling == "whiten":
@@ -119,24 +119,24 @@ def learn(
 ) -> dict[str, float]:
     """Epochs of mini-batches, each one update of the actor and one of the critic (a joint one on a shared trunk, whose
     value head has the critic's learning rate). key: seed and iteration."""
-    step, per_step = key[1], s.ppo_epochs * s.num_minibatches
-    factor = lr_factor(step, s.steps, warmup=0.0, schedule=s.schedule)
-    warming = step < s.critic_warmup
+    iteration, per_iteration = key[1], s.ppo_epochs * s.num_minibatches
+    factor = lr_factor(iteration, s.steps, warmup=0.0, schedule=s.schedule)
+    warming = iteration < s.critic_warmup
     value_clip_range = 0.0 if warming else s.value_clip_range  # while the critic warms up it may move freely
-    steps: list[tuple[str, StepStats]] = []
+    updates: list[tuple[str, StepStats]] = []
     actor_learns = not warming
 
     def train(role: str, model: nn.Module, micros: list[Microbatch], terms: Terms) -> StepStats:
         optimizer = models.critic_optimizer if model is models.critic else models.actor_optimizer
         assert optimizer
         stats = update(model, optimizer, micros, terms, models.device, factor=factor, max_norm=s.max_grad_norm)
-        steps.append((role, stats))
+        updates.append((role, stats))
         return stats
 
     models.freeze_shared_trunk(warming)
     for number, micros in enumerate(minibatches(batch, s, key, models.micro_batch_tokens, models.device)):
         if actor_learns:
-            ptx_micros = ptx(step * per_step + number)
+            ptx_micros = ptx(iteration * per_iteration + number)
             stats = train("actor", models.actor_critic or models.actor, micros + ptx_micros, actor_terms(s))
             # on a shared trunk early stopping ends the updates of the critic too
             actor_learns = not s.early_stop_kl or stats.terms["approx_kl"] <= s.early_stop_kl
@@ -146,7 +146,7 @@ def learn(
             train("critic", models.critic, micros, critic_terms(value_clip_range))
     models.freeze_shared_trunk(False)
     rates = {"critic_lr": s.critic_lr * factor} | ({} if warming else {"actor_lr": s.actor_lr * factor})
-    return update_metrics(steps) | rates
+    return update_metrics(updates) | rates
 
 
 def actor_terms(s: Ppo) -> Terms:
