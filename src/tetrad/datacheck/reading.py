@@ -147,7 +147,8 @@ class Reading:
             if self.kind == "documents":
                 continue
             if not encoder.train_on_prompt:  # else no label shows where the answer begins
-                ends = [int(tokens.train[::-1].argmin()) for tokens in docs]
+                rears = [tokens.train[::-1] for tokens in docs]  # some templates put a line end behind the answer
+                ends = [int(rear[rear.argmax() :].argmin()) for rear in rears]
                 self.prompt_lengths.append(lengths[0] - ends[0])
                 self.answer_lengths.extend(ends if parts(record)[1] else ())
             if encoder.limit and max(lengths) > encoder.limit:

@@ -124,7 +124,5 @@ def _hint(option: Option, value: Any) -> str:
             return f'did you mean "{match}"?'
     if option.kind in ("int", "float") and isinstance(value, str) and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value):
         return f"write {key} = {value}, without quotes"
-    if option.default is None:
-        return f"or leave {key} out"
     default = [] if isinstance(option.default, tuple) else option.default
-    return f"the default is {shown(default)}"
+    return f"or leave {key} out" if default is None else f"the default is {shown(default)}"

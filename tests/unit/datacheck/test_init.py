@@ -1,6 +1,7 @@
 """`tetrad init`: the recipe that it writes is short, says what the data shows, and runs."""
 
 import json
+import shutil
 import tomllib
 from io import StringIO
 from pathlib import Path
@@ -14,12 +15,15 @@ from tetrad.datacheck.init import init
 from tetrad.errors import UserError
 from tetrad.pipeline.recipe import read
 from tetrad.settings.use import Check, Init
+from tetrad.text.chat_template import TEMPLATES
+from tetrad.text.tokenizer import Tokenizer
 
 Lines = list[dict[str, Any]]
 SFT: Lines = [{"Instruction": f"Say {i}.", "Output": f"It is {i}, " * 3} for i in range(40)]
 RANKED: Lines = [
     {"input": f"Say {i}.", "choices": [{"text": f"{i}", "rank": 1}, {"text": f"no {i}", "rank": 2}]} for i in range(40)
 ]
+PAIRS: Lines = [{"prompt": f"{i}?", "chosen": "!", "rejected": "no"} for i in range(9)]
 SCORED: Lines = [{"input": f"Name {i}.", "output": f"the {i}", "score": 1 + i % 5} for i in range(40)]
 
 
@@ -118,6 +122,16 @@ def test_from_a_base(run: Path, here: Path) -> None:
     assert recipe["sft"]["overlong"] == recipe["ppo"]["overlong"] == "drop"
     assert recipe["sft"]["lr"] == recipe["reward"]["lr"] == 5e-5
     assert "# 1 records are longer than the base reads" in Path("recipe.toml").read_text()
+
+
+def test_room_for_the_answers_of_a_template_that_ends_with_a_line_end(run: Path, here: Path) -> None:
+    shutil.copytree(run / "chat/model", "base")
+    for name, content in Tokenizer.load(Path("base")).files(TEMPLATES["qwen2.5"]).items():
+        (Path("base") / name).write_bytes(content)
+    (Path("base") / "manifest.json").unlink()
+    long = [{"prompt": f"{i}?", "completion": "!" * 39} for i in range(20)]
+    recipe, _ = made(write("sft.jsonl", long), write("pairs.jsonl", PAIRS), from_="base", split=0.0)
+    assert recipe["ppo"]["max_new_tokens"] == 48  # 39 tokens and the end token, by steps of 16
 
 
 def test_mistakes(here: Path) -> None:
