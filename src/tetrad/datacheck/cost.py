@@ -4,8 +4,9 @@ Trained weights cost 12 bytes per parameter (float32 weights and Adam's two mome
 same for their own few parameters, on one frozen base. Activations kept for the backward pass are counted layer by layer
 for `run.micro_batch_tokens`; gradients, 4 bytes per trained parameter, take their place as the backward pass proceeds.
 While responses are sampled there is a second copy of the weights, with a KV cache (`benchmarks/memory.py` compares with
-measured peaks). Work is 6 floating-point operations per trained parameter and token (2 where nothing is trained; Kaplan
-et al. 2020), at a measured share of this machine's speed of matrix products: enough to tell minutes from hours.
+measured peaks). Work is 6 floating-point operations per token and parameter of the blocks (4 where they are frozen
+under adapters, 2 where nothing is trained; Kaplan et al. 2020), and per parameter of the head and token whose logits
+are needed, at a measured share of this machine's speed of matrix products: enough to tell minutes from hours.
 """
 
 import math
@@ -36,14 +37,16 @@ DECODED = 0.2  # of it that sampling reaches, token by token
 @dataclass(frozen=True)
 class StageCost:
     """trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens: trained on, each as
-    often as it is read; read: only read; sampled: generated, `slots` responses at once of `positions` tokens; batch:
-    tokens per optimizer step."""
+    often as it is read; read: only read; labels, read_labels: those of them whose logits are computed; sampled:
+    generated, `slots` responses at once of `positions` tokens; batch: tokens per optimizer step."""
 
     name: str
     trained: float
     frozen: float
     tokens: float = 0.0
+    labels: float = 0.0
     read: float = 0.0
+    read_labels: float = 0.0
     sampled: float = 0.0
     adapters: float = 0.0
     slots: int = 0
@@ -88,10 +91,12 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
     costs = []
     if (r := readings.get("pretrain.text")) and r.tokens:
         s = recipe.pretrain
-        costs.append(StageCost("pretrain", 1, 0, s.tokens or r.tokens, batch=s.batch_tokens))
+        tokens = s.tokens or r.tokens
+        costs.append(StageCost("pretrain", 1, 0, tokens, labels=tokens, batch=s.batch_tokens))
     if (r := readings.get("sft.data")) and r.tokens:
-        on, batch = recipe.sft.adapters, recipe.sft.batch_size * r.tokens // len(r.lengths)
-        costs.append(StageCost("sft", not on, on, r.tokens * recipe.sft.epochs, adapters=on, batch=batch))
+        on, epochs, batch = recipe.sft.adapters, recipe.sft.epochs, recipe.sft.batch_size * r.tokens // len(r.lengths)
+        labels = r.trained * epochs
+        costs.append(StageCost("sft", not on, on, r.tokens * epochs, labels=labels, adapters=on, batch=batch))
     if (r := readings.get("reward.data")) and r.tokens:
         tests = sum(readings[name].tokens for name in HELD_OUT["reward.data"] if name in readings)
         costs.append(_reward(recipe, r, tests))
@@ -120,7 +125,8 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
 
 def _ppo(recipe: Recipe, r: Reading) -> StageCost:
     s = recipe.ppo
-    batch, long = s.batch_size * s.samples_per_prompt, r.tokens / len(r.lengths) + s.max_new_tokens * 0.6
+    batch, answer = s.batch_size * s.samples_per_prompt, s.max_new_tokens * 0.6
+    long = r.tokens / len(r.lengths) + answer
     judges = recipe.reward.ensemble_size if uses_reward_model(s.rewards) else 0
     learners = 1 if s.critic == "shared" else 2
     trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema_decay))
@@ -129,13 +135,24 @@ def _ppo(recipe: Recipe, r: Reading) -> StageCost:
         trained,
         frozen,
         tokens=learners * s.steps * batch * long * s.ppo_epochs,
+        labels=s.steps * batch * answer * s.ppo_epochs,
         read=4 * s.steps * batch * long,
-        sampled=s.steps * batch * s.max_new_tokens * 0.6,
+        read_labels=2 * s.steps * batch * answer,  # by actor and reference
+        sampled=s.steps * batch * answer,
         adapters=learners + bool(judges) / 4 if s.adapters else 0,  # the reward model's is not trained
         slots=min(batch, recipe.sampling.max_num_seqs),
         positions=s.max_new_tokens + max(r.lengths),
         batch=int(batch / s.num_minibatches * (max(r.lengths) + s.max_new_tokens)),
     )
+
+
+def work(stage: StageCost, config: DecoderConfig) -> float:
+    """Floating-point operations of training and reading; those of sampling come on top."""
+    head = config.vocab_size * config.hidden_size
+    blocks = parameter_count(config) - head * (1 if config.tied else 2)
+    per_token = 6 if stage.trained else 4
+    learned, read = (blocks * t + head * n for t, n in ((stage.tokens, stage.labels), (stage.read, stage.read_labels)))
+    return per_token * learned + 2 * read
 
 
 def speed() -> float:
@@ -158,9 +175,9 @@ def section(
         if needed > there and recipe.run.device != "cuda":
             text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU, and this machine has"
             section.add("warning", "memory", f"{text} {there / 2**30:.1f} GiB")
-        work = 6 * n * stage.tokens + 2 * n * stage.read
-        seconds = work / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
-        section.metrics[stage.name] = {"memory_bytes": needed, "flop": work, "seconds": seconds}
+        flop = work(stage, config)
+        seconds = flop / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
+        section.metrics[stage.name] = {"memory_bytes": needed, "flop": flop, "seconds": seconds}
         models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{needed / 2**30:.1f} GiB"
         models += f", {math.ceil(stage.adapters)} adapters" if stage.adapters else ""
         rows.append((stage.name, models, f"{stage.tokens / 1e6:.2f} M", room, duration(seconds)))

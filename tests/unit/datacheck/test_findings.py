@@ -4,6 +4,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tetrad.console import Console
 from tetrad.datacheck import cost
 from tetrad.datacheck.check import check_recipe
 from tetrad.errors import UserError
+from tetrad.model.config import DecoderConfig
+from tetrad.model.inspect import parameter_count
 from tetrad.pipeline import recipe
 from tetrad.report.sections import FIXES, Finding, Report, Section
 from tetrad.settings.use import Check
@@ -170,6 +173,19 @@ def test_memory_that_is_not_there_is_said(checked: Checked, monkeypatch: pytest.
     monkeypatch.setattr(cost, "machine_memory", lambda: 300 << 20)
     (finding,) = of(checked(text), "memory")
     assert "sft" in finding["text"] and "0.3 GiB" in finding["text"] and "micro_batch_tokens" in finding["fix"]
+
+
+def test_the_head_costs_where_logits_are_needed_and_frozen_blocks_cost_less() -> None:
+    config = DecoderConfig("qwen2", 1000, 64, 2, 4, 2, 16, 128, 64)
+    blocks = parameter_count(config) - 64_000
+    all_labels = cost.StageCost("pretrain", 1, 0, tokens=100, labels=100)
+    assert cost.work(all_labels, config) == 6 * parameter_count(config) * 100
+    reward = cost.StageCost("reward", 1, 1, tokens=100, read=10)
+    assert cost.work(reward, config) == 600 * blocks + 20 * blocks
+    adapters = cost.StageCost("sft", 0, 1, tokens=100, labels=40, adapters=1)
+    assert cost.work(adapters, config) == 4 * (100 * blocks + 40 * 64_000)
+    untied = replace(config, tied=False)
+    assert cost.work(all_labels, untied) == cost.work(all_labels, config)
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_said(checked: Checked) -> None:
