@@ -125,9 +125,9 @@ def test_the_folder_has_the_file_s_weights_and_tokens(fetch: ModuleType, tmp_pat
 def test_recipes_name_what_is_there() -> None:
     """They are read without the data; the two reward models learn from ratings that the other never sees."""
     recipes = {path.stem: read(path) for path in sorted(HERE.glob("*.toml"))}
-    assert set(recipes) >= {"recipe", "reward", "people"}
+    assert set(recipes) == {"reward", "people"}
     sources = {name: {Path(p).name for p in recipe.reward.data} for name, recipe in recipes.items()}
-    assert not sources["recipe"] & sources["people"] and sources["recipe"] == sources["reward"]
+    assert not sources["reward"] & sources["people"]
     assert all(recipe.model.from_.endswith("smollm2/base") for recipe in recipes.values())
     for path in HERE.glob("*.toml"):
         raw = tomllib.loads(path.read_text())
