@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tetrad.kernels.cpu import multiplies_bfloat16
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _IN_TRAINING = _HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
 _FEW_ROWS = 64  # below, converting the weight's layout doesn't pay off
@@ -72,7 +74,7 @@ class Product:
     def __init__(self, weight_OI: Tensor, bias: Tensor | None = None) -> None:
         self._bias, self._weight, self._packed = bias, weight_OI.t(), torch.empty(0)
         self._plain_rows = 2**62
-        if _fits(weight_OI):
+        if _fits(weight_OI, multiplies_bfloat16()):
             size = weight_OI.numel()
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
             self._plain_rows = 2 * _SMALL // size if size <= _SMALL else 0
@@ -91,8 +93,9 @@ class Product:
         return torch.addmm(to, x, self._weight)
 
 
-def _fits(weight: Tensor) -> bool:
-    return _HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32
+def _fits(weight: Tensor, bfloat16: bool = False) -> bool:
+    dtypes = (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
+    return _HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype in dtypes
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -146,3 +146,16 @@ def test_products_of_ever_new_sizes_stay_within_a_bound() -> None:
     done = subprocess.run([sys.executable, "-c", SIZES], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after - before <= 15
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_product_in_bfloat16(units: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In oneDNN's layout where the processor has units for it: torch's own numbers, up to the last bits of 16."""
+    monkeypatch.setattr(onednn, "multiplies_bfloat16", lambda: units)
+    x, weight, bias = (leaf.detach().bfloat16() for leaf in made(rows, 512, 640))
+    product = Product(weight, bias)
+    torch.testing.assert_close(product(x), F.linear(x, weight, bias), rtol=0.02, atol=0.05)
+    to = torch.randn(rows, 640).bfloat16()
+    torch.testing.assert_close(Product(weight).added(x, to), F.linear(x, weight) + to, rtol=0.02, atol=0.05)
+    assert (product._weight.numel() == 0) == (units and onednn._HAS_ONEDNN)
