@@ -128,7 +128,7 @@ def test_recipes_name_what_is_there() -> None:
     assert set(recipes) == {"reward", "people"}
     sources = {name: {Path(p).name for p in recipe.reward.data} for name, recipe in recipes.items()}
     assert not sources["reward"] & sources["people"]
-    assert all(recipe.model.from_.endswith("smollm2/base") for recipe in recipes.values())
+    assert all(Path(recipe.model.from_).name == "base" for recipe in recipes.values())
     for path in HERE.glob("*.toml"):
         raw = tomllib.loads(path.read_text())
         for entry in json.loads(json.dumps(raw.get("reward", {}).get("baselines", []))):

@@ -45,7 +45,7 @@ def write(folder: Path, number: int, drop: str = "", **changes: Any) -> Path:
 
 
 def check(folder: Path) -> None:
-    refuse_checkpoints(folder, "ppo", Recipe(seed=3))
+    refuse_checkpoints(folder, "ppo", Recipe(name="x", seed=3))
 
 
 def test_nothing_to_go_on_from(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_preflight_asks_for_the_checkpoints_of_stopped_stages_only(
     monkeypatch.setattr(preflight, "read_records", lambda *args: None)
     step = Step("ppo", tmp_path, "key", {}, {})
     (write(tmp_path, 4) / "critic.safetensors").unlink()
-    preflight.preflight(Recipe(seed=3), [(step, "new")], lambda folder: None, tmp_path / "memory")
+    preflight.preflight(Recipe(name="x", seed=3), [(step, "new")], lambda folder: None, tmp_path / "memory")
     with pytest.raises(UserError, match="no checkpoint is whole") as error:
-        preflight.preflight(Recipe(seed=3), [(step, "stopped")], lambda folder: None, tmp_path / "memory")
+        preflight.preflight(Recipe(name="x", seed=3), [(step, "stopped")], lambda folder: None, tmp_path / "memory")
     assert error.value.code.startswith("E-CKPT-")
 
 
