@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -278,6 +279,17 @@ def verify_folder(path: Path) -> dict[str, Any]:
 def sha256_file(path: Path) -> str:
     """The sha256 of a file, in hexadecimal. Raises E-IO-READ."""
     return disk.scan(path)[1]
+
+
+def digest_of(path: Path) -> str:
+    """The same, read once in this process as long as size, inode and both times stay. Raises E-IO-READ, OSError."""
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@cache
+def _digest(path: Path, *_status: int) -> str:
+    return sha256_file(path)
 
 
 def free_space_check(path: Path, needed_bytes: int) -> None:

@@ -38,10 +38,13 @@ def peft_model() -> Any:
 def written(folder: Path, model: CausalLM | ScalarModel, base: Path, *, hub: bool = False) -> Path:
     """The adapters as `tetrad export` takes them out of a stage."""
     stage = folder / "stage"
-    parents = {"base": {"folder": str(base), "key": "k", "repository": "org/name", "commit": "c0ffee"}}
     files = {**model_files(merged(model)), **toys.tokenizer().files()}
-    write_folder(stage / "model", files, {"key": "k", "lineage": {"parents": parents if hub else {}}})
-    write_folder(stage / "adapter", adapter_files(model, base, {"base_sha256": "0" * 64}), {})
+    write_folder(stage / "model", files, {"key": "k"})
+    write_folder(
+        stage / "adapter",
+        adapter_files(model, ("org/name", "c0ffee") if hub else (str(base), None), {"base_sha256": "0" * 64}, {}),
+        {},
+    )
     words = ["--adapter-only", "--base", str(base)]
     assert main(["export", str(stage), "--to", str(folder / "out"), *words]) == 0
     return folder / "out"
@@ -118,7 +121,7 @@ def test_the_base_by_its_name_and_older_folders(tmp_path: Path, capsys: pytest.C
         assert notes["base_sha256"] in (out / "README.md").read_text()
 
 
-def test_a_base_of_the_hub_is_named_by_its_lineage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_of_the_hub_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the commit that was trained on; a base that the user names comes first."""
     base = toys.causal(seed=1).requires_grad_(False)
     model = share_weights(CausalLM, base)

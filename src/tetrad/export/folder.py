@@ -8,12 +8,13 @@ from typing import Any
 from tetrad import storage
 from tetrad.errors import UserError
 from tetrad.inference.model_folder import Checked
+from tetrad.model.bases import CONFIG, NOTES, WEIGHTS, stack_of
 from tetrad.model.config import GENERATION, read_json
 from tetrad.model.huggingface import SHARD_BYTES, in_dtype, members_content, model_files, read_causal, read_members
 from tetrad.model.inspect import weights_digest
-from tetrad.model.lora import CONFIG, NOTES, WEIGHTS, adapter_notes
+from tetrad.model.lora import adapter_notes
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
-from tetrad.report.outcome import CARD
+from tetrad.report.outcome import ADAPTERS, CARD
 from tetrad.storage import MANIFEST, Content, Json, json_bytes, read_manifest
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
@@ -44,17 +45,16 @@ def export_adapter(folder: Path, to: Path, dtype: str, base: str) -> str:
     base: what others load beneath them; a folder is named in full. Where it is empty, a model of the hub is named, if
     they were trained on one. Errors: E-MODEL-MISSING, E-CKPT-*, E-IO-*.
     """
-    source = folder.parent / "adapter"
+    source = folder if stack_of(folder) else folder.parent / "adapter"
     if not (source / CONFIG).is_file():
         hint = "train it with adapters = true, or write the whole model without --adapter-only"
         raise UserError("E-MODEL-MISSING", "this model has no adapters", where=str(folder), hint=hint)
     storage.verify_folder(source)
     notes, config = adapter_notes(source), read_json(source / CONFIG)
-    parents = read_manifest(folder).get("lineage", {}).get("parents", {}).values()
-    trained_on = {str(Path(parent["folder"]).resolve()): parent for parent in parents}
-    hub: Mapping[str, str] = {} if base else trained_on.get(config["base_model_name_or_path"], {})
-    named = str(Path(base).resolve()) if base and Path(base).is_dir() else base or hub.get("repository", "")
-    config |= {"base_model_name_or_path": named or None, "revision": hub.get("commit")}
+    hub = config["base_model_name_or_path"] if config.get("revision") else ""
+    notes.pop("base", None)  # a path of this machine
+    named = str(Path(base).resolve()) if base and Path(base).is_dir() else base or hub
+    config |= {"base_model_name_or_path": named or None, "revision": None if base else config.get("revision")}
     config.pop("tetrad", None)  # older ones have it, and PEFT warns of it
     tensors = {name: in_dtype(name, tensor, dtype) for name, tensor in read_tensors(source / WEIGHTS).items()}
     files: dict[str, Content] = {CONFIG: json_bytes(config), NOTES: json_bytes(notes), WEIGHTS: tensor_chunks(tensors)}
@@ -71,5 +71,6 @@ def _write(to: Path, folder: Path, files: Mapping[str, Content], note: str, meta
     about: dict[str, Json] = {"key": key, "metrics": storage.metrics_of(own), "exported": source}
     words = {name: (folder / name).read_bytes() for name in _COPIED if (folder / name).is_file()}
     card = (folder / CARD).read_text(encoding="utf-8", errors="replace") if (folder / CARD).is_file() else ""
+    card = "\n".join(line for line in card.splitlines() if not line.startswith(ADAPTERS[:14]))
     card = f"{card.rstrip() or '# ' + to.name}\n\n{note} Written by `tetrad export`.\n"
     storage.write_folder(to, {**files, **words}, about, {CARD: card.encode(errors="backslashreplace")})

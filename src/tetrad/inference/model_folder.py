@@ -18,8 +18,9 @@ from typing import Any
 from tetrad import hub, storage
 from tetrad.errors import UserError
 from tetrad.hub import is_model
+from tetrad.model.bases import CONFIG, INDEX, NOTES
 from tetrad.model.config import GENERATION, is_reward, read_config, read_json
-from tetrad.model.inspect import ADAPTER, INDEX, Facts, inspect, refuse_incomplete, verify_own, weight_names
+from tetrad.model.inspect import Facts, inspect, refuse_incomplete, verify_own, weight_names
 from tetrad.settings.check import build
 from tetrad.settings.common import Sampling
 from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded
@@ -29,7 +30,8 @@ from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
 _PROBES = [start * 60 + "!" for start in ("a", "1", " ", "\n", "é", "字", "ab ", "a1")]
 """Texts on which a regular expression that needs exponential time exhausts its retries at once."""
 _FILES = (".json", ".safetensors", ".jinja")
-_SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION, INDEX, ADAPTER)
+_JSON = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_SMALL = (*_JSON, "chat_template.jinja", GENERATION, INDEX, CONFIG, NOTES)
 _WEIGHTS = ("model.safetensors", "member-*.safetensors")
 """Those of the hub that are taken, beside the shards that an index names; never code or pickles."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

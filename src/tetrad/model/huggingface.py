@@ -5,7 +5,7 @@ wrote have a manifest and are verified before they are read.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,23 +13,27 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from tetrad.errors import UserError
+from tetrad.model.bases import WEIGHTS, stack_of
 from tetrad.model.config import DecoderConfig, config_json, eos_json
 from tetrad.model.inspect import inspect, verify_own
+from tetrad.model.lora import PEFT, absorb, load_adapters, share_weights, split_ranks
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
-from tetrad.model.transformer import CausalLM, M, ScalarModel, initial_head, on_meta
+from tetrad.model.transformer import CausalLM, M, ScalarModel, grow_vocabulary, initial_head, on_meta
 from tetrad.storage import Content, json_bytes
 
 SHARD_BYTES = 5 * 2**30
 
 
 def read_causal(folder: Path) -> CausalLM:
-    """A language model in float32. Errors: E-MODEL-*, E-CKPT-*."""
-    config, tensors = _read(folder)
-    return _filled(CausalLM, config, tensors)
+    """A language model in float32, with its adapters merged. Errors: E-MODEL-*, E-CKPT-*."""
+    stacked = _stacked(CausalLM, folder)
+    return next(stacked) if stacked else _filled(CausalLM, *_read(folder))
 
 
 def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
     """A reward model or critic in float32; from a language model's folder, its decoder and a fresh head."""
+    if stacked := _stacked(ScalarModel, folder, seed):
+        return next(stacked)
     config, tensors = _read(folder, scalar=True)
     if "score.weight" not in tensors:
         tensors["score.weight"] = initial_head(config.hidden_size, seed)
@@ -38,8 +42,10 @@ def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
 
 def read_members(folder: Path) -> tuple[ScalarModel, ...]:
     """A reward model and the further members of its ensemble, if it has any. Errors: E-MODEL-*, E-CKPT-*."""
+    if stacked := _stacked(ScalarModel, folder):
+        return tuple(stacked)
     members = [read_scalar(folder)]
-    for path in sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2])):
+    for path in _member_files(folder):
         tensors = read_tensors(path)
         shapes = {**{name: p.shape for name, p in members[0].named_parameters()}, "bias": torch.Size()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
@@ -49,6 +55,39 @@ def read_members(folder: Path) -> tuple[ScalarModel, ...]:
         model.bias = tensors["bias"].float()
         members.append(model)
     return tuple(members)
+
+
+def _member_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+
+
+def _stacked(kind: type[M], folder: Path, seed: int = 0) -> Iterator[M] | None:
+    """The model of a folder of adapters, then the further members of its ensemble, whose decoders share what has no
+    adapter; None for a folder of whole weights. seed: of a head, if there is none."""
+    if not (stack := stack_of(folder)):
+        return None
+    verify_own(folder)
+    facts, base = inspect(folder, scalar=kind is ScalarModel), _filled(CausalLM, *_read(stack.base, verified=True))
+    *before, own = split_ranks(read_tensors(folder / WEIGHTS), stack.ranks)
+    for adapters in before:
+        load_adapters(base, adapters, stack.scale, str(folder))
+        absorb(base)
+    if not facts.reward:
+        own |= {f"{PEFT}score.weight": initial_head(facts.config.hidden_size, seed)}
+
+    def models() -> Iterator[M]:
+        for path in (None, *_member_files(folder)):
+            tensors = read_tensors(path) if path else own
+            bias, model = tensors.pop("bias", torch.tensor(facts.config.reward_bias)), share_weights(kind, base)
+            load_adapters(model, tensors, stack.scale, str(path or folder))
+            absorb(model)
+            grow_vocabulary(model, facts.config.vocab_size)
+            model.config = facts.config
+            if isinstance(model, ScalarModel):
+                model.bias = bias.float()
+            yield model
+
+    return models()
 
 
 def members_content(members: Sequence[ScalarModel], dtype: str = "float32") -> dict[str, Content]:
@@ -71,9 +110,10 @@ def in_dtype(name: str, tensor: Tensor, dtype: str) -> Tensor:
     return cast
 
 
-def _read(folder: Path, *, scalar: bool = False) -> tuple[DecoderConfig, dict[str, Tensor]]:
+def _read(folder: Path, *, scalar: bool = False, verified: bool = False) -> tuple[DecoderConfig, dict[str, Tensor]]:
     """The configuration and all tensors of a folder that was verified and inspected."""
-    verify_own(folder)
+    if not verified:
+        verify_own(folder)
     facts, tensors = inspect(folder, scalar=scalar), dict[str, Tensor]()
     for path in facts.files:
         tensors |= read_tensors(path)
@@ -89,19 +129,22 @@ def _filled(kind: type[M], config: DecoderConfig, tensors: Mapping[str, Tensor])
     return model
 
 
+def config_files(model: CausalLM | ScalarModel, dtype: str = "float32") -> dict[str, Content]:
+    """config.json, and of a language model generation_config.json."""
+    config = model.config
+    if isinstance(model, ScalarModel):
+        config = dataclasses.replace(config, reward_bias=float(model.bias))
+        return {"config.json": json_bytes(config_json(config, "SequenceClassification", dtype))}
+    generation = json_bytes({"eos_token_id": eos_json(config), "pad_token_id": config.pad_id})
+    return {"config.json": json_bytes(config_json(config, "CausalLM", dtype)), "generation_config.json": generation}
+
+
 def model_files(
     model: CausalLM | ScalarModel, shard_bytes: int = SHARD_BYTES, dtype: str = "float32"
 ) -> dict[str, Content]:
     """config.json, weights in one file or shards, generation_config.json: what transformers loads. Errors:
     E-NUM-NONFINITE."""
-    config, files = model.config, dict[str, Content]()
-    if isinstance(model, ScalarModel):
-        config = dataclasses.replace(config, reward_bias=float(model.bias))
-        files["config.json"] = json_bytes(config_json(config, "SequenceClassification", dtype))
-    else:
-        files["config.json"] = json_bytes(config_json(config, "CausalLM", dtype))
-        files["generation_config.json"] = json_bytes({"eos_token_id": eos_json(config), "pad_token_id": config.pad_id})
-    tensors = _trained(model, dtype)
+    files, tensors = config_files(model, dtype), _trained(model, dtype)
     split = split_state_dict_into_shards_factory(  # the one for torch loads all of torch.compile: two seconds
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,

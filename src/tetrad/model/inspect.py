@@ -8,27 +8,26 @@ inspected. Damage in the weights themselves shows only in a manifest's sha256 or
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tetrad.errors import UserError
+from tetrad.model.bases import CONFIG, INDEX, LOST, NOTES, WEIGHTS, WHOLE, is_stack, stack_of
 from tetrad.model.config import DecoderConfig, is_reward, read_config, read_json, shortened
 from tetrad.model.headers import Entry, read_header, same_numbers
-from tetrad.storage import MANIFEST, sha256_file, verify_folder
+from tetrad.storage import MANIFEST, digest_of, verify_folder
 
-INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("F32", "F16", "BF16", "F64")
 _NOT_OURS = "rotary_emb.inv_freq"
-_WHOLE = "model.safetensors"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-ADAPTER = "adapter_config.json"
 _HINT = "check config.json against the weights"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a folder holds. reward: a reward model, else a language model. files: its weights. tensors: all of them."""
+    """What a folder holds. reward: a reward model, else a language model. files: its weights. tensors: all of them,
+    or those of the base beneath adapters, whose file comes last."""
 
     config: DecoderConfig
     reward: bool
@@ -49,6 +48,13 @@ def inspect(folder: Path, *, scalar: bool = False) -> Facts:
     if reward and not scalar:
         hint = "name a language model; `tetrad score` uses reward models"
         raise UserError("E-CKPT-ROLE", "this is a reward model: it writes no text", where=str(folder), hint=hint)
+    if stack := stack_of(folder):
+        below = inspect(stack.base)
+        own = replace(config, vocab_size=below.config.vocab_size, tied=below.config.tied)
+        if config.vocab_size < below.config.vocab_size or {*parameter_shapes(own)} != {*parameter_shapes(below.config)}:
+            what = f"config.json does not describe the base of these adapters, {stack.base}"
+            raise UserError("E-CKPT-SHAPE", what, where=str(folder), hint=_HINT)
+        return replace(below, config=config, reward=reward, files=(*below.files, *_files(folder)))
     files = tuple(_files(folder))
     tensors: dict[str, Entry] = {}
     owners: dict[str, Path] = {}
@@ -102,12 +108,14 @@ def parameter_count(config: DecoderConfig) -> int:
 def refuse_incomplete(names: Iterable[str], where: str, hint: str = "copy the whole model folder") -> None:
     """Lists all that a folder with files of these names lacks, and what it has instead. Errors: E-MODEL-*."""
     names = sorted(names)
-    if ADAPTER in names and "config.json" in names:
-        what = f"{ADAPTER} lies beside the model: transformers would put that adapter onto its weights"
+    if {WEIGHTS, NOTES, CONFIG, "config.json"} <= {*names} and not {WHOLE, INDEX} & {*names}:
+        return
+    if CONFIG in names and "config.json" in names:
+        what = f"{CONFIG} lies beside the model: transformers would put that adapter onto its weights"
         merge = "merge it with PEFT (merge_and_unload) and save that, or take the adapter's files away"
         raise UserError("E-MODEL-UNSUPPORTED", what, where=where, hint=merge)
     missing = ["config.json"] if "config.json" not in names else []
-    missing += [_WHOLE] if not any(name in names for name in (_WHOLE, INDEX)) else []
+    missing += [WHOLE] if not any(name in names for name in (WHOLE, INDEX)) else []
     if not missing:
         return
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
@@ -119,15 +127,17 @@ def refuse_incomplete(names: Iterable[str], where: str, hint: str = "copy the wh
 
 def weight_names(folder: Path) -> list[str]:
     """The files that hold the weights of a folder, whether they are there or not. Errors: E-MODEL-FORMAT."""
+    if is_stack(folder):
+        return [WEIGHTS]
     if not os.path.isfile(folder / INDEX):
-        return [_WHOLE]
+        return [WHOLE]
     shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         what = "the index of shards can't be read: it has no weight_map"
         raise UserError("E-MODEL-FORMAT", what, where=str(folder / INDEX), hint="copy the whole model folder again")
-    if os.path.isfile(folder / _WHOLE) and _WHOLE not in shards.values():
-        what = f"two sets of weights lie here: {_WHOLE}, and the shards that {INDEX} names"
-        hint = f"take the older set away (with shards, {INDEX} too); transformers reads {_WHOLE}"
+    if os.path.isfile(folder / WHOLE) and WHOLE not in shards.values():
+        what = f"two sets of weights lie here: {WHOLE}, and the shards that {INDEX} names"
+        hint = f"take the older set away (with shards, {INDEX} too); transformers reads {WHOLE}"
         raise UserError("E-MODEL-FORMAT", what, where=str(folder), hint=hint)
     return sorted(set(shards.values()))
 
@@ -169,12 +179,21 @@ def _refuse_others(
 
 
 def verify_own(folder: Path) -> None:
-    """Compares the files of a folder that Tetrad wrote with its manifest. Errors: E-CKPT-*."""
+    """Compares the files of a folder that Tetrad wrote with its manifest, and the base of adapters with the sha256 that
+    they name. Errors: E-CKPT-*."""
     if os.path.isfile(folder / MANIFEST):
         verify_folder(folder)
+    verify_base(folder)
 
 
-def weights_digest(folder: Path) -> str:
-    """sha256 over a model folder's weight files."""
-    digests = [sha256_file(path.resolve()) for path in inspect(folder, scalar=True).files]
+def verify_base(folder: Path, digest: Callable[[Path], str] = digest_of) -> None:
+    """Compares the weights beneath adapters with the sha256 that they name. digest: of a file. Errors: E-CKPT-*."""
+    if (stack := stack_of(folder)) and weights_digest(stack.base, digest) != stack.sha256:
+        what = f"its weights have changed: the adapters in {folder} were trained on others"
+        raise UserError("E-CKPT-HASH", what, where=str(stack.base), hint=f"as they were, {LOST}")
+
+
+def weights_digest(folder: Path, digest: Callable[[Path], str] = digest_of) -> str:
+    """sha256 over a model folder's weight files, of adapters over their base's too. digest: of a file."""
+    digests = [digest(path.resolve()) for path in inspect(folder, scalar=True).files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()

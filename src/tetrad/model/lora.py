@@ -6,7 +6,7 @@ have PEFT's names and adapter_config.json; what PEFT does not know lies
 beside them in tetrad.json; `merged` adds them to the weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from math import sqrt
 from pathlib import Path
@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from tetrad.errors import UserError
+from tetrad.model.bases import CONFIG, NOTES, WEIGHTS
 from tetrad.model.config import DecoderConfig, read_json
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import Adapter, CausalLM, Linear, M, ScalarModel, on_meta
 from tetrad.storage import Content, json_bytes
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PEFT = "base_model.model."
+"""Before the names of tensors in its files."""
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NOTES = "tetrad.json"
-"""Beside them: what PEFT has no key for. Its adapter_config.json warns of a key that it does not know."""
-_PEFT = "base_model.model."
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
@@ -75,6 +74,12 @@ def merged(model: M) -> M:
     return plain
 
 
+def absorb(model: nn.Module) -> None:
+    """Adds the adapters to the model's weights, in tensors of its own: what others share with it stays."""
+    for _, linear in adapted(model):
+        linear.weight, linear.adapter = nn.Parameter(linear.whole()), None
+
+
 def has_adapters(model: nn.Module) -> bool:
     return any(linear.adapter is not None for _, linear in adapted(model))
 
@@ -84,31 +89,54 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, linear in adapted(model):
         if linear.adapter is not None:
-            tensors[f"{_PEFT}{name}.lora_A.weight"] = linear.adapter.a
-            tensors[f"{_PEFT}{name}.lora_B.weight"] = linear.adapter.b
+            tensors[f"{PEFT}{name}.lora_A.weight"] = linear.adapter.a
+            tensors[f"{PEFT}{name}.lora_B.weight"] = linear.adapter.b
     if isinstance(model, ScalarModel):
-        tensors[f"{_PEFT}score.weight"] = model.score.weight
+        tensors[f"{PEFT}score.weight"] = model.score.weight
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def adapter_files(model: nn.Module, base: Path, notes: Mapping[str, Any]) -> dict[str, Content]:
-    """The files of an adapter folder. base: the folder of the weights beneath; notes: what PEFT has no key for."""
-    linears = {name.rpartition(".")[2]: linear for name, linear in adapted(model) if linear.adapter is not None}
-    first = next(iter(linears.values())).adapter
-    assert first is not None
-    scalar = isinstance(model, ScalarModel)
-    rank = len(first.a)
+def adapter_files(
+    model: nn.Module, base: tuple[str, str | None], notes: Mapping[str, Any], before: Mapping[str, Tensor]
+) -> dict[str, Content]:
+    """The files of an adapter folder. base: the weights beneath, a folder or a name with its commit; notes: what PEFT
+    has no key for; before: earlier adapters, of the same matrices and scale, that these were trained on."""
+    rank, scale, targets = adapter_shape(model)
+    tensors, scalar = adapter_tensors(model), isinstance(model, ScalarModel)
+    for name, tensor in before.items():
+        tensors[name] = torch.cat((tensor.to(tensors[name].device), tensors[name]), int("lora_B" in name))
+    rank = sum(notes.get("ranks", [rank]))
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
-        "base_model_name_or_path": str(base.resolve()),
+        "base_model_name_or_path": base[0],
+        "revision": base[1],
         "r": rank,
-        "lora_alpha": first.scale * rank,
+        "lora_alpha": scale * rank,
         "inference_mode": True,
-        "target_modules": sorted(linears),
+        "target_modules": targets,
         "modules_to_save": ["score"] if scalar else None,
     }
-    return {CONFIG: json_bytes(config), NOTES: json_bytes(notes), WEIGHTS: tensor_chunks(adapter_tensors(model))}
+    return {CONFIG: json_bytes(config), NOTES: json_bytes(notes), WEIGHTS: tensor_chunks(tensors)}
+
+
+def adapter_shape(model: nn.Module) -> tuple[int, float, list[str]]:
+    """Rank, scale and matrices of a model's adapters."""
+    linears = {name.rpartition(".")[2]: linear for name, linear in adapted(model) if linear.adapter is not None}
+    first = next(iter(linears.values())).adapter
+    assert first is not None
+    return len(first.a), first.scale, sorted(linears)
+
+
+def split_ranks(tensors: Mapping[str, Tensor], ranks: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The adapters of each stage, by PEFT's names, from those that lie side by side; a head goes with each."""
+    parts, start = list[dict[str, Tensor]](), 0
+    for rank in ranks:
+        rows = slice(start, start := start + rank)
+        cuts = {"lora_A": (rows,), "lora_B": (slice(None), rows)}
+        split = {name: tensor[cuts.get(name.split(".")[-2], ())] for name, tensor in tensors.items()}
+        parts.append({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in split.items()})
+    return parts
 
 
 def adapter_notes(folder: Path) -> dict[str, Any]:
@@ -125,14 +153,14 @@ def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor], scale: float,
     for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
         matrix = name.removesuffix(".lora_A.weight")
         a, b = left.pop(name), left.pop(f"{matrix}.lora_B.weight", None)
-        linear = linears.get(matrix.removeprefix(_PEFT))
+        linear = linears.get(matrix.removeprefix(PEFT))
         if b is None or linear is None:
             raise UserError("E-CKPT-KEYS", f"{name} belongs to no matrix of this model", where=where)
         if (a.shape[1], b.shape[0]) != (linear.in_features, linear.out_features) or len(a) != b.shape[1]:
             raise UserError("E-CKPT-SHAPE", f"{name} and its B don't fit the base's matrix", where=where)
         device = linear.weight.device
         linear.adapter = Adapter(a.float().to(device), b.float().to(device), scale)
-    head = left.pop(f"{_PEFT}score.weight", None)
+    head = left.pop(f"{PEFT}score.weight", None)
     if isinstance(model, ScalarModel):
         if head is None or head.shape != model.score.weight.shape:
             raise UserError("E-CKPT-KEYS", "the adapter has no scalar head of this width", where=where)

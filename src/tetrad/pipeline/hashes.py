@@ -34,7 +34,7 @@ class Hashes:
         if isinstance(known, list) and len(known) == 2 and known[0] == seen:
             return str(known[1])
         with phase(f"hashing {path.name}"):
-            digest = storage.sha256_file(Path(name))
+            digest = storage.digest_of(Path(name))
         if min(abs(time.time() - changed) for changed in (status.st_mtime, status.st_ctime)) > _SETTLED_SECONDS:
             self._known[name] = [seen, digest]
             self._changed = True

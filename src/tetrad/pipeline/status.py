@@ -12,6 +12,7 @@ from typing import Any
 
 from tetrad import storage
 from tetrad.console import Console
+from tetrad.model.inspect import verify_base
 from tetrad.pipeline.hashes import Hashes
 from tetrad.report import outcome
 from tetrad.report.verdict import Verdict
@@ -50,12 +51,14 @@ def state(step: Step, hashes: Hashes) -> str:
 
 
 def verify(folder: Path, hashes: Hashes) -> None:
-    """Verifies the files of a folder that has a manifest; those whose hash is cached are not read."""
+    """Verifies the files of a folder that has a manifest, and the base of adapters; files whose hash is cached are not
+    read."""
     if (folder / storage.MANIFEST).is_file():
         files = storage.read_manifest(folder)["files"]
         paths = {folder / name: entry["sha256"] for name, entry in files.items()}
         if not all(path.is_file() and hashes.of(path) == sha256 for path, sha256 in paths.items()):
             storage.verify_folder(folder)
+    verify_base(folder, hashes.of)
 
 
 def _is_locked(path: Path) -> bool:

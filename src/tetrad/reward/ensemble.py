@@ -1,6 +1,5 @@
 """The reward models that a stage trains, one per seed: how they are built and saved."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 from torch import nn
 
 from tetrad.model.huggingface import members_content, read_causal, read_scalar
-from tetrad.model.lora import merged
+from tetrad.model.lora import adapter_tensors, merged
+from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, grow_vocabulary
 from tetrad.reward.annotators import LR as ANNOTATORS_LR
 from tetrad.reward.annotators import Annotators, annotator_report
@@ -17,7 +17,6 @@ from tetrad.reward.metrics import RewardMetrics
 from tetrad.reward.model import RewardModel, score_sequences
 from tetrad.seeds import seed_for
 from tetrad.storage import Content, json_bytes
-from tetrad.text.tokenizer import Tokenizer
 from tetrad.training import adapters
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import Optimizer, OptimizerGroup
@@ -92,15 +91,15 @@ def _member(ctx: StageContext, data: RewardData, base: CausalLM | None, seed: in
 
 def save(ctx: StageContext, stage: StageRun, model: RewardModel, metrics: RewardMetrics, **reports: Any) -> None:
     """Leaves a model that others load. reports: by the name of their JSON file; none for an empty one."""
-    adapters.save_adapter(ctx, model.members[0], model.folder)
-    whole, tokenizer = exported(model.members, model.tokenizer)
     files: dict[str, Content] = {f"{name}.json": json_bytes(report) for name, report in reports.items() if report}
-    finish(ctx, stage, whole[0], tokenizer, model.template, metrics.record(), files | members_content(whole))
-
-
-def exported(models: Sequence[ScalarModel], tokenizer: Tokenizer) -> tuple[list[ScalarModel], Tokenizer]:
-    """Whole models, and a tokenizer with a padding token: transformers reads scores at the last non-padding token."""
-    whole, tokenizer = [merged(model) for model in models], tokenizer.with_pad()
-    for model in whole:
-        grow_vocabulary(model, tokenizer.size)
-    return whole, tokenizer
+    tokenizer = model.tokenizer.with_pad()  # transformers reads scores at the last non-padding token
+    first, *others = model.members
+    if adapters.keeps(ctx, first, model.folder):
+        tensors = [{**adapter_tensors(member), "bias": member.bias} for member in others]
+        files |= {f"member-{number}.safetensors": tensor_chunks(own) for number, own in enumerate(tensors, start=2)}
+    else:
+        whole = [merged(member) for member in model.members]
+        for member in whole:
+            grow_vocabulary(member, tokenizer.size)
+        files |= members_content(whole)
+    finish(ctx, stage, first, tokenizer, model.template, metrics.record(), files, model.folder)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tetrad.distributed.device import Device, choose
 from tetrad.inference.model_folder import refuse_other_tokenizer
 from tetrad.model.huggingface import read_scalar
-from tetrad.model.lora import merged, share_weights
+from tetrad.model.lora import adapter_tensors, merged, share_weights
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head
 from tetrad.reward.model import Reward, reward_function, sample_tokenizer
@@ -189,14 +189,17 @@ def _on_one_base(
 
 
 def save_models(ctx: StageContext, stage: StageRun, models: Models, notes: Mapping[str, Json]) -> None:
-    """The result is the actor or its moving average. The critic, and beside an average the actor itself, are saved too,
-    as whole models even where they are adapters or share a trunk. notes: what the verdict reads in the manifest."""
-    folder, critic = first_parent(ctx, *POLICY), merged(models.critic)
-    extra = {"critic.safetensors": {**dict(critic.named_parameters()), "bias": critic.bias}}
+    """The result is the actor or its moving average. The critic, and beside an average the actor itself, are saved too:
+    as whole models even where they share a trunk; as adapters where the result is. notes: what the verdict reads in the
+    manifest."""
+    folder = first_parent(ctx, *POLICY)
+    keep, critic = adapters.keeps(ctx, models.actor, folder), models.critic
+    saved = dict[str, Tensor](adapter_tensors(critic) if keep else merged(critic).named_parameters())
+    extra = {"critic.safetensors": {**saved, "bias": critic.bias}}
     if models.ema:
-        extra["last.safetensors"] = dict(merged(models.actor).named_parameters())
+        actor = models.actor
+        extra["last.safetensors"] = dict(adapter_tensors(actor) if keep else merged(actor).named_parameters())
         extra = {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in extra.items()}
         models.ema.weights.load_tensors(models.ema.average)  # also of a trunk that the critic shares
     files = {name: tensor_chunks(tensors) for name, tensors in extra.items()}
-    adapters.save_adapter(ctx, models.actor, folder)
-    finish(ctx, stage, merged(models.actor), models.tokenizer, template_for(ctx, folder), notes, files)
+    finish(ctx, stage, models.actor, models.tokenizer, template_for(ctx, folder), notes, files, folder)

@@ -98,3 +98,6 @@ class Lora:
     """An adapter's output is scaled by alpha / rank."""
     targets: Literal["all", "attention"] = "all"
     """Which matrices get one: all of the blocks, or attention's four."""
+    merge: bool = unkeyed(False)
+    """Write whole weights with the adapters merged, and the adapters beside them; else adapters alone, which need their
+    base where it is."""

@@ -38,7 +38,7 @@ class Sft:
     overlong: Literal["refuse", "truncate", "drop"] = "refuse"
     """What to do with a longer record; truncated and dropped ones are counted."""
     adapters: bool = False
-    """Train low-rank adapters (see [lora]); the result has them merged, and beside it in `adapter`."""
+    """Train low-rank adapters (see [lora]); the result is these, on the model beneath."""
     epochs: Positive = 1.0
     """Times the records are read."""
     batch_size: Count = 32

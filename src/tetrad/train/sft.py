@@ -10,7 +10,6 @@ from tetrad.data.tokens import limit_length, refuse_long, tokenize
 from tetrad.distributed import collectives
 from tetrad.distributed.device import choose
 from tetrad.model.huggingface import read_causal
-from tetrad.model.lora import merged
 from tetrad.model.transformer import CausalLM, grow_vocabulary
 from tetrad.text.chat_template import Template
 from tetrad.text.tokenizer import Tokenizer
@@ -46,8 +45,7 @@ def run(ctx: StageContext) -> None:
     with start(ctx, device, steps, {"model": Weights(model), "optimizer": optimizer}) as stage:
         train_language_model(ctx, stage, s, model, optimizer, device, batch)
         metrics = validation_metrics(ctx, model, validation, device)
-        adapters.save_adapter(ctx, model, base_folder)
-        finish(ctx, stage, merged(model), tokenizer, template, metrics)
+        finish(ctx, stage, model, tokenizer, template, metrics, parent=base_folder)
 
 
 def _validation(ctx: StageContext, template: Template, tokenizer: Tokenizer, model: CausalLM) -> list[Tokens]:

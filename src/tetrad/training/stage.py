@@ -10,19 +10,22 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from tetrad import storage
 from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig
-from tetrad.model.huggingface import model_files, read_causal
+from tetrad.model.huggingface import config_files, model_files, read_causal
+from tetrad.model.lora import has_adapters, merged
 from tetrad.model.safetensors_io import file_bytes
-from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.model.transformer import CausalLM, ScalarModel, grow_vocabulary
 from tetrad.report import outcome
 from tetrad.stages import STAGES
 from tetrad.storage import Content, Json, metrics_of
 from tetrad.text.chat_template import Template, choose
 from tetrad.text.tokenizer import Tokenizer
+from tetrad.training import adapters
 from tetrad.training.batches import mean_nll
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import Prepared
@@ -119,11 +122,23 @@ def finish(
     template: Template | None,
     metrics: Mapping[str, Json],
     extra: Mapping[str, Content] | None = None,
+    parent: Path | None = None,
 ) -> None:
-    """Writes <stage>/model: what transformers loads, with the metrics and the lineage in its manifest."""
+    """Writes <stage>/model: what transformers loads, with the metrics and the lineage in its manifest. parent: of
+    adapters, the folder of the model that they were trained on."""
+    own = adapters.result_files(ctx, model, parent) if parent and has_adapters(model) else {}
+    if parent and own and not adapters.keeps(ctx, model, parent):
+        if collectives.is_main():
+            storage.write_folder(ctx.folder / "adapter", own, {"key": ctx.key})
+        model, own = merged(cast(CausalLM, model)), {}
     model.config = _ending_at(model.config, template.end_id(tokenizer) if template else tokenizer.document_end)
     model.config = replace(model.config, pad_id=tokenizer.pad_id)
-    files = {**model_files(model), **tokenizer.files(template), **(extra or {})}
+    if own:  # whoever reads them grows the base's vocabulary
+        model.config = replace(model.config, vocab_size=max(model.config.vocab_size, tokenizer.size))
+    else:
+        grow_vocabulary(model, tokenizer.size)
+    weights = {**config_files(model), **own} if own else model_files(model)
+    files = {**weights, **tokenizer.files(template), **(extra or {})}
     card = _card(ctx, model, metrics)
     if ctx.folder.name == "ppo":
         card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, outcome.Notes.read(metrics)))
@@ -142,6 +157,9 @@ def _card(ctx: StageContext, model: CausalLM | ScalarModel, metrics: Mapping[str
             f"Reward = logit + {float(model.bias):.6g} (`tetrad.reward_bias` in config.json), read at the last token."
         ]
     lines += [f"Loads in transformers with `{auto}.from_pretrained(folder)` and `AutoTokenizer`.", ""]
+    if has_adapters(model):
+        peft = f"`{auto.replace('Auto', 'AutoPeft')}.from_pretrained(folder{', num_labels=1' * ('Seq' in auto)})`"
+        lines += [outcome.ADAPTERS.format(peft), ""]
     lines += [f"- {name}: {value}" for name, value in metrics.items() if isinstance(value, int | float)]
     lines += ["", "Made from (all of it in manifest.json):", ""]
     parents = cast(Mapping[str, Mapping[str, str]], ctx.lineage.get("parents", {}))

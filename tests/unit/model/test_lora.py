@@ -1,7 +1,6 @@
 """Adapters: nothing at the start, the base's own tensors beneath, what is merged and what is read back."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ import toys
 from tetrad.errors import UserError
 from tetrad.inference.engine import generate
 from tetrad.inference.fused_model import Fused
+from tetrad.model.bases import CONFIG
 from tetrad.model.lora import (
     ALL,
     ATTENTION,
-    CONFIG,
     adapter_files,
     adapter_tensors,
     add_adapters,
@@ -102,7 +101,7 @@ def test_read_back_onto_the_same_base():
     model.bias = torch.tensor(0.25)
     add_adapters(model, 3, 6.0, ALL, seed=1)
     filled(model)
-    told = json.loads(b"".join([adapter_files(model, Path("base"), {"reward_bias": 0.25})[CONFIG]]))
+    told = json.loads(b"".join([adapter_files(model, ("base", None), {"reward_bias": 0.25}, {})[CONFIG]]))
     assert (told["r"], told["lora_alpha"], told["task_type"]) == (3, 6.0, "SEQ_CLS")
     again = share_weights(ScalarModel, base)
     load_adapters(again, adapter_tensors(model), told["lora_alpha"] / told["r"], "x")
