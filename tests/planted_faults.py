@@ -434,8 +434,8 @@ FAULTS = (
     Fault(
         "other libraries read another scale",
         "model/lora.py",
-        '"lora_alpha": first.scale * rank',
-        '"lora_alpha": first.scale',
+        '"lora_alpha": scale * rank',
+        '"lora_alpha": scale',
         "parity/test_peft.py::test_an_actors_adapter",
     ),
     Fault(
@@ -486,6 +486,34 @@ FAULTS = (
         "!= weights_digest(base_folder)",
         '!= notes["base_sha256"]',
         "unit/train/test_ppo_stage.py::test_adapters_on_another_base_are_refused",
+    ),
+    Fault(
+        "adapters on adapters are merged without the first",
+        "model/huggingface.py",
+        "        absorb(base)\n",
+        "",
+        "unit/train/test_kept_adapters.py::test_the_numbers_are_those_of_merged_weights",
+    ),
+    Fault(
+        "a changed base is taken",
+        "model/inspect.py",
+        "!= stack.sha256:",
+        "is None:",
+        "unit/train/test_kept_adapters.py::test_a_base_that_is_gone_or_changed",
+    ),
+    Fault(
+        "the base is hashed again for each model",
+        "storage.py",
+        "    return _digest(path, status",
+        "    return _digest.__wrapped__(path, status",
+        "unit/train/test_kept_adapters.py::test_the_base_is_read_once_for_its_sha256",
+    ),
+    Fault(
+        "adapters of another scale are laid beside the first",
+        "training/adapters.py",
+        "[stack.scale, stack.config",
+        "[ours[0], stack.config",
+        "unit/train/test_kept_adapters.py::test_adapters_on_adapters_of_another_run",
     ),
     Fault(
         "the reward model's bias is lost on its base",

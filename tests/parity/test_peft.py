@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import tetrad
 import toys
 from tetrad.cli.main import main
-from tetrad.model.huggingface import model_files
+from tetrad.model.huggingface import model_files, read_members
 from tetrad.model.lora import ALL, adapter_files, add_adapters, merged, share_weights
 from tetrad.model.transformer import CausalLM, ScalarModel, initial_head
 from tetrad.storage import write_folder
+from tiny import Chain
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -132,3 +134,26 @@ def test_a_base_of_the_hub_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(["export", str(tmp_path / "x/stage"), "--to", str(out), "--adapter-only", *words]) == 0
         config = json.loads((out / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == expected
+
+
+def test_a_stage_of_adapters_on_adapters(tmp_path: Path) -> None:
+    """The folder that a run leaves, without export: the adapters of SFT and PPO lie side by side on one base."""
+    chain = Chain(tmp_path)
+    words = ("--sft.adapters", "true", "--reward.adapters", "true", "--ppo.adapters", "true", "--ppo.steps", "2")
+    chain.run(*words, "--ppo.actor-lr", "0.02")
+    peft = importlib.import_module("peft")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(chain.home / "ppo/model").eval()
+    ours = tetrad.load(chain.home / "ppo").model
+    packed = toys.packed([toys.document(IDS[0])])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([IDS[0]])).logits[0]
+        torch.testing.assert_close(ours(packed, "logits"), expected, rtol=1e-4, atol=1e-4)
+        with theirs.disable_adapter():
+            assert (theirs(torch.tensor([IDS[0]])).logits[0] - expected).abs().max() > 0.01
+    folder = chain.home / "reward/model"
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    theirs.config.pad_token_id = toys.PAD
+    model = read_members(folder)[0]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([IDS[0]])).logits[0, 0] + model.bias
+        torch.testing.assert_close(model(packed, "scores")[0], expected, rtol=1e-4, atol=1e-4)

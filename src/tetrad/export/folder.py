@@ -1,6 +1,7 @@
 """A model as a folder of transformers, or its adapters as one of PEFT, without paths of the machine that trained it."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tetrad.model.huggingface import SHARD_BYTES, in_dtype, members_content, mod
 from tetrad.model.inspect import weights_digest
 from tetrad.model.lora import adapter_notes
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
-from tetrad.report.outcome import ADAPTERS, CARD
+from tetrad.report.outcome import CARD
 from tetrad.storage import MANIFEST, Content, Json, json_bytes, read_manifest
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
@@ -71,6 +72,6 @@ def _write(to: Path, folder: Path, files: Mapping[str, Content], note: str, meta
     about: dict[str, Json] = {"key": key, "metrics": storage.metrics_of(own), "exported": source}
     words = {name: (folder / name).read_bytes() for name in _COPIED if (folder / name).is_file()}
     card = (folder / CARD).read_text(encoding="utf-8", errors="replace") if (folder / CARD).is_file() else ""
-    card = "\n".join(line for line in card.splitlines() if not line.startswith(ADAPTERS[:14]))
+    card = re.sub(r"Loads in PEFT with `AutoPeft(\w+).*", r"Loads in transformers with `Auto\1`.", card)
     card = f"{card.rstrip() or '# ' + to.name}\n\n{note} Written by `tetrad export`.\n"
     storage.write_folder(to, {**files, **words}, about, {CARD: card.encode(errors="backslashreplace")})

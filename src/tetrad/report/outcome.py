@@ -16,8 +16,6 @@ from tetrad.stages import Recipe
 from tetrad.storage import Json
 
 CARD = "README.md"
-ADAPTERS = "Adapters alone: needs `peft` ({}) and the base; `tetrad export MODEL --to FOLDER` writes whole weights."
-"""A line of the card of adapters, with PEFT's way to load them."""
 _HEADING = "\n## Verdict\n\n"
 
 

@@ -156,10 +156,12 @@ def _card(ctx: StageContext, model: CausalLM | ScalarModel, metrics: Mapping[str
         lines += [
             f"Reward = logit + {float(model.bias):.6g} (`tetrad.reward_bias` in config.json), read at the last token."
         ]
-    lines += [f"Loads in transformers with `{auto}.from_pretrained(folder)` and `AutoTokenizer`.", ""]
-    if has_adapters(model):
-        peft = f"`{auto.replace('Auto', 'AutoPeft')}.from_pretrained(folder{', num_labels=1' * ('Seq' in auto)})`"
-        lines += [outcome.ADAPTERS.format(peft), ""]
+    if has_adapters(model):  # `tetrad export` looks for this line
+        auto, given = auto.replace("Auto", "AutoPeft"), ", num_labels=1" if isinstance(model, ScalarModel) else ""
+        about = "on the base that adapter_config.json names; `tetrad export MODEL --to FOLDER` writes whole weights"
+        lines += [f"Loads in PEFT with `{auto}.from_pretrained(folder{given})` and `AutoTokenizer`, {about}.", ""]
+    else:
+        lines += [f"Loads in transformers with `{auto}.from_pretrained(folder)` and `AutoTokenizer`.", ""]
     lines += [f"- {name}: {value}" for name, value in metrics.items() if isinstance(value, int | float)]
     lines += ["", "Made from (all of it in manifest.json):", ""]
     parents = cast(Mapping[str, Mapping[str, str]], ctx.lineage.get("parents", {}))

@@ -82,7 +82,7 @@ def test_the_average_is_the_result_and_the_actor_is_kept(chain: Chain) -> None:
 @pytest.mark.parametrize("words", [(), ADAPTERS, (*ADAPTERS, "--ppo.critic", "shared"), ("--ppo.critic", "shared")])
 def test_what_is_kept_beside_the_result_are_whole_models(chain: Chain, words: tuple[str, ...]) -> None:
     """Plain weights by a model's own names; a critic on the actor's trunk has the actor's, not its average's."""
-    chain.run(*words, "--ppo.ema-decay", "0.5")
+    chain.run(*words, "--ppo.ema-decay", "0.5", "--lora.merge", "true")
     model = chain.home / "ppo/model"
     average, last, critic = (read_tensors(model / f"{name}.safetensors") for name in ("model", "last", "critic"))
     assert last.keys() == average.keys()
@@ -206,8 +206,9 @@ def test_adapters_leave_the_reference_what_the_sft_model_is(chain: Chain) -> Non
     chain.run(*ADAPTERS)
     first = chain.lines("ppo")[0]
     assert first["kl"] == first["kl_k3"] == 0.0
-    files = {path.name for path in (chain.home / "ppo/adapter").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors", "tetrad.json", "manifest.json"}
+    last = read_tensors(chain.home / "ppo/model/critic.safetensors")
+    head = {"base_model.model.score.weight", "bias"}
+    assert last.keys() == {*read_tensors(chain.home / "ppo/model/adapter_model.safetensors"), *head}
 
 
 def test_adapters_score_as_the_merged_reward_model_does(chain: Chain) -> None:
@@ -222,9 +223,20 @@ def test_adapters_score_as_the_merged_reward_model_does(chain: Chain) -> None:
 
 
 def test_adapters_on_another_base_are_refused(chain: Chain) -> None:
-    chain.run(*ADAPTERS)
+    chain.run(*ADAPTERS, "--lora.merge", "true", "--lora.rank", "4")
     config = chain.home / "reward/adapter"
-    other = ("--reward.adapters", "true", "--ppo.adapters", "true", "--ppo.steps", "3")
+    other = (
+        "--reward.adapters",
+        "true",
+        "--ppo.adapters",
+        "true",
+        "--ppo.steps",
+        "3",
+        "--lora.merge",
+        "true",
+        "--lora.rank",
+        "4",
+    )
     files = {path.name: path.read_bytes() for path in config.iterdir() if path.name != "manifest.json"}
     digest = json.loads(files["tetrad.json"])["base_sha256"].encode()
     from tetrad import storage
