@@ -5,7 +5,7 @@ wrote have a manifest and are verified before they are read.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from tetrad.errors import UserError
-from tetrad.model.bases import WEIGHTS, stack_of
-from tetrad.model.config import DecoderConfig, config_json, eos_json
+from tetrad.model.bases import is_stack, stack_of
+from tetrad.model.config import DecoderConfig, config_json, eos_json, read_config
 from tetrad.model.inspect import inspect, verify_own
-from tetrad.model.lora import PEFT, absorb, load_adapters, share_weights, split_ranks
+from tetrad.model.lora import PEFT, absorb, load_adapters, split_ranks
 from tetrad.model.safetensors_io import read_tensors, tensor_chunks
 from tetrad.model.transformer import CausalLM, M, ScalarModel, grow_vocabulary, initial_head, on_meta
 from tetrad.storage import Content, json_bytes
@@ -26,14 +26,12 @@ SHARD_BYTES = 5 * 2**30
 
 def read_causal(folder: Path) -> CausalLM:
     """A language model in float32, with its adapters merged. Errors: E-MODEL-*, E-CKPT-*."""
-    stacked = _stacked(CausalLM, folder)
-    return next(stacked) if stacked else _filled(CausalLM, *_read(folder))
+    config, tensors = _read(folder)
+    return _filled(CausalLM, config, tensors)
 
 
 def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
     """A reward model or critic in float32; from a language model's folder, its decoder and a fresh head."""
-    if stacked := _stacked(ScalarModel, folder, seed):
-        return next(stacked)
     config, tensors = _read(folder, scalar=True)
     if "score.weight" not in tensors:
         tensors["score.weight"] = initial_head(config.hidden_size, seed)
@@ -42,11 +40,9 @@ def read_scalar(folder: Path, seed: int = 0) -> ScalarModel:
 
 def read_members(folder: Path) -> tuple[ScalarModel, ...]:
     """A reward model and the further members of its ensemble, if it has any. Errors: E-MODEL-*, E-CKPT-*."""
-    if stacked := _stacked(ScalarModel, folder):
-        return tuple(stacked)
     members = [read_scalar(folder)]
-    for path in _member_files(folder):
-        tensors = read_tensors(path)
+    for path in sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2])):
+        tensors = _merged(folder, read_tensors(path))
         shapes = {**{name: p.shape for name, p in members[0].named_parameters()}, "bias": torch.Size()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             code = "E-CKPT-KEYS" if tensors.keys() != shapes.keys() else "E-CKPT-SHAPE"
@@ -57,37 +53,18 @@ def read_members(folder: Path) -> tuple[ScalarModel, ...]:
     return tuple(members)
 
 
-def _member_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("member-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
-
-
-def _stacked(kind: type[M], folder: Path, seed: int = 0) -> Iterator[M] | None:
-    """The model of a folder of adapters, then the further members of its ensemble, whose decoders share what has no
-    adapter; None for a folder of whole weights. seed: of a head, if there is none."""
+def _merged(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder's model; of adapters, the weights beneath with these added, and what lies beside them."""
     if not (stack := stack_of(folder)):
-        return None
-    verify_own(folder)
-    facts, base = inspect(folder, scalar=kind is ScalarModel), _filled(CausalLM, *_read(stack.base, verified=True))
-    *before, own = split_ranks(read_tensors(folder / WEIGHTS), stack.ranks)
-    for adapters in before:
-        load_adapters(base, adapters, stack.scale, str(folder))
-        absorb(base)
-    if not facts.reward:
-        own |= {f"{PEFT}score.weight": initial_head(facts.config.hidden_size, seed)}
-
-    def models() -> Iterator[M]:
-        for path in (None, *_member_files(folder)):
-            tensors = read_tensors(path) if path else own
-            bias, model = tensors.pop("bias", torch.tensor(facts.config.reward_bias)), share_weights(kind, base)
-            load_adapters(model, tensors, stack.scale, str(path or folder))
-            absorb(model)
-            grow_vocabulary(model, facts.config.vocab_size)
-            model.config = facts.config
-            if isinstance(model, ScalarModel):
-                model.bias = bias.float()
-            yield model
-
-    return models()
+        return tensors
+    model, left = _filled(CausalLM, *_read(stack.base, verified=True)), dict(tensors)
+    lora = {name: left.pop(name) for name in tensors if ".lora_" in name}
+    for adapters in split_ranks(lora, stack.ranks):
+        load_adapters(model, adapters, stack.scale, str(folder))
+        absorb(model)
+    grow_vocabulary(model, read_config(folder).vocab_size)
+    whole = {name: p.detach() for name, p in model.named_parameters() if not left or name != "lm_head.weight"}
+    return whole | {name.removeprefix(PEFT): tensor for name, tensor in left.items()}
 
 
 def members_content(members: Sequence[ScalarModel], dtype: str = "float32") -> dict[str, Content]:
@@ -115,9 +92,9 @@ def _read(folder: Path, *, scalar: bool = False, verified: bool = False) -> tupl
     if not verified:
         verify_own(folder)
     facts, tensors = inspect(folder, scalar=scalar), dict[str, Tensor]()
-    for path in facts.files:
+    for path in facts.files[-1:] if is_stack(folder) else facts.files:
         tensors |= read_tensors(path)
-    return facts.config, tensors
+    return facts.config, _merged(folder, tensors)
 
 
 def _filled(kind: type[M], config: DecoderConfig, tensors: Mapping[str, Tensor]) -> M:

@@ -96,15 +96,20 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
+def stacked(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's adapters, and its head, beside earlier ones of the same matrices and scale that it was trained on."""
+    tensors = adapter_tensors(model)
+    for name, tensor in before.items():
+        tensors[name] = torch.cat((tensor.to(tensors[name].device), tensors[name]), int("lora_B" in name))
+    return tensors
+
+
 def adapter_files(
     model: nn.Module, base: tuple[str, str | None], notes: Mapping[str, Any], before: Mapping[str, Tensor]
 ) -> dict[str, Content]:
     """The files of an adapter folder. base: the weights beneath, a folder or a name with its commit; notes: what PEFT
-    has no key for; before: earlier adapters, of the same matrices and scale, that these were trained on."""
-    rank, scale, targets = adapter_shape(model)
-    tensors, scalar = adapter_tensors(model), isinstance(model, ScalarModel)
-    for name, tensor in before.items():
-        tensors[name] = torch.cat((tensor.to(tensors[name].device), tensors[name]), int("lora_B" in name))
+    has no key for; before: as `stacked` takes them."""
+    (rank, scale, targets), scalar = adapter_shape(model), isinstance(model, ScalarModel)
     rank = sum(notes.get("ranks", [rank]))
     config = {
         "peft_type": "LORA",
@@ -117,7 +122,8 @@ def adapter_files(
         "target_modules": targets,
         "modules_to_save": ["score"] if scalar else None,
     }
-    return {CONFIG: json_bytes(config), NOTES: json_bytes(notes), WEIGHTS: tensor_chunks(tensors)}
+    weights = tensor_chunks(stacked(model, before))
+    return {CONFIG: json_bytes(config), NOTES: json_bytes(notes), WEIGHTS: weights}
 
 
 def adapter_shape(model: nn.Module) -> tuple[int, float, list[str]]:

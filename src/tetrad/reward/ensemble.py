@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tetrad.model.huggingface import members_content, read_causal, read_scalar
-from tetrad.model.lora import adapter_tensors, merged
+from tetrad.model.lora import merged, stacked
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, grow_vocabulary
 from tetrad.reward.annotators import LR as ANNOTATORS_LR
@@ -95,7 +95,8 @@ def save(ctx: StageContext, stage: StageRun, model: RewardModel, metrics: Reward
     tokenizer = model.tokenizer.with_pad()  # transformers reads scores at the last non-padding token
     first, *others = model.members
     if adapters.keeps(ctx, first, model.folder):
-        tensors = [{**adapter_tensors(member), "bias": member.bias} for member in others]
+        before = adapters.earlier(first, model.folder)
+        tensors = [{**stacked(member, before), "bias": member.bias} for member in others]
         files |= {f"member-{number}.safetensors": tensor_chunks(own) for number, own in enumerate(tensors, start=2)}
     else:
         whole = [merged(member) for member in model.members]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from tetrad import storage
 from tetrad.errors import UserError
@@ -62,6 +62,11 @@ def _before(model: nn.Module, parent: Path) -> Stack | None:
     return stack if stack and [stack.scale, stack.config["target_modules"]] == ours else None
 
 
+def earlier(model: nn.Module, parent: Path) -> dict[str, Tensor]:
+    """The tensors of the parent's adapters beside which the model's lie; none without any."""
+    return read_tensors(parent / WEIGHTS) if _before(model, parent) else {}
+
+
 def result_files(ctx: StageContext, model: CausalLM | ScalarModel, parent: Path) -> dict[str, Content]:
     """The model's adapters in PEFT's format, beside the parent's on the base of these, if that may be."""
     before = _before(model, parent)
@@ -77,7 +82,7 @@ def result_files(ctx: StageContext, model: CausalLM | ScalarModel, parent: Path)
         "trained_on_sha256": weights_digest(parent),
     }
     notes |= {"reward_bias": float(model.bias)} if isinstance(model, ScalarModel) else {}
-    return adapter_files(model, (name, commit), notes, read_tensors(parent / WEIGHTS) if before else {})
+    return adapter_files(model, (name, commit), notes, earlier(model, parent))
 
 
 def load_reward_adapter(ctx: StageContext, base: CausalLM) -> ScalarModel:
