@@ -89,6 +89,11 @@ def test_adapters_on_a_base_by_name(served: mirror.Mirror, tmp_path: Path) -> No
     runs = f"{tmp_path}/runs"  # this process remembers the store of another test by its relative path
     assert main(["sft", "recipe/recipe.toml", "--sft.adapters", "true", "--run.out", runs]) == 0
     assert main(["export", f"{runs}/recipe/sft", "--to", "adapter", "--adapter-only", "--base", "me/base"]) == 0
+    config = json.loads(Path(runs, "recipe/sft/model/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/base" and len(config["revision"]) == 40
+    assert main(["generate", f"{runs}/recipe/sft", "--max-new-tokens", "2", "--instruction", "go"]) == 0
+    assert main(["export", f"{runs}/recipe/sft", "--to", "own", "--adapter-only"]) == 0
+    assert json.loads(Path("own/adapter_config.json").read_text())["revision"] == config["revision"]
 
 
 def test_lengths_are_checked_once_the_model_is_here(served: mirror.Mirror, capsys: pytest.CaptureFixture[str]) -> None:
