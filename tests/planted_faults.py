@@ -90,7 +90,7 @@ FAULTS = (
     Fault(
         "8 old log-probabilities are the sampler's",
         "train/ppo.py",
-        "logprobs = read_logprobs(models.actor, *read, s.temperature)",
+        "logprobs = read_logprobs(models.actor, *inputs, s.temperature)",
         "logprobs = rollout.sampler_logprobs_BT",
         f"{PPO}::test_kl_to_the_reference_starts_at_exactly_nothing",
     ),
@@ -371,8 +371,8 @@ FAULTS = (
     Fault(
         "the reference learns",
         "train/ppo.py",
-        "ref_logprobs = read_logprobs(models.reference, *read, s.temperature)",
-        "ref_logprobs = read_logprobs(models.actor, *read, s.temperature)",
+        "ref_logprobs = read_logprobs(models.reference, *inputs, s.temperature)",
+        "ref_logprobs = read_logprobs(models.actor, *inputs, s.temperature)",
         f"{PPO}::test_kl_to_the_reference_starts_at_exactly_nothing",
     ),
     Fault(
