@@ -11,7 +11,7 @@ import torch
 
 import toys
 from tetrad.model.huggingface import read_scalar
-from tetrad.reward.ensemble import exported
+from tetrad.model.transformer import grow_vocabulary
 from tetrad.reward.model import score_sequences
 from tetrad.text.tokenizer import Tokenizer
 
@@ -67,7 +67,8 @@ def test_without_a_pad_to_spare_it_gets_one(tmp_path: Path, spare: int) -> None:
     tokenizer = Tokenizer(json.dumps(spec))
     model = toys.scalar(seed=5, vocab_size=40 + spare, pad_id=None)
     before = score_sequences(model, [toys.document(ids) for ids in IDS], toys.CPU, 64)
-    (grown,), own = exported([model], tokenizer)
+    grown, own = model, tokenizer.with_pad()
+    grow_vocabulary(grown, own.size)
     assert (own.pad_id, grown.config.vocab_size) == (40, max(41, 40 + spare))
     grown.config = replace(grown.config, pad_id=own.pad_id)
     theirs, bias = read(toys.saved(tmp_path, grown))
