@@ -17,6 +17,7 @@ from tetrad import storage
 from tetrad.console import Console
 from tetrad.data.fields import fold, usual_names
 from tetrad.data.parquet import plain
+from tetrad.data.records import parts
 from tetrad.data.rows import rows
 from tetrad.data.source import Counts, DataFiles, kind, sources
 from tetrad.datacheck.check import encoder_of, first_error
@@ -170,7 +171,7 @@ def _split(reading: Reading, folder: Path, share: float, console: Console) -> tu
         stem = file.path.name.partition(".")[0]
         places = [folder / f"{stem}.{part}.jsonl" for part in ("train", "valid")]
         for place in places:
-            _refuse_existing(place)
+            _refuse_existing(place, "move this one away, or keep the file whole with --split 0")
         sides: tuple[list[bytes], list[bytes]] = ([], [])
         for row in rows(file.path, Counts(), {}):
             line = json.dumps(plain(row.read()), ensure_ascii=False) + "\n"
@@ -223,11 +224,7 @@ def _lengths(draft: Draft, readings: Mapping[Part, Reading], talks: Sequence[Rea
 
 def _template(draft: Draft, talks: Sequence[Reading], encoder: Encoder, base: Path | None) -> None:
     """A base's own template, if it has one; else `instruction` for single questions and `chatml` for conversations."""
-    several = any(
-        len(record.prompt.turns if hasattr(record, "prompt") else record.turns) > 3
-        for r in talks
-        for record in r.records
-    )
+    several = any(len(parts(record)[0]) > 2 for reading in talks for record in reading.records)
     if base and encoder.template.name != "instruction":
         draft.put("sft", "template", encoder.template.name, "the base's own")
     elif several:
@@ -240,7 +237,6 @@ def _relative(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder)
 
 
-def _refuse_existing(path: Path) -> None:
+def _refuse_existing(path: Path, hint: str = "name another file with --out, or move this one away") -> None:
     if path.exists():
-        hint = "name another file with --out, or move this one away"
         raise UserError("E-CONF-CONFLICT", "this file is there already", where=str(path), hint=hint)

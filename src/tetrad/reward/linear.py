@@ -21,6 +21,7 @@ from tetrad.inference.completions import Completion
 from tetrad.reward.batches import Examples, Record, judgements
 from tetrad.storage import MANIFEST, read_manifest, sha256_file
 from tetrad.training.context import renamed
+from tetrad.types import Score
 
 PENALTY = 0.2  # of the squared weights: by cross-validation on 4,700 rated sentences
 _WORD = re.compile(r"[^\W\d_\u3400-\u9fff]+(?:'[^\W\d_]+)*|\d+|[\u3400-\u9fff]|[!?！？]")
@@ -92,7 +93,7 @@ def _tfidf(documents: Iterable[Mapping[str, int]], terms: Mapping[str, int], idf
 
 def _rows(records: Sequence[Record], documents: int) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of the regression in terms of documents, sparse; their targets and weights."""
-    scores = torch.tensor([score for r in records if (score := getattr(r, "score", None)) is not None]).double()
+    scores = torch.tensor([record.score for record in records if isinstance(record, Score)]).double()
     mean, std = (float(scores.mean()), float(scores.std(correction=0))) if len(scores) else (0.0, 1.0)
     given = judgements(records, mean, std or 1.0)
     scored, pairs = len(given.scored_S), len(given.winners_P)

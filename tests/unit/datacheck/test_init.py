@@ -113,6 +113,13 @@ def test_conversations_and_long_records(here: Path) -> None:
     assert recipe["model"] == {"max_positions": 4096}
 
 
+def test_a_preference_after_several_turns_is_a_conversation_too(here: Path) -> None:
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    pairs = [{"messages": talk, "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(3)]
+    recipe, _ = made("texts.txt", write("sft.jsonl", SFT), write("pairs.jsonl", pairs), split=0)
+    assert recipe["sft"]["template"] == "chatml"
+
+
 def test_from_a_base(run: Path, here: Path) -> None:
     """Its template, and a rate for a model that has learned already; what it cannot read is dropped and counted."""
     base, long = str(run / "sft"), {"Instruction": "Say. " * 300, "Output": "x"}
