@@ -11,15 +11,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from tetrad import streams
+from tetrad.cli.common import LOWER, flags, look_at, needs_extra, note, settings_of, with_console, with_words
 from tetrad.errors import EXIT_LOST, EXIT_STOPPED, Stopped, UserError
 
-T = TypeVar("T")
-_LENGTH = "the number and length of the records"
-_LOWER = {"generate": "--max-num-seqs, then --max-new-tokens", "chat": "--max-new-tokens"}
-"""What reduces memory, for commands without a recipe."""
 _EXITS = """exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint or model, 5 numbers, 6 disk or memory,
             7 the run folder is in use, 8 a process of several was lost, 75 stopped on request (run the same command to
             resume), 130 interrupted"""
@@ -53,13 +50,8 @@ def _report(error: BaseException) -> int:
             return code
         if isinstance(error, Exception) and code not in (EXIT_STOPPED, EXIT_LOST):
             message += watchdog.label()
-    _note(message)
+    note(message)
     return code
-
-
-def _note(text: str) -> None:
-    """A line on stderr, if that can be written to."""
-    streams.guarded(sys.stderr, outlives=True).write(text + "\n")
 
 
 def _several() -> bool:
@@ -149,6 +141,9 @@ def commands() -> dict[str, Command]:
         "generate": Command("MODEL", "answer one prompt or a file of prompts", _generate, "Generate"),
         "chat": Command("MODEL", "talk to a model", _chat, "Chat"),
         "score": Command("MODEL", "score answers with a reward model", _score, "ScoreFile"),
+        "serve": Command(
+            "MODEL ...", "a model over HTTP as OpenAI's API, a reward model, a chat page", _serve, "Serve"
+        ),
         "explain": Command("RUN | METRIC", explains, _explain, "Explain"),
         "export": Command("MODEL", exports, _export, "Export"),
         "doctor": Command("", "versions, device, memory; with --vectors FILE the numeric self-test", _doctor, "Doctor"),
@@ -214,81 +209,28 @@ def _recipe(verb: str, words: list[str]) -> int:
     return 0
 
 
-def _flags(words: list[str]) -> list[str]:
-    """For commands without a recipe: they accept the recipe's name `data.rename` as well as their own."""
-    return ["--" + word.removeprefix("--data.") if word.startswith("--data.rename") else word for word in words]
-
-
-def _settings(cls: type[T], verb: str, words: list[str]) -> tuple[T, set[str]]:
-    """The settings of a command that uses a model, whose folder is the only argument without a flag."""
-    from tetrad.hub import is_model
-    from tetrad.inference.model_folder import model_folder, own_sampling
-    from tetrad.settings.arguments import nest, parse
-    from tetrad.settings.base import options
-    from tetrad.settings.check import build
-    from tetrad.settings.use import Sample
-
-    known = options(cls)
-    plain, values, places = parse(_flags(words), known)
-    if "model" in known and plain and "model" not in values:
-        values["model"] = plain.pop(0)
-    if plain:
-        hint = f"`tetrad {verb} --help` shows the settings"
-        raise UserError("E-CONF-SYNTAX", f"unexpected argument {plain[0]!r}", where=verb, hint=hint)
-    for name in ("model", "data"):
-        if name in known and not values.get(name):
-            flag = "MODEL" if name == "model" else "--data FILE.jsonl"
-            hint = f"tetrad {verb} MODEL" + (" --data FILE.jsonl" if "data" in known else "")
-            raise UserError("E-CONF-MISSING", f"{flag} is missing", where=verb, hint=hint)
-    if verb in ("generate", "chat", "score", "export"):
-        given: Any = build(cls, nest(values), places)  # a wrong flag is reported before anything is downloaded
-        if names := [name for name in (given.model, getattr(given, "reward", "")) if is_model(name)]:
-            _with_console(lambda names, _: [*map(model_folder, names)], names, verb)
-    own = own_sampling(values["model"]) if issubclass(cls, Sample) else {}
-    return build(cls, own | nest(values), places), set(values)
-
-
-def _with_console(function: Callable[[Any, Any], object], settings: object, verb: str) -> int:
-    from tetrad.console import Console, phase
-    from tetrad.pipeline.runner import explained, stoppable
-
-    console = Console()
-    stops = stoppable(console, lambda doing: KeyboardInterrupt(f"in {doing}; no file was written"))
-    with explained(verb, _LOWER.get(verb, _LENGTH)), stops, phase(verb):
-        function(settings, console)
-    return 0
-
-
-def _look_at(model: str, template: str, *, reward: bool = False) -> None:
-    """Refuses a folder that can't be used, before anything is loaded."""
-    from tetrad.inference import model_folder
-
-    if note := model_folder.usable(model, template=template, reward=reward).note:
-        _note(f"note: {note}")
-
-
 def _generate(words: list[str]) -> int:
     from tetrad.settings.use import Generate, agreed
 
-    settings = agreed(*_settings(Generate, "generate", words))
-    _look_at(settings.model, settings.template)
+    settings = agreed(*settings_of(Generate, "generate", words))
+    look_at(settings.model, settings.template)
     if settings.reward:
-        _look_at(settings.reward, settings.template, reward=True)
+        look_at(settings.reward, settings.template, reward=True)
     from tetrad.cli.generate import generate_file
 
-    return _with_console(generate_file, settings, "generate")
+    return with_console(generate_file, settings, "generate")
 
 
 def _chat(words: list[str]) -> int:
     from tetrad.settings.use import Chat, agreed
 
-    settings = agreed(*_settings(Chat, "chat", words))
-    _look_at(settings.model, settings.template)
+    settings = agreed(*settings_of(Chat, "chat", words))
+    look_at(settings.model, settings.template)
     from tetrad.cli.chat import chat
     from tetrad.console import Console
     from tetrad.pipeline.runner import explained
 
-    with explained("chat", _LOWER["chat"]):
+    with explained("chat", LOWER["chat"]):
         chat(settings, Console())  # Ctrl-C ends a response
     return 0
 
@@ -296,11 +238,31 @@ def _chat(words: list[str]) -> int:
 def _score(words: list[str]) -> int:
     from tetrad.settings.use import ScoreFile
 
-    settings, _ = _settings(ScoreFile, "score", words)
-    _look_at(settings.model, settings.template, reward=True)
+    settings, _ = settings_of(ScoreFile, "score", words)
+    look_at(settings.model, settings.template, reward=True)
     from tetrad.cli.score import score_file
 
-    return _with_console(score_file, settings, "score")
+    return with_console(score_file, settings, "score")
+
+
+def _serve(words: list[str]) -> int:
+    """The models are the words without a flag."""
+    from tetrad.settings.use import Serve
+
+    settings, models = with_words(Serve, "serve", words)
+    if not models and not settings.reward:
+        raise UserError("E-CONF-MISSING", "MODEL is missing", where="serve", hint="tetrad serve MODEL [--reward RM]")
+    needs_extra("serve", "starlette", "uvicorn", "prometheus_client")
+    for model in models:
+        look_at(model, settings.template)
+    if settings.reward:
+        look_at(settings.reward, settings.template, reward=True)
+    from tetrad.cli.serve import serve
+    from tetrad.console import Console
+    from tetrad.pipeline.runner import explained
+
+    with explained("serve", LOWER["serve"]):
+        return serve(models, settings, Console())  # which answers signals itself
 
 
 def _check(words: list[str]) -> int:
@@ -310,7 +272,7 @@ def _check(words: list[str]) -> int:
     from tetrad.settings.check import build
     from tetrad.settings.use import Check
 
-    words = words if any(word.endswith(".toml") for word in words) else _flags(words)
+    words = words if any(word.endswith(".toml") for word in words) else flags(words)
     mine, rest = split(words, options(Check))
     _, values, places = parse(mine, options(Check))
     settings = build(Check, nest(values), places)
@@ -321,7 +283,7 @@ def _check(words: list[str]) -> int:
     if targets and targets[0].endswith(".toml"):
         rest.remove(targets[0])
         recipe = read(targets[0], rest)
-        return _with_console(lambda _, console: check_recipe(recipe, settings, console), settings, "check")
+        return with_console(lambda _, console: check_recipe(recipe, settings, console), settings, "check")
     if not targets or len(targets) < len(rest):
         what = (
             f"unexpected argument {next(w for w in rest if w not in targets)}"
@@ -330,21 +292,14 @@ def _check(words: list[str]) -> int:
         )
         hint = "tetrad check RECIPE.toml, or tetrad check FILE ..."
         raise UserError("E-CONF-SYNTAX" if targets else "E-CONF-MISSING", what, where="check", hint=hint)
-    return _with_console(lambda _, console: check_files(targets, settings, console), settings, "check")
+    return with_console(lambda _, console: check_files(targets, settings, console), settings, "check")
 
 
 def _init(words: list[str]) -> int:
     """The files are the words without a flag."""
-    from tetrad.settings.arguments import nest, parse, split
-    from tetrad.settings.base import options
-    from tetrad.settings.check import build
     from tetrad.settings.use import Init
 
-    mine, files = split(_flags(words), options(Init))
-    _, values, places = parse(mine, options(Init))
-    settings = build(Init, nest(values), places)
-    if unexpected := next((word for word in files if word.startswith("--")), ""):
-        raise UserError("E-CONF-UNKNOWN", f"unexpected argument {unexpected}", where="init", hint="tetrad init --help")
+    settings, files = with_words(Init, "init", flags(words))
     if not files:
         raise UserError("E-CONF-MISSING", "no data is given", where="init", hint="tetrad init FILE ... [--from MODEL]")
     from tetrad.datacheck.init import init
@@ -353,13 +308,13 @@ def _init(words: list[str]) -> int:
     def write(settings: Init, console: Any) -> None:
         read(init(settings, files, console))
 
-    return _with_console(write, settings, "init")
+    return with_console(write, settings, "init")
 
 
 def _explain(words: list[str]) -> int:
     from tetrad.settings.use import Explain
 
-    settings, _ = _settings(Explain, "explain", words)
+    settings, _ = settings_of(Explain, "explain", words)
     if re.fullmatch(r"[\w.]+", settings.model) and not os.path.exists(settings.model):
         from tetrad.report.glossary import explain_metric
 
@@ -368,22 +323,22 @@ def _explain(words: list[str]) -> int:
     from tetrad.pipeline.recipe import read
     from tetrad.rl.explain import explain
 
-    return _with_console(lambda s, console: explain(s, console, read), settings, "explain")
+    return with_console(lambda s, console: explain(s, console, read), settings, "explain")
 
 
 def _export(words: list[str]) -> int:
     from tetrad.settings.use import Export, agreed_export
 
-    settings = agreed_export(*_settings(Export, "export", words))
+    settings = agreed_export(*settings_of(Export, "export", words))
     from tetrad.cli.export import export
 
-    return _with_console(export, settings, "export")
+    return with_console(export, settings, "export")
 
 
 def _doctor(words: list[str]) -> int:
     from tetrad.settings.use import Doctor
 
-    settings, _ = _settings(Doctor, "doctor", words)
+    settings, _ = settings_of(Doctor, "doctor", words)
     from tetrad.cli import doctor
     from tetrad.console import Console
 

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, TypeVar
 
+from annotated_types import Ge, Le
+
 from tetrad.errors import UserError
 from tetrad.settings.base import ESCAPED, Count, File, NotNegative, Seed, Share, TemplateName, Whole, settings
 from tetrad.settings.common import Sampling
@@ -66,6 +68,24 @@ class Chat(Sample):
     """The system message (the Instruction, for a model of the `instruction` template)."""
     reward: str = ""
     """A reward model's folder: `/score` shows its score of the last response."""
+
+
+@settings
+class Serve:
+    """Serve models and a reward model over HTTP."""
+
+    reward: str = ""
+    """A reward model's folder: scores answers, and shows its score beside each answer of the chat page."""
+    host: str = "127.0.0.1"
+    """The address to listen at; any but a loopback one needs a key."""
+    port: Annotated[int, Ge(0), Le(65535)] = 8000
+    """The port; 0 takes a free one."""
+    api_key_file: File = ""
+    """A file, readable by its owner only (mode 0600), with the key that requests must have; or set TETRAD_API_KEY."""
+    max_num_seqs: Count = 32
+    """Most responses that grow together, for each model."""
+    template: TemplateName = ""
+    """How a prompt becomes text, where the model's folder doesn't say."""
 
 
 @settings

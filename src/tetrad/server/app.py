@@ -1,0 +1,61 @@
+"""The application: the routes of every door, behind the guard."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from tetrad.errors import UserError
+from tetrad.server.guard import Guard, Limits, Refused
+from tetrad.server.service import Service
+
+_STATUS = {"DATA": 400, "CONF": 400, "MEM": 503}
+
+
+def create_app(service: Service, limits: Limits, routes: Sequence[BaseRoute]) -> ASGIApp:
+    """The routes and /health behind the guard; their `Refused` and `UserError` become answers."""
+    app = Starlette(
+        routes=[Route("/health", _health), *routes],
+        exception_handlers={
+            Refused: _refused,
+            UserError: _user_error,
+            HTTPException: _http_error,
+            Exception: _internal,
+        },
+    )
+    app.router.redirect_slashes = False  # a redirect would name the host that the request claims
+    app.state.service = service
+    return Guard(app, limits)
+
+
+async def _health(_: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+def _refused(_: Request, error: Any) -> Response:
+    return error.response  # type: ignore[no-any-return]
+
+
+def _user_error(_: Request, error: Any) -> Response:
+    return refusal(error).response
+
+
+def refusal(error: UserError) -> Refused:
+    """A fault that the user can mend, as an answer."""
+    status = _STATUS.get(error.code.split("-")[1], 500)
+    code = "context_length_exceeded" if error.code == "E-DATA-LONG" else error.code
+    return Refused(status, f"{error.what}. {error.hint}".rstrip(". ") + ".", error.where or None, code)
+
+
+def _http_error(request: Request, error: Any) -> Response:
+    what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
+    return Refused(error.status_code, what.get(error.status_code, error.detail), headers=error.headers).response
+
+
+def _internal(_: Request, __: Exception) -> Response:
+    return Refused(500, "a fault of the server", code="internal").response

@@ -1,0 +1,51 @@
+"""What is served: the models by id, and the reward model, each loaded once."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tetrad.errors import UserError
+from tetrad.inference.policy import Policy, load
+from tetrad.reward.model import RewardModel, load_reward
+from tetrad.settings.use import Serve
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, and the thread that generates with it."""
+
+    policy: Policy
+    worker: Any = None
+
+
+@dataclass(frozen=True)
+class Service:
+    """models: by id. scorer: the one thread in which the reward model computes."""
+
+    models: Mapping[str, Served]
+    reward: RewardModel | None
+    settings: Serve
+    scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "scorer"))
+
+
+def load_service(models: Sequence[str], settings: Serve) -> Service:
+    """Loads everything. Errors: E-CONF-DUPKEY, E-MODEL-*, E-CKPT-*."""
+    served = {name: Served(load(folder, settings.template)) for name, folder in model_ids(models).items()}
+    return Service(served, load_reward(settings.reward, settings.template) if settings.reward else None, settings)
+
+
+def model_ids(models: Sequence[str]) -> dict[str, str]:
+    """The models by the last part of their paths, or by as many as make them differ ("a-ppo", "b-ppo").
+
+    Errors: E-CONF-DUPKEY for one that is given twice.
+    """
+    parts = [[part for part in Path(model).parts if part != "/"] or [model] for model in models]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["-".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(models):
+            return dict(zip(names, models, strict=True))
+    twice = next((model for model, times in Counter(models).items() if times > 1), models[-1])
+    raise UserError("E-CONF-DUPKEY", f"{twice} is given twice", where="serve", hint="name each model once")
