@@ -78,10 +78,10 @@ def write_folder(
         raise UserError("E-IO-WRITE", "the disk gave back other bytes than were written", where=str(path / MANIFEST))
 
 
-def write_file(path: Path, content: Content) -> None:
+def write_file(path: Path, content: Content, mode: int = 0o666) -> None:
     """Writes one whole file: the old one stays until the new one is on the disk. Raises E-IO-SPACE, E-IO-WRITE."""
     with _begun_beside(path) as temp:
-        _write_new(temp, content)
+        _write_new(temp, content, mode)
         disk.calls.rename(temp, path)
         disk.sync_folder(path.parent)
 
@@ -118,9 +118,9 @@ def _put_in_place(temp: Path, path: Path) -> None:
         _discard(old)
 
 
-def _write_new(path: Path, content: Content) -> dict[str, Json]:
+def _write_new(path: Path, content: Content, mode: int = 0o666) -> dict[str, Json]:
     digest, size = hashlib.sha256(), 0
-    descriptor = disk.calls.open(path, _NEW_FLAGS, 0o666)
+    descriptor = disk.calls.open(path, _NEW_FLAGS, mode)
     try:
         for chunk in (content,) if isinstance(content, bytes) else content:
             view = memoryview(chunk).cast("B")
@@ -323,7 +323,8 @@ def _render(manifest: Mapping[str, Json]) -> bytes:
 
 
 class LineLog:
-    """An append-only file of JSON lines. A line cut short by a kill is removed when the log is opened again."""
+    """An append-only file of JSON lines. A line cut short by a kill is removed when the log is opened again, and kept
+    in `torn`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -331,26 +332,29 @@ class LineLog:
         with disk.explained(path):
             self._descriptor = disk.calls.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             self._size = os.fstat(self._descriptor).st_size
-            end_of_last_line = path.read_bytes().rfind(b"\n") + 1
-        if end_of_last_line < self._size:
+            raw = path.read_bytes()
+        end_of_last_line = raw.rfind(b"\n") + 1
+        self.torn = raw[end_of_last_line:]
+        if self.torn:
             self.truncate(end_of_last_line)
 
-    def append(self, record: Mapping[str, Json]) -> None:
-        """Adds one line, or raises E-NUM-NONFINITE (NaN, infinity), E-IO-SPACE, E-IO-WRITE and adds none."""
+    def append(self, *records: Mapping[str, Json]) -> None:
+        """Adds a line each, in one write; or raises E-NUM-NONFINITE (NaN, infinity), E-IO-SPACE, E-IO-WRITE and adds
+        none."""
         try:
-            text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-            line = text.encode(errors="backslashreplace") + b"\n"
+            texts = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
         except ValueError as error:
-            what = f"a number to be logged is not finite: {record!s:.200}"
+            what = f"a number to be logged is not finite: {records!s:.200}"
             raise UserError("E-NUM-NONFINITE", what, where=str(self.path)) from error
+        lines = "".join(texts).encode(errors="backslashreplace")
         with disk.explained(self.path):
             try:
-                disk.write_all(self._descriptor, memoryview(line))
+                disk.write_all(self._descriptor, memoryview(lines))
             except OSError:
                 with suppress(OSError):
                     disk.calls.truncate(self._descriptor, self._size)
                 raise
-        self._size += len(line)
+        self._size += len(lines)
 
     def size(self) -> int:
         """Bytes up to the end of the last line."""

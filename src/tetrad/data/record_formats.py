@@ -24,8 +24,10 @@ _PROMPTS = (  # the fields of each kind of prompt; the first kind whose first fi
     ("prompt",),
     ("input",),
 )
-_PREFERENCES = (  # name, required and optional fields of each format; the first complete format is read
-    ("ranked choices", ("choices",), ("annotator", "margin")),
+# Name, required and optional fields of each format; the first complete one is read. Comments and seconds of `tetrad
+# rank` are for people.
+_PREFERENCES = (
+    ("ranked choices", ("choices",), ("annotator", "margin", "comment", "seconds")),
     ("chosen and rejected", ("chosen", "rejected"), ("annotator", "margin", "votes")),
     ("scores", ("output", "score"), ("annotator", "spread")),
 )

@@ -187,19 +187,25 @@ def _cycles(seen: dict[Key, Counter[int]]) -> Iterator[str]:
 
 def agreement(section: Section, judged: Judgements) -> None:
     """Krippendorff's alpha of all who judged the same items, and each person's agreement with the others."""
-    units = [Counter(pair.sign for pair in pairs) for pairs in judged.by_key.values() if len(pairs) > 1]
+    units, alpha = pair_agreement(judged)
     scored = [Counter(score.score for score in scores) for scores in judged.by_text.values() if len(scores) > 1]
-    alphas = {"pair": _alpha(units, "nominal"), "text": _alpha(scored, "interval")}
+    alphas = {"pair": alpha, "text": _alpha(scored, "interval")}
     section.metrics |= {"alpha_pairs": alphas["pair"], "alpha_scores": alphas["text"]}
-    section.metrics |= {"pairs_judged_again": len(units), "texts_scored_again": len(scored)}
-    rows = [("pairs judged more than once", len(units), alphas["pair"])] if units else []
+    section.metrics |= {"pairs_judged_again": units, "texts_scored_again": len(scored)}
+    rows = [("pairs judged more than once", units, alpha)] if units else []
     rows += [("texts scored more than once", len(scored), alphas["text"])] if scored else []
     title = "agreement (Krippendorff's alpha: 1 is perfect, 0 is chance)"
     section.tables.append(Table(title, ("", "number", "alpha"), rows))
-    for what, alpha in alphas.items():
-        if alpha is not None and alpha < 0.2:
-            section.add("warning", "agreement", f"annotators hardly agree on the same {what}: alpha is {alpha:.2f}")
+    for what, value in alphas.items():
+        if value is not None and value < 0.2:
+            section.add("warning", "agreement", f"annotators hardly agree on the same {what}: alpha is {value:.2f}")
     _people(section, _verdicts(_against_others(judged), 20) or _verdicts(_against_reader(judged), 50))
+
+
+def pair_agreement(judged: Judgements) -> tuple[int, float | None]:
+    """How many pairs were judged more than once, and Krippendorff's alpha of them; None where it is undefined."""
+    units = [Counter(pair.sign for pair in pairs) for pairs in judged.by_key.values() if len(pairs) > 1]
+    return len(units), _alpha(units, "nominal")
 
 
 def _alpha(units: Sequence[Counter[Any]], level: Literal["nominal", "interval"]) -> float | None:

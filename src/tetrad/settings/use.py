@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from annotated_types import Ge, Le
 
 from tetrad.errors import UserError
-from tetrad.settings.base import ESCAPED, Count, File, NotNegative, Seed, Share, TemplateName, Whole, settings
+from tetrad.settings.base import ESCAPED, Count, File, NotNegative, Positive, Seed, Share, TemplateName, Whole, settings
 from tetrad.settings.common import Sampling
 
 T = TypeVar("T", bound="Sample")
@@ -86,6 +86,38 @@ class Serve:
     """Most responses that grow together, for each model."""
     template: TemplateName = ""
     """How a prompt becomes text, where the model's folder doesn't say."""
+
+
+@settings
+class Rank(Sample):
+    """A page on which people rank answers, and the file that a reward model learns from."""
+
+    prompts: File = ""
+    """A file of prompts; the answers of a record that has `choices` are ranked as they are, the others are sampled."""
+    rename: tuple[str, ...] = ()
+    """Other names of the file's fields, as question=Instruction."""
+    out: File = ""
+    """The jsonl file of rankings, as the reward stage reads it. The same command goes on with it."""
+    annotators: File = ""
+    """A file with a name a line: each gets a personal link; without it everyone enters a name."""
+    answers: Annotated[int, Ge(2), Le(26)] = 4
+    """Answers to each prompt, sampled from the models in turn."""
+    overlap: Share = 0.0
+    """Share of the prompts that two people rank, which shows how far they agree."""
+    reward: str = ""
+    """A reward model's folder: the prompts whose order it is least certain of come first."""
+    scale: tuple[float, float] | tuple[()] = ()
+    """Also ask for scores on this scale: the lowest and the highest, as reward.score_scale."""
+    controls: File = ""
+    """A file of ranked records whose order is known: 5 % of what is asked, unmarked, and kept out of `out`."""
+    minutes: Positive = 15.0
+    """How long a prompt that someone has open is kept for them."""
+    min_seconds: NotNegative = 0.0
+    """Rankings given faster than this are kept out of `out`, and the annotator is told."""
+    host: str = "127.0.0.1"
+    """The address to listen at; any but a loopback one needs `annotators`."""
+    port: Annotated[int, Ge(0), Le(65535)] = 8000
+    """The port; 0 takes a free one."""
 
 
 @settings
