@@ -62,7 +62,7 @@ class Request:
 
 class Event(NamedTuple):
     """A token of a response. request_id: of the request; sample_index: which of its responses; text: what can be shown
-    now; response: the whole one, with its last token."""
+    now; response: the whole one, with its last token; top: the most likely ids there, if requested."""
 
     request_id: int
     sample_index: int
@@ -70,6 +70,7 @@ class Event(NamedTuple):
     logprob: float
     text: str
     response: Response | None
+    top: Likeliest = ()
 
 
 @dataclass(eq=False)
@@ -314,8 +315,9 @@ def _event(row: _Row, token: int, logprob: float, top: Likeliest) -> Event:
     request = row.request
     row.ids.append(token)
     row.logprobs.append(logprob)
+    top = top[: request.top]
     if request.top:
-        row.top.append(top[: request.top])
+        row.top.append(top)
     text, reason = "", ""
     if token in request.ends:
         reason = "end"
@@ -328,7 +330,8 @@ def _event(row: _Row, token: int, logprob: float, top: Likeliest) -> Event:
         if reason:
             text += row.stream.close()
         row.texts.append(text)
-    return Event(row.request_id, row.sample_index, token, logprob, text, row.response(reason) if reason else None)
+    response = row.response(reason) if reason else None
+    return Event(row.request_id, row.sample_index, token, logprob, text, response, top)
 
 
 def noise(key: Key, max_new_tokens: int) -> np.ndarray:

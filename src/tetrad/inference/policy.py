@@ -66,9 +66,9 @@ class Policy:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """All ids that end a response."""
-        named = (self.form.end_id(self.tokenizer), *self.tokenizer.eos_ids, *self.model.config.eos_ids)
-        return tuple(dict.fromkeys(named))
+        """All ids that end a response: the template's, if there is one, and those of tokenizer and model."""
+        own = (self.template.end_id(self.tokenizer),) if self.template else ()
+        return tuple(dict.fromkeys((*own, *self.tokenizer.eos_ids, *self.model.config.eos_ids)))
 
 
 def load(folder: str | Path, template: str = "", *, device: str = "auto", dtype: str = "auto") -> Policy:

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tetrad.errors import UserError
 from tetrad.inference.policy import Policy, load
 from tetrad.reward.model import RewardModel, load_reward
+from tetrad.server.worker import Worker
 from tetrad.settings.use import Serve
 
 
@@ -17,8 +17,9 @@ from tetrad.settings.use import Serve
 class Served:
     """A model, and the thread that generates with it."""
 
+    name: str
     policy: Policy
-    worker: Any = None
+    worker: Worker
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Service:
 
 def load_service(models: Sequence[str], settings: Serve) -> Service:
     """Loads everything. Errors: E-CONF-DUPKEY, E-MODEL-*, E-CKPT-*."""
-    served = {name: Served(load(folder, settings.template)) for name, folder in model_ids(models).items()}
+    served = {}
+    for name, folder in model_ids(models).items():
+        policy = load(folder, settings.template)
+        served[name] = Served(name, policy, Worker(policy, settings.max_num_seqs, settings.max_model_len))
     return Service(served, load_reward(settings.reward, settings.template) if settings.reward else None, settings)
 
 

@@ -84,6 +84,8 @@ class Serve:
     """A file, readable by its owner only (mode 0600), with the key that requests must have; or set TETRAD_API_KEY."""
     max_num_seqs: Count = 32
     """Most responses that grow together, for each model."""
+    max_model_len: Whole = 0
+    """Most tokens of a prompt with its response; 0 is the model's limit. The memory for them is taken at once."""
     template: TemplateName = ""
     """How a prompt becomes text, where the model's folder doesn't say."""
 

@@ -82,8 +82,10 @@ class Template:
         return [(piece, next(answers) if trained else prompt) for piece, trained in pieces]
 
     def prompt(self, tokenizer: Tokenizer, turns: Sequence[Turn], where: str = "") -> list[int]:
-        """Ids up to where the answer begins."""
-        pieces = [piece for piece, _ in self.pieces(tokenizer, turns, where)]
+        """Ids up to where the answer begins; where the last turn is an answer, up to where that goes on."""
+        pieces = [piece for piece, _ in self.pieces(tokenizer, turns, where, closed=False)]
+        if turns[-1].role == "assistant":
+            pieces.pop()  # its end token
         return [i for piece in pieces for i in (tokenizer.encode(piece) if isinstance(piece, str) else [piece])]
 
     def said(self, text: str) -> str:

@@ -120,6 +120,12 @@ class Tokenizer:
         with _told():
             return self._placed(self._twin.encode(text, add_special_tokens=False).ids)
 
+    def encode_raw(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text that a program wrote whole, as a template's: names of control tokens in it are those tokens.
+        special: with what tokenizer.json puts around a text."""
+        with _told():
+            return list(self._whole.encode(text, add_special_tokens=special).ids)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each user text, on all cores."""
         with _told():
@@ -191,6 +197,13 @@ class Tokenizer:
     def name(self, token: int) -> str:
         """The token as the vocabulary spells it."""
         return self._names[token]
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, control tokens by their name; empty for an id that is no token."""
+        if self._byte_level or token not in self._names:
+            return self._bytes(token) if token in self._names else b""
+        name = self._names[token]
+        return bytes((int(name[3:5], 16),)) if _BYTE_NAME.fullmatch(name) else name.replace("▁", " ").encode()
 
     def control_strings(self, texts: list[str]) -> int:
         """How often these user texts spell a control token."""

@@ -1,0 +1,54 @@
+"""The server of model folders, real and on loopback, in a thread of the tests' process."""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from tetrad.server import chat, completions, tokens
+from tetrad.server.app import create_app
+from tetrad.server.guard import Limits
+from tetrad.server.service import Service, load_service
+from tetrad.settings.use import Serve
+
+
+@dataclass(frozen=True)
+class Running:
+    url: str
+    service: Service
+    loop: asyncio.AbstractEventLoop
+
+
+@contextmanager
+def serving(models: Sequence[Path], settings: Serve = Serve()) -> Iterator[Running]:  # noqa: B008
+    """At a free port, until the context is left."""
+    service = load_service([str(model) for model in models], settings)
+    routes = [route for part in (chat, completions, tokens) for route in part.routes(service)]
+    config = uvicorn.Config(create_app(service, Limits(), routes), "127.0.0.1", 0, log_level="error", http="h11")
+    server, ready = uvicorn.Server(config), threading.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def run() -> None:
+        loops.append(asyncio.get_running_loop())
+        task = asyncio.create_task(server.serve())
+        while not server.started and not task.done():
+            await asyncio.sleep(0.005)
+        ready.set()
+        await task
+        for served in service.models.values():
+            await served.worker.stop()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    try:
+        assert ready.wait(30)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Running(f"http://127.0.0.1:{port}", service, loops[0])
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
