@@ -137,3 +137,30 @@ class Response:
     def finished(self) -> bool:
         """False if the response was cut."""
         return self.reason in ("end", "stop")
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage will do. trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens:
+    trained on, each as often as it is read; read: only read; labels, read_labels: those of them whose logits are
+    computed; sampled: generated in `rounds` of `responses`, `slots` at once, each of at most `new` tokens and up to
+    `positions` with its prompt; after: models loaded for that when training is over; batch: tokens per optimizer step,
+    in records of `length`."""
+
+    name: str
+    trained: float
+    frozen: float
+    tokens: float = 0.0
+    labels: float = 0.0
+    read: float = 0.0
+    read_labels: float = 0.0
+    sampled: float = 0.0
+    adapters: float = 0.0
+    slots: int = 0
+    positions: int = 0
+    batch: int = 0
+    length: int = 0
+    rounds: int = 1
+    responses: int = 0
+    new: int = 0
+    after: int = 0

@@ -283,7 +283,8 @@ def _check(words: list[str]) -> int:
     if targets and targets[0].endswith(".toml"):
         rest.remove(targets[0])
         recipe = read(targets[0], rest)
-        return with_console(lambda _, console: check_recipe(recipe, settings, console), settings, "check")
+        pace = _pace if settings.measure else None
+        return with_console(lambda _, console: check_recipe(recipe, settings, console, pace), settings, "check")
     if not targets or len(targets) < len(rest):
         what = (
             f"unexpected argument {next(w for w in rest if w not in targets)}"
@@ -293,6 +294,12 @@ def _check(words: list[str]) -> int:
         hint = "tetrad check RECIPE.toml, or tetrad check FILE ..."
         raise UserError("E-CONF-SYNTAX" if targets else "E-CONF-MISSING", what, where="check", hint=hint)
     return with_console(lambda _, console: check_files(targets, settings, console), settings, "check")
+
+
+def _pace(*stage: Any) -> float:
+    from tetrad.training.pace import stage_seconds
+
+    return stage_seconds(*stage)
 
 
 def _init(words: list[str]) -> int:

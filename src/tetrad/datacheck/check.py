@@ -36,8 +36,8 @@ SETTING_OF = {what: name for name, what in reversed(SETTINGS.items()) if name !=
 _DOES = {"refuse": "stop the training", "truncate": "will be cut", "drop": "will be dropped"}
 
 
-def check_recipe(recipe: Recipe, settings: Check, console: Console) -> None:
-    """Checks everything that a recipe reads. Errors: the first that training would stop at."""
+def check_recipe(recipe: Recipe, settings: Check, console: Console, pace: cost.Pace | None = None) -> None:
+    """Checks everything that a recipe reads. pace: measures the time. Errors: the first that training would stop at."""
     folder = _tokenizer_folder(recipe)
     config = _config(recipe, folder)
     limit = config.max_positions
@@ -59,7 +59,7 @@ def check_recipe(recipe: Recipe, settings: Check, console: Console) -> None:
         raise UserError("E-CONF-MISSING", "no stage of the recipe has files to check", where=recipe.name, hint=hint)
     if not base.stand_in:
         config = replace(config, vocab_size=max(config.vocab_size, base.tokenizer.size))
-    report, error = examine(recipe.name, readings, base, recipe, config)
+    report, error = examine(recipe.name, readings, base, recipe, config, pace)
     _deliver(report, error, readings, settings, console)
 
 
@@ -117,6 +117,7 @@ def examine(
     encoder: Encoder,
     recipe: Recipe | None,
     config: DecoderConfig | None,
+    pace: cost.Pace | None = None,
 ) -> tuple[Report, UserError | None]:
     """All sections, and the error that training would stop at first."""
     by_name = {reading.setting: reading for reading in readings}
@@ -127,7 +128,7 @@ def examine(
     if "ppo.prompts" in by_name and "reward.data" in by_name:
         sections.append(texts.coverage(by_name["ppo.prompts"], by_name["reward.data"]))
     if recipe and config:
-        sections.append(cost.section(recipe, config, by_name, guessed=encoder.stand_in))
+        sections.append(cost.section(recipe, config, by_name, guessed=encoder.stand_in, pace=pace))
         sections.append(findings.section(recipe, by_name, guessed=encoder.stand_in))
         sections.append(vocabulary.section(recipe))
     if encoder.stand_in:

@@ -6,15 +6,15 @@ for `run.micro_batch_tokens`; gradients, 4 bytes per trained parameter, take the
 While responses are sampled there is a second copy of the weights, with a KV cache (`benchmarks/memory.py` compares with
 measured peaks). Work is 6 floating-point operations per token and parameter of the blocks (4 where they are frozen
 under adapters, 2 where nothing is trained; Kaplan et al. 2020), and per parameter of the head and token whose logits
-are needed, at a measured share of this machine's speed of matrix products: enough to tell minutes from hours.
+are needed, at a measured share of this machine's speed of matrix products: enough to tell minutes from hours. Who
+asks for more (`tetrad check --measure true`) gets the time of real steps of the model's first layers instead.
 """
 
 import math
 import os
 import timeit
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,32 +26,17 @@ from tetrad.report.sections import Section, Table
 from tetrad.settings.base import uses_reward_model
 from tetrad.settings.common import Lora
 from tetrad.stages import Recipe
+from tetrad.types import StageCost
 
-TRAINED, GRADIENT, FROZEN = 12, 4, 4  # bytes per parameter
+TRAINED, GRADIENT, FROZEN, COPY = 12, 4, 4, 2  # bytes per parameter; the copy is that in bfloat16
 BASE = 305 << 20  # bytes of a process with torch in it
 COMPILED = 145 << 20  # kernels that oneDNN compiles, where it trains
 SHARE = 0.6  # of the speed of large matrix products that a whole step reaches
 DECODED = 0.2  # of it that sampling reaches, token by token
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens: trained on, each as
-    often as it is read; read: only read; labels, read_labels: those of them whose logits are computed; sampled:
-    generated, `slots` responses at once of `positions` tokens; batch: tokens per optimizer step."""
-
-    name: str
-    trained: float
-    frozen: float
-    tokens: float = 0.0
-    labels: float = 0.0
-    read: float = 0.0
-    read_labels: float = 0.0
-    sampled: float = 0.0
-    adapters: float = 0.0
-    slots: int = 0
-    positions: int = 0
-    batch: int = 0
+Pace = Callable[[Recipe, DecoderConfig, StageCost], float]
+"""The seconds of a stage on this machine, by trying."""
 
 
 def kept_bytes(config: DecoderConfig, micro_batch_tokens: int) -> int:
@@ -70,13 +55,16 @@ def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
 
 def memory(stage: StageCost, config: DecoderConfig, recipe: Recipe) -> int:
     """A stage's peak memory, in bytes. What sampling needs is freed before training, but seldom returned to the system;
-    the merged model of adapters reuses it."""
+    the merged model of adapters reuses it. Where sampling comes after training, that has freed what it needed."""
     n, cache = parameter_count(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
     trained = n * stage.trained + adapter_parameters(config, recipe.lora) * stage.adapters
-    weights = TRAINED * trained + n * stage.frozen * FROZEN
     sampling = n * FROZEN + (stage.slots + 1) * stage.positions * cache if stage.sampled else 0
     micro = min(recipe.run.micro_batch_tokens, stage.batch or recipe.run.micro_batch_tokens)
-    return int(_base() + weights + sampling + max(kept_bytes(config, micro), GRADIENT * trained))
+    training = TRAINED * trained + n * stage.frozen * FROZEN + max(kept_bytes(config, micro), GRADIENT * trained)
+    training += n * COPY * (recipe.run.dtype == "bfloat16")
+    if stage.after:
+        return int(_base() + max(training, n * FROZEN * (stage.trained + stage.frozen + stage.after) + sampling))
+    return int(_base() + training + sampling)
 
 
 def _base() -> int:
@@ -92,11 +80,12 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
     if (r := readings.get("pretrain.text")) and r.tokens:
         s = recipe.pretrain
         tokens = s.tokens or r.tokens
-        costs.append(StageCost("pretrain", 1, 0, tokens, labels=tokens, batch=s.batch_tokens))
+        length = s.sequence_length
+        costs.append(StageCost("pretrain", 1, 0, tokens, labels=tokens, batch=s.batch_tokens, length=length))
     if (r := readings.get("sft.data")) and r.tokens:
-        on, epochs, batch = recipe.sft.adapters, recipe.sft.epochs, recipe.sft.batch_size * r.tokens // len(r.lengths)
-        labels = r.trained * epochs
-        costs.append(StageCost("sft", not on, on, r.tokens * epochs, labels=labels, adapters=on, batch=batch))
+        on, epochs, length = recipe.sft.adapters, recipe.sft.epochs, r.tokens // len(r.lengths)
+        labels, batch = r.trained * epochs, recipe.sft.batch_size * length
+        costs.append(StageCost("sft", not on, on, r.tokens * epochs, labels, adapters=on, batch=batch, length=length))
     if (r := readings.get("reward.data")) and r.tokens:
         tests = sum(readings[name].tokens for name in HELD_OUT["reward.data"] if name in readings)
         costs.append(_reward(recipe, r, tests))
@@ -108,7 +97,7 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
 def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
     s, members = recipe.reward, recipe.reward.ensemble_size
     best = members if s.patience and not s.adapters else 0  # the best weights on validation records
-    trained, frozen = (0, 2) if s.adapters else (members, 1 + best)  # one more generates responses to set the scale
+    trained, frozen = (0, 1) if s.adapters else (members, best)
     return StageCost(
         "reward",
         trained,
@@ -120,6 +109,10 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
         slots=min(s.normalise, recipe.sampling.max_num_seqs),
         positions=s.normalise_max_new_tokens + max(r.lengths),
         batch=s.batch_size * r.tokens // len(r.lengths),
+        length=r.tokens // len(r.lengths),
+        after=1,  # generates responses that set the scale
+        responses=s.normalise,
+        new=s.normalise_max_new_tokens,
     )
 
 
@@ -143,6 +136,10 @@ def _ppo(recipe: Recipe, r: Reading) -> StageCost:
         slots=min(batch, recipe.sampling.max_num_seqs),
         positions=s.max_new_tokens + max(r.lengths),
         batch=int(batch / s.num_minibatches * (max(r.lengths) + s.max_new_tokens)),
+        length=int(long),
+        rounds=s.steps,
+        responses=batch,
+        new=s.max_new_tokens,
     )
 
 
@@ -162,9 +159,15 @@ def speed() -> float:
 
 
 def section(
-    recipe: Recipe, config: DecoderConfig, readings: Mapping[str, Reading], *, guessed: bool = False
+    recipe: Recipe,
+    config: DecoderConfig,
+    readings: Mapping[str, Reading],
+    *,
+    guessed: bool = False,
+    pace: Pace | None = None,
 ) -> Section:
-    """One row per stage: models, memory, work and time on this machine's CPU. guessed: tokens are estimated."""
+    """One row per stage: models, memory, work and time on this machine. guessed: tokens are estimated; pace: what
+    measures the time, where an estimate is not enough."""
     section, costs = Section("cost", "What it will need"), stages(recipe, readings)
     if not costs:
         return section
@@ -173,17 +176,21 @@ def section(
     for stage in costs:
         needed = memory(stage, config, recipe)
         if needed > there and recipe.run.device != "cuda":
-            text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU, and this machine has"
-            section.add("warning", "memory", f"{text} {there / 2**30:.1f} GiB")
+            text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU"
+            section.add("warning", "memory", f"{text}, and this machine has {there / 2**30:.1f} GiB")
         flop = work(stage, config)
         seconds = flop / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
+        seconds = pace(recipe, config, stage) if pace else seconds
         section.metrics[stage.name] = {"memory_bytes": needed, "flop": flop, "seconds": seconds}
         models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{needed / 2**30:.1f} GiB"
         models += f", {math.ceil(stage.adapters)} adapters" if stage.adapters else ""
         rows.append((stage.name, models, f"{stage.tokens / 1e6:.2f} M", room, duration(seconds)))
     section.metrics["parameters"] = n
-    columns = ("stage", "models trained + frozen", "tokens learned from", "memory", "time on this CPU")
-    title = f"{n / 1e6:.1f} million parameters, {rate / 1e9:.0f} GFLOP/s here, within a factor of two"
+    when, source = "time on this CPU", f"{rate / 1e9:.0f} GFLOP/s here, within a factor of two"
+    if pace:
+        when, source = "time here", "times from trial steps, on the machine as busy as it was"
+    columns = ("stage", "models trained + frozen", "tokens learned from", "memory", when)
+    title = f"{n / 1e6:.1f} million parameters; {source}"
     title += "; tokens guessed from characters" if guessed else ""
     section.tables.append(Table(title, columns, rows))
     return section

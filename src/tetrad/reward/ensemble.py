@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tetrad.distributed.device import release_memory
 from tetrad.model.huggingface import members_content, read_causal, read_scalar
 from tetrad.model.lora import merged, stacked
 from tetrad.model.safetensors_io import tensor_chunks
@@ -57,6 +58,12 @@ class Ensemble:
         """What a checkpoint must hold to resume exactly, besides the best weights so far."""
         optimizers = OptimizerGroup([member.optimizer for member in self.members])
         return {"model": Weights(self.latents), "optimizer": optimizers}
+
+    def trained(self) -> None:
+        """Frees what only training needs: what follows reads and samples."""
+        for member in self.members:
+            member.optimizer.release()
+        release_memory()
 
     def report_annotators(self, ctx: StageContext, data: RewardData) -> dict[str, Any]:
         """How reliable each annotator is, by the rewards of the first member: shown, and as annotators.json has it."""

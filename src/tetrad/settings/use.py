@@ -159,6 +159,8 @@ class Check:
     """For data files: what the records are, if their fields don't show it."""
     rename: tuple[str, ...] = ()
     """For data files: other names of fields, as question=Instruction answer=Output."""
+    measure: bool = False
+    """Of a recipe: time a few steps of each stage with the model's first layers, instead of estimating the time."""
     json: str = ""
     """Write the whole report to this file of JSON."""
     html: str = ""

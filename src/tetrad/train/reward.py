@@ -43,6 +43,7 @@ def run(ctx: StageContext) -> None:
     with start(ctx, data.device, data.steps, {**ensemble.parts(), "best": best}) as stage:
         train(ctx, stage, data, ensemble, best)
         best.restore_best()
+        ensemble.trained()
         model = ensemble.model(data)
         annotators = ensemble.report_annotators(ctx, data)
         scale = normalise(ctx, model, data.train)

@@ -144,6 +144,12 @@ class Optimizer:
         for parameter in self.names.values():
             parameter.grad = None
 
+    def release(self) -> None:
+        """Frees gradients and state, where nothing is trained any more."""
+        self.clear()
+        for part in self.parts:
+            part.state.clear()
+
     def tensors(self) -> dict[str, Tensor]:
         """State by "<parameter>/<name>", for a checkpoint."""
         state = {}

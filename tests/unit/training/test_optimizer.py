@@ -127,3 +127,14 @@ def test_schedules():
     assert [lr_factor(step, 4, 0.0, "linear") for step in range(4)] == [1, 0.75, 0.5, 0.25]
     assert lr_factor(0, 1, 0.05, "linear") == 1
     assert lr_factor(0, 1, 1.0, "linear") == 1
+
+
+def test_release_leaves_nothing_of_a_weight_but_the_weight():
+    model = toys.causal()
+    optimizer = Optimizer(model, 1e-2, Optim(), muon_lr=1e-2)
+    train(model, optimizer, 1)
+    before = weights(model)
+    assert optimizer.tensors() and any(p.grad is not None for p in model.parameters())
+    optimizer.release()
+    assert not optimizer.tensors() and all(p.grad is None for p in model.parameters())
+    assert torch.equal(weights(model), before)

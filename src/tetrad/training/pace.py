@@ -1,0 +1,108 @@
+"""How long a stage takes here: its own kind of step, timed with the first layers of a model of its shape.
+
+Blocks of a decoder cost the same each, so that two depths give the time of any: what does not grow with the depth
+(embedding, head, optimizer of both) is in either. The weights are random; time does not depend on them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import numpy as np
+import torch
+
+from tetrad.distributed.device import Device, choose
+from tetrad.inference.engine import Request, generate
+from tetrad.inference.fused_model import Fused
+from tetrad.model.config import DecoderConfig
+from tetrad.model.lora import ALL, ATTENTION, add_adapters
+from tetrad.model.transformer import CausalLM, initialise
+from tetrad.settings.common import Optim, Sampling
+from tetrad.stages import Recipe
+from tetrad.training.batches import language_micros
+from tetrad.training.optimizer import Optimizer
+from tetrad.training.step import Loss, Microbatch, Term, Terms, language_terms, mean_loss, update
+from tetrad.types import Array, StageCost, Tokens
+
+DEPTHS = (1, 3)
+REPEATS = 3
+FEW = 4  # rows of a step of the engine that is nearly empty
+DECODED = 16
+
+
+def stage_seconds(recipe: Recipe, config: DecoderConfig, load: StageCost) -> float:
+    """Seconds that the stage takes on this machine, as it is now. Errors: E-CONF-DEVICE, E-CONF-DTYPE, E-MEM-FULL."""
+    device = choose(recipe.run)
+    near, far = (_timed(recipe, replace(config, layers=depth), load, device) for depth in DEPTHS)
+    learn, read, few, full = near + (far - near) * ((config.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    row = (full - few) / max(1, load.slots - FEW)
+    decoded = 0.0
+    if load.sampled:
+        mean = load.sampled / (load.rounds * load.responses)
+        steps = load.new + max(0, load.responses - load.slots) * mean / load.slots
+        decoded = (few - FEW * row) * steps * load.rounds + row * load.sampled
+    return float((learn * load.tokens + read * load.read) / load.batch + decoded)
+
+
+def _timed(recipe: Recipe, config: DecoderConfig, load: StageCost, device: Device) -> Array:
+    """Seconds of a step of learning, of one of reading, and of one token of a few responses and of `slots`."""
+    model = CausalLM(config)
+    initialise(model, 0)
+    model.to(device.torch_device)
+    if load.adapters:
+        add_adapters(model, recipe.lora.rank, recipe.lora.alpha, ALL if recipe.lora.targets == "all" else ATTENTION, 0)
+    optimizer = Optimizer(model, 1e-6, Optim())
+
+    def micros(labels: float) -> list[Microbatch]:
+        documents = _documents(load, labels, config.vocab_size)
+        return language_micros(documents, recipe.run.micro_batch_tokens, device)
+
+    learned, read = micros(load.labels / load.tokens), micros(load.read_labels / max(load.read, 1.0))
+    terms: Terms = language_terms if load.labels else _hidden_terms
+    seconds = [_seconds(lambda: update(model, optimizer, learned, terms, device, max_norm=1.0))]
+    terms = language_terms if load.read_labels else _hidden_terms
+    seconds += [_seconds(lambda: mean_loss(model, read, terms, device)) if load.read else 0.0]
+    if load.sampled:
+        fused = Fused(model, device.dtype, load.length + 2 * DECODED)
+        seconds += [_decode_seconds(fused, load, rows, device) for rows in (FEW, load.slots)]
+    return np.array(seconds + [0.0] * (4 - len(seconds)))
+
+
+def _hidden_terms(model: torch.nn.Module, micro: Microbatch) -> list[Term]:
+    """The blocks alone, as a scalar model reads them."""
+    assert isinstance(model, CausalLM)
+    return [Loss("hidden", model.model(micro.packed).float().mean(), "tokens")]
+
+
+def _documents(load: StageCost, labels: float, vocab_size: int) -> list[Tokens]:
+    """A batch of random ids, this share of them with a label."""
+    ids = np.random.default_rng(0).integers(
+        vocab_size, size=(max(1, load.batch // load.length), load.length), dtype=np.int32
+    )
+    train = np.arange(load.length) >= min(load.length - 1, round(load.length * (1 - labels)))
+    return [Tokens(row, train) for row in ids]
+
+
+def _decode_seconds(fused: Fused, load: StageCost, rows: int, device: Device) -> float:
+    """Of one token of each row: what the longer responses take beyond the shorter ones."""
+    short, long = (Sampling(max_new_tokens=n) for n in (DECODED // 2, 2 * DECODED))
+    ids = tuple(range(max(1, load.length - load.new // 2)))
+
+    def run(sampling: Sampling) -> Callable[[], object]:
+        requests = [Request(ids, sampling, tuple((0, "pace", 0, i) for i in range(rows)), ())]
+        return lambda: generate(fused, requests, device, rows)
+
+    return max(0.0, _seconds(run(long)) - _seconds(run(short))) / (long.max_new_tokens - short.max_new_tokens)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    """The median of a few, after one that compiles what it needs."""
+    times = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        action()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
