@@ -36,6 +36,8 @@ class Mirror:
     breaks: dict[str, list[int]] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
     pause: float = 0.0
+    agents: set[str] = field(default_factory=set)
+    revisions: set[str] = field(default_factory=set)
     log: list[tuple[str, str, str]] = field(default_factory=list)
     """(method, path, range)"""
     url: str = ""
@@ -45,7 +47,7 @@ class Mirror:
         return [path.rpartition("/")[2] for method, path, _ in self.log if method == "GET" and "/api/" not in path]
 
 
-class _Answer(BaseHTTPRequestHandler):
+class Answer(BaseHTTPRequestHandler):
     def __init__(self, mirror: Mirror, *args: Any) -> None:
         self.mirror = mirror
         super().__init__(*args)
@@ -140,8 +142,9 @@ class _Answer(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(mirror: Mirror) -> Iterator[Mirror]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Answer, mirror))
+def serving(mirror: Mirror, answer: type["Answer"] | None = None) -> Iterator[Mirror]:
+    """answer: whose protocol it speaks; Hugging Face's without one."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(answer or Answer, mirror))
     mirror.url = f"http://127.0.0.1:{server.server_port}"
     thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()

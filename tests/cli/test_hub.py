@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mirror
+import modelscope_mirror
 from served import write_model
 from tetrad.cli.main import main
 from tetrad.inference import model_folder
@@ -84,6 +85,30 @@ def test_a_stage_from_a_name(
     assert "hf download me/base" in capsys.readouterr().err
 
 
+def test_the_other_hub(
+    served: mirror.Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same bytes from ModelScope are the same stage; a name without a hub means it by setting."""
+    command = ["sft", "recipe/recipe.toml", "--run.out", f"{tmp_path}/runs"]
+    assert main(command) == 0
+    with mirror.serving(mirror.Mirror(served.repos), modelscope_mirror.Answer) as other:
+        modelscope_mirror.use(monkeypatch, other.url, tmp_path)
+        monkeypatch.setenv("USE_MODELSCOPE_HUB", "true")
+        capsys.readouterr()
+        assert main(command) == 0 and "unchanged, skipped" in capsys.readouterr().out
+        assert "model.safetensors" in other.taken()
+        assert main([*command, "--name", "new", "--sft.adapters", "true"]) == 0
+        base = json.loads(Path("runs/new/sft/lineage.json").read_bytes())["parents"]["base"]
+        assert (base["hub"], base["repository"], base["revision"]) == ("modelscope", "me/base", None)
+        assert len(base["sha256"]["model.safetensors"]) == 64 and "commit" not in base
+        assert 'from = "ms://me/base"' in Path("runs/new/sft/recipe.toml").read_text()
+        config = json.loads(Path("runs/new/sft/model/adapter_config.json").read_bytes())
+        assert config["base_model_name_or_path"] == base["folder"]  # PEFT asks Hugging Face alone for a name
+        assert main(["generate", "runs/new/sft", "--max-new-tokens", "2", "--instruction", "go"]) == 0
+        assert main(["chat", "me/none"]) == 4
+        assert "ms://me/none: the hub has no such model" in capsys.readouterr().err
+
+
 def test_adapters_on_a_base_by_name(served: mirror.Mirror, tmp_path: Path) -> None:
     """Its weights are hashed through the links of the client's cache."""
     runs = f"{tmp_path}/runs"  # this process remembers the store of another test by its relative path
@@ -133,7 +158,8 @@ def test_nothing_of_the_client_is_loaded_unless_a_name_asks(tmp_path: Path) -> N
     (tmp_path / "sft.jsonl").write_text('{"Instruction": "say", "Output": "the plot"}\n')
     lines = ["--help", "sft --help-all", "check recipe.toml"]
     program = "import sys\nfrom tetrad.cli.main import main\n"
-    program += f"assert not any(main(line.split()) for line in {lines})\nassert 'huggingface_hub' not in sys.modules"
+    program += f"assert not any(main(line.split()) for line in {lines})\n"
+    program += "assert not {'huggingface_hub', 'modelscope_hub'} & {*sys.modules}"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from tetrad.errors import UserError
-from tetrad.hub import REPOSITORY, SCHEME, Repository, offline
+from tetrad.hub import MODELSCOPE, REPOSITORY, SCHEME, Repository, offline
 
 _NAME = re.compile(rf"{SCHEME}({REPOSITORY})(?:@(\w[\w.-]*))?(?:/([^/].*))?")
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|dev|test)(?![a-z])")
@@ -24,6 +24,9 @@ def fetch(name: str, suffixes: tuple[str, ...]) -> list[Path]:
     Errors: E-DATA-PATH (no such name or file, or several splits and none chosen), E-DATA-HUB (hub unreachable).
     """
     match = _NAME.fullmatch(name)
+    if name.startswith(MODELSCOPE):
+        hint = "modelscope download --dataset OWNER/NAME --local_dir FOLDER, and name its files; or take it from hf://"
+        raise UserError("E-DATA-PATH", "only models are taken from ModelScope by name", where=name, hint=hint)
     if not match:
         hint = "write hf://OWNER/NAME, hf://OWNER/NAME/data/train-*.parquet or hf://OWNER/NAME@REVISION"
         raise UserError("E-DATA-PATH", "names no dataset", where=name, hint=hint)

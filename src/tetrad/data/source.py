@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn, Self
 from tetrad.data import hub
 from tetrad.data.fields import MARKS
 from tetrad.errors import UserError
-from tetrad.hub import SCHEME
+from tetrad.hub import SCHEMES
 
 MAX_LINE_BYTES = 64 << 20
 LINES = (".txt", ".jsonl", ".ndjson")  # formats that can be split into parts at a line
@@ -152,7 +152,7 @@ def sources(
 
 
 def _matches(pattern: str) -> list[Path]:
-    if pattern.startswith(SCHEME):
+    if pattern.startswith(SCHEMES):
         return hub.fetch(pattern, SUFFIXES)
     folder, rest = "", pattern
     while rest:

@@ -121,7 +121,8 @@ def snapshot(name: str, *, weights: bool = True, digest: Callable[[Path], str] |
 def hub_sha256(name: str, folder: Path, digest: Callable[[Path], str]) -> dict[str, str]:
     """Of each file of a model of the hub; those of which the hub knows it are compared. digest: computes it.
 
-    The client's cache links a file of a commit to one that is named by its hash at the hub. Errors: E-CKPT-HASH.
+    Hugging Face's cache links a file of a commit to one that is named by its hash at the hub; ModelScope's client
+    compares what it downloads, and its cache has no hashes. Errors: E-CKPT-HASH.
     """
     names = {*_SMALL, *weight_names(folder), *(path.name for path in folder.glob(_WEIGHTS[1]))}
     sums = {file: digest((folder / file).resolve()) for file in sorted(names) if (folder / file).is_file()}

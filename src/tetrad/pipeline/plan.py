@@ -68,7 +68,7 @@ def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes
     if hub.is_model(name := recipe.value(setting)):
         repository, folder = hub.model(name), model_folder.snapshot(name)
         sums = model_folder.hub_sha256(name, folder, hashes.of)
-        about = {"repository": repository.name, "revision": repository.revision, "commit": folder.name, "sha256": sums}
+        about = {**repository.about(folder), "sha256": sums}
         return folder, _digest([list(item) for item in sums.items()]), about
     folder = Path(name)
     for step in steps.values():  # a stage of this very run

@@ -16,7 +16,7 @@ from typing import Any
 
 from tetrad import disk
 from tetrad.errors import UserError
-from tetrad.hub import SCHEME, is_model
+from tetrad.hub import SCHEMES, full_name, is_model
 from tetrad.pipeline.validation import PATHS, check, check_values
 from tetrad.settings.arguments import nest, parse
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, options, toml_name
@@ -189,13 +189,13 @@ def _path(option: Option, value: Any, folder: Path) -> Any:
         return tuple(str(_from(folder, text)) for text in value)
     if option.name in PATHS and value:
         if is_model(value, folder):
-            return SCHEME + value.removeprefix(SCHEME)
+            return full_name(value)
         beside = folder / os.path.expanduser(value)
         return str(beside if beside.exists() else Path(value))  # a run's stage is relative to the current folder
     return value
 
 
 def _from(folder: Path, text: str) -> str | Path:
-    if text.startswith(SCHEME):  # a dataset of the hub is not a path
+    if text.startswith(SCHEMES):  # a dataset of the hub is not a path
         return text
     return folder / os.path.expanduser(text)

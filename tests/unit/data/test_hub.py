@@ -16,6 +16,7 @@ import pytest
 
 from tetrad.data.hub import fetch
 from tetrad.data.source import SUFFIXES
+from tetrad.data.source import files as source_files
 from tetrad.errors import UserError
 
 ROW = b'{"instruction": "a", "output": "b"}\n'
@@ -139,3 +140,9 @@ def test_what_is_not_there(tmp_path: Path, endpoint: str) -> None:
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(UserError, match=r"E-DATA-PATH.*names no dataset"):
         fetch(name, SUFFIXES)
+
+
+def test_modelscope_has_none_for_us() -> None:
+    """Models alone are asked for there."""
+    with pytest.raises(UserError, match=r"E-DATA-PATH\] ms://me/one: only models.*Fix: modelscope download --dataset"):
+        source_files(["ms://me/one"])
