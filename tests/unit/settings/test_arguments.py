@@ -17,7 +17,8 @@ from tetrad.stages import Recipe
 
 SOURCE = Path(tetrad.__file__).parent
 COMMANDS = (use.Check, use.Init, use.Generate, use.Chat, use.ScoreFile, use.Export, use.Explain, use.Doctor)
-WITHOUT_SETTINGS = {"help", "help_all", "debug", "version", "nproc", "repo_type", "revision"}  # the last two: of `hf`
+WITHOUT_SETTINGS = {"help", "help_all", "debug", "version", "nproc"}
+WITHOUT_SETTINGS |= {"repo_type", "revision", "dataset", "local_dir"}  # of `hf` and `modelscope`
 
 
 @pytest.mark.parametrize(
