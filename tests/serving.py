@@ -1,12 +1,16 @@
 """The server of model folders, real and on loopback, in a thread of the tests' process."""
 
 import asyncio
+import json
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import uvicorn
 
 from tetrad.server import chat, completions, tokens
@@ -52,3 +56,29 @@ def serving(models: Sequence[Path], settings: Serve = Serve()) -> Iterator[Runni
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def ask(http: httpx.Client, path: str, body: dict[str, Any]) -> Any:
+    """The answer, a good one."""
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def stream(http: httpx.Client, path: str, body: dict[str, Any]) -> list[Any]:
+    """The events of a good answer; "[DONE]" as it stands."""
+    answer = http.post(path, json=body | {"stream": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text.endswith("\n\n")
+    events = [event.removeprefix("data: ") for event in answer.text.split("\n\n")[:-1]]
+    return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+def until(holds: Callable[[], bool], seconds: float = 10.0) -> float:
+    """Waits for it, not for ever; returns the seconds."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() < began + seconds
+        time.sleep(0.002)
+    return time.monotonic() - began

@@ -33,11 +33,13 @@ def routes(service: Service) -> list[Route]:
 
 def conversation(policy: Policy, messages: Sequence[Message]) -> list[int]:
     """Up to where the answer begins, or goes on if the last turn is the assistant's. What the model's template cannot
-    express is refused: E-DATA-CHAT, E-MODEL-TEMPLATE."""
+    express is refused: E-DATA-CHAT; Refused where it has none."""
+    if policy.template is None:
+        raise Refused(400, "this model has no chat template: use /v1/completions", "messages", "E-MODEL-TEMPLATE")
     turns = fields.turns([message.model_dump() for message in messages], "messages", "messages")
     for turn in turns:
         check_text(turn.text, "messages")
-    return policy.form.prompt(policy.tokenizer, turns, "messages")
+    return policy.template.prompt(policy.tokenizer, turns, "messages")
 
 
 class _Form(Form):

@@ -53,6 +53,7 @@ def _stops(value: Any) -> list[str]:
     good = isinstance(stops, list) and len(stops) <= MOST_STOPS
     if not good or not all(isinstance(stop, str) and 0 < len(stop) <= MOST_STOP_CHARS for stop in stops):
         raise ValueError(f"give up to {MOST_STOPS} texts of 1 to {MOST_STOP_CHARS} characters")
+    "".join(stops).encode()  # refuses halves of surrogate pairs, by a ValueError
     return list(stops)
 
 

@@ -74,7 +74,7 @@ class Worker:
         self._waiting: deque[tuple[Job, int]] = deque()  # the thread's own, as all below: prompts by number
         self._growing: dict[int, tuple[Job, int]] = {}  # by the engine's id
         self._bundle: dict[Job, list[Item]] = {}
-        self._flushed = 0.0
+        self._flushed, self._ended = 0.0, False
 
     # On the event loop
 
@@ -116,12 +116,12 @@ class Worker:
     # In the thread
 
     def _run(self) -> None:
-        while True:
+        while not self._ended:
             try:
                 idle = not self._waiting and not self._growing
                 with suppress(Empty):
                     while True:
-                        self._calls.get(idle)()
+                        self._calls.get(idle and not self._ended)()
                         idle = False
                 self._step()
             except Exception as error:
@@ -145,7 +145,7 @@ class Worker:
             self._growing[engine.add(request)] = job, number
             self._waiting.popleft()
         urgent = False
-        for event in engine.advance():
+        for event in engine.advance() if self._growing else ():
             job, number = self._growing[event.request_id]
             self._bundle.setdefault(job, []).append((number, event))
             urgent |= not job.begun or event.response is not None
@@ -170,8 +170,7 @@ class Worker:
         for job in {job for job, _ in (*self._waiting, *self._growing.values())}:
             self._cancel(job)
             self._post(job.inbox.put_nowait, refused)
-        if end:
-            raise SystemExit  # of the thread alone
+        self._ended = end
 
     def _flush(self) -> None:
         bundle, self._bundle, self._flushed = self._bundle, {}, time.monotonic()
