@@ -29,7 +29,7 @@ CODES = {
     "E-CONF-FUNCTION": "a `file.py:name` of a judge or reward cannot be loaded",
     "E-CONF-MISSING": "something needed is not given",
     "E-CONF-RANGE": "a value lies outside its bounds",
-    "E-CONF-SECRET": "a key or password is written in the recipe",
+    "E-CONF-SECRET": "a key or password is written in the recipe, or others can read its file",
     "E-CONF-SIZE": "the file is too large to be a recipe, or a folder",
     "E-CONF-SYNTAX": "not TOML, or an unexpected argument on the command line",
     "E-CONF-TYPE": 'a value has the wrong type: `"5"` is not a number',

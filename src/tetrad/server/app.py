@@ -5,10 +5,9 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
 
 from tetrad.errors import UserError
 from tetrad.server.guard import Guard, Limits, Refused
@@ -17,7 +16,7 @@ from tetrad.server.service import Service
 _STATUS = {"DATA": 400, "CONF": 400, "MEM": 503}
 
 
-def create_app(service: Service, limits: Limits, routes: Sequence[BaseRoute]) -> ASGIApp:
+def create_app(service: Service, limits: Limits, routes: Sequence[BaseRoute]) -> Guard:
     """The routes and /health behind the guard; their `Refused` and `UserError` become answers."""
     app = Starlette(
         routes=[Route("/health", _health), *routes],
@@ -25,6 +24,7 @@ def create_app(service: Service, limits: Limits, routes: Sequence[BaseRoute]) ->
             Refused: _refused,
             UserError: _user_error,
             HTTPException: _http_error,
+            ClientDisconnect: _gone,
             Exception: _internal,
         },
     )
@@ -53,8 +53,13 @@ def refusal(error: UserError) -> Refused:
 
 
 def _http_error(request: Request, error: Any) -> Response:
-    what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
-    return Refused(error.status_code, what.get(error.status_code, error.detail), headers=error.headers).response
+    path = request.scope["path"][:100]
+    what = {404: f"there is no {path}", 405: f"{path} does not take {request.method[:20]}"}
+    return Refused(error.status_code, what.get(error.status_code, error.detail), headers=error.headers or {}).response
+
+
+def _gone(_: Request, __: Exception) -> Response:
+    return Refused(400, "the body ended early").response  # nobody reads it
 
 
 def _internal(_: Request, __: Exception) -> Response:

@@ -47,7 +47,7 @@ def model_ids(models: Sequence[str]) -> dict[str, str]:
     Errors: E-CONF-DUPKEY for one that is given twice.
     """
     parts = [[part for part in Path(model).parts if part != "/"] or [model] for model in models]
-    for count in range(1, max(map(len, parts), default=0) + 1):
+    for count in range(1, max(map(len, parts), default=1) + 1):
         names = ["-".join(part[-count:]) for part in parts]
         if len(set(names)) == len(models):
             return dict(zip(names, models, strict=True))
