@@ -1,5 +1,7 @@
 """Keys and values of responses in progress: fixed slots, so that rows may join and leave, in one tensor."""
 
+import math
+import mmap
 from functools import partial
 
 import torch
@@ -20,7 +22,7 @@ class Cache:
 
     def __init__(self, c: DecoderConfig, slots: int, positions: int, dtype: torch.dtype, device: torch.device) -> None:
         self._groups = c.kv_heads
-        self.kv = torch.zeros(c.layers, 2, slots, c.kv_heads, positions, c.head_dim, dtype=dtype, device=device)
+        self.kv = _zeros((c.layers, 2, slots, c.kv_heads, positions, c.head_dim), dtype, device)
         self._vectors = [layer.view(-1, c.head_dim) for layer in self.kv]
         self._heads = self.kv.flatten(2, 3).flatten(0, 1)  # [layers * 2, slots * kv_heads, positions, head_dim]
         # Where the keys and values of slot 0 begin among a layer's vectors.
@@ -66,3 +68,12 @@ class Cache:
 
     def _keep(self, layer: int, at: Tensor, kv: Tensor) -> None:
         self._vectors[layer].index_copy_(0, at, kv.reshape(-1, kv.shape[-1]))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU straight from the system, which gives a page when it is first written to: positions that no
+    response reaches take no memory."""
+    size = math.prod(shape)
+    if device.type != "cpu" or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype).view(shape)

@@ -85,7 +85,7 @@ class Serve:
     max_num_seqs: Count = 32
     """Most responses that grow together, for each model."""
     max_model_len: Whole = 0
-    """Most tokens of a prompt with its response; 0 is the model's limit. The memory for them is taken at once."""
+    """Most tokens of a prompt with its response; 0 is the model's limit. There must be memory for them."""
     template: TemplateName = ""
     """How a prompt becomes text, where the model's folder doesn't say."""
 

@@ -1,5 +1,9 @@
 """The fused model and its cache: token by token it is the decoder's packed forward; rows are copied whole."""
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -107,3 +111,15 @@ def test_the_model_is_left_alone_and_read_again():
     again = fill(Fused(model, torch.float32), cache, PROMPTS, [0, 1, 2])
     torch.testing.assert_close(again[1], whole(model, 1, -1), rtol=0, atol=2e-5)
     assert not torch.allclose(first, again, atol=1e-3)
+
+
+def test_positions_that_no_response_reaches_take_no_memory():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    config = replace(toys.causal().config, layers=2)
+    size, before = cache_bytes(config, 32, 1 << 15, torch.float32), resident()
+    cache = Cache(config, 32, 1 << 15, torch.float32, torch.device("cpu"))
+    assert size > 64 << 20 and cache.kv.nbytes == size and not cache.kv[..., :3, :].any()
+    cache.kv[..., 5, :] = 1.0
+    assert resident() - before < size / 10
