@@ -144,6 +144,7 @@ def commands() -> dict[str, Command]:
         "serve": Command(
             "MODEL ...", "a model over HTTP as OpenAI's API, a reward model, a chat page", _serve, "Serve"
         ),
+        "rank": Command("MODEL ...", "a page on which people rank answers, for the reward model", _rank, "Rank"),
         "explain": Command("RUN | METRIC", explains, _explain, "Explain"),
         "export": Command("MODEL", exports, _export, "Export"),
         "doctor": Command("", "versions, device, memory; with --vectors FILE the numeric self-test", _doctor, "Doctor"),
@@ -263,6 +264,29 @@ def _serve(words: list[str]) -> int:
 
     with explained("serve", LOWER["serve"]):
         return serve(models, settings, Console())  # which answers signals itself
+
+
+def _rank(words: list[str]) -> int:
+    """The models are the words without a flag."""
+    from tetrad.settings.use import Rank, agreed
+
+    settings, models = with_words(Rank, "rank", flags(words))
+    settings = agreed(settings, {word.partition("=")[0].removeprefix("--") for word in words})
+    for name in ("prompts", "out"):
+        if not getattr(settings, name):
+            hint = "tetrad rank MODEL --prompts PROMPTS.jsonl --out ranked.jsonl"
+            raise UserError("E-CONF-MISSING", f"--{name} is missing", where="rank", hint=hint)
+    needs_extra("serve", "starlette", "uvicorn", "prometheus_client")
+    for model in models:
+        look_at(model, settings.template)
+    if settings.reward:
+        look_at(settings.reward, settings.template, reward=True)
+    from tetrad.cli.rank import rank
+    from tetrad.console import Console
+    from tetrad.pipeline.runner import explained
+
+    with explained("rank", LOWER["generate"]):
+        return rank(models, settings, Console())  # which answers signals itself
 
 
 def _check(words: list[str]) -> int:
