@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tetrad.console import Console
 from tetrad.errors import UserError
-from tetrad.server import chat, completions, metrics, scoring, tokens
+from tetrad.server import chat, completions, metrics, rank_app, scoring, tokens
 from tetrad.server.app import create_app
 from tetrad.server.guard import Limits, is_loopback
 from tetrad.server.listen import Server
@@ -25,6 +25,7 @@ def serve(models: Sequence[str], settings: Serve, console: Console) -> int:
     check_free(settings.host, settings.port)
     service = load_service(models, settings)
     routes = [route for part in (chat, completions, tokens, scoring, metrics) for route in part.routes(service)]
+    routes += rank_app.chat_routes(service)
     served = ", ".join([*service.models, *(["a reward model"] if service.reward else [])])
 
     def started(port: int) -> None:
