@@ -186,7 +186,7 @@ class _EventStream(StreamingResponse):
     """Whatever ends it, the client too, ends the job, which `held` holds."""
 
     def __init__(self, events: AsyncIterator[str], held: ExitStack) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        super().__init__(events, media_type="text/event-stream")
         self.held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
