@@ -7,7 +7,7 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
 url, name = sys.argv[1:]
-rest = {"base_url": f"{url}/v1", "api_key": "", "model": name, "temperature": 0, "max_tokens": 12, "max_retries": 0}
+rest = {"base_url": f"{url}/v1", "api_key": "none", "model": name, "temperature": 0, "max_tokens": 12, "max_retries": 0}
 chat = ChatOpenAI(**rest)  # type: ignore[arg-type]
 messages = [SystemMessage("Go on."), HumanMessage("the plot")]
 whole = chat.invoke(messages)
