@@ -39,11 +39,12 @@ def posted(address: str, path: str, body: dict[str, Any]) -> Any:
 def test_answers_of_two_models_stream_and_stop(two: Any, window: Callable[..., Any]) -> None:
     page = opened(window(), two.address, 900)
     ask(page, "the plot")
-    lengths = []
-    for _ in range(4):
-        page.wait_for_timeout(150)
-        lengths.append(page.evaluate("document.querySelectorAll('.reply')[0].querySelectorAll('.token').length"))
-    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] < 900
+    count = 0
+    for _ in range(4):  # it grows, token by token
+        longer = "(one) => one.querySelectorAll('.token').length > count"
+        page.wait_for_function(f"count => [...document.querySelectorAll('.reply')].every({longer})", arg=count)
+        count = page.evaluate("document.querySelectorAll('.reply')[0].querySelectorAll('.token').length")
+    assert count < 900
     page.keyboard.press("Escape")
     page.wait_for_selector("#send:visible")
     assert [("stopped" in one) for one in page.locator(".reply .under").all_inner_texts()] == [True, True]
