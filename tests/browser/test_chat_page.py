@@ -72,9 +72,9 @@ def test_logprobs_rewards_and_another_seed(two: Any, window: Callable[..., Any])
         )
         logprobs = [one["logprob"] for one in choice["logprobs"]["content"]]
         assert pieces == pytest.approx(logprobs[: len(pieces)], abs=1e-5)
-        sample = {"messages": [*messages, {"role": "assistant", "content": choice["message"]["content"]}]}
+        sample = {"messages": messages, "text": choice["message"]["content"]}
         sample["finished"] = choice["finish_reason"] != "length"
-        (score,) = posted(two.address, "/v1/score", {"samples": [sample]})["scores"]
+        (score,) = posted(two.address, "/v1/reward", {"samples": [sample]})["scores"]
         shown = page.locator(".reply .reward").nth(number).inner_text()
         assert shown == f"reward {score:+.3f}".replace("-", "−")
     page.click("#colour")

@@ -10,9 +10,9 @@ import hmac
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Collection, Mapping
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,17 +20,11 @@ from starlette.routing import Route
 from tetrad.errors import UserError
 from tetrad.server.guard import Refused, payload
 from tetrad.server.ranking import LONGEST, Invalid, Item, Ranking, Stored, Verdict, clean_name
+from tetrad.server.schema import Wire, parsed
 from tetrad.server.service import Service
 
 COOKIE = "tetrad-rank"
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-W = TypeVar("W", bound="Wire")
-
-
-class Wire(BaseModel):
-    """What the page sends."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Enter(Wire):
@@ -41,8 +35,8 @@ class Enter(Wire):
 class Submit(Wire):
     item: str
     verdict: str
-    ranks: Annotated[list[int], Field(max_length=26)] = []
-    scores: Annotated[list[float | None], Field(max_length=26)] = []
+    ranks: list[int] = Field([], max_length=26)
+    scores: list[float | None] = Field([], max_length=26)
     comment: str = ""
     edited: str = ""
 
@@ -86,7 +80,7 @@ def routes(ranking: Ranking, people: People) -> list[Route]:
     """The ranking page and its routes."""
 
     async def enter(request: Request) -> Response:
-        body = _parsed(Enter, await payload(request))
+        body = parsed(Enter, await payload(request))
         if people.names is not None or body.link:
             if not (name := people.named(body.link, "link")):
                 raise Refused(403, "this is no valid personal link", "link", "link")
@@ -106,7 +100,7 @@ def routes(ranking: Ranking, people: People) -> list[Route]:
         name = people.named(request.cookies.get(COOKIE, ""), "session")
         if not name or not people.matches(request.headers.get("x-csrf-token", ""), name, "csrf"):
             raise Refused(403, "the page's token is missing or someone else's: reload the page", code="csrf")
-        body = _parsed(Submit, await payload(request))
+        body = parsed(Submit, await payload(request))
         verdict = Verdict(body.verdict, tuple(body.ranks), tuple(body.scores), body.comment, body.edited)
         return JSONResponse({"stored": await asyncio.to_thread(_valid, ranking.submit, name, body.item, verdict)})
 
@@ -149,16 +143,6 @@ def _shown(ranking: Ranking, item: Item, name: str) -> dict[str, Any]:
 
     turns = [{"role": turn.role, **cut(turn.text)} for turn in item.prompt.turns if turn.text]
     return {"id": item.id, "turns": turns, "answers": [cut(text) for text in ranking.shown(item, name)]}
-
-
-def _parsed(kind: type[W], body: dict[str, Any]) -> W:
-    """Raises Refused."""
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise Refused(400, f"{place}: {first['msg']}", place, "invalid_value") from None
 
 
 def _valid(function: Any, *arguments: Any) -> Any:

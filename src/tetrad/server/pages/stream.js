@@ -31,9 +31,8 @@ export async function* answers(body, signal) {
 }
 
 // The reward of an answer. finished: whether it ended by itself.
-export async function score(turns, text, finished) {
-  const messages = [...turns, { role: "assistant", content: text }];
-  const answer = await post("/v1/score", { samples: [{ messages, finished }] });
+export async function score(messages, text, finished) {
+  const answer = await post("/v1/reward", { samples: [{ messages, text, finished }] });
   if (!answer.ok) throw await refusal(answer);
   return (await answer.json()).scores[0];
 }
