@@ -24,6 +24,7 @@ from tetrad.reward.model import Reward
 _PATIENCE = 300.0  # seconds for one response of an endpoint
 _WAITS = (1.0, 5.0)  # before a retry
 _MOST_ANSWER = 64 << 20
+KEY = "TETRAD_REWARD_KEY"
 _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -40,8 +41,9 @@ _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 def python_function(spec: str) -> Reward:
     """`file.py:name`: a list of dicts in, one finite number each out.
 
-    A dict has "text" (the response), "input" (the Input or last user turn), "prompt" (all of the prompt), "ids" (the
-    response's tokens as they were sampled) and "finished" (false where it was truncated).
+    A dict has "text" (the response), "input" (the Input or last user turn), "prompt" (all of the prompt), "messages"
+    (its turns), "prompt_ids", "ids" (the response's tokens as they were sampled) and "finished" (false where it was
+    truncated).
 
     Errors: E-CONF-FUNCTION where it can't be loaded, E-NUM-REWARD where it returns anything else.
     """
@@ -74,16 +76,18 @@ def _undisturbed() -> Iterator[None]:
             restore(value)
 
 
-def endpoint(url: str) -> Reward:
-    """An HTTP endpoint: {"samples": [...]}, with dicts as `python_function` has them, is posted as JSON and answered
-    by {"scores": [...]}. It is tried three times before an error ends the stage, which can then be resumed.
+def endpoint(url: str, meaning: str = "") -> Reward:
+    """An HTTP endpoint: {"samples": [...], "tokenizer": ...}, with dicts as `python_function` has them, is posted as
+    JSON and answered by {"scores": [...]}. It is tried three times before an error ends the stage, which can then be
+    resumed. A key in the environment, TETRAD_REWARD_KEY, is sent along.
 
-    Errors: E-NUM-REWARD.
+    meaning: `ids_meaning` of the policy: another Tetrad that has the same scores the ids. Errors: E-NUM-REWARD.
     """
 
     def reward(samples: Sequence[Completion]) -> list[float]:
-        body = json.dumps({"samples": _told(samples)}).encode()
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        body = json.dumps({"samples": _told(samples), "tokenizer": meaning}).encode()
+        key = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json", **key})
         for wait in (*_WAITS, None):
             try:
                 with _NO_REDIRECT.open(request, timeout=_PATIENCE) as answer:
@@ -114,7 +118,15 @@ _NO_REDIRECT = urllib.request.build_opener(_Stay)
 
 def _told(samples: Sequence[Completion]) -> list[dict[str, Any]]:
     return [
-        {"prompt": s.prompt, "input": s.input, "text": s.text, "ids": list(s.response_ids), "finished": s.finished}
+        {
+            "prompt": s.prompt,
+            "messages": [{"role": turn.role, "content": turn.text} for turn in s.turns],
+            "input": s.input,
+            "text": s.text,
+            "prompt_ids": list(s.prompt_ids),
+            "ids": list(s.response_ids),
+            "finished": s.finished,
+        }
         for s in samples
     ]
 

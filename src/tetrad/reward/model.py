@@ -5,6 +5,7 @@ tokens is rewarded. All else (generate, chat, score, evaluate) scores the text, 
 invalid UTF-8 as the U+FFFD that replaces it, so that scoring the written text gives the same number.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,11 @@ def documents_from_text(template: Template, tokenizer: Tokenizer, samples: Seque
         ids = np.array([*head.ids.tolist(), *body, *([end] if sample.finished else [])], np.int32)
         documents.append(Tokens(ids, np.zeros(len(ids), np.bool_), head.where))
     return documents
+
+
+def ids_meaning(tokenizer: Tokenizer, template: Template) -> str:
+    """The same text where a policy and a reward model share tokenizer and template, so that ids mean the same."""
+    return hashlib.sha256(f"{tokenizer.fingerprint} {template!r}".encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -9,10 +9,13 @@ from urllib.parse import urlsplit
 from tetrad.distributed.device import Device
 from tetrad.inference.completions import Completion
 from tetrad.reward.functions import endpoint, python_function
-from tetrad.reward.model import Reward, reward_model
+from tetrad.reward.model import Reward, ids_meaning, reward_model
 from tetrad.settings.base import REWARD_MODEL, is_function, reward_entries
+from tetrad.stages import POLICY
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
+from tetrad.training.prepare import first_parent
+from tetrad.training.stage import template_for
 from tetrad.training.step import timed
 
 
@@ -69,12 +72,12 @@ def reward_sources(
     s = ctx.recipe.ppo
     specs = reward_entries(s.rewards)
     weights = s.reward_weights or (1.0,) * len(specs)
-    sources = {}
+    meaning, sources = ids_meaning(tokenizer, template_for(ctx, first_parent(ctx, *POLICY))), {}
     for name, entry, weight in zip(named(specs), specs, weights, strict=True):
         if entry == REWARD_MODEL:
             reward = model or reward_model(ctx, ctx.parents["reward"], device, tokenizer, s.uncertainty_penalty)
         else:
-            reward = python_function(entry) if is_function(entry) else endpoint(entry)
+            reward = python_function(entry) if is_function(entry) else endpoint(entry, meaning)
         cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which clips after dividing
         sources[name] = RewardSource(reward, weight, s.reward_clip if cuts else 0.0)
     return RewardSources(sources)

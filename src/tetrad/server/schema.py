@@ -28,7 +28,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
 }
-MOST_PROMPTS, MOST_STOPS, MOST_STOP_CHARS = 128, 16, 256
+MOST_PROMPTS, MOST_STOPS, MOST_STOP_CHARS, MOST_ANSWERS = 128, 16, 256, 4096
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 COLDEST = 1e-4  # below, the quotients of float32 logits are no numbers
 W = TypeVar("W", bound="Wire")
@@ -73,8 +73,17 @@ def _message(value: Any) -> Any:
     return given
 
 
+def _texts(value: Any) -> Any:
+    """One text or several, each alone or as {"text": ...}."""
+    many = value if isinstance(value, list) else [value]
+    return [one["text"] if isinstance(one, dict) and one.keys() == {"text"} else one for one in many]
+
+
 def _biases(value: Any) -> Any:
     return {int(key): one for key, one in value.items()} if isinstance(value, dict) else value
+
+
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts)]
 
 
 class Wire(BaseModel):
@@ -135,7 +144,7 @@ class Chat(Generation):
 
 
 class Completions(Generation):
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    prompt: Prompts
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -149,6 +158,65 @@ class Tokenize(Named):
 
 class Detokenize(Named):
     tokens: list[Annotated[int, Field(ge=0)]]
+
+
+Texts = Annotated[list[str], BeforeValidator(_texts), Field(min_length=1, max_length=MOST_ANSWERS)]
+
+
+class Scoring(Named):
+    activation: bool = Field(False, validation_alias=AliasChoices("activation", "use_activation"))
+    encoding_format: Literal["float"] = "float"
+
+
+class Pairs(Scoring):
+    text_1: Texts = Field(validation_alias=AliasChoices("text_1", "queries"))
+    text_2: Texts = Field(validation_alias=AliasChoices("text_2", "documents"))
+
+
+class Pooling(Scoring):
+    input: Prompts = []
+    messages: Talk | None = None
+
+
+class Rerank(Scoring):
+    query: str
+    documents: Texts
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool = False
+
+
+class TeiRerank(Wire):
+    query: str
+    texts: Texts
+    raw_scores: bool = True
+    return_text: bool = False
+    truncate: Literal[False] = False
+
+
+class GetReward(Wire):
+    query: Texts
+    prompts: Annotated[list[str], BeforeValidator(_texts)] = []
+    labels: Any = None
+
+
+class Spoken(Wire):
+    role: Literal["system", "user", "assistant", "instruction", "input"]
+    content: str
+
+
+class Sampled(Wire):
+    text: str
+    prompt: str = ""
+    messages: list[Spoken] = []
+    input: str = ""
+    prompt_ids: list[int] = []
+    ids: list[int] = []
+    finished: bool = True
+
+
+class Samples(Named):
+    samples: list[Sampled] = Field(max_length=MOST_ANSWERS)
+    tokenizer: str = ""
 
 
 def asking(value: dict[str, Any], kind: type[Wire]) -> dict[str, Any]:

@@ -31,6 +31,11 @@ class Service:
     settings: Serve
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "scorer"))
 
+    @property
+    def reward_name(self) -> str:
+        """The reward model's id; empty without one."""
+        return next(iter(model_ids([self.settings.reward])), "") if self.reward else ""
+
 
 def load_service(models: Sequence[str], settings: Serve) -> Service:
     """Loads everything. Errors: E-CONF-DUPKEY, E-MODEL-*, E-CKPT-*."""

@@ -11,6 +11,7 @@ recognised by its hash or not at all, and no Jinja runs here.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +88,29 @@ class Template:
         if turns[-1].role == "assistant":
             pieces.pop()  # its end token
         return [i for piece in pieces for i in (tokenizer.encode(piece) if isinstance(piece, str) else [piece])]
+
+    def read_back(self, tokenizer: Tokenizer, text: str, where: str = "") -> tuple[tuple[Turn, ...], bool]:
+        """The turns of a conversation that was written in this template, and whether its last answer has an end token.
+
+        Errors: E-DATA-CHAT where it is not in this template, or ends with no answer; E-MODEL-*.
+        """
+        end, turns = tokenizer.name(self.end_id(tokenizer)), list[Turn]()
+        finished = text.removesuffix(self.after).endswith(end) if self.start else text.endswith(end)
+        if self.start:
+            marks = [re.escape(mark) for mark in (self.start, self.head + self.gap, end, self.after)]
+            turn = "{}(system|user|assistant){}(.*?)(?:{}(?:{})?|\\Z)".format(*marks)
+            place, text = 0, text.removeprefix(self.begin)
+            for match in re.finditer(turn, text, re.DOTALL):
+                turns += [Turn(match[1], match[2])] if match.start() == place else []
+                place = match.end() if match.start() == place else place
+            turns = turns if place == len(text) else []
+        elif len(parts := text.removesuffix(end).split(self.separator)) == 3:
+            turns = [Turn(role, part) for role, part in zip(("instruction", "input", "assistant"), parts, strict=True)]
+        if len(turns) < 2 or turns[-1].role != "assistant":
+            what = f"this is no conversation in the template {self.name} that ends with an answer"
+            raise UserError("E-DATA-CHAT", what, where=where, hint="send messages, or a prompt and an answer")
+        answer = turns.pop().text.removeprefix(f"{THINK}\n\n{THOUGHT}\n\n" if self.thinks else "")
+        return (*turns, Turn("assistant", answer)), finished
 
     def said(self, text: str) -> str:
         """The last answer as this template writes it."""

@@ -28,7 +28,9 @@ def server(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[Any]]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            key = self.headers["Authorization"]
+            asked.append(body | ({"authorization": key} if key else {}))
             status, body = answers[min(len(asked), len(answers)) - 1]
             self.send_response(status)
             if status == 302:
@@ -57,8 +59,24 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_samples_go_out_and_scores_come_back() -> None:
     with server((200, b'{"scores": [1, -0.5]}')) as (url, asked):
         assert endpoint(url)(SAMPLES) == [1.0, -0.5]
-    first = {"prompt": "1 + 1?", "input": "1 + 1?", "text": "二", "ids": [7, 1], "finished": True}
-    assert asked == [{"samples": [first, {"prompt": "", "input": "", "text": "", "ids": [8], "finished": False}]}]
+    turns = [{"role": "user", "content": "1 + 1?"}]
+    first = {
+        "prompt": "1 + 1?",
+        "messages": turns,
+        "input": "1 + 1?",
+        "text": "二",
+        "prompt_ids": [5, 6],
+        "ids": [7, 1],
+    }
+    second = {"prompt": "", "messages": [], "input": "", "text": "", "prompt_ids": [5], "ids": [8], "finished": False}
+    assert asked == [{"samples": [first | {"finished": True}, second], "tokenizer": ""}]
+
+
+def test_a_key_goes_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    with server((200, b'{"scores": [1, -0.5]}')) as (url, asked):
+        monkeypatch.setenv("TETRAD_REWARD_KEY", "secret")
+        endpoint(url, "of a policy")(SAMPLES)
+    assert asked[0]["tokenizer"] == "of a policy" and asked[0]["authorization"] == "Bearer secret"
 
 
 def test_a_moments_trouble_is_waited_out() -> None:

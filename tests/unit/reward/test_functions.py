@@ -44,6 +44,8 @@ def test_a_python_function(tmp_path):
         "prompt": "Do it.\nthis",
         "input": "this",
         "text": "done",
+        "messages": [{"role": turn.role, "content": turn.text} for turn in SAMPLES[0].turns],
+        "prompt_ids": list(SAMPLES[0].prompt_ids),
         "ids": list(SAMPLES[0].response_ids),
         "finished": True,
     }
