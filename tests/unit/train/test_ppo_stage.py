@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from raw_http import listening
 from tetrad.errors import UserError
 from tetrad.model.safetensors_io import read_tensors
 from tetrad.objectives import ppo
 from tetrad.rl.samples import COLUMNS
+from tetrad.server import scoring
+from tetrad.server.app import create_app
+from tetrad.server.guard import Limits
+from tetrad.server.service import load_service
+from tetrad.settings.use import Serve
 from tiny import Chain
 
 ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
@@ -110,6 +116,18 @@ def test_the_reward_model_written_out_pays_as_by_default(chain: Chain, scaling: 
         chain.run(*words, "--ppo.reward-scaling", scaling, "--ppo.reward-clip", "0.1")
         found.append([line["reward"] for line in chain.lines("ppo")])
     assert found[0] == found[1]
+
+
+def test_the_reward_of_another_tetrad_pays_as_its_own(chain: Chain) -> None:
+    """Bit by bit: the ids go along with the texts, and are scored where they mean the same."""
+    chain.run("--ppo.rewards", "reward", "--ppo.reward-clip", "0", "--ppo.steps", "3")
+    own = result(chain)
+    service = load_service([], Serve(reward=str(chain.home / "reward")))
+    with listening(create_app(service, Limits(), scoring.routes(service))) as port:
+        chain.run("--ppo.rewards", f"http://127.0.0.1:{port}/v1/reward", "--ppo.reward-clip", "0", "--ppo.steps", "3")
+    served = result(chain)
+    assert served["model.safetensors"] == own["model.safetensors"]
+    assert served["metrics.jsonl"] == own["metrics.jsonl"]
 
 
 def test_the_reward_model_among_others_is_cut_and_then_weighed(chain: Chain) -> None:
