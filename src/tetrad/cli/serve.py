@@ -21,7 +21,7 @@ _SHORTEST_KEY = 16
 
 def serve(models: Sequence[str], settings: Serve, console: Console) -> int:
     """Serves until SIGTERM or Ctrl-C. Errors: E-CONF-*, E-MODEL-*, E-CKPT-*."""
-    limits = limits_for(settings.host, settings.api_key_file, settings.max_num_seqs)
+    limits = limits_for(settings.host, settings.api_key_file, settings.max_num_seqs, settings.max_body_mib)
     check_free(settings.host, settings.port)
     service = load_service(models, settings)
     routes = [route for part in (chat, completions, tokens, scoring, metrics) for route in part.routes(service)]
@@ -37,7 +37,7 @@ def serve(models: Sequence[str], settings: Serve, console: Console) -> int:
     return 0
 
 
-def limits_for(host: str, key_file: str, slots: int) -> Limits:
+def limits_for(host: str, key_file: str, slots: int = 0, body_mib: int = 1) -> Limits:
     """What is let in at this address. Errors: E-CONF-MISSING without a key where other computers can connect."""
     key, loopback = read_key(key_file), is_loopback(host)
     if not (key or loopback):
@@ -45,7 +45,7 @@ def limits_for(host: str, key_file: str, slots: int) -> Limits:
         raise UserError(
             "E-CONF-MISSING", f"a server that others can reach needs a key: {host}", where="--host", hint=hint
         )
-    return Limits(frozenset({key} if key else ()), loopback, requests=64 + slots)
+    return Limits(frozenset({key} if key else ()), loopback, requests=64 + slots, body=body_mib << 20)
 
 
 def read_key(path: str) -> bytes:

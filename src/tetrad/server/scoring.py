@@ -8,7 +8,7 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -72,86 +72,97 @@ def reward_of(service: Service) -> RewardModel:
 
 def routes(service: Service) -> list[Route]:
     """The routes of this file."""
+    do = _Routes(service)
+    calls = {"/v1/score": do.score, "/score": do.score, "/pooling": do.pooling, "/classify": do.classify}
+    calls |= {"/rerank": do.rerank, "/v1/rerank": do.rerank, "/v2/rerank": do.rerank}
+    calls |= {"/get_reward": do.get_reward, "/v1/reward": do.reward}
+    return [Route(path, call, methods=["POST"]) for path, call in calls.items()]
 
-    async def read(request: Request, kind: type[T], body: dict[str, Any] | None = None) -> tuple[T, RewardModel]:
-        model, wire = reward_of(service), parsed(kind, await payload(request) if body is None else body)
-        if isinstance(wire, Named) and wire.model not in ("", service.reward_name):
-            what = f"there is no reward model {wire.model!a:.80}; there is {service.reward_name}"
-            raise Refused(404, what, "model", "model_not_found")
-        return wire, model
 
-    def listed(items: Sequence[dict[str, Any]], tokens: int) -> Response:
-        head = {"id": f"score-{secrets.token_hex(12)}", "object": "list", "created": int(time.time())}
-        data = [{"index": index, **item} for index, item in enumerate(items)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({**head, "model": service.reward_name, "data": data, "usage": usage})
+class _Routes:
+    """One method a shape of requests."""
 
-    async def score(request: Request) -> Response:
-        body, _ = await read(request, Pairs)
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def score(self, request: Request) -> Response:
+        body = self._wire(Pairs, await payload(request))
         first, second = body.text_1, body.text_2
         if len(first) not in (1, len(second)):
             raise Refused(400, f"{len(first)} text_1 go with {len(second)} text_2", "text_1", "invalid_value")
         pairs = zip(first * (len(second) // len(first)), second, strict=True)
         samples = [_pair(prompt, text, f"text_2[{i}]") for i, (prompt, text) in enumerate(pairs)]
-        values, tokens = await _scored(service, samples)
-        return listed([{"object": "score", "score": x} for x in _active(values, body)], tokens)
+        values, tokens = await _scored(self.service, samples)
+        return self._list([{"object": "score", "score": x} for x in _active(values, body)], tokens)
 
-    def pooling(item: Callable[[float], dict[str, Any]]) -> Callable[[Request], Any]:
-        async def pool(request: Request) -> Response:
-            body, model = await read(request, Pooling)
-            if bool(body.input) == bool(body.messages):
-                raise Refused(400, "give either input or messages", "input", "invalid_value")
-            ids = [tuple(one) for one in body.input if not isinstance(one, str)]
-            texts = [one for one in body.input if isinstance(one, str)]
-            if ids and texts:
-                raise Refused(400, "input: give texts or ids, not both", "input", "invalid_value")
-            _check_ids(model, ids, "input")
-            samples = [Completion(one, (), (), "") for one in ids] or [_written(model, one, "input") for one in texts]
-            samples = samples or [_spoken(body.messages or [])]
-            values, tokens = await _scored(service, samples, by_ids=bool(ids))
-            return listed(list(map(item, _active(values, body))), tokens)
+    async def pooling(self, request: Request) -> Response:
+        values, tokens = await self._pooled(request)
+        return self._list([{"object": "pooling", "data": [x]} for x in values], tokens)
 
-        return pool
+    async def classify(self, request: Request) -> Response:
+        values, tokens = await self._pooled(request)
+        return self._list([{"label": "reward", "probs": [x], "num_classes": 1} for x in values], tokens)
 
-    async def rerank(request: Request) -> Response:
+    async def _pooled(self, request: Request) -> tuple[list[float], int]:
+        body, model = self._wire(Pooling, await payload(request)), reward_of(self.service)
+        texts = [one for one in body.input if isinstance(one, str)]
+        ids = [tuple(one) for one in body.input if not isinstance(one, str)]
+        if bool(texts) + bool(ids) + bool(body.messages) != 1:
+            raise Refused(400, "input: give texts, or ids, or messages in its place", "input", "invalid_value")
+        _check_ids(model, ids, "input")
+        samples = [Completion(one, (), (), "") for one in ids] + [_written(model, one, "input") for one in texts]
+        samples += [_spoken(body.messages)] if body.messages else []
+        values, tokens = await _scored(self.service, samples, by_ids=bool(ids))
+        return _active(values, body), tokens
+
+    async def rerank(self, request: Request) -> Response:
+        """TEI's where there are texts, else Cohere's and Jina's."""
         given = await payload(request)
         if "texts" in given and request.url.path == "/rerank":
-            tei, _ = await read(request, TeiRerank, given)
-            values, _ = await _scored(service, _answers(tei.query, tei.texts, "texts"))
+            tei = self._wire(TeiRerank, given)
+            values, _ = await _scored(self.service, _answers(tei.query, tei.texts, "texts"))
             values = values if tei.raw_scores else [*map(_sigmoid, values)]
             text = [{"text": one} if tei.return_text else {} for one in tei.texts]
             return JSONResponse([{"index": i, "score": values[i], **text[i]} for i in _best_first(values)])
-        body, _ = await read(request, Rerank, given)
-        values, tokens = await _scored(service, _answers(body.query, body.documents, "documents"))
+        body = self._wire(Rerank, given)
+        values, tokens = await _scored(self.service, _answers(body.query, body.documents, "documents"))
         values = _active(values, body)
         whole = [{"document": {"text": one}} if body.return_documents else {} for one in body.documents]
         results = [{"index": i, "relevance_score": values[i], **whole[i]} for i in _best_first(values)[: body.top_n]]
-        head = {"id": f"rerank-{secrets.token_hex(12)}", "model": service.reward_name}
+        head = {"id": f"rerank-{secrets.token_hex(12)}", "model": self.service.reward_name}
         return JSONResponse({**head, "results": results, "usage": {"total_tokens": tokens}})
 
-    async def get_reward(request: Request) -> Response:
-        body, model = await read(request, GetReward)
+    async def get_reward(self, request: Request) -> Response:
+        body, model = self._wire(GetReward, await payload(request)), reward_of(self.service)
         if body.prompts and len(body.prompts) != len(body.query):
             raise Refused(400, "prompts and query differ in length", "prompts", "invalid_value")
         prompts = body.prompts or [""] * len(body.query)
-        values = await scores(service, [_queried(model, *pair) for pair in zip(body.query, prompts, strict=True)])
+        values = await scores(self.service, [_queried(model, *pair) for pair in zip(body.query, prompts, strict=True)])
         return JSONResponse({"rewards": values, "scores": values, "extra_logs": {}})
 
-    async def reward(request: Request) -> Response:
-        body, model = await read(request, Samples)
+    async def reward(self, request: Request) -> Response:
+        body, model = self._wire(Samples, await payload(request)), reward_of(self.service)
         samples = [_sampled(one, f"samples[{i}]") for i, one in enumerate(body.samples)]
         known = bool(body.tokenizer) and body.tokenizer == ids_meaning(model.tokenizer, model.template)
         by_ids = known and all(sample.prompt_ids and sample.response_ids for sample in samples)
-        if by_ids:
-            _check_ids(model, [sample.prompt_ids + sample.response_ids for sample in samples], "samples")
-        values, _ = await _scored(service, samples, by_ids=by_ids)
+        _check_ids(model, [sample.prompt_ids + sample.response_ids for sample in samples if by_ids], "samples")
+        values, _ = await _scored(self.service, samples, by_ids=by_ids)
         return JSONResponse({"scores": values})
 
-    pool = pooling(lambda value: {"object": "pooling", "data": [value]})
-    classify = pooling(lambda value: {"label": "reward", "probs": [value], "num_classes": 1})
-    calls = {"/v1/score": score, "/score": score, "/pooling": pool, "/classify": classify, "/v1/reward": reward}
-    calls |= {"/get_reward": get_reward, "/rerank": rerank, "/v1/rerank": rerank, "/v2/rerank": rerank}
-    return [Route(path, call, methods=["POST"]) for path, call in calls.items()]
+    def _wire(self, kind: type[T], given: dict[str, Any]) -> T:
+        """Raises Refused, also where it names another model."""
+        reward_of(self.service)
+        wire, own = parsed(kind, given), self.service.reward_name
+        if isinstance(wire, Named) and wire.model not in ("", own):
+            what = f"there is no reward model {wire.model!a:.80}; there is {own}"
+            raise Refused(404, what, "model", "model_not_found")
+        return wire
+
+    def _list(self, items: Sequence[dict[str, Any]], tokens: int) -> Response:
+        head = {"id": f"score-{secrets.token_hex(12)}", "object": "list", "created": int(time.time())}
+        data = [{"index": index, **item} for index, item in enumerate(items)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({**head, "model": self.service.reward_name, "data": data, "usage": usage})
 
 
 def _pair(prompt: str, text: str, where: str) -> Completion:

@@ -82,6 +82,8 @@ class Serve:
     """The port; 0 takes a free one."""
     api_key_file: File = ""
     """A file, readable by its owner only (mode 0600), with the key that requests must have; or set TETRAD_API_KEY."""
+    max_body_mib: Annotated[int, Ge(1), Le(256)] = 1
+    """The largest request, in MiB. A PPO batch that is scored over HTTP may need more."""
     max_num_seqs: Count = 32
     """Most responses that grow together, for each model."""
     max_model_len: Whole = 0
