@@ -1,7 +1,7 @@
 """The one thread that owns a model's engine: requests come from the event loop, tokens go back to it.
 
 Whatever needs torch happens here, a step at a time; a request joins or leaves between two steps. Tokens go back in
-bundles: the loop is woken for a first and a last token, else every FLUSH seconds, because each time it holds up the
+bundles: at once if a first or a last one is among them, else every FLUSH seconds, because each bundle holds up the
 engine. A fault of a step fails what is in flight, and the next request finds a fresh engine.
 """
 
@@ -24,7 +24,7 @@ from tetrad.inference.policy import Policy
 from tetrad.server.guard import Refused
 from tetrad.settings.use import Sample
 
-FLUSH = 0.03
+FLUSH = 0.05
 """Seconds for which tokens may wait for others to travel with."""
 Item = tuple[int, Event]
 """The number of a prompt, and a token of one of its responses."""
@@ -144,16 +144,18 @@ class Worker:
                 read += len(request.ids)
             self._growing[engine.add(request)] = job, number
             self._waiting.popleft()
-        urgent = False
+        urgent: set[Job] = set()
         for event in engine.advance() if self._growing else ():
             job, number = self._growing[event.request_id]
             self._bundle.setdefault(job, []).append((number, event))
-            urgent |= not job.begun or event.response is not None
+            if event.response or not job.begun:
+                urgent.add(job)
             job.left[1] -= event.response is not None
             if not job.left[1]:
                 self._growing = {key: one for key, one in self._growing.items() if one[0] is not job}
-        if self._bundle and (urgent or time.monotonic() - self._flushed >= FLUSH):
-            self._flush()
+        if time.monotonic() - self._flushed >= FLUSH:
+            urgent, self._flushed = set(self._bundle), time.monotonic()
+        self._flush(urgent)
 
     def _cancel(self, job: Job) -> None:
         if job.left[1]:
@@ -166,15 +168,15 @@ class Worker:
 
     def _fail(self, refused: Refused, *, end: bool = False) -> None:
         """Ends all jobs with an error, after the tokens that they have. end: the thread too."""
-        self._flush()
+        self._flush(set(self._bundle))
         for job in {job for job, _ in (*self._waiting, *self._growing.values())}:
             self._cancel(job)
             self._post(job.inbox.put_nowait, refused)
         self._ended = end
 
-    def _flush(self) -> None:
-        bundle, self._bundle, self._flushed = self._bundle, {}, time.monotonic()
-        self._post(_deliver, bundle)
+    def _flush(self, jobs: set[Job]) -> None:
+        if jobs:
+            self._post(_deliver, {job: self._bundle.pop(job) for job in jobs})
 
     def _post(self, call: Callable[[Any], None], value: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
