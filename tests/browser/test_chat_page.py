@@ -38,6 +38,7 @@ def posted(address: str, path: str, body: dict[str, Any]) -> Any:
 
 def test_answers_of_two_models_stream_and_stop(two: Any, window: Callable[..., Any]) -> None:
     page = opened(window(), two.address, 900)
+    page.evaluate("() => { document.getElementById('temperature').value = 0; }")
     ask(page, "the plot")
     count = 0
     for _ in range(4):  # it grows, token by token

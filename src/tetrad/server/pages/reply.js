@@ -16,6 +16,10 @@ function percent(logprob) {
   return share >= 0.001 ? `${(100 * share).toFixed(1)} %` : "< 0.1 %";
 }
 
+function decoder() {
+  return new TextDecoder("utf-8", { ignoreBOM: true });
+}
+
 export class Reply {
   constructor(model, again) {
     this.model = model;
@@ -34,6 +38,7 @@ export class Reply {
 
   begin(seed) {
     Object.assign(this, { seed, text: "", reason: "", message: "", tokens: 0, pending: [], value: null });
+    this.decoder = decoder();
     this.box.replaceChildren();
     this.detail.hidden = true;
     this.node.classList.add("growing");
@@ -47,12 +52,32 @@ export class Reply {
     this.reason = reason || this.reason;
     if (!text) return;
     this.text += text;
-    const piece = el("span", { class: "token" });
-    piece.textContent = visible(text);
-    piece.tokens = this.pending;
-    if (this.pending.length) piece.classList.add(shade(Math.min(...this.pending.map((one) => one.logprob))));
-    this.pending = [];
-    this.box.append(piece);
+    for (const piece of this.split(text)) {
+      const span = el("span", { class: "token" });
+      span.textContent = visible(piece.text);
+      span.tokens = piece.tokens;
+      if (piece.tokens.length) span.classList.add(shade(Math.min(...piece.tokens.map((one) => one.logprob))));
+      this.box.append(span);
+    }
+  }
+
+  // The text of each token, by its bytes; in one piece where these do not make the text, as before a stop text.
+  split(text) {
+    const pieces = [];
+    let rest = text;
+    let held = [];
+    for (const token of this.pending) {
+      held.push(token);
+      const part = this.decoder.decode(new Uint8Array(token.bytes || []), { stream: true });
+      if (part && !rest.startsWith(part)) break;
+      if (part) pieces.push({ text: part, tokens: held });
+      if (part) held = [];
+      rest = rest.slice(part.length);
+    }
+    const whole = { text, tokens: this.pending };
+    this.pending = rest ? [] : held;
+    if (rest) this.decoder = decoder();
+    return rest ? [whole] : pieces;
   }
 
   end(reason, message = "") {
