@@ -23,7 +23,7 @@ def test_no_serious_finding(
     findings: list[str] = []
 
     def opened(language: str, width: int, scheme: str) -> Any:
-        """axe-core is no script of the page: the policy is lifted, and with it what keeps a browser from favicon.ico."""
+        """axe-core is no script of the page, so the policy is lifted, and with it what keeps favicon.ico away."""
         page = window(language, width, 844, color_scheme=scheme, bypass_csp=True)
         page.route("**/favicon.ico", lambda route: route.fulfill(status=204))
         return page

@@ -220,7 +220,13 @@ function bestAnswer() {
 
 function focusCard(index) {
   const all = cards();
-  all[Math.max(0, Math.min(all.length - 1, index))].focus();
+  reach(all[Math.max(0, Math.min(all.length - 1, index))]);
+}
+
+// Focus, above the bar.
+function reach(node) {
+  node.focus();
+  node.scrollIntoView({ block: "nearest" });
 }
 
 function openEdit(open) {
@@ -229,7 +235,7 @@ function openEdit(open) {
   $("edited").value = draft.edited;
   keep();
   showRanks();
-  if (open) $("edited").focus();
+  if (open) reach($("edited"));
 }
 
 function onKey(event) {
@@ -250,7 +256,7 @@ function onKey(event) {
     b: () => store("all bad"),
     s: () => store("skip"),
     e: () => bestAnswer() && !bestAnswer().cut && openEdit(true),
-    c: () => $("comment").focus(),
+    c: () => reach($("comment")),
   };
   if (event.target.closest(".text[tabindex='0']") && event.key.startsWith("Arrow")) return; // it scrolls
   if (rank && rank <= size) {
