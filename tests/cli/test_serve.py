@@ -1,5 +1,6 @@
 """`tetrad serve` as people start it: what it needs, what it refuses, and how it ends."""
 
+import json
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ KEY = "a-key-of-twenty-four-signs"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
-    write_model(folder / "sft", "chatml", seed=1)
+    write_model(folder / "sft", "chatml", seed=1, max_positions=1024)
     write_model(folder / "reward", "chatml", reward=True)
     return folder
 
@@ -62,10 +63,30 @@ def test_it_serves_and_ends_in_order(models: Path, tmp_path: Path) -> None:
         with connect(port) as idle:
             idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert read_answer(idle).status == 200
+            streams = [stream(port, tokens=600) for _ in range(8)]
             process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert ask(port, "POST", "/v1/chat/completions", {}, authorization=f"Bearer {KEY}").status == 503
+            for one in streams:
+                answer = read_answer(one)
+                assert answer.status == 200 and b'"length"' in answer.body and b"data: [DONE]" in answer.body
+                one.close()
             assert is_closed(idle)
         assert process.wait(20) == 0
         assert process.communicate() == ("", "")  # nothing of a request is printed
+
+
+def stream(port: int, tokens: int) -> socket.socket:
+    """A response that has begun."""
+    chat = {"messages": [{"role": "user", "content": "\x1b[2J\n"}], "stream": True, "ignore_eos": True}
+    body = json.dumps(chat | {"max_tokens": tokens}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n"
+    )
+    connection = connect(port)
+    connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert connection.recv(1, socket.MSG_PEEK)
+    return connection
 
 
 def test_a_second_interrupt_ends_at_once(models: Path) -> None:
