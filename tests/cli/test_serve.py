@@ -60,6 +60,10 @@ def test_it_serves_and_ends_in_order(models: Path, tmp_path: Path) -> None:
         assert ask(port, "GET", "/metrics?\x1b[2J", authorization=hostile).status in (400, 401)
         text = ask(port, "GET", "/metrics", authorization=f"Bearer {KEY}").body.decode()
         assert 'tetrad_requests_total{code="401",route="none"}' in text
+        body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "ignore_eos": True}
+        assert ask(port, "POST", "/v1/chat/completions", body, authorization=f"Bearer {KEY}").status == 200
+        text = ask(port, "GET", "/metrics", authorization=f"Bearer {KEY}").body.decode()
+        assert 'tetrad_tokens_total{kind="response"} 3.0' in text and "tetrad_first_token_seconds_count 1.0" in text
         with connect(port) as idle:
             idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert read_answer(idle).status == 200

@@ -21,6 +21,7 @@ from tetrad.inference.engine import MAX_PREFILL_TOKENS, Engine, Event, Likeliest
 from tetrad.inference.likelihood import token_likelihoods
 from tetrad.inference.model_folder import own_sampling
 from tetrad.inference.policy import Policy
+from tetrad.server import metrics
 from tetrad.server.guard import Refused
 from tetrad.settings.use import Sample
 
@@ -45,15 +46,20 @@ class Job:
     begun: bool = False
     likelihoods: dict[int, list[tuple[float, Likeliest]]] = field(default_factory=dict)
     inbox: asyncio.Queue[list[Item] | Refused] = field(default_factory=asyncio.Queue)
+    since: float = field(default_factory=time.monotonic)
 
     async def __aiter__(self) -> AsyncIterator[list[Item]]:
         """Raises Refused where the engine failed."""
         while self.left[0]:
             items = await self.inbox.get()
-            self.begun = True
             if isinstance(items, Refused):
                 self.left[0] = 0
                 raise items
+            if not self.begun:
+                metrics.FIRST_TOKEN.observe(time.monotonic() - self.since)
+                metrics.TOKENS.labels("prompt").inc(sum(len(request.ids) for request in self.requests))
+            metrics.TOKENS.labels("response").inc(len(items))
+            self.begun = True
             self.left[0] -= sum(event.response is not None for _, event in items)
             yield items
 
