@@ -17,7 +17,8 @@ _STATUS = {"DATA": 400, "CONF": 400, "MEM": 503}
 
 
 def create_app(service: Service, limits: Limits, routes: Sequence[BaseRoute]) -> Guard:
-    """The routes and /health behind the guard; their `Refused` and `UserError` become answers."""
+    """The routes and /health behind the guard; their `Refused` and `UserError` become answers. The handlers are
+    coroutines, since Starlette runs plain functions in threads, which costs more than the answer."""
     app = Starlette(
         routes=[Route("/health", _health), *routes],
         exception_handlers={
@@ -37,11 +38,11 @@ async def _health(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-def _refused(_: Request, error: Any) -> Response:
+async def _refused(_: Request, error: Any) -> Response:
     return error.response  # type: ignore[no-any-return]
 
 
-def _user_error(_: Request, error: Any) -> Response:
+async def _user_error(_: Request, error: Any) -> Response:
     return refusal(error).response
 
 
@@ -52,15 +53,15 @@ def refusal(error: UserError) -> Refused:
     return Refused(status, f"{error.what}. {error.hint}".rstrip(". ") + ".", error.where or None, code)
 
 
-def _http_error(request: Request, error: Any) -> Response:
+async def _http_error(request: Request, error: Any) -> Response:
     path = request.scope["path"][:100]
     what = {404: f"there is no {path}", 405: f"{path} does not take {request.method[:20]}"}
     return Refused(error.status_code, what.get(error.status_code, error.detail), headers=error.headers or {}).response
 
 
-def _gone(_: Request, __: Exception) -> Response:
+async def _gone(_: Request, __: Exception) -> Response:
     return Refused(400, "the body ended early").response  # nobody reads it
 
 
-def _internal(_: Request, __: Exception) -> Response:
+async def _internal(_: Request, __: Exception) -> Response:
     return Refused(500, "a fault of the server", code="internal").response

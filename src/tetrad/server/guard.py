@@ -149,6 +149,8 @@ class Exchange:
             raise Refused(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
         if not length.isdigit() or int(length) > limits.body:
             self._too_large()
+        if self.scope["method"] == "POST":
+            self._refuse_if_full()
 
     def _has_key(self) -> bool:
         """The keys are compared in constant time, all of them."""
@@ -189,10 +191,13 @@ class Exchange:
             message["headers"] = [*message.get("headers", ()), *_HEADERS, *last]
         await self._send(message)
 
-    def admit(self) -> None:
-        """Makes this one of the guard's requests. Raises Refused where there are too many."""
+    def _refuse_if_full(self) -> None:
         if self.guard.requests >= self.guard.limits.requests:
             raise Refused(429, "too many requests wait", code="queue_full", headers={"Retry-After": "1"})
+
+    def admit(self) -> None:
+        """Makes this one of the guard's requests. Raises Refused where there are too many."""
+        self._refuse_if_full()
         self.admitted = True
         self.guard.requests += 1
         metrics.QUEUE.set(self.guard.requests)
@@ -205,13 +210,14 @@ async def payload(request: Request) -> dict[str, Any]:
     charset = rest.strip().lower().removeprefix("charset=").strip('"')
     if kind.strip().lower() != "application/json" or charset not in ("", "utf-8"):
         raise Refused(415, "Content-Type must be application/json, in UTF-8")
-    full = exchange.guard.requests >= exchange.guard.limits.requests
-    chunks = [b"" if full else chunk async for chunk in request.stream()]
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
     exchange.admit()
-    return parse(b"".join(chunks), exchange.guard.limits.nesting)
+    return parse(body, exchange.guard.limits.nesting)
 
 
-def parse(body: bytes, nesting: int) -> dict[str, Any]:
+def parse(body: bytearray, nesting: int) -> dict[str, Any]:
     """An object of strict JSON: UTF-8, finite numbers, each field once. Raises Refused, with the position."""
     try:
         value = from_json(body.decode(), allow_inf_nan=False)  # this one names the position of each fault
