@@ -676,6 +676,35 @@ FAULTS = (
         "return rows",
         "unit/kernels/test_onednn.py::test_few_sizes_and_little_padding",
     ),
+    Fault(
+        "rank: an item that someone has open is given to another",
+        "server/ranking.py",
+        "self._final(item_id) + busy <",
+        "self._final(item_id) <",
+        "unit/server/test_ranking.py::test_no_two_people_have_the_same_open_item_unless_overlap_wants_it",
+    ),
+    Fault(
+        "rank: everyone sees the answers in one order",
+        "server/ranking.py",
+        ".shuffle(answers)",
+        ".random()",
+        "unit/server/test_ranking.py::test_the_order_is_drawn_per_person_and_item_and_stored",
+    ),
+    Fault(
+        "rank: what was half written stays in the file",
+        "journal.py",
+        "with suppress(UserError):  # else the next commit cuts what is left of this one\n"
+        "                self.truncate(before)",
+        "self._failed = False",
+        "unit/server/test_ranking.py::test_a_disk_that_refuses_stores_nothing_and_the_retry_does",
+    ),
+    Fault(
+        "rank: another person's token is taken",
+        "server/rank_app.py",
+        'or not people.matches(request.headers.get("x-csrf-token", ""), name, "csrf")',
+        "",
+        "unit/server/test_rank_app.py::test_l005_the_token_must_be_ones_own",
+    ),
 )
 
 

@@ -30,6 +30,8 @@ def test_no_serious_finding(
 
     def look(page: Any, name: str) -> None:
         shoot(page, name)
+        if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+            findings.append(f"{name}: wider than the window")
         page.evaluate(Path(AXE).read_text())
         result = page.evaluate("() => axe.run()")
         bad = [one for one in result["violations"] if one["impact"] in ("serious", "critical")]
