@@ -65,6 +65,9 @@ def rank(models: Sequence[str], settings: Rank, console: Console) -> int:
         people = rank_app.People(ranking.secret, names)
         app = create_app(Service({}, None, Serve()), Limits(loopback=loopback), rank_app.routes(ranking, people))
         Server(app, settings.host, settings.port, started).run()
+        ranking.ending = True
+        if work.is_alive():
+            work.join()  # what it samples now is kept
         report(ranking, console)
     return 0
 
@@ -142,6 +145,8 @@ def fill(
             if len(answers) > 1:
                 ranking.add(weighed(Item(prompt, tuple(answers), tuple(answers.values())), judge))
             few += len(answers) < 2
+            if ranking.ending:
+                return
     except UserError as error:
         console.say(f"sampling has ended: {error}")
     if few:

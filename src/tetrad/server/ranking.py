@@ -143,14 +143,14 @@ def doubt(scores: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 class Ranking:
     """The items, the people and the files, for one process at a time.
 
-    controls: items of known order. ready: nothing new is asked before it is set. Errors: E-RUN-LOCKED, E-DATA-*,
-    E-IO-*.
+    controls: items of known order. ready: nothing new is asked before it is set; ending: nothing new is sampled.
+    Errors: E-RUN-LOCKED, E-DATA-*, E-IO-*.
     """
 
     def __init__(
         self, settings: Rank, controls: Sequence[Item] = (), clock: Callable[[], float] = time.time, ready: bool = True
     ) -> None:
-        self.settings, self.clock, self.ready = settings, clock, ready
+        self.settings, self.clock, self.ready, self.ending = settings, clock, ready, False
         self.out = Path(settings.out)
         self.folder = self.out.with_name(f"{self.out.stem}-beside")
         self.controls = {item.id: item for item in controls}
@@ -302,15 +302,17 @@ class Ranking:
 
     def done(self) -> int:
         """Items that enough people have judged."""
-        return sum(self._final(item_id) >= wanted for item_id, wanted in self._wanted.items())
+        with self._guard:  # items are added meanwhile
+            return sum(self._final(item_id) >= wanted for item_id, wanted in self._wanted.items())
 
     def people(self) -> dict[str, dict[str, Any]]:
         """Of each person the number of each verdict, `right`: the share of pairs of controls in the known order, and
         `flags`: what a program or a tired person would show."""
         records: dict[str, list[tuple[str, Record]]] = defaultdict(list)
-        for item_id, judged in list(self.judged.items()):
-            for name, record in list(judged.items()):
-                records[name].append((item_id, record))
+        with self._guard:
+            for item_id, judged in self.judged.items():
+                for name, record in judged.items():
+                    records[name].append((item_id, record))
         return {name: self._person(records[name]) for name in sorted(records)}
 
     def _person(self, records: Sequence[tuple[str, Record]]) -> dict[str, Any]:

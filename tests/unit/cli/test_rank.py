@@ -123,6 +123,19 @@ def test_a_prompt_without_different_answers_is_left_out_and_said(run: Path, tmp_
     assert "2 prompts are left out" in said.getvalue()
 
 
+def test_sampling_ends_with_the_server_and_goes_on_with_the_next(run: Path, tmp_path: Path) -> None:
+    settings = Rank(out=str(tmp_path / "ranked.jsonl"), max_new_tokens=4)
+    prompts, models = [prompt(f"a {n}") for n in range(3)], {"sft": load(run / "sft")}
+    with Ranking(settings) as ranking:
+        ranking.ending = True
+        fill(ranking, models, prompts, None, silent())
+        first = set(ranking.items)
+    with Ranking(settings) as ranking:
+        assert set(ranking.items) == first and len(first) == 1
+        fill(ranking, models, prompts, None, silent())
+        assert len(ranking.items) == 3 and first < set(ranking.items)
+
+
 def test_the_reward_models_doubt_orders_the_items(run: Path, tmp_path: Path) -> None:
     judge = load_reward(run / "reward")
     with Ranking(Rank(out=str(tmp_path / "ranked.jsonl"), max_new_tokens=4), ready=False) as ranking:
