@@ -49,7 +49,8 @@ async def one(host: str, port: int, body: bytes) -> tuple[float, int]:
     lines = [line for line in said.split(b"\n") if line.startswith(b"data: {")]
     if not lines or b'"error"' in lines[-1]:
         raise SystemExit(said[-500:].decode())
-    return first, json.loads(lines[-1][6:])["usage"]["completion_tokens"]
+    usage = json.loads(lines[-1][6:]).get("usage")
+    return first, usage["completion_tokens"] if usage else sum(b'"content":' in line for line in lines)
 
 
 async def all_at_once(url: str, bodies: list[bytes]) -> list[tuple[float, int]]:

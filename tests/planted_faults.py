@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PPO, OPTIONS = "conformance/test_ppo.py", "conformance/test_ppo_options.py"
+CHAT, TEXT, FIELDS, WORKER = (f"unit/server/test_{name}.py" for name in ("chat", "completions", "fields", "worker"))
 
 
 @dataclass(frozen=True)
@@ -704,6 +705,139 @@ FAULTS = (
         'or not people.matches(request.headers.get("x-csrf-token", ""), name, "csrf")',
         "",
         "unit/server/test_rank_app.py::test_l005_the_token_must_be_ones_own",
+    ),
+    Fault(
+        "server: no role chunk",
+        "server/generation.py",
+        "choices += form.begin(index) if index not in begun else ()",
+        "choices += ()",
+        f"{CHAT}::test_the_order_of_a_stream",
+    ),
+    Fault(
+        "server: an answer that was cut says stop",
+        "server/generation.py",
+        'return "stop" if response.finished else "length"',
+        'return "stop"',
+        f"{CHAT}::test_the_order_of_a_stream",
+    ),
+    Fault(
+        "server: an error in a stream looks like its end",
+        "server/generation.py",
+        "yield _event(error.body)",
+        'yield "data: [DONE]\\n\\n"',
+        f"{WORKER}::test_an_error_in_a_stream_ends_it",
+    ),
+    Fault(
+        "server: a field that nobody knows is ignored",
+        "server/schema.py",
+        'extra="forbid"',
+        'extra="ignore"',
+        f"{FIELDS}::test_refused_by_name",
+    ),
+    Fault(
+        "server: a refusal names no field",
+        "server/schema.py",
+        'f"{name}: {what}", name,',
+        'f"{name}: {what}", None,',
+        f"{FIELDS}::test_refused_by_name",
+    ),
+    Fault(
+        "server: each token is decoded by itself",
+        "server/generation.py",
+        '"".join(event.text for event in events)',
+        '"".join(form.tokenizer.decode([event.token]) for event in events)',
+        f"{CHAT}::test_half_characters_never_leave",
+    ),
+    Fault(
+        "server: the chosen token's float is another in the top",
+        "server/completions.py",
+        "named = {self.token(number): logprob}",
+        "named = {self.token(number): logprob - 1e-7}",
+        f"{TEXT}::test_what_lm_eval_reads",
+    ),
+    Fault(
+        "server: an end token is not shown",
+        "server/generation.py",
+        "tokens = zip(r.ids, r.logprobs, r.top or ((),) * len(r.ids), strict=True)",
+        'tokens = [t for t in zip(r.ids, r.logprobs, r.top or ((),) * len(r.ids)) if r.reason != "end"]',
+        f"{TEXT}::test_what_lm_eval_reads",
+    ),
+    Fault(
+        "server: the first token has a likelihood",
+        "server/completions.py",
+        "[(first, None, ())",
+        "[(first, 0.0, ())",
+        f"{TEXT}::test_what_lm_eval_reads",
+    ),
+    Fault(
+        "server: likelihoods stand one place late",
+        "inference/likelihood.py",
+        "ids_T[1:].split(ROWS)",
+        "ids_T[:-1].split(ROWS)",
+        f"{TEXT}::test_what_lm_eval_reads",
+    ),
+    Fault(
+        "server: all answers of a prompt have one index",
+        "server/generation.py",
+        "held.setdefault(number * body.n + event.sample_index",
+        "held.setdefault(number * body.n",
+        f"{CHAT}::test_several_answers_have_their_own_index",
+    ),
+    Fault(
+        "server: one seed for all requests",
+        "server/generation.py",
+        "keys = tuple((seed,",
+        "keys = tuple((0,",
+        f"{CHAT}::test_a_seed_gives_the_same_text_under_load",
+    ),
+    Fault(
+        "server: an empty answer is null",
+        "server/chat.py",
+        '{"role": "assistant", "content": text}}',
+        '{"role": "assistant", "content": text or None}}',
+        f"{CHAT}::test_content_is_a_text_even_if_empty",
+    ),
+    Fault(
+        "server: who leaves is answered to the end",
+        "server/worker.py",
+        "self._calls.put(lambda: self._cancel(job))",
+        "pass",
+        f"{WORKER}::test_a_client_that_leaves_frees_its_rows",
+    ),
+    Fault(
+        "server: the queue has no end",
+        "server/worker.py",
+        "if sum(not job.begun for job in self._open) >= self.queue:",
+        "if self.queue < 0:",
+        f"{WORKER}::test_a_full_queue_refuses_at_once",
+    ),
+    Fault(
+        "server: an idle engine is asked again and again",
+        "server/worker.py",
+        "idle = not self._waiting and not self._growing",
+        "idle = False",
+        f"{WORKER}::test_an_idle_worker_sleeps",
+    ),
+    Fault(
+        "server: a broken engine is used again",
+        "server/worker.py",
+        "self._engine = None  # whatever",
+        "self._ended = True  # whatever",
+        f"{WORKER}::test_an_error_in_a_stream_ends_it",
+    ),
+    Fault(
+        "server: an answer that goes on begins after its end token",
+        "text/chat_template.py",
+        "            pieces.pop()  # its end token",
+        "            pass",
+        f"{CHAT}::test_an_answer_goes_on",
+    ),
+    Fault(
+        "server: control tokens in a prompt's text are obeyed",
+        "server/completions.py",
+        "texts.append(policy.tokenizer.encode(prompt))",
+        "texts.append(policy.tokenizer.encode_raw(prompt))",
+        f"{TEXT}::test_forms_of_prompts",
     ),
 )
 
