@@ -1,5 +1,6 @@
 """`tetrad rank`: a page on which people rank answers, given or sampled while they rank, for `tetrad reward`."""
 
+import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -57,7 +58,8 @@ def rank(models: Sequence[str], settings: Rank, console: Console) -> int:
 
         def started(port: int) -> None:
             work.start()
-            address = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}/rank"
+            host = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}/rank"
             console.say(f"{len(ranking.items)} items, {len(left)} prompts to be answered: {address}")
             for name in names or ():
                 console.say(f"  {name}: {address}#{people.token(name, 'link')}")

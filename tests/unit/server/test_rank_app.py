@@ -195,6 +195,19 @@ def test_personal_links(ranked: Ranking) -> None:
     assert page.state()["name"] == "李雷"
 
 
+def test_l007_l008_other_hosts_origins_and_frames(app: Any, ranked: Ranking) -> None:
+    page = Page(app, "kim")
+    state = page.state()
+    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert page.submit(state, {"X-CSRF-Token": state["csrf"], **headers}).status_code == 403
+    assert page.http.get("/rank", headers={"Host": "evil.example"}).status_code == 403
+    policy = page.http.get("/rank").headers["content-security-policy"]
+    for rule in ("default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "base-uri 'none'"):
+        assert rule in policy
+    assert "img-src" not in policy and "unsafe" not in policy
+    assert stored(ranked) == []
+
+
 def test_l010_another_persons_item_does_not_exist(app: Any, ranked: Ranking) -> None:
     kim, lee = Page(app, "kim"), Page(app, "lee")
     state, other = kim.state(), lee.state()
