@@ -32,6 +32,7 @@ TRAINED, GRADIENT, FROZEN, COPY = 12, 4, 4, 2  # bytes per parameter; the copy i
 BASE = 305 << 20  # bytes of a process with torch in it
 COMPILED = 145 << 20  # kernels that oneDNN compiles, where it trains
 SHARE = 0.6  # of the speed of large matrix products that a whole step reaches
+ANSWERED = 0.6  # of the longest response, an average one
 DECODED = 0.2  # of it that sampling reaches, token by token
 
 
@@ -90,7 +91,7 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
         tests = sum(readings[name].tokens for name in HELD_OUT["reward.data"] if name in readings)
         costs.append(_reward(recipe, r, tests))
     if (r := readings.get("ppo.prompts")) and r.tokens:
-        costs.append(_ppo(recipe, r))
+        costs.append(_ppo(recipe, r, _answer_tokens(recipe, readings)))
     return costs
 
 
@@ -116,9 +117,17 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
     )
 
 
-def _ppo(recipe: Recipe, r: Reading) -> StageCost:
+def _answer_tokens(recipe: Recipe, readings: Mapping[str, Reading]) -> float:
+    """Of a response: as the answers of SFT on average, without these a share of the longest."""
+    most = recipe.ppo.max_new_tokens
+    if (r := readings.get("sft.data")) and r.trained and not recipe.sft.train_on_prompt:
+        return min(most, r.trained / len(r.lengths))
+    return ANSWERED * most
+
+
+def _ppo(recipe: Recipe, r: Reading, answer: float) -> StageCost:
     s = recipe.ppo
-    batch, answer = s.batch_size * s.samples_per_prompt, s.max_new_tokens * 0.6
+    batch = s.batch_size * s.samples_per_prompt
     long = r.tokens / len(r.lengths) + answer
     judges = recipe.reward.ensemble_size if uses_reward_model(s.rewards) else 0
     learners = 1 if s.critic == "shared" else 2
@@ -135,7 +144,7 @@ def _ppo(recipe: Recipe, r: Reading) -> StageCost:
         adapters=learners + bool(judges) / 4 if s.adapters else 0,  # the reward model's is not trained
         slots=min(batch, recipe.sampling.max_num_seqs),
         positions=s.max_new_tokens + max(r.lengths),
-        batch=int(batch / s.num_minibatches * (max(r.lengths) + s.max_new_tokens)),
+        batch=int(batch / s.num_minibatches * long),
         length=int(long),
         rounds=s.steps,
         responses=batch,

@@ -188,6 +188,15 @@ def test_the_head_costs_where_logits_are_needed_and_frozen_blocks_cost_less() ->
     assert cost.work(all_labels, untied) == cost.work(all_labels, config)
 
 
+def test_responses_are_planned_as_long_as_the_answers_of_sft(checked: Checked) -> None:
+    write("s.jsonl", planted.instructions(200))
+    write("p.jsonl", planted.instructions(200))
+    text = '[ppo]\nprompts = ["p.jsonl"]\nrewards = ["judge.py:length"]\ncritic = "actor"\nmax_new_tokens = 500\n'
+    alone = checked(text)["sections"]["cost"]["figures"]["ppo"]
+    beside = checked('[sft]\ndata = ["s.jsonl"]\n' + text)["sections"]["cost"]["figures"]["ppo"]
+    assert beside["flop"] < alone["flop"] and beside["memory_bytes"] < alone["memory_bytes"]
+
+
 def test_a_vocabulary_that_the_text_cannot_fill_is_said(checked: Checked) -> None:
     Path("t.txt").write_text("a b c d e f\n\n" * 30)
     text = '[tokenizer]\ntext = ["t.txt"]\nvocab_size = {}\n[pretrain]\ntext = ["t.txt"]\n'
