@@ -205,6 +205,12 @@ def test_ambiguous_lengths_end_the_connection(port: int, fields: str) -> None:
         assert is_closed(connection)  # no answer to the second request
 
 
+def test_a_length_beside_chunks_is_refused_even_where_both_would_do(port: int) -> None:
+    head = b"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 12\r\n"
+    body = b"2\r\n{}\r\n0\r\n\r\n"
+    refused(raw(port, head + b"Transfer-Encoding: chunked\r\n\r\n" + body), 400, "invalid_request")
+
+
 def test_other_transfer_encodings_are_refused(port: int) -> None:
     head = b"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
     refused(raw(port, head), 501)
