@@ -48,10 +48,8 @@ def routes(service: Service) -> list[Route]:
 
     gets = {"/v1/models": models, "/models": models, "/v1/models/{name}": model, "/tokenizer_info": tokenizer_info}
     posts = {"/tokenize": tokenize, "/detokenize": detokenize}
-    calls = [(path, call, "GET") for path, call in gets.items()] + [
-        (path, call, "POST") for path, call in posts.items()
-    ]
-    return [Route(path, call, methods=[method]) for path, call, method in calls]
+    reads = [Route(path, call, methods=["GET"]) for path, call in gets.items()]
+    return reads + [Route(path, call, methods=["POST"]) for path, call in posts.items()]
 
 
 def _ids(body: Tokenize, policy: Policy) -> list[int]:
