@@ -33,15 +33,15 @@ class Answer(NamedTuple):
 
 
 @contextmanager
-def listening(guard: Guard) -> Iterator[int]:
-    """The port of a server that ends with the block."""
+def listening(guard: Guard, *workers: Any) -> Iterator[int]:
+    """The port of a server that ends with the block, and with it these workers."""
     ready, ports = threading.Event(), list[int]()
 
     def started(port: int) -> None:
         ports.append(port)
         ready.set()
 
-    server = listen.Server(guard, "127.0.0.1", 0, started)
+    server = listen.Server(guard, "127.0.0.1", 0, started, workers)
     server.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # they reach the main thread only
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -129,11 +129,7 @@ class Recipe:
         switch="data",
         version=4,
         tables=("reward", "lora", "gate", "optim", "run"),
-        parents=(
-            Parent(("from",)),
-            Parent(POLICY, when=lambda recipe: bool(recipe.reward.from_)),
-            replace(_POLICY, when=lambda recipe: not recipe.reward.from_),
-        ),
+        parents=(Parent(("from",)), _POLICY),  # even with a model of its own, the policy's responses set its scale
         parts=lambda _: ("model", "optimizer", "best"),
         template=True,
     )

@@ -33,7 +33,8 @@ def serve(models: Sequence[str], settings: Serve, console: Console) -> int:
         key = "with the key" if limits.keys else "without a key, from this computer only"
         console.say(f"serving {served} at http://{shown}:{port}, {key}")
 
-    Server(create_app(service, limits, routes), settings.host, settings.port, started).run()
+    workers = [model.worker for model in service.models.values()]
+    Server(create_app(service, limits, routes), settings.host, settings.port, started, workers).run()
     return 0
 
 

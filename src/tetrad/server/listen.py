@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tetrad.server.guard import Guard, Refused
+from tetrad.server.worker import Worker
 
 _HEADER_SECONDS = 10.0
 _WRITE_SECONDS = 30.0  # for a client that reads too slowly
@@ -100,12 +101,14 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """The first signal lets open requests end and refuses new ones; a second Ctrl-C ends at once."""
 
-    def __init__(self, guard: Guard, host: str, port: int, started: Callable[[int], None]) -> None:
-        """started: is called with the port when requests can come."""
+    def __init__(
+        self, guard: Guard, host: str, port: int, started: Callable[[int], None], workers: Sequence[Worker] = ()
+    ) -> None:
+        """started: is called with the port when requests can come; workers: end what is open when the time is over."""
         rest: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}
         rest |= {"timeout_keep_alive": _IDLE_SECONDS, "timeout_graceful_shutdown": 3, "http": Connection}
         super().__init__(uvicorn.Config(guard, host, port, h11_max_incomplete_event_size=guard.limits.header, **rest))
-        self._guard, self._started = guard, started
+        self._guard, self._started, self._workers = guard, started, workers
 
     async def main_loop(self) -> None:
         """Until a signal, and then until nothing is open or the time for that is over."""
@@ -115,6 +118,8 @@ class Server(uvicorn.Server):
         for _ in range(_DRAIN_SECONDS * 10):
             if self._guard.open:
                 await asyncio.sleep(0.1)
+        for worker in self._workers:
+            await worker.stop()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -444,6 +444,7 @@ MISSING = [
         'critic = "actor"',
     ),
     ("[reward]\ndata = ['data/rm-1.jsonl']", "", "E-CONF-MISSING", "[sft] data"),
+    ("[reward]\nfrom = 'base'\ndata = ['data/rm-1.jsonl']", "", "E-CONF-MISSING", "[sft] data"),
     ("", "", "E-CONF-MISSING", "[sft]"),
     ("[sft]\ndata = ['data/sft.jsonl']", "ppo", "E-CONF-MISSING", "[ppo]"),
     ("[tokenizer]\ntext = ['data/none.txt']", "", "E-DATA-PATH", "none.txt"),

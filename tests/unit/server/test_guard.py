@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -539,3 +540,29 @@ def test_a_client_that_leaves_leaves_the_queue(port: int) -> None:
             connection.sendall(f"Content-Length: {len(body)}\r\n\r\n".encode() + body[:-1])  # never whole
     time.sleep(0.1)
     assert ask(port, "POST", "/v1/echo", {}).status == 200
+
+
+def test_what_is_open_when_the_time_is_over_is_ended_by_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open stream gets what `Worker.stop` gives it, and is not cut."""
+    monkeypatch.setattr(listen, "_DRAIN_SECONDS", 0)
+    ending = asyncio.Event()
+
+    async def stream(_: Request) -> StreamingResponse:
+        async def events():  # type: ignore[no-untyped-def]
+            yield "data: 1\n\n"
+            await ending.wait()
+            yield "data: the end\n\n"
+
+        return StreamingResponse(events())
+
+    class Worker:
+        async def stop(self) -> None:
+            ending.set()
+
+    app = create_app(Service({}, None, Serve()), Limits(), [Route("/stream", stream)])
+    with ExitStack() as stack:
+        with listening(app, Worker()) as port:
+            connection = stack.enter_context(connect(port))
+            connection.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        assert b"the end" in b"".join(iter(lambda: connection.recv(1000), b""))
