@@ -46,7 +46,7 @@ def serving(models: Sequence[Path], settings: Serve = Serve()) -> Iterator[Runni
         for served in service.models.values():
             await served.worker.stop()
 
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
     thread.start()
     try:
         assert ready.wait(30)

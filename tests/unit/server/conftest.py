@@ -19,14 +19,14 @@ def served_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(served_models: Path) -> Iterator[Running]:
     names = [served_models / name for name in ("chat", "sft", "pretrain")]
     with serving(names, Serve(max_num_seqs=16)) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def http(running: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=running.url, timeout=30) as client:
         yield client

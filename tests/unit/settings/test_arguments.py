@@ -16,7 +16,8 @@ from tetrad.settings.check import build
 from tetrad.stages import Recipe
 
 SOURCE = Path(tetrad.__file__).parent
-COMMANDS = (use.Check, use.Init, use.Generate, use.Chat, use.ScoreFile, use.Export, use.Explain, use.Doctor)
+COMMANDS = (use.Check, use.Init, use.Generate, use.Chat, use.ScoreFile, use.Serve, use.Rank)
+COMMANDS += (use.Export, use.Explain, use.Doctor)
 WITHOUT_SETTINGS = {"help", "help_all", "debug", "version", "nproc"}
 WITHOUT_SETTINGS |= {"repo_type", "revision", "dataset", "local_dir"}  # of `hf` and `modelscope`
 
