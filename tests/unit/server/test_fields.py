@@ -163,3 +163,20 @@ def test_models_are_listed(http: httpx.Client) -> None:
         assert [model["id"] for model in http.get(path).json()["data"]] == ["chat", "sft", "pretrain"]
     assert http.get("/v1/models/sft").json()["max_model_len"] == 96
     assert http.get("/v1/models/none").status_code == 404
+
+
+ODD = [
+    "a" * 900_000,
+    "e" + "\u0301" * 100_000,
+    "z\u0335\u0321\u031b" * 20_000,
+    "👩\u200d" * 20_000,
+    "\u202e\u2066" * 30_000,
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=["letters", "marks", "zalgo", "joiners", "directions"])
+def test_adversarial_text_is_tokenised_or_too_long(http: httpx.Client, text: str) -> None:
+    count = ask(http, "/tokenize", {"model": "chat", "prompt": text})["count"]
+    assert count > 1000
+    answer = http.post(TALK, json=BODIES[TALK] | {"messages": [{"role": "user", "content": text}]})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
