@@ -229,7 +229,7 @@ def _modelscope(bar: object = None) -> Any:
     try:
         import modelscope_hub._download  # noqa: PLC0415 - only where a repository is named
     except ImportError:
-        what, hint = "the package modelscope-hub is missing", "pip install 'tetrad[modelscope]'"
+        what, hint = "the package modelscope-hub is missing", 'pip install -c constraints.txt -e ".[modelscope]"'
         raise UserError("E-CONF-MISSING", what, where="ModelScope", hint=hint) from None
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL + 1)
     own = {"get_session_id": lambda _: "0" * 32, "load_cookies": lambda _: None}  # a login is a pickle: never read

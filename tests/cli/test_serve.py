@@ -145,7 +145,7 @@ def test_what_it_is_started_with(
     assert main(["serve", str(models / "reward")]) == 4
     assert "E-CKPT-ROLE" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "pip install 'tetrad[serve]'" in fault(capsys, models / "sft")
+    assert 'pip install -c constraints.txt -e ".[serve]"' in fault(capsys, models / "sft")
 
 
 def test_models_are_called_by_their_folders() -> None:

@@ -69,7 +69,7 @@ def needs_extra(extra: str, *modules: str) -> None:
     from importlib.util import find_spec
 
     if missing := [module for module in modules if find_spec(module) is None]:
-        what, hint = f"{', '.join(missing)} is not installed", f"pip install 'tetrad[{extra}]'"
+        what, hint = f"{', '.join(missing)} is not installed", f'pip install -c constraints.txt -e ".[{extra}]"'
         raise UserError("E-CONF-MISSING", what, where=extra, hint=hint)
 
 

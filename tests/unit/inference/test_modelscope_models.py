@@ -248,7 +248,7 @@ def test_without_the_client(served: mirror.Mirror, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     monkeypatch.delitem(sys.modules, "modelscope_hub._download")
     error = refusal()
-    assert error.code == "E-CONF-MISSING" and "tetrad[modelscope]" in error.hint
+    assert error.code == "E-CONF-MISSING" and ".[modelscope]" in error.hint
 
 
 def test_progress_and_a_stop(served: mirror.Mirror, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
