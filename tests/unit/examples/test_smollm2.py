@@ -123,11 +123,11 @@ def test_the_folder_has_the_file_s_weights_and_tokens(fetch: ModuleType, tmp_pat
 
 
 def test_recipes_name_what_is_there() -> None:
-    """They are read without the data; the two reward models learn from ratings that the other never sees."""
+    """They are read without the data; the judge learns from ratings that the two other reward models never see."""
     recipes = {path.stem: read(path) for path in sorted(HERE.glob("*.toml"))}
-    assert set(recipes) == {"reward", "people"}
+    assert set(recipes) == {"recipe", "reward", "people"}
     sources = {name: {Path(p).name for p in recipe.reward.data} for name, recipe in recipes.items()}
-    assert not sources["reward"] & sources["people"]
+    assert sources["recipe"] == sources["reward"] and not sources["reward"] & sources["people"]
     assert all(Path(recipe.model.from_).name == "base" for recipe in recipes.values())
     for path in HERE.glob("*.toml"):
         raw = tomllib.loads(path.read_text())
