@@ -7,7 +7,8 @@ While responses are sampled there is a second copy of the weights, with a KV cac
 measured peaks). Work is 6 floating-point operations per token and parameter of the blocks (4 where they are frozen
 under adapters, 2 where nothing is trained; Kaplan et al. 2020), and per parameter of the head and token whose logits
 are needed, at a measured share of this machine's speed of matrix products: enough to tell minutes from hours. Who
-asks for more (`tetrad check --measure true`) gets the time of real steps of the model's first layers instead, which knows the processor and the computing type.
+asks for more (`tetrad check --measure true`) gets the time of real steps of the model's first layers instead, which
+knows the processor and the computing type.
 """
 
 import math
