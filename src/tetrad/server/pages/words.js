@@ -18,7 +18,7 @@ const WORDS = {
     rank_of: "Rank of answer", answer: "Answer", all_bad: "All bad", skip: "Skip", next: "Save and continue",
     comment: "Comment", edit: "Edit the best", edited: "The best answer, as it should be", score: "Score",
     best: "best", drag: "Drag to a rank", clear: "Clear", stored: "Saved.", retry: "Not saved yet, retrying.",
-    conflict: "You already answered this one; the saved answer stays.", gone: "This one was given to someone else.",
+    conflict: "You answered this one before; the saved answer stays.", gone: "This one was given to someone else.",
     fast: "That was very fast; it is kept apart.", wait: "Nothing to rank right now. This page refreshes by itself.",
     sampling: "Answers are being sampled. This page refreshes by itself.", done: "All done. Thank you!",
     cut: "Only the first 50,000 characters are shown.", mine: "by you", of: "of", items: "done", agree: "agreement α",
