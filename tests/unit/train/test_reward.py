@@ -1,8 +1,10 @@
 """The reward model through the chain: early stopping, an ensemble, a model with a tokenizer of its own; and the losses
 that a record can choose."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +13,19 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import toys
 from mean_losses import bt_loss
+from tetrad.console import Console
 from tetrad.errors import UserError
 from tetrad.inference.completions import Completion
 from tetrad.model.huggingface import read_members
 from tetrad.model.safetensors_io import read_tensors
+from tetrad.pipeline import recipe, runner
 from tetrad.reward.batches import preference_micros
 from tetrad.reward.data import score_scale
 from tetrad.reward.ensemble import Latent
 from tetrad.reward.model import load_reward, member_scores, reward_function
 from tetrad.settings.common import Optim
 from tetrad.settings.reward import Reward
+from tetrad.train import reward as reward_stage
 from tetrad.train.reward import preference_terms
 from tetrad.training.early_stopping import EarlyStopping
 from tetrad.training.optimizer import Optimizer
@@ -202,3 +207,24 @@ def test_a_reward_model_with_its_own_tokenizer_reads_texts(chain: Chain) -> None
     assert tokenizers[0] != tokenizers[1]
     figures = json.loads((chain.home / "reward" / "model" / "manifest.json").read_text())["metrics"]
     assert abs(figures["fresh_mean"]) < 3 and np.isfinite(chain.lines("ppo")[-1]["score"])
+
+
+def test_nothing_of_the_optimizer_is_left_while_responses_are_sampled(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizers, left, normalise = list[Optimizer](), list[int](), reward_stage.normalise
+    begin = Optimizer.__init__
+
+    def noted(self: Optimizer, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        optimizers.append(self)
+
+    def sampling(*args: Any) -> Any:
+        left.extend(len(one.tensors()) for one in optimizers)
+        return normalise(*args)
+
+    monkeypatch.setattr(Optimizer, "__init__", noted)
+    monkeypatch.setattr(reward_stage, "normalise", sampling)
+    read = recipe.read(chain.path, ["--run.out", str(chain.runs), "--reward.label-smoothing", "0.01"])
+    runner.run(read, Console(out=io.StringIO(), err=io.StringIO()), only="reward")
+    assert left and not any(left)
