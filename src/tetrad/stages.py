@@ -23,6 +23,8 @@ FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from",
 """Roles of models that come from elsewhere, with the setting that names their folder."""
 POLICY = ("sft", "pretrain", "base")
 """Roles of the policy model, the latest first."""
+ALIGNED = ("dpo", "grpo", "ppo")
+"""Roles of what is trained on from the policy model towards a preference; an evaluation compares those that are there."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Recipe:
         switch="prompts",
         version=2,
         tables=("evaluate", "sampling", "run"),
-        parents=(_POLICY, Parent(("reward",)), Parent(("pretrain",)), Parent(("ppo",)), Parent(("referee",))),
+        parents=(_POLICY, *(Parent((role,)) for role in ("reward", "pretrain", *ALIGNED, "referee"))),
         template=True,
         module="tetrad.eval.compare",
     )

@@ -35,7 +35,7 @@ from tetrad.reward.model import Reward, reward_model
 from tetrad.reward.sources import named
 from tetrad.rl.rollout import Rollout, roll_out
 from tetrad.settings.common import Sampling
-from tetrad.stages import POLICY
+from tetrad.stages import ALIGNED, POLICY
 from tetrad.storage import RunLock, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.batches import response_logprobs
@@ -53,8 +53,6 @@ class Responses:
     kl: float
 
 
-POLICIES = ("ppo",)
-"""Roles of what is compared with the SFT model."""
 Scores = Mapping[str, Sequence[float]]
 """Of one system's responses, by judge."""
 ExternalNll = Callable[[Responses], float | None]
@@ -131,7 +129,7 @@ def responses_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Rewar
     """One answer per prompt from the SFT model, from best-of-N if there is a reward, and from each policy trained on
     from it."""
     systems = _responses_of_sft(sft, task, reward, max(1, ctx.recipe.evaluate.best_of if reward else 1))
-    for role in (role for role in POLICIES if role in ctx.parents):
+    for role in (role for role in ALIGNED if role in ctx.parents):
         folder = ctx.parents[role]
         policy = frozen(read_policy(folder, task.tokenizer, template_for(ctx, folder))).to(task.device.torch_device)
         with phase(f"answers of {role}"):
