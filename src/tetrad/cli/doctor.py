@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tetrad import __version__
-from tetrad.cli.known_answers import ANSWERS, AnswerFunction, Case, read_cases
+from tetrad.cli.answers import ANSWERS, AnswerFunction
+from tetrad.cli.known_answers import Case, read_cases
 from tetrad.errors import UserError
 
 TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-4)}  # of outputs, of gradients
