@@ -24,7 +24,7 @@ FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from",
 POLICY = ("sft", "pretrain", "base")
 """Roles of the policy model, the latest first."""
 ALIGNED = ("dpo", "grpo", "ppo")
-"""Roles of what is trained on from the policy model towards a preference; an evaluation compares those that are there."""
+"""Roles of what is trained on from the policy model towards a preference; an evaluation compares those there are."""
 
 
 @dataclass(frozen=True)

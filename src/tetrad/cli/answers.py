@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tetrad.data.pack import pack
 from tetrad.model.attention import Plan, packed_attention, plan_for
-from tetrad.objectives import calibration, language, ppo, preference
+from tetrad.objectives import calibration, grpo, language, ppo, preference
 from tetrad.types import IGNORE, Tokens
 
 Inputs = Mapping[str, Any]
@@ -167,6 +167,30 @@ def _value_loss(x: Inputs) -> dict[str, Tensor]:
     return {"loss": sums.loss / count, "clipfrac": sums.clipped / mask.sum()}
 
 
+def _group_advantages(x: Inputs) -> dict[str, Tensor]:
+    kinds: dict[str, grpo.Advantage] = {"rloo": "leave_one_out", "grpo": "normalised", "centred": "centred"}
+    return {
+        "advantages": grpo.group_advantages(x["scores"], x["groups"], kinds[x["kind"]], x["eps"], x["unbiased"]),
+    }
+
+
+def _grpo_loss(x: Inputs) -> dict[str, Tensor]:
+    """`how` has a further kind, constant: what would be the longest rows are what the sum is divided by."""
+    mask = x["mask"]
+    mask, weights, count = _tokens({**x, "how": "token"} if x["how"] == "constant" else x)
+    count = len(mask) * x["length"] if x["how"] == "constant" else count
+    new, old, ref = (x[name][mask] for name in ("logp", "old_logp", "ref_logp"))
+    advantages = x["advantages"][:, None].expand(mask.shape)[mask]
+    sums = ppo.policy_loss_sum(new, old, advantages, x["eps_low"], x["eps_high"], None, weights)
+    kl = grpo.kl_loss_sum(new, ref, "k3", weights)
+    plain = grpo.kl_loss_sum(new, ref, "k3")
+    return {
+        "loss": (sums.loss + x["beta"] * kl) / count,
+        "stats.kl": plain / mask.sum(),
+        "stats.clipfrac": sums.clipped / mask.sum(),
+    }
+
+
 def _attended(queries: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
     """One head, in the width of the widest, as models have only one: zeros change only the scale of the scores."""
     own, wide = queries.shape[1], max(queries.shape[1], values.shape[1])
@@ -238,5 +262,7 @@ ANSWERS: dict[str, AnswerFunction] = {
     "center_penalty": _center_penalty,
     "crowd_bt_loss": _crowd_bt_loss,
     "ece": _direct("ece", calibration.ece, "confidence correct bins"),
+    "group_advantages": _group_advantages,
+    "grpo_loss": _grpo_loss,
     "pack": _pack,
 }
