@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tetrad.data.pack import pack
 from tetrad.model.attention import Plan, packed_attention, plan_for
-from tetrad.objectives import calibration, grpo, language, ppo, preference
+from tetrad.objectives import calibration, dpo, grpo, language, ppo, preference
 from tetrad.types import IGNORE, Tokens
 
 Inputs = Mapping[str, Any]
@@ -135,6 +135,17 @@ def _crowd_bt_loss(x: Inputs) -> dict[str, Tensor]:
     pairs = _paired(s, torch.zeros_like(s), 2 * x["lam"])
     prior = preference.pair_loss_sum(*pairs, labels_P=torch.full_like(s, 0.5))
     return {"loss": (losses.sum() + prior) / answers}
+
+
+def _dpo_loss(x: Inputs) -> dict[str, Tensor]:
+    chosen, rejected = (dpo.implicit_rewards(x[side], x[f"ref_{side}"], x["beta"]) for side in ("chosen", "rejected"))
+    pairs, labels = _paired(chosen, rejected), torch.full_like(chosen, 1 - x["smoothing"])
+    if x["kind"] == "ipo":
+        loss = dpo.ipo_loss_sum(*pairs, labels, x["beta"])
+    else:
+        loss = preference.pair_loss_sum(*pairs, labels_P=labels)
+    stats = {"reward_chosen": chosen, "reward_rejected": rejected, "accuracy": dpo.pair_sums(*pairs).accuracy}
+    return {"loss": loss} | {f"stats.{name}": value for name, value in stats.items()}
 
 
 def _tokens(x: Inputs) -> tuple[Tensor, Tensor, float]:
@@ -261,6 +272,7 @@ ANSWERS: dict[str, AnswerFunction] = {
     "score_regression": _score_regression,
     "center_penalty": _center_penalty,
     "crowd_bt_loss": _crowd_bt_loss,
+    "dpo_loss": _dpo_loss,
     "ece": _direct("ece", calibration.ece, "confidence correct bins"),
     "group_advantages": _group_advantages,
     "grpo_loss": _grpo_loss,

@@ -1,16 +1,16 @@
 """Losses, advantages and metrics as pure functions of tensors. Imports torch and the products of `kernels` only.
 
-Public as `tetrad.objectives.ppo`, `.grpo`, `.preference`, `.language`, `.calibration` and `.ranks`, each imported when
-first used.
+Public as `tetrad.objectives.ppo`, `.dpo`, `.grpo`, `.preference`, `.language`, `.calibration` and `.ranks`, each
+imported when first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tetrad.objectives import calibration, grpo, language, ppo, preference, ranks
+    from tetrad.objectives import calibration, dpo, grpo, language, ppo, preference, ranks
 
-__all__ = ["calibration", "grpo", "language", "ppo", "preference", "ranks"]
+__all__ = ["calibration", "dpo", "grpo", "language", "ppo", "preference", "ranks"]
 
 
 def __getattr__(name: str) -> Any:
