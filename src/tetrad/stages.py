@@ -4,7 +4,7 @@ A new algorithm is a settings class, a module with `run(context)` and a row here
 checks before a run and checkpoints read these rows. Recipe files are read and written by `tetrad.pipeline.recipe`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
@@ -43,7 +43,8 @@ class Stage:
     """One stage. switch: the setting that turns it on. version: raised when its arithmetic changes, so that its results
     are recomputed. tables: the recipe's tables that it reads, its own first. module: its `run(context)`. prepare: what
     runs before torch is imported, MODULE:FUNCTION. parts, values: what its checkpoints hold. seeded:
-    whether random numbers and the compute type matter. template: whether it reads the template of the policy."""
+    whether random numbers and the compute type matter. template: whether it reads the template of the policy.
+    folders: further models from elsewhere, their folders by role."""
 
     summary: str
     switch: str
@@ -55,6 +56,7 @@ class Stage:
     values: tuple[str, ...] = ()
     seeded: bool = True
     template: bool = False
+    folders: Callable[["Recipe"], Mapping[str, str]] = lambda _: {}
     module: str = ""
     name: str = ""
 
@@ -69,6 +71,18 @@ class Stage:
             "ptx": bool(recipe.ptx.text),
         }
         return [table for table in self.tables if table == self.name or counts.get(table)]
+
+
+def names_of(folders: Sequence[str]) -> dict[str, str]:
+    """Folders of stages by the end of their path: `other/ppo`, longer where several end alike; never a role's name."""
+    parts = [[part for part in folder.split("/") if part not in ("", ".")] for folder in folders]
+    parts = [names[:-1] if names[-1:] == ["model"] else names for names in parts]
+    parts = [names if len(names) > 1 else [".", *names] for names in parts]
+    for length in range(2, max([len(names) for names in parts], default=0) + 1):
+        named = {"/".join(names[-length:]): folder for names, folder in zip(parts, folders, strict=True)}
+        if len(named) == len(folders):
+            return named
+    return {folder: folder for folder in folders}
 
 
 def stage(default: Any, **row: Any) -> Any:
@@ -167,6 +181,7 @@ class Recipe:
         tables=("evaluate", "sampling", "run"),
         parents=(_POLICY, *(Parent((role,)) for role in ("reward", "pretrain", *ALIGNED, "referee"))),
         template=True,
+        folders=lambda recipe: names_of(recipe.evaluate.others),
         module="tetrad.eval.compare",
     )
     data: Data = Data()

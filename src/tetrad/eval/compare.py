@@ -1,11 +1,14 @@
-"""Was it worth it? The SFT model, best-of-N and PPO answer the same validation prompts, and others judge.
+"""Was it worth it? The SFT model, best-of-N and every policy trained on from it (of this recipe, and of other runs)
+answer the same validation prompts, and others judge.
 
-The reward model's score is shown, but it is what PPO was trained on; judges are Python functions never used in
+The reward model's score is shown, but it is what was trained on; judges are Python functions never used in
 training, and they alone decide the verdict. Every mean has a 95 % bootstrap interval over prompts, gains over SFT are
 paired by prompt, and signs of reward hacking are shown beside them: KL, length, shares of finished responses and of
 those that are not UTF-8, distinct-2, the commonest word, likelihood under another model.
+Minutes and memory stand beside them, and every response is kept.
 """
 
+import gzip
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +24,16 @@ from tetrad.data.loader import order
 from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device, choose
+from tetrad.errors import UserError
 from tetrad.inference.completions import Completion, EncodedPrompt, best, read_encoded_prompts
+from tetrad.inference.model_folder import refuse_other_run
 from tetrad.inference.text_metrics import response_metrics
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, frozen
 from tetrad.objectives.calibration import bootstrap_interval
 from tetrad.report import outcome
-from tetrad.report.verdict import PPO, SFT, Difference, SystemMetrics, Verdict, failed_guards, verdict
+from tetrad.report.verdict import SFT, Difference, SystemMetrics, Verdict, failed_guards, verdict
+from tetrad.report.worth import Cost, compared
 from tetrad.reward import gate
 from tetrad.reward.functions import python_function
 from tetrad.reward.metrics import RewardMetrics
@@ -35,8 +41,8 @@ from tetrad.reward.model import Reward, reward_model
 from tetrad.reward.sources import named
 from tetrad.rl.rollout import Rollout, roll_out
 from tetrad.settings.common import Sampling
-from tetrad.stages import ALIGNED, POLICY
-from tetrad.storage import RunLock, remove_leftovers, write_folder
+from tetrad.stages import ALIGNED, POLICY, STAGES
+from tetrad.storage import MANIFEST, RunLock, read_manifest, remove_leftovers, write_folder
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.batches import response_logprobs
 from tetrad.training.context import StageContext
@@ -93,7 +99,7 @@ class Task:
 def _run(ctx: StageContext, device: Device) -> None:
     s, seed = ctx.recipe.evaluate, ctx.recipe.seed
     sft, task = _task(ctx, device)
-    names = named(s.judges, ["reward", "kl", "external_nll", *response_metrics(())])
+    names = named(s.judges, ["reward", "kl", "external_nll", *response_metrics(()), *vars(Cost())])
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
@@ -101,15 +107,21 @@ def _run(ctx: StageContext, device: Device) -> None:
     nll = _external_nll(ctx, device)
     scores = {name: _judged(name, responses, judges) for name, responses in systems.items()}
     table = {name: metrics_of(responses, scores[name], scores["sft"], nll, seed) for name, responses in systems.items()}
-    trained = [role for role in ctx.parents if role in ("pretrain", "sft", "reward")]
-    stages = {role: recorded_metrics(ctx.parents[role]) for role in trained}
-    samples = side_by_side(systems, s.side_by_side)
-    report = {"prompts": len(task.prompts), "systems": table, "stages": stages, "samples": samples}
+    costs = {name: cost_of(ctx, name) for name in systems}
+    report = {
+        "prompts": len(task.prompts),
+        "systems": table,
+        "costs": {name: asdict(cost) for name, cost in costs.items()},
+        "stages": {x: recorded_metrics(ctx.parents[x]) for x in ("pretrain", "sft", "reward") if x in ctx.parents},
+        "samples": side_by_side(systems, s.side_by_side),
+    }
     show(ctx, report)
-    independent = [name for name, spec in zip(names, s.judges, strict=True) if spec not in ctx.recipe.ppo.rewards]
-    result = verdict_of(ctx, table, scores, independent)
+    paid = paid_judges(ctx)
+    independent = [name for name, spec in zip(names, s.judges, strict=True) if spec not in paid]
+    result = verdict_of(ctx, table, scores, independent, costs)
     report["verdict"] = asdict(result) if result else None
     files = {"report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode()}
+    files["replies.jsonl.gz"] = gzip.compress(replies(systems, scores), mtime=0)
     write_folder(ctx.folder / "report", files, {"key": ctx.key, "lineage": dict(ctx.lineage)})
 
 
@@ -129,8 +141,10 @@ def responses_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Rewar
     """One answer per prompt from the SFT model, from best-of-N if there is a reward, and from each policy trained on
     from it."""
     systems = _responses_of_sft(sft, task, reward, max(1, ctx.recipe.evaluate.best_of if reward else 1))
-    for role in (role for role in ALIGNED if role in ctx.parents):
+    for role in trained_roles(ctx):
         folder = ctx.parents[role]
+        if role not in ALIGNED:
+            refuse_other_words(ctx, role, task.tokenizer)
         policy = frozen(read_policy(folder, task.tokenizer, template_for(ctx, folder))).to(task.device.torch_device)
         with phase(f"answers of {role}"):
             rollout = task.rollout(policy)
@@ -138,6 +152,21 @@ def responses_of_all(ctx: StageContext, sft: CausalLM, task: Task, reward: Rewar
         kl = float(np.mean([float((a - b).sum()) for a, b in zip(new, old, strict=True)]))
         systems[role] = Responses(rollout.samples, kl)
     return systems
+
+
+def trained_roles(ctx: StageContext) -> list[str]:
+    """Of the policies that are compared with SFT's: this recipe's, then those of other runs."""
+    return [role for role in (*ALIGNED, *STAGES["evaluate"].folders(ctx.recipe)) if role in ctx.parents]
+
+
+def refuse_other_words(ctx: StageContext, role: str, tokenizer: Tokenizer) -> None:
+    """A policy of another run must read this run's prompts as they are encoded. Errors: E-MODEL-TOKENIZER,
+    E-MODEL-TEMPLATE."""
+    folder = ctx.parents[role]
+    refuse_other_run(folder, Tokenizer.load(folder), tokenizer)
+    if template_for(ctx, folder) != template_for(ctx, first_parent(ctx, *POLICY)):
+        what = f"evaluate.others has {role}, which was trained with another template"
+        raise UserError("E-MODEL-TEMPLATE", what, where=str(folder), hint="name a run that has this run's template")
 
 
 def _responses_of_sft(sft: CausalLM, task: Task, reward: Reward | None, copies: int) -> dict[str, Responses]:
@@ -176,19 +205,64 @@ def metrics_of(responses: Responses, scores: Scores, sft: Scores, nll: ExternalN
 
 
 def verdict_of(
-    ctx: StageContext, table: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Scores], judges: Sequence[str]
+    ctx: StageContext,
+    table: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Scores],
+    judges: Sequence[str],
+    costs: Mapping[str, Cost],
 ) -> Verdict | None:
-    """table: the metrics of each system; scores: those of each by judge; judges: names of those that may decide."""
+    """Of the recipe's last policy against SFT and best-of-N, and of all methods. table: the metrics of each system;
+    scores: those of each by judge; judges: names of those that may decide."""
     systems = {name: SystemMetrics.read(metrics) for name, metrics in table.items()}
     guards = {name: failed_guards(system, systems[SFT], ctx.recipe.evaluate) for name, system in systems.items()}
     pairs = permutations(table, 2)
     gains = {(a, b): {j: Difference.of(scores[a][j], scores[b][j]) for j in judges} for a, b in pairs}
-    if PPO in table:
-        notes = outcome.Notes.read(recorded_metrics(ctx.parents[PPO]))
-    else:
-        metrics = gate.recorded(ctx.parents["reward"]) if "reward" in ctx.parents else RewardMetrics()
-        notes = outcome.Notes(gate.apply(metrics, ctx.recipe.gate).failures)
-    return verdict(notes.faults(), guards, gains)
+    trained = trained_roles(ctx)
+    subject = next((role for role in reversed(ALIGNED) if role in trained), "")
+    main = {name: guards[name] for name in table if name not in trained or name == subject}
+    result = verdict(_notes(ctx, subject).faults(), main, gains)
+    every = {name: [*(_notes(ctx, name).faults() if name in trained else ()), *guards[name]] for name in table}
+    methods = compared(every, gains, costs)
+    return (
+        replace(result, methods=methods) if result else Verdict("not evaluated", "", (), methods) if methods else None
+    )
+
+
+def _notes(ctx: StageContext, role: str) -> outcome.Notes:
+    """What counts against a policy's training; without one, against the reward model that picks."""
+    if role:
+        return outcome.Notes.read(recorded_metrics(ctx.parents[role]))
+    metrics = gate.recorded(ctx.parents["reward"]) if "reward" in ctx.parents else RewardMetrics()
+    return outcome.Notes(gate.apply(metrics, ctx.recipe.gate).failures)
+
+
+def paid_judges(ctx: StageContext) -> set[str]:
+    """The judges that some policy was paid by, here or in its own run, as the recipe names them: they decide nothing.
+
+    A function is known by its name and its file's content.
+    """
+    rewards = {spec for role in ALIGNED for spec in getattr(getattr(ctx.recipe, role, None), "rewards", ())}
+    for role in trained_roles(ctx):
+        folder = ctx.parents[role]
+        lineage: Any = read_manifest(folder).get("lineage", {}) if (folder / MANIFEST).is_file() else {}
+        for setting, items in lineage.get("data", {}).items():
+            rewards |= {_identity(item) for item in items} if setting.endswith(".rewards") else set()
+    own: Any = ctx.lineage.get("data", {})
+    same = {item["function"] for item in own.get("evaluate.judges", ()) if _identity(item) in rewards}
+    return same | (rewards & set(ctx.recipe.evaluate.judges))
+
+
+def _identity(item: Mapping[str, str]) -> str:
+    return f"{item['sha256']}:{item['function'].rpartition(':')[2]}"
+
+
+def cost_of(ctx: StageContext, system: str) -> Cost:
+    """SFT has its own training; best-of-N that of the reward model alone."""
+    if system in ctx.parents:
+        return Cost.of(ctx.parents[system])
+    if system == SFT:
+        return Cost.of(first_parent(ctx, *POLICY))
+    return Cost(0.0, Cost.of(ctx.parents["reward"]).minutes)
 
 
 def _interval(values: torch.Tensor, seed: int) -> dict[str, float]:
@@ -223,6 +297,19 @@ def side_by_side(systems: Mapping[str, Responses], count: int) -> list[dict[str,
     return [{"prompt": row[0].prompt, **{name: s.text for name, s in zip(systems, row, strict=True)}} for row in rows]
 
 
+def replies(systems: Mapping[str, Responses], scores: Mapping[str, Scores]) -> bytes:
+    """Every response, a line of JSON a prompt: {prompt, replies: {SYSTEM: {text, finished, JUDGE: score}}}."""
+    rows = []
+    for i, first in enumerate(next(iter(systems.values())).samples):
+        texts = {
+            name: {"text": (sample := responses.samples[i]).text, "finished": sample.finished}
+            | {judge: values[i] for judge, values in scores[name].items()}
+            for name, responses in systems.items()
+        }
+        rows.append(json.dumps({"prompt": first.prompt, "replies": texts}, ensure_ascii=False))
+    return "".join(f"{row}\n" for row in rows).encode()
+
+
 def show(ctx: StageContext, report: Mapping[str, Any]) -> None:
     """The tables of the report, and the answers side by side."""
     stages = [(stage, name, value) for stage, metrics in report["stages"].items() for name, value in metrics.items()]
@@ -230,6 +317,8 @@ def show(ctx: StageContext, report: Mapping[str, Any]) -> None:
     systems: Mapping[str, Mapping[str, Any]] = report["systems"]
     names = list(next(iter(systems.values())))
     rows = [[name, *(_shown(metrics.get(name)) for metrics in systems.values())] for name in names]
+    for name in next(iter(report["costs"].values())):
+        rows.append([name, *(_shown(cost[name]) for cost in report["costs"].values())])
     ctx.console.table(f"Responses to {report['prompts']} held-out prompts", ("metric", *systems), rows)
     ctx.console.say("`tetrad explain METRIC` says what a row means")
     for texts in report["samples"]:

@@ -205,6 +205,14 @@ def refuse_other_tokenizer(folder: Path, own: Tokenizer, policy: Tokenizer) -> N
         raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint=hint)
 
 
+def refuse_other_run(folder: Path, own: Tokenizer, policy: Tokenizer) -> None:
+    """A policy that is compared with this run's must read the same ids. Errors: E-MODEL-TOKENIZER."""
+    if own.fingerprint != policy.fingerprint:
+        what = "evaluate.others names a model whose tokenizer isn't this run's"
+        hint = "name a stage of a run that starts from the same SFT model or tokenizer"
+        raise UserError("E-MODEL-TOKENIZER", what, where=str(folder), hint=hint)
+
+
 def foreign_files(folder: Path, setting: str) -> list[Path]:
     """The files of a folder without a manifest that define its model, none of them hashed or read.
 

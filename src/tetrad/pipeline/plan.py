@@ -57,15 +57,16 @@ def _roles(recipe: Recipe, stage: str, on: list[str]) -> list[str]:
             what = f"{stage} needs {parent.noun}, and the recipe has none"
             raise UserError("E-CONF-MISSING", what, where=stage, hint=f"add {parent.add}")
         roles += [chosen] if chosen and chosen not in roles else []
-    return roles
+    return [*roles, *STAGES[stage].folders(recipe)]
 
 
 def _parent(recipe: Recipe, role: str, steps: Mapping[str, Step], hashes: Hashes) -> Origin:
     """The folder and the key of a stage's parent."""
     if role in steps:
         return steps[role].result, steps[role].key, {}
-    setting = FOLDERS[role]
-    if hub.is_model(name := recipe.value(setting)):
+    setting = FOLDERS.get(role, "evaluate.others")
+    name = recipe.value(setting) if role in FOLDERS else STAGES["evaluate"].folders(recipe)[role]
+    if hub.is_model(name):
         repository, folder = hub.model(name), model_folder.snapshot(name)
         sums = model_folder.hub_sha256(name, folder, hashes.of)
         about = {**repository.about(folder), "sha256": sums}

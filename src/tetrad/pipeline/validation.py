@@ -87,7 +87,8 @@ def _values(recipe: Recipe) -> Conflicts:
 
 def _paths(name: str, option: Option, value: Any) -> Sequence[str]:
     """The names of files and folders that a setting holds."""
-    return (value,) if name in (*PATHS, "run.out") else value if option.mark in (FILES, FUNCTIONS, REWARDS) else ()
+    listed = option.mark in (FILES, FUNCTIONS, REWARDS) or name == "evaluate.others"
+    return (value,) if name in (*PATHS, "run.out") else value if listed else ()
 
 
 def _paths_and_functions(recipe: Recipe) -> Conflicts:
@@ -195,6 +196,8 @@ def _sources(recipe: Recipe) -> Conflicts:
             what = f"{name} has {len(weights)} numbers for {entries} entries of {of}"
             what = what if any(weights) else f"{name} leaves nothing to read"
             yield Conflict((name,), what, "write one number, at least 0, for each", "E-CONF-CONFLICT")
+    if twice := next((folder for folder in recipe.evaluate.others if recipe.evaluate.others.count(folder) > 1), ""):
+        yield Conflict(("evaluate.others",), f'evaluate.others has "{twice}" twice', "name it once", "E-CONF-CONFLICT")
     sft = recipe.sft
     if sft.system and (sft.template == "instruction" or not (sft.template or recipe.model.from_)):
         yield Conflict(("sft.system",), *NO_SYSTEM, "E-CONF-CONFLICT")

@@ -33,7 +33,7 @@ class Notes:
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Notes":
         """From a manifest's metrics."""
-        return cls(record["gate"], [AlarmSpan(**span) for span in record["alarms"]])
+        return cls(record.get("gate", ()), [AlarmSpan(**span) for span in record.get("alarms", ())])
 
     def faults(self) -> list[str]:
         """What counts against the result: a gate that failed, alarms at their second limit."""
@@ -54,13 +54,13 @@ def of_run(recipe: Recipe, ppo: Path | None, report: Path | None) -> Verdict | N
     """ppo, report: the folders of finished stages. None if there is no PPO, and nothing was compared."""
     if report:
         saved = json.loads((report / "report.json").read_bytes())["verdict"]
-        return Verdict(**{**saved, "reasons": tuple(saved["reasons"])}) if saved else None
+        return Verdict.read(saved) if saved else None
     return before_evaluation(recipe, Notes.read(storage.metrics_of(storage.read_manifest(ppo)))) if ppo else None
 
 
 def with_verdict(card: str, verdict: Verdict) -> str:
     """The card with this verdict as its last section."""
-    lines = [f"**{verdict}**", "", *(f"- {reason}" for reason in verdict.reasons)]
+    lines = [f"**{verdict}**", "", *(f"- {reason}" for reason in (*verdict.reasons, *verdict.methods))]
     return card.partition(_HEADING)[0] + _HEADING + "\n".join(lines) + "\n"
 
 

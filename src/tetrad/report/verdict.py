@@ -13,6 +13,7 @@ from typing import Any
 
 from tetrad.settings.evaluate import Evaluate
 from tetrad.settings.names import shown
+from tetrad.stages import ALIGNED
 
 SFT, PPO = "sft", "ppo"
 FEWEST_PROMPTS = 8  # the mean of fewer differences may be far from normal
@@ -59,18 +60,27 @@ Differences = Mapping[str, Difference]
 @dataclass(frozen=True)
 class Verdict:
     """outcome: "PPO is better", "no difference shown", "not to be trusted", "not evaluated". use: the system to use and
-    what it costs; empty if nothing was evaluated. reasons: the grounds for it."""
+    what it costs; empty if nothing was evaluated. reasons: the grounds for it. methods: each trained policy against SFT
+    and best-of-N, and the cheapest of those that are not shown to be worse."""
 
     outcome: str
     use: str
     reasons: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "Verdict":
+        """From report.json."""
+        lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+        return cls(**{**record, **lists})
 
     def __str__(self) -> str:
         return self.outcome + (f": use {self.use}" if self.use else "")
 
     def lines(self) -> list[str]:
-        """For the terminal: the reasons, and the verdict as the last line."""
-        return [*(f"because    {reason}" for reason in self.reasons), f"verdict    {self}"]
+        """For the terminal: the reasons, the methods, and the verdict as the last line."""
+        methods = [f"method     {method}" for method in self.methods]
+        return [*(f"because    {reason}" for reason in self.reasons), *methods, f"verdict    {self}"]
 
 
 def verdict(
@@ -82,15 +92,15 @@ def verdict(
     if subject == SFT:
         return None
     own, usable = gains[subject, SFT], best not in (SFT, subject) and not guards[best]
-    reasons = [*faults, *(f"{_name(subject)}: {guard}" for guard in guards[subject])]
-    reasons += [f"the judges put {_name(subject)} below SFT"] if is_better(gains[SFT, subject]) else []
+    reasons = [*faults, *(f"{name_of(subject)}: {guard}" for guard in guards[subject])]
+    reasons += [f"the judges put {name_of(subject)} below SFT"] if is_better(gains[SFT, subject]) else []
     better = not reasons and is_better(own)
-    outcome = UNTRUSTED if reasons else f"{_name(subject)} is better" if better else "no difference shown"
+    outcome = UNTRUSTED if reasons else f"{name_of(subject)} is better" if better else "no difference shown"
     reasons += ["the judges disagree"] if not better and _rises(own) and _rises(gains[SFT, subject], alone=True) else []
     second = subject if better else SFT
     use = best if usable and is_better(gains[best, second]) else second
     reasons += _evidence(own, subject, SFT) + (_evidence(gains[best, second], best, second) if use != second else [])
-    return Verdict(outcome, _name(use) + _cost(use), tuple(reasons))
+    return Verdict(outcome, name_of(use) + cost_of_answer(use), tuple(reasons))
 
 
 def unevaluated(faults: Sequence[str], hint: str) -> Verdict:
@@ -169,14 +179,16 @@ def _evidence(gain: Differences, system: str, other: str) -> list[str]:
     if prompts < FEWEST_PROMPTS:
         return [f"{prompts} prompts are too few to tell systems apart, {FEWEST_PROMPTS} are the least"]
     rows = [(judge, difference.mean, *difference.interval(len(gain))) for judge, difference in gain.items()]
-    words = f"{_name(system)} less {_name(other)}"
+    words = f"{name_of(system)} less {name_of(other)}"
     return [f"{judge}: {words} is {mean:+.2f} [{low:+.2f}, {high:+.2f}]" for judge, mean, low, high in rows]
 
 
-def _name(system: str) -> str:
-    return {SFT: "SFT", PPO: "PPO"}.get(system, system)
+def name_of(system: str) -> str:
+    """As it is written for people: roles of this recipe in capitals."""
+    return system.upper() if system in (SFT, *ALIGNED) else system
 
 
-def _cost(system: str) -> str:
+def cost_of_answer(system: str) -> str:
+    """What an answer of best-of-N takes, in parentheses; empty for other systems."""
     copies = system.removeprefix("best of ")
     return f" (an answer costs {copies} responses and their rewards)" if copies != system else ""

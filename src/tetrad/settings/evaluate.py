@@ -18,6 +18,8 @@ class Evaluate:
     """Files of validation prompts."""
     judges: Functions = ()
     """Python functions `file.py:name`: dicts with text, input, prompt in, a number each out. Only the file is keyed."""
+    others: tuple[str, ...] = unkeyed(())  # as every folder of a model, keyed by what is in it
+    """Stages of other runs (["runs/other/ppo"]) that answer the same prompts; their tokenizer must be this run's."""
     external_lm: str = ""
     """A separately trained language model ("runs/other/pretrain"): responses' nats per token under it are reported."""
     samples: Count = 256

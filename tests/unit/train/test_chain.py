@@ -1,11 +1,14 @@
 """All stages of the tiny recipe: what they leave, what a change redoes, and that the reward is normalised."""
 
+import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+import served
 import tetrad
 from tetrad.data.loader import order
 from tetrad.data.source import Counts
@@ -107,6 +110,31 @@ def test_the_report_holds_the_systems_against_each_other(chain: Chain) -> None:
     assert 0.5 < report["stages"]["reward"]["pair_accuracy"] <= 1
 
 
+def test_policies_of_other_runs_answer_the_same_prompts_with_the_same_random_numbers(chain: Chain) -> None:
+    """A copy of this run's PPO says what it says; every response is kept; another tokenizer is refused at once."""
+    other = chain.path.parent / "elsewhere" / "ppo"
+    shutil.copytree(chain.home / "ppo", other)
+    words = ("--evaluate.others", f'["{other}"]')
+    assert chain.run(*words) == ["evaluate"]
+    folder = chain.home / "evaluate" / "report"
+    report = json.loads((folder / "report.json").read_text())
+    systems = report["systems"]
+    assert list(systems) == ["sft", "best of 2", "ppo", "elsewhere/ppo"]
+    assert systems["elsewhere/ppo"] == systems["ppo"] != systems["sft"]
+    assert report["costs"]["elsewhere/ppo"] == report["costs"]["ppo"]
+    assert report["costs"]["ppo"]["minutes"] > 0 and report["costs"]["best of 2"]["minutes"] == 0
+    assert any(text.startswith("elsewhere/ppo: no difference shown to SFT") for text in report["verdict"]["methods"])
+    lines = [json.loads(line) for line in gzip.decompress((folder / "replies.jsonl.gz").read_bytes()).splitlines()]
+    assert len(lines) == report["prompts"] and all(list(line["replies"]) == list(systems) for line in lines)
+    scores = [line["replies"]["ppo"]["liked"] for line in lines]
+    assert np.mean(scores) == pytest.approx(systems["ppo"]["liked"]["mean"])
+    assert chain.run(*words) == []  # its key is what is in the folder
+    served.write_model(chain.path.parent / "foreign")
+    with pytest.raises(UserError, match="E-MODEL-TOKENIZER"):
+        chain.run("--evaluate.others", f'["{chain.path.parent / "foreign"}"]')
+    assert chain.run() == ["evaluate"]
+
+
 def test_test_records_need_held_out_ones(chain: Chain) -> None:
     with pytest.raises(UserError, match="E-CONF-MISSING"):
         chain.run("--reward.validation", "[]", "--reward.test", '["validation.jsonl"]')
@@ -115,8 +143,9 @@ def test_test_records_need_held_out_ones(chain: Chain) -> None:
 def test_a_change_redoes_what_depends_on_it(chain: Chain) -> None:
     assert chain.run() == []
     assert chain.run("--run.micro-batch-tokens", "100", "--run.log-every", "3") == []
+    before = list((chain.home / "old").glob("*"))
     assert chain.run("--ppo.kl-coef", "0.2") == ["ppo", "evaluate"]
-    assert len(list((chain.home / "old").iterdir())) == 2
+    assert len(list((chain.home / "old").iterdir())) == len(before) + 2
     scores = chain.path.parent / "scores.jsonl"
     scores.write_text(scores.read_text().replace("1.0}\n", "0.5}\n", 1))
     assert chain.run("--ppo.kl-coef", "0.2") == ["reward", "ppo", "evaluate"]
