@@ -70,8 +70,9 @@ class Folders:
         role = {"ppo": "reward", "reward": "from"}.get(stage, "")
         if role in models and policy and self.recipe.ppo.prompts and self.recipe.ppo.critic == "reward":
             model_folder.refuse_other_tokenizer(there[role], models[role].tokenizer, policy.tokenizer)
-        for name in STAGES[stage].folders(self.recipe) if policy else ():
-            model_folder.refuse_other_run(there[name], models[name].tokenizer, policy.tokenizer)
+        for name in STAGES[stage].folders(self.recipe):
+            if policy and (own := models.get(name)):
+                model_folder.refuse_other_run(there[name], own.tokenizer, policy.tokenizer)
         for spec in self.recipe.alarms.judges if stage == "ppo" else ():
             if not (file := Path(spec.rpartition(":")[0])).is_file():
                 hint = "write FILE.py:FUNCTION in alarms.judges"
