@@ -43,7 +43,15 @@ def four_models(
     held = (reference or deepcopy(actor)).requires_grad_(False)
     optimizers = Optimizer(actor, s.actor_lr, optim), Optimizer(critic, s.critic_lr, optim)
     return Models(
-        actor, critic, held, RewardSources({"reward": RewardSource(reward)}), *optimizers, TOKENIZER, toys.CPU, 4096
+        actor=actor,
+        critic=critic,
+        reference=held,
+        reward=RewardSources({"reward": RewardSource(reward)}),
+        actor_optimizer=optimizers[0],
+        critic_optimizer=optimizers[1],
+        tokenizer=TOKENIZER,
+        device=toys.CPU,
+        micro_batch_tokens=4096,
     )
 
 

@@ -3,9 +3,13 @@
 import io
 import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tetrad import stages
 from tetrad.console import Console
 from tetrad.pipeline import recipe, runner
 
@@ -116,15 +120,29 @@ class Chain:
 
     def __init__(self, folder: Path) -> None:
         self.path, self.runs = write_tiny(folder / "data"), folder / "runs"
-        self.home, self.said = self.runs / "tiny", ""
+        self.home, self.said, self.bars = self.runs / "tiny", "", ""
 
     def run(self, *overrides: str) -> list[str]:
         """The stages that were done, not skipped."""
-        said = io.StringIO()
+        said, bars = io.StringIO(), io.StringIO()
         read = recipe.read(self.path, ["--run.out", str(self.runs), *overrides])
-        runner.run(read, Console(out=said, err=io.StringIO()))
-        self.said = said.getvalue()
-        return [stage for stage in STAGES if f"{stage:<10} done in" in self.said]
+        runner.run(read, Console(out=said, err=bars))
+        self.said, self.bars = said.getvalue(), bars.getvalue()
+        return [stage for stage in stages.STAGES if f"{stage:<10} done in" in self.said]
 
     def lines(self, stage: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.home / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in this step of PPO or GRPO."""
+    from tetrad.rl.monitor import Monitor
+
+    check = Monitor.check
+
+    def stopping(self: Monitor, ctx: Any, at: int, figures: Any) -> Any:
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        return check(self, ctx, at, figures)
+
+    monkeypatch.setattr(Monitor, "check", stopping)

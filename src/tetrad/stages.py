@@ -12,17 +12,19 @@ from typing import Any
 from tetrad.settings.base import Seed, settings, uses_reward_model
 from tetrad.settings.common import Data, Lora, Optim, Run, Sampling
 from tetrad.settings.evaluate import Evaluate
-from tetrad.settings.model import Model
+from tetrad.settings.grpo import Grpo
+from tetrad.settings.model import Model, Tokenizer
 from tetrad.settings.ppo import Alarms, Ppo, Ptx
 from tetrad.settings.pretrain import Pretrain
 from tetrad.settings.reward import Gate, Reward
 from tetrad.settings.sft import Sft
-from tetrad.settings.tokenizer import Tokenizer
 
 FOLDERS = {"base": "model.from", "from": "reward.from", "reward": "reward.from", "referee": "evaluate.external_lm"}
 """Roles of models that come from elsewhere, with the setting that names their folder."""
 POLICY = ("sft", "pretrain", "base")
 """Roles of the policy model, the latest first."""
+ON_POLICY = ("grpo", "ppo")
+"""Stages whose policy learns from its own responses and their rewards; the settings of each are an `OnPolicy`."""
 ALIGNED = ("dpo", "grpo", "ppo")
 """Roles of what is trained on from the policy model towards a preference; an evaluation compares those there are."""
 
@@ -94,7 +96,11 @@ _START = "a model to start from"
 _BASE = Parent(("pretrain", "base"), _START, '[pretrain] text = ["FILE"], or [model] from = "FOLDER"')
 _POLICY = Parent(POLICY, _START, '[sft] data = ["FILE"], or [model] from = "FOLDER"')
 _TOKENS = Parent(("base", "tokenizer"), "a tokenizer", '[tokenizer] text = ["FILE"], or [model] from = "FOLDER"')
-_GIVE_REWARD = '[reward] data = ["FILE"], or [ppo] rewards = ["FILE.py:NAME"]'
+_GIVE_REWARD = '[reward] data = ["FILE"], or [{}] rewards = ["FILE.py:NAME"]'
+
+
+def _grpo_parts(recipe: "Recipe") -> tuple[str, ...]:
+    return ("actor", "actor_optimizer", *(("average",) if recipe.grpo.ema_decay else ()))
 
 
 def _ppo_parts(recipe: "Recipe") -> tuple[str, ...]:
@@ -149,6 +155,20 @@ class Recipe:
         parts=lambda _: ("model", "optimizer", "best"),
         template=True,
     )
+    grpo: Grpo = stage(
+        Grpo(),
+        summary="GRPO or RLOO: PPO without a critic, each response compared with others to its prompt",
+        switch="prompts",
+        version=1,
+        tables=("grpo", "lora", "gate", "alarms", "optim", "run"),
+        parents=(
+            _POLICY,
+            Parent(("reward",), "a reward", _GIVE_REWARD.format("grpo"), lambda r: uses_reward_model(r.grpo.rewards)),
+        ),
+        parts=_grpo_parts,
+        values=("alarms",),
+        template=True,
+    )
     ppo: Ppo = stage(
         Ppo(),
         summary="PPO against the reward model",
@@ -157,7 +177,7 @@ class Recipe:
         tables=("ppo", "ptx", "lora", "gate", "alarms", "optim", "run"),
         parents=(
             _POLICY,
-            Parent(("reward",), "a reward", _GIVE_REWARD, lambda recipe: uses_reward_model(recipe.ppo.rewards)),
+            Parent(("reward",), "a reward", _GIVE_REWARD.format("ppo"), lambda r: uses_reward_model(r.ppo.rewards)),
             Parent(
                 ("reward",),
                 "a reward model for its critic",

@@ -45,16 +45,16 @@ def shared_models(s: Ppo) -> Models:
         {"reward": RewardSource(reward_function([toys.scalar(seed=2, vocab_size=VOCAB)], toys.CPU, 256))}
     )
     return Models(
-        actor,
-        critic,
-        deepcopy(actor).requires_grad_(False),
-        reward,
-        optimizer,
-        None,
-        ppo_toys.TOKENIZER,
-        toys.CPU,
-        4096,
-        both,
+        actor=actor,
+        critic=critic,
+        reference=deepcopy(actor).requires_grad_(False),
+        reward=reward,
+        actor_optimizer=optimizer,
+        critic_optimizer=None,
+        tokenizer=ppo_toys.TOKENIZER,
+        device=toys.CPU,
+        micro_batch_tokens=4096,
+        actor_critic=both,
     )
 
 

@@ -25,7 +25,7 @@ from tetrad.report.page import page
 from tetrad.report.sections import Finding, RenderedSample, Report, Section, Span, Table, histogram, share
 from tetrad.report.terminal import show
 from tetrad.settings.use import Check
-from tetrad.stages import Recipe
+from tetrad.stages import ON_POLICY, Recipe
 from tetrad.text.bpe import SMALLEST, learn
 from tetrad.text.chat_template import choose, template
 from tetrad.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def check_recipe(recipe: Recipe, settings: Check, console: Console, pace: cost.P
     rooms = {
         "sft": recipe.sft.max_tokens or limit,
         "reward": recipe.reward.max_tokens or limit,
-        "ppo": min(recipe.ppo.max_prompt or limit, limit - recipe.ppo.max_new_tokens),
+        **{name: min((s := getattr(recipe, name)).max_prompt or limit, limit - s.max_new_tokens) for name in ON_POLICY},
         "evaluate": limit - recipe.evaluate.max_new_tokens,
     }
     base = encoder_of(recipe, folder, recipe.sft.template)
@@ -125,8 +125,9 @@ def examine(
     sections = [files(readings), lengths(readings, encoder), texts.scripts(readings)]
     sections += [*duplicates.sections(readings), texts.prompts(readings)]
     sections += [judgements.section(r) for r in readings if r.kind == "preferences" and r.records]
-    if "ppo.prompts" in by_name and "reward.data" in by_name:
-        sections.append(texts.coverage(by_name["ppo.prompts"], by_name["reward.data"]))
+    asks = [by_name[f"{name}.prompts"] for name in ON_POLICY if f"{name}.prompts" in by_name]
+    if asks and "reward.data" in by_name:
+        sections.append(texts.coverage(asks[-1], by_name["reward.data"]))
     if recipe and config:
         sections.append(cost.section(recipe, config, by_name, guessed=encoder.stand_in, pace=pace))
         sections.append(findings.section(recipe, by_name, guessed=encoder.stand_in))
@@ -208,7 +209,7 @@ def lengths(readings: Sequence[Reading], encoder: Encoder) -> Section:
             level = "error" if reading.overlong == "refuse" else "warning"
             table = reading.setting.partition(".")[0]
             fix = f'split them, or set {table}.overlong = "drop" or "truncate"'
-            fix = fix if table in ("sft", "reward", "ppo") else ""
+            fix = fix if table in ("sft", "reward", *ON_POLICY) else ""
             section.add(level, "length", text, reading.first_long, fix)
     columns = ("setting", "records", "median", "95 %", "99 %", "longest", "over-long", "tokens", "trained")
     section.tables.append(Table("", columns, rows))
@@ -217,7 +218,7 @@ def lengths(readings: Sequence[Reading], encoder: Encoder) -> Section:
 
 def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[RenderedSample, ...]:
     """Three records with control tokens, as the ids that the model would get, with the tokens in the loss marked."""
-    order = ("sft.data", "reward.data", "ppo.prompts", "pretrain.text")
+    order = ("sft.data", "reward.data", "ppo.prompts", "grpo.prompts", "pretrain.text")
     chosen = min((r for r in readings if r.records), key=lambda r: (*order, r.setting).index(r.setting), default=None)
     if chosen is None:
         return ()

@@ -25,8 +25,9 @@ from tetrad.model.config import DecoderConfig
 from tetrad.model.inspect import parameter_count
 from tetrad.report.sections import Section, Table
 from tetrad.settings.base import uses_reward_model
-from tetrad.settings.common import Lora
-from tetrad.stages import Recipe
+from tetrad.settings.common import Lora, OnPolicy
+from tetrad.settings.ppo import Ppo
+from tetrad.stages import ON_POLICY, Recipe
 from tetrad.types import StageCost
 
 TRAINED, GRADIENT, FROZEN, COPY = 12, 4, 4, 2  # bytes per parameter; the copy is that in bfloat16
@@ -91,8 +92,9 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
     if (r := readings.get("reward.data")) and r.tokens:
         tests = sum(readings[name].tokens for name in HELD_OUT["reward.data"] if name in readings)
         costs.append(_reward(recipe, r, tests))
-    if (r := readings.get("ppo.prompts")) and r.tokens:
-        costs.append(_ppo(recipe, r, _answer_tokens(recipe, readings)))
+    for name in ON_POLICY:
+        if (r := readings.get(f"{name}.prompts")) and r.tokens:
+            costs.append(_on_policy(recipe, name, r, _answer_tokens(getattr(recipe, name).max_new_tokens, readings)))
     return costs
 
 
@@ -118,28 +120,27 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
     )
 
 
-def _answer_tokens(recipe: Recipe, readings: Mapping[str, Reading]) -> float:
+def _answer_tokens(most: int, readings: Mapping[str, Reading]) -> float:
     """Of a response: as the answers of SFT on average, without these a share of the longest."""
-    most = recipe.ppo.max_new_tokens
     if (r := readings.get("sft.data")) and r.answer_lengths:
         return min(most, sum(r.answer_lengths) / len(r.answer_lengths))
     return ANSWERED * most
 
 
-def _ppo(recipe: Recipe, r: Reading, answer: float) -> StageCost:
-    s = recipe.ppo
+def _on_policy(recipe: Recipe, name: str, r: Reading, answer: float) -> StageCost:
+    s: OnPolicy = getattr(recipe, name)
     batch = s.batch_size * s.samples_per_prompt
     long = r.tokens / len(r.lengths) + answer
     judges = recipe.reward.ensemble_size if uses_reward_model(s.rewards) else 0
-    learners = 1 if s.critic == "shared" else 2
+    learners = 2 if isinstance(s, Ppo) and s.critic != "shared" else 1
     trained, frozen = (0, 1) if s.adapters else (learners, 1 + judges + bool(s.ema_decay))
     return StageCost(
-        "ppo",
+        name,
         trained,
         frozen,
-        tokens=learners * s.steps * batch * long * s.ppo_epochs,
-        labels=s.steps * batch * answer * s.ppo_epochs,
-        read=4 * s.steps * batch * long,
+        tokens=learners * s.steps * batch * long * s.epochs,
+        labels=s.steps * batch * answer * s.epochs,
+        read=(3 + isinstance(s, Ppo)) * s.steps * batch * long,  # actor, reference, reward, critic
         read_labels=2 * s.steps * batch * answer,  # by actor and reference
         sampled=s.steps * batch * answer,
         adapters=learners + bool(judges) / 4 if s.adapters else 0,  # the reward model's is not trained

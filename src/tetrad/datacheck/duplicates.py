@@ -30,6 +30,7 @@ PAIRS = (
     ("reward.data", "reward.test"),
     ("reward.validation", "reward.test"),
     ("ppo.prompts", "evaluate.prompts"),
+    ("grpo.prompts", "evaluate.prompts"),
 )
 
 

@@ -9,10 +9,17 @@ import numpy as np
 
 from tetrad.datacheck.reading import Reading
 from tetrad.report.sections import Finding, Section, Table, share
-from tetrad.stages import Recipe
+from tetrad.stages import ON_POLICY, Recipe
 from tetrad.types import Score
 
-FEW = {"sft.data": 100, "reward.data": 200, "reward.validation": 50, "ppo.prompts": 50, "evaluate.prompts": 30}
+FEW = {
+    "sft.data": 100,
+    "reward.data": 200,
+    "reward.validation": 50,
+    "ppo.prompts": 50,
+    "grpo.prompts": 50,
+    "evaluate.prompts": 30,
+}
 MOST_EPOCHS = 16.0  # repeated text teaches nearly like new text up to 4 times, hardly after 16 (Muennighoff 2023)
 LEAST_LEARNED = 0.05  # of the tokens of SFT
 MOST_LONGER = 0.2  # of the training answers that do not fit into max_new_tokens
@@ -68,7 +75,8 @@ def _learned(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Findin
 def _cut_off(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
     """Responses resemble the answers of SFT, or else of the reward model: do they fit into max_new_tokens?"""
     like = next((r for n in ("sft.data", "reward.data") if (r := readings.get(n)) and r.answer_lengths), None)
-    for name, most in (("ppo", recipe.ppo.max_new_tokens), ("evaluate", recipe.evaluate.max_new_tokens)):
+    for name in (*ON_POLICY, "evaluate"):
+        most = getattr(recipe, name).max_new_tokens
         longer = float((np.asarray(like.answer_lengths) > most).mean()) if like and f"{name}.prompts" in readings else 0
         if like and longer > MOST_LONGER:
             text = f"{longer:.0%} of the answers of {like.setting} are longer than {name}.max_new_tokens = {most}:"
@@ -77,10 +85,12 @@ def _cut_off(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Findin
 
 
 def _judges(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
-    if "ppo.prompts" in readings and "evaluate.prompts" not in readings:
-        yield Finding("warning", "judge", "there is no [evaluate]: nothing will say whether PPO is better")
-    elif "ppo.prompts" in readings and not recipe.evaluate.judges:
-        text = "[evaluate] has no judge but the reward of PPO itself, which rises even where responses get worse"
+    trained = [name.upper() for name in ON_POLICY if f"{name}.prompts" in readings]
+    if trained and "evaluate.prompts" not in readings:
+        yield Finding("warning", "judge", f"there is no [evaluate]: nothing will say whether {trained[-1]} is better")
+    elif trained and not recipe.evaluate.judges:
+        text = f"[evaluate] has no judge but the reward of {trained[-1]} itself, which rises even where responses get"
+        text += " worse"
         yield Finding("warning", "judge", text, fix='evaluate.judges = ["FILE.py:FUNCTION"]')
 
 

@@ -37,6 +37,7 @@ SETTINGS = {
     "reward.validation": "preferences",
     "reward.test": "preferences",
     "ppo.prompts": "prompts",
+    "grpo.prompts": "prompts",
     "ptx.text": "documents",
     "evaluate.prompts": "prompts",
 }

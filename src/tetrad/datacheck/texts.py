@@ -20,7 +20,7 @@ from tetrad.report.sections import Section, Table, histogram, share
 
 MOST_CLASSIFIED = 1_000
 CLUSTERS = 12
-GROUPED = ("sft.data", "reward.data", "ppo.prompts")
+GROUPED = ("sft.data", "reward.data", "ppo.prompts", "grpo.prompts")
 TOLD = 20  # letters below which a language is a guess
 _SCRIPTS = {
     "Han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
@@ -145,26 +145,27 @@ def on_one_line(text: str, width: int = 70) -> str:
 
 
 def coverage(asks: Reading, judged: Reading) -> Section:
-    """Whether the prompts of PPO lie where the reward model was trained.
+    """Whether the prompts of a policy lie where the reward model was trained.
 
     Each prompt's similarity to its nearest among the reward model's; `usual` is how close those are to each other.
     """
-    section = Section("coverage", "PPO's prompts and the reward model's")
+    stage = asks.setting.partition(".")[0].upper()
+    section = Section("coverage", f"{stage}'s prompts and the reward model's")
     cover = covered([asked(record) for record in asks.records], [asked(record) for record in judged.records])
     if cover is None:
         return section
     section.metrics |= {"nearest": cover.nearest, "usual": cover.usual, "limit": cover.limit, "far": cover.far}
     rows = (
-        ("likeness of a PPO prompt to its nearest, median", f"{cover.nearest:.2f}"),
+        (f"likeness of a {stage} prompt to its nearest, median", f"{cover.nearest:.2f}"),
         ("the same among the reward model's own", f"{cover.usual:.2f}"),
-        ("PPO prompts further away than 95 % of those", f"{cover.far:.1%}"),
+        (f"{stage} prompts further away than 95 % of those", f"{cover.far:.1%}"),
     )
     section.tables.append(Table("", ("", ""), rows))
     if cover.far > 0.2:
         where = asks.records[0].where.rpartition(":")[0]
-        text = f"{cover.far:.0%} of the PPO prompts are unlike all that the reward model is trained on"
+        text = f"{cover.far:.0%} of the {stage} prompts are unlike all that the reward model is trained on"
         text += f", as {on_one_line(cover.farthest)!r}"
         section.add("warning", "coverage", text, where)
-    title = "PPO prompts: likeness to the nearest of the reward model's"
+    title = f"{stage} prompts: likeness to the nearest of the reward model's"
     section.plots.append(histogram(title, "cosine", cover.each))
     return section

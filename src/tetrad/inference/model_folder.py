@@ -23,6 +23,7 @@ from tetrad.model.config import GENERATION, is_reward, read_config, read_json
 from tetrad.model.inspect import Facts, inspect, refuse_incomplete, verify_own, weight_names
 from tetrad.settings.check import build
 from tetrad.settings.common import Sampling
+from tetrad.stages import ALIGNED
 from tetrad.text.chat_template import TEMPLATES, Template, recognised, recorded
 from tetrad.text.chat_template import template as template_of
 from tetrad.text.tokenizer import CONVERT, MAX_JSON_BYTES, Tokenizer
@@ -92,7 +93,7 @@ def model_folder(name: str | Path, *, weights: bool = True) -> Path:
     if not there:
         what, hint = "there is no such folder", 'name a stage that is done ("runs/NAME/ppo") or a Hugging Face folder'
     elif stages:
-        best = "ppo" if "ppo" in stages else stages[-1]
+        best = next((name for name in reversed(ALIGNED) if name in stages), stages[-1])
         what, hint = f"this is a run; its models are {', '.join(stages)}", f"name one: {path / best}"
     elif os.path.isfile(path / "lineage.json"):
         what, hint = "this stage has no finished language or reward model", "run its recipe to the end"

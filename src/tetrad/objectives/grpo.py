@@ -37,7 +37,7 @@ def group_advantages(
 
     lowest = torch.full_like(sizes, torch.inf, dtype=scores.dtype).scatter_reduce(0, group, scores, "amin")[group]
     above = scores - lowest  # so that equal scores are zeros, whose mean has no rounding
-    centred = above - total(above) / size
+    centred: Tensor = above - total(above) / size
     if kind == "leave_one_out":
         centred = centred * size / (size - 1)  # = score - mean of the others, without a sum that leaves one out
     elif kind == "normalised":
@@ -50,7 +50,8 @@ def kl_loss_sum(
 ) -> Tensor:
     """Sum over tokens of an estimate of KL(actor || reference) to be minimised. weights_N: a factor for each token.
 
-    The gradient of k2 is, on samples of the actor, that of KL(actor || reference); k3's that of KL(reference || actor).
+    The gradient of k2 is, on samples of the actor, that of each token's KL(actor || reference), k3's that of
+    KL(reference || actor); what a token does to the KL of later ones is in neither (it is where KL is in the reward).
     Raises ValueError for k1: the expectation of its gradient, that of log pi, is 0, so it would hold nothing back.
     """
     if kind == "k1":

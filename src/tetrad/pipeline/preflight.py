@@ -18,7 +18,7 @@ from tetrad.errors import UserError
 from tetrad.inference import model_folder
 from tetrad.pipeline import validation
 from tetrad.pipeline.status import Step
-from tetrad.stages import POLICY, STAGES, Recipe
+from tetrad.stages import ON_POLICY, POLICY, STAGES, Recipe
 from tetrad.text.chat_template import choose
 from tetrad.text.tokenizer import SEPARATOR, Tokenizer
 from tetrad.training import checkpoint
@@ -73,7 +73,7 @@ class Folders:
         for name in STAGES[stage].folders(self.recipe):
             if policy and (own := models.get(name)):
                 model_folder.refuse_other_run(there[name], own.tokenizer, policy.tokenizer)
-        for spec in self.recipe.alarms.judges if stage == "ppo" else ():
+        for spec in self.recipe.alarms.judges if stage in ON_POLICY else ():
             if not (file := Path(spec.rpartition(":")[0])).is_file():
                 hint = "write FILE.py:FUNCTION in alarms.judges"
                 raise UserError("E-CONF-MISSING", "there is no such Python file", where=str(file), hint=hint)

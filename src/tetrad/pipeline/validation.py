@@ -21,7 +21,7 @@ from tetrad.model.config import read_config
 from tetrad.settings.base import FILES, FUNCTIONS, REWARDS, Option, is_function, options, uses_reward_model
 from tetrad.settings.check import is_text
 from tetrad.settings.names import shown
-from tetrad.stages import Recipe
+from tetrad.stages import ON_POLICY, Recipe
 from tetrad.text.chat_template import NO_SYSTEM
 
 PATHS = ("model.from", "reward.from", "evaluate.external_lm")
@@ -34,8 +34,8 @@ _WEIGHED = {
     "pretrain.weights": "pretrain.text",
     "sft.weights": "sft.data",
     "reward.weights": "reward.data",
-    "ppo.weights": "ppo.prompts",
-    "ppo.reward_weights": "ppo.rewards",
+    **{f"{name}.weights": f"{name}.prompts" for name in ON_POLICY},
+    **{f"{name}.reward_weights": f"{name}.rewards" for name in ON_POLICY},
 }
 _OPTIONS = cache(options)
 
@@ -54,7 +54,8 @@ Conflicts = Iterator[Conflict]
 
 def check(recipe: Recipe, locations: Mapping[str, str] | None = None) -> None:
     """Raises UserError for values that are each valid but not together. locations: `file:line` by name of setting."""
-    checks = (_values, _divisors, _size, _lengths, _scores, _sources, _numerics, _adapters, _ppo, _paths_and_functions)
+    checks = [_values, _divisors, _size, _lengths, _scores, _sources, _numerics, _adapters, _on_policy, _ppo, _grpo]
+    checks += [_paths_and_functions]
     _refuse(chain.from_iterable(conflicts(recipe) for conflicts in checks), locations or {})
 
 
@@ -107,7 +108,7 @@ def _paths_and_functions(recipe: Recipe) -> Conflicts:
 
 def _divisors(recipe: Recipe) -> Conflicts:
     model = recipe.model
-    pairs = [("ppo.batch_size", "ppo.num_minibatches")]
+    pairs = [(f"{name}.batch_size", f"{name}.num_minibatches") for name in ON_POLICY]
     pairs += [("pretrain.batch_tokens", "pretrain.sequence_length")] if recipe.pretrain.text else []
     pairs += [("ptx.batch_tokens", "ptx.sequence_length")] if recipe.ptx.text else []
     if not model.from_:
@@ -135,21 +136,21 @@ def _near_multiples(value: int, step: int) -> list[str]:
 
 def _lengths(recipe: Recipe) -> Conflicts:
     """No length may exceed the model's, a new one or that of a folder."""
-    model, ppo, reward, pretrain = recipe.model, recipe.ppo, recipe.reward, recipe.pretrain
+    model, reward, pretrain = recipe.model, recipe.reward, recipe.pretrain
     limit = _positions(model.from_) if model.from_ else (model.max_positions, "model.max_positions")
     lengths = {
         "pretrain.sequence_length": (pretrain.text, limit),
         "sft.max_tokens": (recipe.sft.data, limit),
         "reward.max_tokens": (reward.data, _positions(reward.from_) if reward.from_ else limit),
         "ptx.sequence_length": (recipe.ptx.text, limit),
-        "ppo.max_prompt": (ppo.prompts, limit),
-        "ppo.max_new_tokens": (ppo.prompts, limit),
-        "evaluate.max_new_tokens": (recipe.evaluate.prompts, limit),
+        **{f"{name}.max_new_tokens": (recipe.value(f"{name}.prompts"), limit) for name in (*ON_POLICY, "evaluate")},
+        **{f"{name}.max_prompt": (recipe.value(f"{name}.prompts"), limit) for name in ON_POLICY},
     }
     for name, (used, (longest, whose)) in lengths.items():
-        value, extra = recipe.value(name), ppo.max_new_tokens if name == "ppo.max_prompt" and ppo.max_prompt else 0
+        value, new = recipe.value(name), name.replace("max_prompt", "max_new_tokens")
+        extra = recipe.value(new) if value and new != name else 0
         if used and longest and value + extra > longest:
-            whole = f"{name} = {value}" + (f" and ppo.max_new_tokens = {extra}" if extra else "")
+            whole = f"{name} = {value}" + (f" and {new} = {extra}" if extra else "")
             hint = f"lower {name}" + (f", or raise {whose} before pre-training" if whose.startswith("model.") else "")
             yield Conflict((name,), f"{whole} tokens are more than {whose} = {longest}", hint)
     if pretrain.text and 0 < pretrain.tokens < pretrain.batch_tokens:
@@ -216,18 +217,20 @@ def _numerics(recipe: Recipe) -> Conflicts:
 
 
 def _adapters(recipe: Recipe) -> Conflicts:
-    """PPO's adapters build on the SFT model, and so must the reward model's."""
-    ppo, reward = recipe.ppo, recipe.reward
-    read = bool(ppo.prompts and ppo.adapters and reward.data)
-    read = read and (uses_reward_model(ppo.rewards) or ppo.critic == "reward")
-    if read and not reward.adapters:
-        what = "ppo.adapters = true needs a reward model that is an adapter, and reward.adapters is false"
-        yield Conflict(("ppo.adapters",), what, "write adapters = true in [reward] too", "E-CONF-CONFLICT")
-    if (ppo.adapters and ppo.uncertainty_penalty) or (read and reward.ensemble_size > 1):
-        asks = "reward.ensemble_size or ppo.uncertainty_penalty asks for an ensemble"
-        what = f"ppo.adapters = true reads one reward model, and {asks}"
-        hint = "write ensemble_size = 1 and uncertainty_penalty = 0, or adapters = false"
-        yield Conflict(("ppo.adapters", "ppo.uncertainty_penalty"), what, hint, "E-CONF-CONFLICT")
+    """A policy's adapters build on the SFT model, and so must the reward model's."""
+    reward = recipe.reward
+    for name in ON_POLICY:
+        s, setting = getattr(recipe, name), f"{name}.adapters"
+        read = bool(s.prompts and s.adapters and reward.data)
+        read = read and (uses_reward_model(s.rewards) or (name == "ppo" and recipe.ppo.critic == "reward"))
+        if read and not reward.adapters:
+            what = f"{setting} = true needs a reward model that is an adapter, and reward.adapters is false"
+            yield Conflict((setting,), what, "write adapters = true in [reward] too", "E-CONF-CONFLICT")
+        if (s.adapters and s.uncertainty_penalty) or (read and reward.ensemble_size > 1):
+            asks = f"reward.ensemble_size or {name}.uncertainty_penalty asks for an ensemble"
+            what = f"{setting} = true reads one reward model, and {asks}"
+            hint = "write ensemble_size = 1 and uncertainty_penalty = 0, or adapters = false"
+            yield Conflict((setting, f"{name}.uncertainty_penalty"), what, hint, "E-CONF-CONFLICT")
     if reward.data and reward.adapters and reward.from_:
         what = "reward.adapters = true trains on the SFT model, and reward.from names another"
         yield Conflict(("reward.from",), what, "remove one of them", "E-CONF-CONFLICT")
@@ -236,11 +239,24 @@ def _adapters(recipe: Recipe) -> Conflicts:
         yield Conflict(("sft.adapters",), what, "set one of them off", "E-CONF-CONFLICT")
 
 
+def _on_policy(recipe: Recipe) -> Conflicts:
+    for name in ON_POLICY:
+        rewards = recipe.value(f"{name}.rewards")
+        if twice := next((entry for entry in rewards if rewards.count(entry) > 1), ""):
+            what = f'{name}.rewards has "{twice}" twice'
+            yield Conflict((f"{name}.rewards",), what, "give it one larger weight", "E-CONF-CONFLICT")
+
+
+def _grpo(recipe: Recipe) -> Conflicts:
+    s = recipe.grpo
+    if s.kl_estimator == "k1" and s.kl_in == "loss":
+        what = 'grpo.kl_estimator = "k1" as a loss has no gradient on average: nothing would hold the policy'
+        hint = 'write kl_estimator = "k3" or "k2", or kl_in = "reward", where KL is k1'
+        yield Conflict(("grpo.kl_estimator", "grpo.kl_in"), what, hint, "E-CONF-CONFLICT")
+
+
 def _ppo(recipe: Recipe) -> Conflicts:
     ppo = recipe.ppo
-    if twice := next((entry for entry in ppo.rewards if ppo.rewards.count(entry) > 1), ""):
-        what = f'ppo.rewards has "{twice}" twice'
-        yield Conflict(("ppo.rewards",), what, "give it one larger weight", "E-CONF-CONFLICT")
     responses = ppo.batch_size * ppo.samples_per_prompt
     if ppo.kl_target and responses >= 5 * ppo.kl_horizon:
         horizon = f"ppo.kl_horizon = {ppo.kl_horizon:g} is too short for {responses} responses an iteration"

@@ -1,7 +1,7 @@
 """The gate: is this reward model good enough to be optimised against?
 
 It reads the metrics that the reward stage recorded. A failure has a reason that names the metric and its limit; a
-model without any metrics neither passes nor fails, but PPO says so.
+model without any metrics neither passes nor fails, but the stage that uses it says so.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ from tetrad.distributed import collectives
 from tetrad.errors import UserError
 from tetrad.reward.metrics import RewardMetrics
 from tetrad.settings.base import REWARD_MODEL, uses_reward_model
+from tetrad.settings.common import OnPolicy
 from tetrad.settings.reward import Gate
 from tetrad.training.context import StageContext
 from tetrad.training.stage import recorded_metrics
@@ -88,8 +89,8 @@ def _scale_check(mean: float | None, std: float | None, s: Gate) -> _Check:
 
 
 def _coverage_check(far: float | None, s: Gate) -> _Check:
-    reason = "{:.0%} of PPO's prompts are unlike all that the reward model was trained on"
-    return _Check("how near PPO's prompts are to the reward model's", (far,), lambda far: far > s.prompts_far, reason)
+    reason = "{:.0%} of the prompts are unlike all that the reward model was trained on"
+    return _Check("how near the prompts are to the reward model's", (far,), lambda far: far > s.prompts_far, reason)
 
 
 def _result(checks: Sequence[_Check]) -> GateResult:
@@ -104,8 +105,8 @@ def apply(metrics: RewardMetrics, s: Gate, *further: _Check) -> GateResult:
 
 
 def check(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateResult:
-    """Before PPO on these prompts: reports what the gate finds, and returns it. Errors: E-NUM-GATE where it fails and
-    `gate.strict` is set."""
+    """Before a policy is trained on these prompts: reports what the gate finds, and returns it. Errors: E-NUM-GATE
+    where it fails and `gate.strict` is set."""
     s, near = ctx.recipe.gate, None
     if ctx.recipe.reward.data:
         known = read_prompts(ctx.files(ctx.recipe.reward.data))
@@ -114,7 +115,7 @@ def check(ctx: StageContext, folder: Path, prompts: Sequence[Prompt]) -> GateRes
     if result.failures and s.strict:
         hint = "train a better reward model, move the limit under [gate], or set gate.strict = false"
         raise UserError("E-NUM-GATE", "; ".join(result.failures), where=str(folder), hint=hint)
-    ctx.console.say(f"ppo        {result}")
+    ctx.console.say(f"{ctx.folder.name:<10} {result}")
     return result
 
 
@@ -123,17 +124,18 @@ def recorded(folder: Path) -> RewardMetrics:
     return RewardMetrics.read(recorded_metrics(folder))
 
 
-def before_ppo(ctx: StageContext, prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Why the reward model of this recipe fails, if it does and if PPO uses it. Errors: E-NUM-GATE."""
-    return check(ctx, ctx.parents["reward"], prompts).failures if uses_reward_model(ctx.recipe.ppo.rewards) else ()
+def before_training(ctx: StageContext, s: OnPolicy, prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Why the reward model of this recipe fails, if it does and if the stage uses it. Errors: E-NUM-GATE."""
+    return check(ctx, ctx.parents["reward"], prompts).failures if uses_reward_model(s.rewards) else ()
 
 
 def warn_of_scale(ctx: StageContext, source_scores: Mapping[str, Sequence[float]]) -> None:
-    """PPO's first responses are the SFT model's to PPO's own prompts: warns where the reward model's scores of them,
-    normalised to mean 0 and standard deviation 1 on other prompts, are on another scale. source_scores: by source."""
+    """The first responses are the SFT model's to the stage's own prompts: warns where the reward model's scores of
+    them, normalised to mean 0 and standard deviation 1 on other prompts, are on another scale. source_scores: by
+    source."""
     scores = collectives.gather(list(source_scores.get(REWARD_MODEL, [])))
     if len(scores) < 2:
         return
     result = _result([_scale_check(fmean(scores), pstdev(scores), ctx.recipe.gate)])
     if result.failures:
-        ctx.console.say(f"warning    PPO's own prompts are on another scale of the reward model: {result.failures[0]}")
+        ctx.console.say(f"warning    these prompts are on another scale of the reward model: {result.failures[0]}")

@@ -1,4 +1,4 @@
-"""The sources of reward in PPO: the reward model, Python functions, HTTP endpoints, or a weighted sum of them."""
+"""The sources of reward in PPO and GRPO: reward model, Python functions, HTTP endpoints, or a weighted sum of them."""
 
 import itertools
 import re
@@ -11,6 +11,7 @@ from tetrad.inference.completions import Completion
 from tetrad.reward.functions import endpoint, python_function
 from tetrad.reward.model import Reward, ids_meaning, reward_model
 from tetrad.settings.base import REWARD_MODEL, is_function, reward_entries
+from tetrad.settings.common import OnPolicy
 from tetrad.stages import POLICY
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.context import StageContext
@@ -66,10 +67,9 @@ def named(given: Sequence[str], reserved: Collection[str] = (REWARD_MODEL, "std"
 
 
 def reward_sources(
-    ctx: StageContext, tokenizer: Tokenizer, device: Device, model: Reward | None = None
+    ctx: StageContext, s: OnPolicy, tokenizer: Tokenizer, device: Device, model: Reward | None = None
 ) -> RewardSources:
-    """The recipe's sources. model: the reward model if loaded. Errors: E-CONF-FUNCTION, E-MODEL-*, E-CKPT-*."""
-    s = ctx.recipe.ppo
+    """The stage's sources. model: the reward model if loaded. Errors: E-CONF-FUNCTION, E-MODEL-*, E-CKPT-*."""
     specs = reward_entries(s.rewards)
     weights = s.reward_weights or (1.0,) * len(specs)
     meaning, sources = ids_meaning(tokenizer, template_for(ctx, first_parent(ctx, *POLICY))), {}
@@ -78,6 +78,5 @@ def reward_sources(
             reward = model or reward_model(ctx, ctx.parents["reward"], device, tokenizer, s.uncertainty_penalty)
         else:
             reward = python_function(entry) if is_function(entry) else endpoint(entry, meaning)
-        cuts = entry == REWARD_MODEL and s.rewards and s.reward_scaling != "running"  # which clips after dividing
-        sources[name] = RewardSource(reward, weight, s.reward_clip if cuts else 0.0)
+        sources[name] = RewardSource(reward, weight, 0.0 if s.clips_sum or entry != REWARD_MODEL else s.reward_clip)
     return RewardSources(sources)

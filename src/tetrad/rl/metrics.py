@@ -1,9 +1,10 @@
-"""The metrics of one iteration, over all ranks: scores, KL, the texts, and the critic."""
+"""The metrics of one iteration, over all ranks: scores, KL, the texts, and the critic if there is one."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
@@ -11,7 +12,7 @@ from tetrad.inference.completions import Completion
 from tetrad.inference.text_metrics import response_metrics
 from tetrad.objectives import ppo
 from tetrad.objectives.calibration import spearman
-from tetrad.rl.minibatches import PPOBatch
+from tetrad.rl.minibatches import PolicyBatch, PPOBatch
 from tetrad.rl.rewards import mean_variance
 from tetrad.rl.rollout import Rollout
 from tetrad.settings.base import REWARD_MODEL
@@ -19,7 +20,7 @@ from tetrad.training.step import StepStats
 
 
 def step_metrics(
-    batch: PPOBatch,
+    batch: PolicyBatch,
     beta: float,
     device: Device,
     train_score_p999: float = math.inf,
@@ -49,7 +50,7 @@ def step_metrics(
         **means,
         **texts_of_step(batch.rollout),
         "sampler_gap": max(collectives.all_gather(gap)),
-        **critic_metrics(batch, device),
+        **(critic_metrics(batch, device) if isinstance(batch, PPOBatch) else {}),
         "score_std": float(variance) ** 0.5,
         "beta": beta,
     }
@@ -77,6 +78,15 @@ def critic_metrics(batch: PPOBatch, device: Device) -> dict[str, float]:
         "value_spearman": spearman(last, scores),
     }
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def group_metrics(scores: Tensor, size: int) -> dict[str, float]:
+    """equal_groups: the share of prompts whose responses all have one score, so that nothing is learned from them.
+    size: responses to a prompt."""
+    groups = scores.view(-1, size)
+    equal = float((groups.amax(1) == groups.amin(1)).sum())
+    total = collectives.sum_counts({"equal": equal, "groups": float(len(groups))})
+    return {"equal_groups": total["equal"] / total["groups"]}
 
 
 def update_metrics(steps: Sequence[tuple[str, StepStats]]) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""The models of PPO and how they are built: four of them, a critic on the actor's trunk, or adapters on one base.
+"""The models that learn from rollouts, and how they are built: PPO's four, a critic on the actor's trunk, adapters on
+one base, or no critic.
 
 Four full models are four times the weights and two optimizers. `critic = "shared"` is a scalar head on the actor's own
 decoder. With `adapters` the SFT model is the base of all (Hydra-RLHF, Santacroce et al. 2023): the reference is that
@@ -7,8 +8,7 @@ base itself, actor, critic and reward model are adapters on it, the critic's a c
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,8 @@ from tetrad.reward.model import Reward, reward_function, sample_tokenizer
 from tetrad.reward.sources import RewardSources, reward_sources
 from tetrad.seeds import seed_for
 from tetrad.settings.base import uses_reward_model
+from tetrad.settings.common import OnPolicy
+from tetrad.settings.ppo import Ppo
 from tetrad.stages import POLICY
 from tetrad.storage import Json
 from tetrad.text.tokenizer import Tokenizer
@@ -77,35 +79,46 @@ class EMA:
         self.average = {name: tensor.to(self.average[name].device) for name, tensor in tensors.items()}
 
 
-@dataclass(frozen=True)
-class Models:
-    """Actor and critic are updated. reference: the actor before PPO; reward: completions in, scores out. actor_critic:
-    actor and critic on one trunk, with actor_optimizer for the two. train_score_p999: the 99.9 % quantile of the reward
-    model's scores on its training answers. micro_batch_tokens: tokens of a forward pass."""
+@dataclass(frozen=True, kw_only=True)
+class PolicyModels:
+    """The actor is updated. reference: the actor before this stage; reward: completions in, scores out.
+    train_score_p999: the 99.9 % quantile of the reward model's scores on its training answers. micro_batch_tokens:
+    tokens of a forward pass."""
 
     actor: CausalLM
-    critic: ScalarModel
     reference: CausalLM
     reward: RewardSources
     actor_optimizer: Optimizer
-    critic_optimizer: Optimizer | None
     tokenizer: Tokenizer
     device: Device
     micro_batch_tokens: int
-    actor_critic: SharedActorCritic | None = None
     ema: EMA | None = None
     train_score_p999: float = math.inf
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint must hold to resume exactly; the frozen models are read from their own stages."""
+        parts: dict[str, Any] = {"actor": Weights(self.actor), "actor_optimizer": self.actor_optimizer}
+        return parts | self.critic_parts() | ({"average": self.ema} if self.ema else {})
+
+    def critic_parts(self) -> dict[str, Any]:
+        """Those of a critic."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models(PolicyModels):
+    """Those of PPO: the critic is updated too. actor_critic: actor and critic on one trunk, with actor_optimizer for
+    the two."""
+
+    critic: ScalarModel
+    critic_optimizer: Optimizer | None
+    actor_critic: SharedActorCritic | None = None
+
+    def critic_parts(self) -> dict[str, Any]:
+        """On the actor's trunk the head alone."""
         own_head = nn.ModuleDict({"score": self.critic.score}) if self.actor_critic else self.critic
-        parts: dict[str, Any] = {
-            "actor": Weights(self.actor),
-            "actor_optimizer": self.actor_optimizer,
-            "critic": Weights(own_head),
-        }
-        parts |= {"critic_optimizer": self.critic_optimizer} if self.critic_optimizer else {}
-        return parts | ({"average": self.ema} if self.ema else {})
+        parts: dict[str, Any] = {"critic": Weights(own_head)}
+        return parts | ({"critic_optimizer": self.critic_optimizer} if self.critic_optimizer else {})
 
     def freeze_shared_trunk(self, frozen: bool) -> None:
         """While the critic warms up on the actor's trunk, that trunk must not move; a separate critic needs nothing."""
@@ -113,48 +126,59 @@ class Models:
             parameter.requires_grad_(not frozen or name.startswith("critic.score"))
 
 
-def load_models(ctx: StageContext) -> Models:
-    """Actor and reference from the SFT model, critic and reward from the reward model (or as the recipe says).
+def load_policy(ctx: StageContext, s: OnPolicy) -> PolicyModels:
+    """Actor and reference from the SFT model, and the sources of reward.
 
     Errors: E-MODEL-*, E-CKPT-*, E-CONF-{FUNCTION,CONFLICT}.
     """
-    s, folder = ctx.recipe.ppo, first_parent(ctx, *POLICY)
+    folder, used = first_parent(ctx, *POLICY), uses_reward_model(s.rewards)
     tokenizer, device = Tokenizer.load(folder), choose(ctx.recipe.run)
     template, place = template_for(ctx, folder), device.torch_device
     reference = frozen(read_policy(folder, tokenizer, template)).to(place)
     if s.adapters:
-        actor, critic, reward = _on_one_base(ctx, reference, tokenizer, device)
+        actor = share_weights(CausalLM, reference)
+        adapt(ctx, actor, seed_for(ctx.recipe.seed, "actor"))
     else:
-        actor, critic, reward = read_policy(folder, tokenizer, template).to(place), None, None
-    if critic is None and s.critic == "shared":
-        critic = _shared(actor, seed_for(ctx.recipe.seed, "critic"))
-    elif critic is None:
-        critic = _critic(ctx, folder, tokenizer).to(place)
-    optim = replace(ctx.recipe.optim, eps=s.adam_eps)
-    actor_critic = SharedActorCritic(actor, critic) if s.critic == "shared" else None
-    lr_overrides = {"critic.score": s.critic_lr} if actor_critic else {}
-    used = uses_reward_model(s.rewards)
-    return Models(
-        actor,
-        critic,
-        reference,
-        reward_sources(ctx, tokenizer, device, reward),
-        Optimizer(actor_critic or actor, s.actor_lr, optim, lr_overrides=lr_overrides),
-        None if actor_critic else Optimizer(critic, s.critic_lr, optim),
-        tokenizer,
-        device,
-        ctx.recipe.run.micro_batch_tokens,
-        actor_critic,
-        EMA(actor, s.ema_decay) if s.ema_decay else None,
-        recorded_metrics(ctx.parents["reward"]).get("train_score_p999", math.inf) if used else math.inf,
+        actor = read_policy(folder, tokenizer, template).to(place)
+    reward = _reward_on(ctx, reference, tokenizer, device) if s.adapters and used else None
+    return PolicyModels(
+        actor=actor,
+        reference=reference,
+        reward=reward_sources(ctx, s, tokenizer, device, reward),
+        actor_optimizer=Optimizer(actor, s.actor_lr, replace(ctx.recipe.optim, eps=s.adam_eps)),
+        tokenizer=tokenizer,
+        device=device,
+        micro_batch_tokens=ctx.recipe.run.micro_batch_tokens,
+        ema=EMA(actor, s.ema_decay) if s.ema_decay else None,
+        train_score_p999=recorded_metrics(ctx.parents["reward"]).get("train_score_p999", math.inf)
+        if used
+        else math.inf,
     )
 
 
-def _critic(ctx: StageContext, folder: Path, tokenizer: Tokenizer) -> ScalarModel:
-    """A separate model."""
-    place = ctx.parents["reward"] if ctx.recipe.ppo.critic == "reward" else folder
-    refuse_other_tokenizer(place, Tokenizer.load(place), tokenizer)
-    return read_scalar(place, seed_for(ctx.recipe.seed, "critic"))
+def load_models(ctx: StageContext, s: Ppo) -> Models:
+    """Those, and a critic from the reward model (or as the recipe says). Errors: as of `load_policy`."""
+    policy, optim = load_policy(ctx, s), replace(ctx.recipe.optim, eps=s.adam_eps)
+    critic = _critic(ctx, s, policy)
+    actor_critic = SharedActorCritic(policy.actor, critic) if s.critic == "shared" else None
+    both = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    if actor_critic:
+        overrides = {"critic.score": s.critic_lr}
+        both["actor_optimizer"] = Optimizer(actor_critic, s.actor_lr, optim, lr_overrides=overrides)
+    own = None if actor_critic else Optimizer(critic, s.critic_lr, optim)
+    return Models(**both, critic=critic, critic_optimizer=own, actor_critic=actor_critic)
+
+
+def _critic(ctx: StageContext, s: Ppo, policy: PolicyModels) -> ScalarModel:
+    """On the actor's trunk, as an adapter on the reference, or a separate model."""
+    seed, base, folder = seed_for(ctx.recipe.seed, "critic"), policy.reference, first_parent(ctx, *POLICY)
+    if s.critic == "shared":
+        return _shared(policy.actor, seed)
+    if s.adapters:
+        return load_reward_adapter(ctx, base) if s.critic == "reward" else adapted_scalar_model(ctx, base, seed)
+    place = ctx.parents["reward"] if s.critic == "reward" else folder
+    refuse_other_tokenizer(place, Tokenizer.load(place), policy.tokenizer)
+    return read_scalar(place, seed).to(policy.device.torch_device)
 
 
 def _shared(actor: CausalLM, seed: int) -> ScalarModel:
@@ -166,36 +190,23 @@ def _shared(actor: CausalLM, seed: int) -> ScalarModel:
     return critic
 
 
-def _on_one_base(
-    ctx: StageContext, base: CausalLM, tokenizer: Tokenizer, device: Device
-) -> tuple[CausalLM, ScalarModel | None, Reward | None]:
-    """Actor, critic (None where it shares the actor's trunk) and reward model as adapters on the reference."""
-    s, seed = ctx.recipe.ppo, ctx.recipe.seed
-    actor = share_weights(CausalLM, base)
-    adapt(ctx, actor, seed_for(seed, "actor"))
-    critic: ScalarModel | None = None
-    reward: Reward | None = None
-    if uses_reward_model(s.rewards) or s.critic == "reward":
-        reward_model = load_reward_adapter(ctx, base)
-        tokenize_samples = sample_tokenizer(ctx, ctx.parents["reward"], tokenizer)
-        reward = reward_function(
-            [reward_model.requires_grad_(False)], device, ctx.recipe.run.micro_batch_tokens, tokenize_samples
-        )
-        if s.critic == "reward":
-            critic = load_reward_adapter(ctx, base)
-    if s.critic == "actor":
-        critic = adapted_scalar_model(ctx, base, seed_for(seed, "critic"))
-    return actor, critic, reward
+def _reward_on(ctx: StageContext, base: CausalLM, tokenizer: Tokenizer, device: Device) -> Reward:
+    """The reward model as an adapter on the reference."""
+    members = [load_reward_adapter(ctx, base).requires_grad_(False)]
+    tokenize_samples = sample_tokenizer(ctx, ctx.parents["reward"], tokenizer)
+    return reward_function(members, device, ctx.recipe.run.micro_batch_tokens, tokenize_samples)
 
 
-def save_models(ctx: StageContext, stage: StageRun, models: Models, notes: Mapping[str, Json]) -> None:
-    """The result is the actor or its moving average. The critic, and beside an average the actor itself, are saved too:
+def save_models(ctx: StageContext, stage: StageRun, models: PolicyModels, notes: Mapping[str, Json]) -> None:
+    """The result is the actor or its moving average. A critic, and beside an average the actor itself, are saved too:
     as whole models even where they share a trunk; as adapters where the result is. notes: what the verdict reads in the
     manifest."""
-    folder = first_parent(ctx, *POLICY)
-    keep, critic = adapters.keeps(ctx, models.actor, folder), models.critic
-    saved = dict[str, Tensor](adapter_tensors(critic) if keep else merged(critic).named_parameters())
-    extra = {"critic.safetensors": {**saved, "bias": critic.bias}}
+    folder, extra = first_parent(ctx, *POLICY), dict[str, dict[str, Tensor]]()
+    keep = adapters.keeps(ctx, models.actor, folder)
+    if isinstance(models, Models):
+        critic = models.critic
+        saved = dict[str, Tensor](adapter_tensors(critic) if keep else merged(critic).named_parameters())
+        extra["critic.safetensors"] = {**saved, "bias": critic.bias}
     if models.ema:
         actor = models.actor
         extra["last.safetensors"] = dict(adapter_tensors(actor) if keep else merged(actor).named_parameters())

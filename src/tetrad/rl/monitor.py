@@ -1,4 +1,4 @@
-"""Alarms: what PPO's metrics look like when it hacks its reward or fails, and what to do about it.
+"""Alarms: what the metrics look like when a policy hacks its reward or fails, and what to do about it.
 
 Every iteration is checked against limits, most of them relative to the first iterations: a policy that exploits its
 reward changes length, endings, diversity or entropy long before anybody reads its texts.
@@ -30,7 +30,7 @@ WINDOW = 10  # iterations whose means are compared between score and judges
 @dataclass(frozen=True)
 class _Rule:
     """metric: its name, and that of its limits; above: whether high values are bad; relative: to the start; meaning:
-    what it is a sign of; rare: a share too small to estimate from one iteration's responses."""
+    what it is a sign of, {0} being the stage; rare: a share too small to estimate from one iteration's responses."""
 
     metric: str
     above: bool
@@ -40,14 +40,14 @@ class _Rule:
 
 
 _RULES = (
-    _Rule("kl", True, False, "the actor is far from the reference: raise ppo.kl_coef or lower ppo.actor_lr"),
+    _Rule("kl", True, False, "the actor is far from the reference: raise {0}.kl_coef or lower {0}.actor_lr"),
     _Rule("negative_kl", True, False, "log-probabilities of sampler and training differ: a temperature, or a bug"),
     _Rule("length", True, True, "responses grow: the reward may pay for length"),
-    _Rule("finished", False, True, "responses no longer end: raise ppo.missing_eos_penalty or ppo.max_new_tokens"),
-    _Rule("entropy", False, True, "the actor collapses onto few responses: lower ppo.actor_lr, raise ppo.entropy_coef"),
+    _Rule("finished", False, True, "responses no longer end: raise {0}.missing_eos_penalty or {0}.max_new_tokens"),
+    _Rule("entropy", False, True, "the actor collapses onto few responses: lower {0}.actor_lr, raise {0}.entropy_coef"),
     _Rule("distinct_2", False, True, "responses repeat themselves: the reward may pay for a phrase"),
-    _Rule("clip_fraction", True, False, "the updates are too large: lower ppo.actor_lr or ppo.ppo_epochs"),
-    _Rule("explained_variance", True, False, "the critic doesn't follow: raise ppo.critic_lr or ppo.critic_warmup"),
+    _Rule("clip_fraction", True, False, "the updates are too large: lower {0}.actor_lr or the epochs"),
+    _Rule("explained_variance", True, False, "the critic doesn't follow: raise {0}.critic_lr or {0}.critic_warmup"),
     _Rule("ood_scores", True, False, "scores are higher than the reward model ever gave: it may be fooled", True),
     _Rule("score_std", False, False, "the reward gives all responses the same score"),
     _Rule("judge_drops", True, False, "a judge falls while the score rises: the policy exploits the reward"),
@@ -67,9 +67,9 @@ class Monitor:
     """The state of the alarms: the start, how many iterations in a row have a negative explained variance, and when
     each alarm was raised."""
 
-    def __init__(self, s: Alarms, expected_kl: float, warmup: int, responses: int = RECENT) -> None:
+    def __init__(self, s: Alarms, expected_kl: float, warmup: int, responses: int = RECENT, stage: str = "ppo") -> None:
         """responses: per iteration."""
-        self.s, self.warmup = s, warmup
+        self.s, self.warmup, self.stage = s, warmup, stage
         self.start_steps, self.recent_steps = math.ceil(START / responses), math.ceil(RECENT / responses)
         self.expected_kl = expected_kl or s.expected_kl
         self.start: dict[str, list[float]] = {}
@@ -148,8 +148,8 @@ class Monitor:
         if not level:
             return None
         share = " of the start" if rule.relative else ""
-        text = f"{rule.metric} is {value:.3g}{share}, the limit is {limits[level - 1]:g}: {rule.meaning}"
-        return Alarm(rule.metric, level, text)
+        text = f"{rule.metric} is {value:.3g}{share}, the limit is {limits[level - 1]:g}"
+        return Alarm(rule.metric, level, f"{text}: {rule.meaning.format(self.stage)}")
 
     def _recent_mean(self, metric: str, value: float) -> float:
         """The mean of the last iterations, as many as make RECENT responses."""
@@ -173,7 +173,7 @@ class Monitor:
         """Errors: E-NUM-ALARM where an alarm is at its second limit, under `strict`."""
         if self.abort_reason:
             hint = "look at samples.jsonl; after a change of the recipe this stage starts over"
-            raise UserError("E-NUM-ALARM", self.abort_reason, where="ppo", hint=hint)
+            raise UserError("E-NUM-ALARM", self.abort_reason, where=self.stage, hint=hint)
 
 
 def _z_score(windows: Sequence[Sequence[float]]) -> float:
@@ -186,21 +186,26 @@ def _z_score(windows: Sequence[Sequence[float]]) -> float:
     return (means[1] - means[0]) / max(math.sqrt(variance), 1e-12)
 
 
-_UNUSED: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
-    ("kl_horizon", lambda r: not r.ppo.kl_target, "beta is fixed: no kl_target is set"),
-    ("value_coef", lambda r: r.ppo.critic != "shared", "the critic has a trunk of its own"),
+_UNUSED: tuple[tuple[str, Callable[[Recipe, Any], bool], str], ...] = (
+    ("kl_horizon", lambda _, s: not s.kl_target, "beta is fixed: no kl_target is set"),
+    ("value_coef", lambda _, s: s.critic != "shared", "the critic has a trunk of its own"),
     (
         "uncertainty_penalty",
-        lambda r: r.reward.data != () and r.reward.ensemble_size == 1,
+        lambda r, _: r.reward.data != () and r.reward.ensemble_size == 1,
         "the reward model is no ensemble",
     ),
-    ("uncertainty_penalty", lambda r: not uses_reward_model(r.ppo.rewards), "no reward model is used"),
+    ("uncertainty_penalty", lambda _, s: not uses_reward_model(s.rewards), "no reward model is used"),
+    ("reward_clip", lambda _, s: not (uses_reward_model(s.rewards) or s.clips_sum), "no reward model is used"),
     (
-        "reward_clip",
-        lambda r: not uses_reward_model(r.ppo.rewards) and r.ppo.reward_scaling != "running",
-        "no reward model is used",
+        "actor_lr",
+        lambda _, s: isinstance(s, Ppo) and s.critic_warmup >= s.steps,
+        "the actor is frozen: critic_warmup takes all steps",
     ),
-    ("actor_lr", lambda r: r.ppo.critic_warmup >= r.ppo.steps, "the actor is frozen: critic_warmup takes all steps"),
+    ("kl_estimator", lambda _, s: s.kl_in == "reward", "in the reward KL is log pi - log pi_ref"),
+    *(
+        (name, lambda _, s: s.epochs * s.num_minibatches == 1, "one update an iteration: every ratio is 1")
+        for name in ("clip_range", "clip_high")
+    ),
 )
 
 
@@ -214,21 +219,22 @@ def judges_of(ctx: StageContext) -> dict[str, Reward]:
 
 
 def manifest_notes(failures: Sequence[str], monitor: Monitor) -> dict[str, Json]:
-    """What the verdict reads in the manifest of PPO's model. failures: of the gate."""
+    """What the verdict reads in the manifest of the model. failures: of the gate."""
     return outcome.Notes(failures, [*monitor.spans.values()]).record()
 
 
 def warn_unused_settings(ctx: StageContext) -> None:
     """Reports which settings have no effect."""
-    for note in unused_settings(ctx.recipe):
+    for note in unused_settings(ctx.recipe, ctx.folder.name):
         ctx.console.say(f"note: {note}")
 
 
-def unused_settings(recipe: Recipe) -> list[str]:
-    """Settings that were changed and have no effect in this recipe, each with its reason."""
-    default = Ppo()
-    changed = {name for name, _, _ in _UNUSED if getattr(recipe.ppo, name) != getattr(default, name)}
-    notes = [f"ppo.{name} has no effect: {why}" for name, holds, why in _UNUSED if name in changed and holds(recipe)]
-    if recipe.ppo.kl_coef == 0:
-        notes.append("ppo.kl_coef = 0: nothing holds the actor near the SFT model")
+def unused_settings(recipe: Recipe, stage: str = "ppo") -> list[str]:
+    """Settings of a stage that were changed and have no effect in this recipe, each with its reason."""
+    s = getattr(recipe, stage)
+    default = type(s)()
+    changed = {n for n, _, _ in _UNUSED if hasattr(s, n) and getattr(s, n) != getattr(default, n)}
+    notes = [f"{stage}.{n} has no effect: {why}" for n, holds, why in _UNUSED if n in changed and holds(recipe, s)]
+    if s.kl_coef == 0:
+        notes.append(f"{stage}.kl_coef = 0: nothing holds the actor near the SFT model")
     return notes

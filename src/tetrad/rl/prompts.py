@@ -10,8 +10,9 @@ from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.inference.completions import EncodedPrompt, read_encoded_prompts
-from tetrad.rl.models import Models
+from tetrad.rl.models import PolicyModels
 from tetrad.rl.rollout import response_indices
+from tetrad.settings.common import OnPolicy
 from tetrad.stages import POLICY
 from tetrad.training.batches import language_micros
 from tetrad.training.context import StageContext
@@ -38,12 +39,13 @@ class Prompts:
         )
 
 
-def read_ppo_prompts(ctx: StageContext, models: Models) -> Prompts:
+def read_policy_prompts(ctx: StageContext, s: OnPolicy, models: PolicyModels) -> Prompts:
     """Errors: E-DATA-*; E-CONF-DIVIDE where processes can't have equal shares of a batch."""
-    s, counts = ctx.recipe.ppo, Counts()
+    counts = Counts()
     if s.batch_size % collectives.size():
         what = f"batch = {s.batch_size} can't be shared by {collectives.size()} processes"
-        raise UserError("E-CONF-DIVIDE", what, where="ppo.batch_size", hint=f"use a multiple of {collectives.size()}")
+        where, hint = f"{ctx.folder.name}.batch_size", f"use a multiple of {collectives.size()}"
+        raise UserError("E-CONF-DIVIDE", what, where=where, hint=hint)
     template = template_for(ctx, first_parent(ctx, *POLICY))
     limit = min(s.max_prompt + s.max_new_tokens if s.max_prompt else math.inf, models.actor.config.max_positions)
     files = ctx.files(s.prompts, s.weights)

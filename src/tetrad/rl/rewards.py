@@ -11,7 +11,7 @@ from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
 from tetrad.objectives import ppo
 from tetrad.rl.rollout import Rollout
-from tetrad.settings.ppo import Ppo
+from tetrad.settings.common import OnPolicy
 
 
 @dataclass
@@ -54,13 +54,12 @@ class RunningStd:
 
 
 def token_rewards(
-    s: Ppo, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, rollout: Rollout, beta: float
+    s: OnPolicy, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, rollout: Rollout, beta: float
 ) -> Tensor:
-    """-beta (log pi - log pi_ref) at each token; at the last also the score, clipped to ppo.reward_clip, minus
-    ppo.missing_eos_penalty for a truncated response. Among several sources the reward model is clipped before its
+    """-beta (log pi - log pi_ref) at each token; at the last also the score, clipped to `reward_clip`, minus
+    `missing_eos_penalty` for a truncated response. Among several sources the reward model is clipped before its
     weight instead (`reward.sources`)."""
-    clips = s.reward_scaling == "running" or not s.rewards  # a model among `rewards` is clipped before its weight
-    clip = s.reward_clip if clips and s.reward_clip else None
+    clip = s.reward_clip if s.clips_sum and s.reward_clip else None
     scores = ppo.normalize_scores(scores, 0.0, 1.0, clip, ~rollout.finished_B, s.missing_eos_penalty)
     kl = ppo.kl_tokens(logprobs, ref_logprobs, rollout.mask_BT)
     return ppo.shape_rewards(scores, kl, rollout.mask_BT, beta)

@@ -1,6 +1,6 @@
-"""A new model's shape, or the model it comes from."""
+"""A new model's shape, or the model it comes from; and its tokenizer."""
 
-from tetrad.settings.base import Count, Positive, Whole, settings
+from tetrad.settings.base import Count, Files, Positive, Whole, settings
 
 
 @settings
@@ -26,3 +26,17 @@ class Model:
     """Base of the rotary position frequencies."""
     tied: bool = True
     """Input embedding and output head share one matrix."""
+
+
+@settings
+class Tokenizer:
+    """Byte-level BPE learned from text; without `text` the tokenizer of `model.from` is used."""
+
+    text: Files = ()
+    """Files of text (txt, or jsonl with `text`) to learn from."""
+    vocab_size: Count = 4096
+    """Number of tokens, control tokens included."""
+    min_frequency: Count = 2
+    """Pairs seen less often are not merged."""
+    max_bytes: Whole = 0
+    """Read at most this much of the text; 0 reads all."""

@@ -1,9 +1,8 @@
-"""PPO with four models."""
+"""PPO with four models, and the alarms that watch a policy."""
 
 from typing import ClassVar, Literal
 
 from tetrad.settings.base import (
-    Below1,
     Count,
     Files,
     Functions,
@@ -11,18 +10,16 @@ from tetrad.settings.base import (
     NotNegative,
     Positive,
     Rate,
-    Rewards,
     Share,
-    Weights,
     Whole,
     settings,
     unkeyed,
 )
-from tetrad.settings.common import Sampling
+from tetrad.settings.common import OnPolicy
 
 
 @settings
-class Ppo:
+class Ppo(OnPolicy):
     """Proximal policy optimisation with a critic and a penalty per token. Runs when `prompts` is given."""
 
     GROUPS: ClassVar = {
@@ -36,50 +33,19 @@ class Ppo:
         "log": "eval_every",
     }
 
-    prompts: Files = ()
-    """Files of prompts; SFT and RM files are allowed, their answers are ignored."""
-    weights: Weights = ()
-    """How often an epoch reads the records of each entry of `prompts`, as [1, 0.5]; empty reads all once."""
-    rewards: Rewards = ()
-    """Sources of reward: "reward" (the reward model), Python functions `file.py:name`, addresses `https://...`; their
-    weighted sum. Empty is the reward model alone."""
-    reward_weights: Weights = ()
-    """The weight of each entry of `rewards`, as [1, 0.5]; empty weights all 1."""
     critic: Literal["reward", "actor", "shared"] = "reward"
     """What the critic starts from; shared is a head on the actor's own trunk, trained in one step with it."""
     adapters: bool = False
     """One frozen base for the four roles: actor, critic and reward model are adapters on it (see [lora])."""
-    steps: Count = 100
-    """Iterations: sample, score, update."""
-    batch_size: Count = 64
-    """Prompts of an iteration, on all machines together."""
-    samples_per_prompt: Count = 1
-    """Responses to each prompt of an iteration."""
-    max_new_tokens: Count = 64
-    """Longest response, in tokens; a longer one is cut and pays `missing_eos_penalty`."""
-    max_prompt: Whole = 0
-    """Longest prompt, in tokens; 0 is what `max_new_tokens` leaves of the model's positions."""
-    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What to do with a longer prompt; truncated (on the left) and dropped ones are counted."""
-    temperature: Positive = 1.0
-    """Sampling temperature, of actor and reference alike."""
     ppo_epochs: Count = 4
     """Passes over an iteration's responses."""
-    num_minibatches: Count = 1
-    """Optimizer steps per epoch; must divide `batch_size`."""
-    actor_lr: Rate = 1e-5
-    """Learning rate of the actor."""
     critic_lr: Rate = 1e-5
     """Learning rate of the critic."""
-    schedule: Literal["linear", "constant"] = "linear"
-    """How both learning rates decay; linear ends at 0."""
     critic_warmup: Whole = 0
     """First iterations, in which the actor is frozen and the critic learns full returns (lambda 1, unclipped): value
     pre-training (Yuan et al. 2025)."""
     value_coef: NotNegative = 0.1
     """Weight of the value loss if actor and critic share a trunk."""
-    adam_eps: Positive = 1e-5
-    """AdamW: added to the square root, for actor and critic."""
     kl_coef: NotNegative = 0.05
     """beta, the price of a nat of KL to the reference; the start of it when adaptive."""
     kl_target: NotNegative = 0.0
@@ -94,8 +60,6 @@ class Ppo:
     """A truncated response is bootstrapped with the critic's value after its last token; else its end is terminal."""
     reduction: Literal["token", "sequence"] = "token"
     """A batch's losses are the mean over its tokens, or over its responses of each one's mean."""
-    clip_range: Positive = 0.2
-    """Range of the policy ratio, 1 - clip to 1 + clip."""
     dual_clip: NotNegative = 0.0
     """Above 1: a token's loss is at most this many times its negative advantage (Ye et al. 2020); 0 is off."""
     early_stop_kl: NotNegative = 0.0
@@ -105,38 +69,35 @@ class Ppo:
     """Range of the value around the old one; 0 is off."""
     reward_clip: NotNegative = 5.0
     """The reward model's scores, and scaled ones, are clipped to this many standard deviations; 0 is off."""
-    uncertainty_penalty: NotNegative = 0.0
-    """For an ensemble (`reward.ensemble_size`): standard deviations of its members' scores subtracted from
-    their mean."""
-    missing_eos_penalty: NotNegative = 1.0
-    """Subtracted from the score of a truncated response, in standard deviations, after the clip."""
     reward_scaling: Literal["none", "running", "whiten"] = "none"
     """running: scores are divided by the standard deviation of all so far, then clipped; whiten: the rewards of all
     tokens by their own in the batch (the mean is kept)."""
-    entropy_coef: NotNegative = 0.0
-    """Weight of the entropy, the mean over tokens, in the actor's loss."""
-    ema_decay: Below1 = 0.0
-    """The result is the moving average of the actor's trained weights (of adapters, each of their two matrices) over
-    iterations with this decay; 0 is the actor itself."""
-    max_grad_norm: NotNegative = 1.0
-    """Gradients of actor and critic are scaled to at most this norm; 0 turns it off."""
-    eval_every: Whole = unkeyed(20)
-    """Iterations between samples in the log; 0 shows those of the last."""
 
-    def sampling(self, slots: int) -> Sampling:
-        """How responses are sampled. slots: how many at once."""
-        return Sampling(temperature=self.temperature, max_new_tokens=self.max_new_tokens, max_num_seqs=slots)
+    @property
+    def epochs(self) -> int:
+        """Passes over an iteration's responses."""
+        return self.ppo_epochs
+
+    @property
+    def loss_mean(self) -> Literal["response", "token", "constant"]:
+        """What a batch's losses are the mean over."""
+        return "response" if self.reduction == "sequence" else "token"
+
+    @property
+    def clips_sum(self) -> bool:
+        """Scaled scores are clipped after their sum, whatever they come from."""
+        return self.reward_scaling == "running" or super().clips_sum
 
 
 @settings
 class Alarms:
-    """Alarms of PPO. Each has two limits: at the first it warns, at the second it stops if `strict` is set.
+    """Alarms of PPO and GRPO. Each has two limits: at the first it warns, at the second it stops if `strict` is set.
     Shares and multiples are relative to the first iterations."""
 
     strict: bool = unkeyed(False)
     """Stop (exit 5) at the second limit; else every alarm is a warning."""
     judges: Functions = unkeyed(())
-    """Python functions `file.py:name` that are not PPO's reward: each is called at every iteration, and an alarm is
+    """Python functions `file.py:name` that are not the reward: each is called at every iteration, and an alarm is
     raised when one falls while the score rises."""
     expected_kl: Positive = unkeyed(10.0)
     """Expected KL per response if no `ppo.kl_target` is set."""

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tetrad.objectives import ppo
 from tetrad.reward import gate
 from tetrad.rl.metrics import step_metrics, update_metrics
-from tetrad.rl.minibatches import PPOBatch, PPOMicrobatch, minibatches
+from tetrad.rl.minibatches import PPOBatch, PPOMicrobatch, entropy_term, minibatches, policy_terms
 from tetrad.rl.models import Models, SharedActorCritic, actor_of, critic_of, load_models, save_models
 from tetrad.rl.monitor import Monitor, judges_of, manifest_notes, warn_unused_settings
-from tetrad.rl.prompts import PtxBatch, PtxBatches, ptx_batches, read_ppo_prompts
+from tetrad.rl.prompts import PtxBatch, PtxBatches, ptx_batches, read_policy_prompts
 from tetrad.rl.rewards import KLController, RunningStd, token_rewards, whitened
 from tetrad.rl.rollout import Rollout, read_logprobs, read_values, roll_out
 from tetrad.rl.samples import Samples
@@ -28,7 +28,7 @@ from tetrad.settings.ppo import Ppo
 from tetrad.training.context import StageContext
 from tetrad.training.optimizer import lr_factor
 from tetrad.training.stage import start
-from tetrad.training.step import MAX, Loss, Metric, Microbatch, StepStats, Term, Terms, timed, update
+from tetrad.training.step import Loss, Metric, Microbatch, StepStats, Term, Terms, timed, update
 
 PROGRESS_METRICS = ("score", "kl", "length", "finished")  # in the progress bar
 
@@ -58,13 +58,13 @@ class PPOState:
 
 def run(ctx: StageContext) -> None:
     s, seed = ctx.recipe.ppo, ctx.recipe.seed
-    models = load_models(ctx)
-    prompts = read_ppo_prompts(ctx, models)
+    models = load_models(ctx, s)
+    prompts = read_policy_prompts(ctx, s, models)
     warn_unused_settings(ctx)
-    gate_failures = gate.before_ppo(ctx, [each.prompt for each in prompts.prompts])
+    gate_failures = gate.before_training(ctx, s, [each.prompt for each in prompts.prompts])
     ptx, judges = ptx_batches(ctx, models.device), judges_of(ctx)
     state = PPOState.of(ctx)
-    samples = Samples(ctx, models, prompts.prompts)
+    samples = Samples(ctx, s, models, prompts.prompts)
     with (
         start(ctx, models.device, s.steps, models.parts(), state.state, state.restore, ctx.recipe.run.grace) as stage,
         ctx.console.progress("ppo", s.steps, stage.step) as bar,
@@ -110,7 +110,7 @@ def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: 
     lam = 1.0 if step < s.critic_warmup else s.gae_lambda
     advantages, returns = ppo.gae(rewards, values, mask, s.gamma, lam, bootstrap)
     advantages = whitened(advantages, mask, device, shift_mean=True)
-    return PPOBatch(rollout, by_source, scores, logprobs, ref_logprobs, values, bootstrap, rewards, advantages, returns)
+    return PPOBatch(rollout, by_source, scores, logprobs, ref_logprobs, rewards, advantages, values, bootstrap, returns)
 
 
 @timed("update")
@@ -164,30 +164,10 @@ def actor_terms(s: Ppo) -> Terms:
             if isinstance(model, SharedActorCritic)
             else []
         )
-        return [*policy_terms(logprobs, tokens, s), entropy_term(entropy, s.entropy_coef), *shared]
+        policy = policy_terms(logprobs, tokens, s.clip_range, s.clip_range, s.dual_clip)
+        return [*policy, entropy_term(entropy, s.entropy_coef), *shared]
 
     return terms
-
-
-def policy_terms(logprobs: Tensor, tokens: PPOMicrobatch, s: Ppo) -> list[Term]:
-    """ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))."""
-    old, advantages, clip = tokens.old_logprobs, tokens.advantages, s.clip_range
-    sums = ppo.policy_loss_sum(logprobs, old, advantages, clip, clip, s.dual_clip or None, tokens.weights)
-    return [
-        Loss("policy_loss", sums.loss, "losses"),
-        Metric("clip_fraction", sums.clipped, "tokens"),
-        Metric("approx_kl", sums.half_square, "tokens"),
-        Metric("ratio", sums.ratio, "tokens"),
-        Metric("ratio_max", sums.highest_ratio, MAX),
-        *([Metric("dual_clip_fraction", sums.dual_clipped, "tokens")] if s.dual_clip else []),
-    ]
-
-
-def entropy_term(entropy: Tensor, coef: float) -> Term:
-    """Entropy is maximised, so the bonus is a negative loss."""
-    if not coef:
-        return Metric("entropy", entropy.detach().sum(), "tokens")
-    return Loss("entropy", entropy.sum(), "tokens", -coef)
 
 
 def critic_terms(clip: float) -> Terms:

@@ -92,9 +92,10 @@ def load_reward_adapter(ctx: StageContext, base: CausalLM) -> ScalarModel:
     """
     folder, base_folder = ctx.parents["reward"], first_parent(ctx, *POLICY)
     adapter = folder if is_stack(folder) else folder.parent / "adapter"
-    hint = "train it with [reward] adapters = true on this SFT model, or set ppo.adapters = false"
+    setting = f"{ctx.folder.name}.adapters"
+    hint = f"train it with [reward] adapters = true on this SFT model, or set {setting} = false"
     if not (adapter / CONFIG).is_file():
-        what = "ppo.adapters = true needs a reward model that is an adapter; this one was trained in full"
+        what = f"{setting} = true needs a reward model that is an adapter; this one was trained in full"
         raise UserError("E-CONF-CONFLICT", what, where=str(folder), hint=hint)
     storage.verify_folder(adapter)
     config, notes = read_json(adapter / CONFIG), adapter_notes(adapter)

@@ -140,7 +140,7 @@ def finish(
     weights = {**config_files(model), **own} if own else model_files(model)
     files = {**weights, **tokenizer.files(template), **(extra or {})}
     card = _card(ctx, model, metrics)
-    if ctx.folder.name == "ppo":
+    if "alarms" in metrics:  # of a policy that was trained on a reward
         card = outcome.with_verdict(card, outcome.before_evaluation(ctx.recipe, outcome.Notes.read(metrics)))
     meta: dict[str, Json] = {"key": ctx.key, "metrics": dict(metrics), "lineage": dict(ctx.lineage)}
     run.finish(files, meta, {outcome.CARD: card.encode(errors="backslashreplace")})

@@ -106,7 +106,7 @@ def test_ppo_is_told_or_refused(
 
     def heed(strict: bool) -> None:
         recipe = SimpleNamespace(gate=Gate(strict=strict), reward=Reward())
-        ctx: Any = SimpleNamespace(recipe=recipe, console=Console())
+        ctx: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, console=Console())
         gate.check(ctx, tmp_path, [])
 
     heed(strict=False)
@@ -122,15 +122,15 @@ def test_prompts_unlike_the_reward_models_fail(
     monkeypatch.setattr(gate, "recorded_metrics", lambda folder: dict(SOUND))
     data = planted.write(tmp_path / "rm.jsonl", planted.comparisons(planted.prompts(200)))
     recipe = SimpleNamespace(gate=Gate(), reward=Reward(data=(data,)))
-    ctx: Any = SimpleNamespace(recipe=recipe, console=Console(), files=lambda names: names)
+    ctx: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, console=Console(), files=lambda names: names)
     like = [Prompt((Turn("instruction", text),)) for text in planted.prompts(50, seed=9)]
     gate.check(ctx, tmp_path, like)
     assert "gate: pass" in capsys.readouterr().out
     other = [Prompt((Turn("instruction", f"integrate x^{i} over the unit circle"),)) for i in range(40)]
     gate.check(ctx, tmp_path, [*like[:20], *other])
-    assert "gate: fail; 67% of PPO's prompts are unlike all" in capsys.readouterr().out
+    assert "gate: fail; 67% of the prompts are unlike all" in capsys.readouterr().out
     gate.check(ctx, tmp_path, like[:5])
-    assert "gate: warn; how near PPO's prompts are to the reward model's was not measured" in capsys.readouterr().out
+    assert "gate: warn; how near the prompts are to the reward model's was not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """The PPO stage as a whole with each of its options, from recipes: it runs, tells what it did, and goes on exactly."""
 
 import json
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from tetrad.server.app import create_app
 from tetrad.server.guard import Limits
 from tetrad.server.service import load_service
 from tetrad.settings.use import Serve
-from tiny import Chain
+from tiny import Chain, stop_at
 
 ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
 PTX = ("--ptx.text", '["text.txt"]', "--ptx.sequence-length", "32", "--ptx.batch-tokens", "64")
@@ -60,19 +58,6 @@ def test_goes_on_exactly(chain: Chain, option: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     chain.run(*words)
     assert result(chain) == whole
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tetrad.rl.monitor import Monitor
-
-    heed = Monitor.check
-
-    def stopping(self: Monitor, ctx: Any, at: int, figures: Any) -> Any:
-        if at == step:
-            signal.raise_signal(signal.SIGTERM)
-        return heed(self, ctx, at, figures)
-
-    monkeypatch.setattr(Monitor, "check", stopping)
 
 
 def test_the_average_is_the_result_and_the_actor_is_kept(chain: Chain) -> None:
