@@ -109,7 +109,8 @@ async def clients(server: Server, args: argparse.Namespace) -> dict[str, Any]:
             statuses[answer.status] += 1
             (refused if answer.status == 429 else accepted).append(answer.seconds)
             if answer.status == 429:
-                await asyncio.sleep(1 + random.random())
+                wait = int(re.search(rb"retry-after: (\d+)", answer.body)[1])  # type: ignore[index]
+                await asyncio.sleep((1 if args.impatient else wait) + random.random())
 
     async def watch() -> None:
         nonlocal peak
@@ -121,6 +122,7 @@ async def clients(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     await asyncio.gather(watch(), *(client(number) for number in range(args.clients)))
     return {
         "clients": args.clients,
+        "impatient": args.impatient,
         "load": round(os.getloadavg()[0], 1),
         "cores": os.cpu_count(),
         "seconds": args.seconds,
@@ -294,6 +296,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", choices=[[], *ROWS], help="all of them by default")
     parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--impatient", action="store_true", help="who gets 429 comes back after a second all the same")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--slow", type=int, default=500)
     parser.add_argument("--streams", type=int, default=1000)

@@ -11,7 +11,8 @@ _TUNABLES = "GLIBC_TUNABLES"
 
 def main() -> int:
     """Runs the command that this process was started with and returns its exit code."""
-    if _TRAIN.intersection(sys.argv[1:3]) and _glibc() and _TUNABLES not in os.environ:
+    trains = _TRAIN.intersection(sys.argv[1:3]) or any(argument.startswith("--measure") for argument in sys.argv)
+    if trains and _glibc() and _TUNABLES not in os.environ:
         _again("glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0")
     return command_line()
 

@@ -7,8 +7,8 @@ While responses are sampled there is a second copy of the weights, with a KV cac
 measured peaks). Work is 6 floating-point operations per token and parameter of the blocks (4 where they are frozen
 under adapters, 2 where nothing is trained; Kaplan et al. 2020), and per parameter of the head and token whose logits
 are needed, at a measured share of this machine's speed of matrix products: enough to tell minutes from hours. Who
-asks for more (`tetrad check --measure true`) gets the time of real steps of the model's first layers instead, which
-knows the processor and the computing type.
+asks for more (`tetrad check --measure true`) gets the time of real steps of a model of this shape instead, which knows
+the processor and the computing type; not of a stage that needs more memory than there is.
 """
 
 import math
@@ -191,7 +191,7 @@ def section(
             section.add("warning", "memory", f"{text}, and this machine has {there / 2**30:.1f} GiB")
         flop = work(stage, config)
         seconds = flop / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
-        seconds = pace(recipe, config, stage) if pace else seconds
+        seconds = pace(recipe, config, stage) if pace and needed <= there else seconds
         section.metrics[stage.name] = {"memory_bytes": needed, "flop": flop, "seconds": seconds}
         models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{needed / 2**30:.1f} GiB"
         models += f", {math.ceil(stage.adapters)} adapters" if stage.adapters else ""
@@ -199,7 +199,7 @@ def section(
     section.metrics["parameters"] = n
     when, source = "time on this CPU", f"{rate / 1e9:.0f} GFLOP/s here, within a factor of two"
     if pace:
-        when, source = "time here", "times from trial steps of the first layers, within a factor of two"
+        when, source = "time here", "times from trial steps"
     columns = ("stage", "models trained + frozen", "tokens learned from", "memory", when)
     title = f"{n / 1e6:.1f} million parameters; {source}"
     title += "; tokens guessed from characters" if guessed else ""

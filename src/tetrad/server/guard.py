@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import json
 import math
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ _HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 ]
+_LONGEST_WAIT = 30
 _LOGIN = {"WWW-Authenticate": 'Bearer, Basic realm="tetrad"'}
 
 
@@ -77,12 +79,27 @@ class Limits:
     seconds: float = 10.0
 
 
+class Turnover:
+    """How long who is refused should wait: as many seconds as it would take to answer those refused in the last one."""
+
+    def __init__(self) -> None:
+        self.seconds, self._refused, self._answered, self._since = 1, 0, 0, 0.0
+
+    def count(self, status: int, now: float) -> None:
+        """An exchange that ended. now: in seconds, of any clock."""
+        self._refused += status == 429
+        self._answered += status < 300
+        if now - self._since >= 1:
+            self.seconds = min(max(1, math.ceil(self._refused / max(1, self._answered))), _LONGEST_WAIT)
+            self._refused, self._answered, self._since = 0, 0, now
+
+
 class Guard:
     """Pure ASGI. open: exchanges in progress; requests: those whose body was read, which `payload` counts; draining:
     everything new is refused."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits = app, limits
+        self.app, self.limits, self.turnover = app, limits, Turnover()
         self.open, self.requests, self.draining = 0, 0, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,6 +113,8 @@ class Guard:
         except Refused as refused:
             await refused.response(scope, exchange.receive, exchange.send)
         finally:
+            if scope["method"] == "POST":
+                self.turnover.count(exchange.status, time.monotonic())
             self.open -= 1
             self.requests -= exchange.admitted
             metrics.QUEUE.set(self.requests)
@@ -187,13 +206,15 @@ class Exchange:
         """With the headers that every answer has. An answer before the end of the body ends the connection."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            last = [] if self.arrived else [(b"connection", b"close")]
-            message["headers"] = [*message.get("headers", ()), *_HEADERS, *last]
+            more = [] if self.arrived else [(b"connection", b"close")]
+            if self.status == 429:
+                more.append((b"retry-after", str(self.guard.turnover.seconds).encode()))
+            message["headers"] = [*message.get("headers", ()), *_HEADERS, *more]
         await self._send(message)
 
     def _refuse_if_full(self) -> None:
         if self.guard.requests >= self.guard.limits.requests:
-            raise Refused(429, "too many requests wait", code="queue_full", headers={"Retry-After": "1"})
+            raise Refused(429, "too many requests wait", code="queue_full")
 
     def admit(self) -> None:
         """Makes this one of the guard's requests. Raises Refused where there are too many."""

@@ -1,6 +1,7 @@
 """How uvicorn is run: what it lacks against slow clients, and an orderly end."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ _LINGER_SECONDS = 2.0
 _IDLE_SECONDS = 15  # clients keep connections for less
 _DRAIN_SECONDS = 30
 _CONNECTIONS = 4096
+_SWITCH_SECONDS = (
+    0.0005  # Python's own 5 ms, at each of a request's four turns, is how long the loop waits for the engine
+)
 _FAULTS = {400: "this is no HTTP request", 414: "the address is too long", 431: "the headers are too large"}
 
 
@@ -112,6 +116,9 @@ class Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         """Until a signal, and then until nothing is open or the time for that is over."""
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        gc.collect()
+        gc.freeze()  # models and libraries stay: to walk through them held everything up for a sixth of a second
         self._started(self.servers[0].sockets[0].getsockname()[1])
         await super().main_loop()
         self._guard.draining = True

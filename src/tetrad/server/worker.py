@@ -91,7 +91,7 @@ class Worker:
             raise Refused(503, "the server is stopping", code="stopping")
         if sum(not job.begun for job in self._open) >= self.queue:
             what = f"{self.queue} requests wait already: try again in a moment"
-            raise Refused(429, what, code="queue_full", headers={"Retry-After": "1"})
+            raise Refused(429, what, code="queue_full")
 
     @contextmanager
     def submit(self, requests: Sequence[Request], reads: int | None = None) -> Iterator[Job]:

@@ -162,7 +162,7 @@ class Check:
     rename: tuple[str, ...] = ()
     """For data files: other names of fields, as question=Instruction answer=Output."""
     measure: bool = False
-    """Of a recipe: time a few steps of each stage with the model's first layers, instead of estimating the time."""
+    """Of a recipe: time a few steps of each stage with a model of its shape, instead of estimating the time."""
     json: str = ""
     """Write the whole report to this file of JSON."""
     html: str = ""

@@ -1,12 +1,11 @@
-"""How long a stage takes here: its own kind of step, timed with the first layers of a model of its shape.
+"""How long a stage takes here: its own kind of step, timed with a model of its shape.
 
-Blocks of a decoder cost the same each, so that two depths give the time of any: what does not grow with the depth
-(embedding, head, optimizer of both) is in either. The weights are random; time does not depend on them.
+The whole model: a few of its layers stay in the caches, and their steps say too little of a deep one's. The weights are
+random; time does not depend on them.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -25,17 +24,15 @@ from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import Loss, Microbatch, Term, Terms, language_terms, mean_loss, update
 from tetrad.types import Array, StageCost, Tokens
 
-DEPTHS = (1, 3)
 REPEATS = 3
+ENOUGH = 20.0  # seconds of one kind of step, after which it is not repeated
 FEW = 4  # rows of a step of the engine that is nearly empty
 DECODED = 16
 
 
 def stage_seconds(recipe: Recipe, config: DecoderConfig, load: StageCost) -> float:
     """Seconds that the stage takes on this machine, as it is now. Errors: E-CONF-DEVICE, E-CONF-DTYPE, E-MEM-FULL."""
-    device = choose(recipe.run)
-    near, far = (_timed(recipe, replace(config, layers=depth), load, device) for depth in DEPTHS)
-    learn, read, few, full = near + (far - near) * ((config.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    learn, read, few, full = _timed(recipe, config, load, choose(recipe.run))
     row = (full - few) / max(1, load.slots - FEW)
     decoded = 0.0
     if load.sampled:
@@ -97,9 +94,9 @@ def _decode_seconds(fused: Fused, load: StageCost, rows: int, device: Device) ->
 
 
 def _seconds(action: Callable[[], object]) -> float:
-    """The median of a few, after one that compiles what it needs."""
-    times = []
-    for _ in range(1 + REPEATS):
+    """The median of a few, after one that compiles what it needs; of a slow one, fewer."""
+    times: list[float] = []
+    while not times or (len(times) <= REPEATS and (len(times) == 1 or sum(times) < ENOUGH)):
         start = time.perf_counter()
         action()
         if torch.cuda.is_initialized():

@@ -21,7 +21,7 @@ from raw_http import Answer, ask, connect, is_closed, listening, raw, read_answe
 from tetrad.errors import UserError
 from tetrad.server import listen
 from tetrad.server.app import create_app
-from tetrad.server.guard import Guard, Limits, Refused, payload
+from tetrad.server.guard import Guard, Limits, Refused, Turnover, payload
 from tetrad.server.service import Service
 from tetrad.settings.use import Serve
 
@@ -513,6 +513,23 @@ def test_a_client_that_does_not_read_is_cut(port: int, own: Guard) -> None:
 
 
 # The queue: H035
+
+
+def test_who_is_refused_is_asked_to_wait_as_long_as_it_takes_to_answer_them() -> None:
+    turnover = Turnover()
+    assert turnover.seconds == 1
+    turnover.count(429, 5.0)
+    for status in [429] * 60 + [200] * 20 + [400] * 7:
+        turnover.count(status, 5.9)
+    assert turnover.seconds == 1  # the second is not over
+    turnover.count(200, 6.0)
+    assert turnover.seconds == 3  # 60 refused, 21 answered
+    turnover.count(200, 7.5)
+    assert turnover.seconds == 1
+    for _ in range(100):
+        turnover.count(429, 7.6)
+    turnover.count(429, 9.0)
+    assert turnover.seconds == 30
 
 
 def test_beyond_the_queue_is_429_at_once(port: int) -> None:

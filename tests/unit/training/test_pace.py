@@ -18,28 +18,41 @@ PPO = StageCost(
 )
 
 
-def seconds(monkeypatch: pytest.MonkeyPatch, stage: StageCost, fixed: float, layer: float) -> float:
-    """Of a machine on which a learning step takes `fixed` + `layer` per block, reading a tenth, a token of 4 rows a
-    hundredth and one of all slots twice that."""
+def seconds(monkeypatch: pytest.MonkeyPatch, stage: StageCost, step: float) -> float:
+    """Of a machine on which a learning step takes this long, reading a tenth, a token of 4 rows a hundredth and one of
+    all slots twice that."""
 
     def timed(recipe: Recipe, config: DecoderConfig, load: StageCost, device: object) -> np.ndarray:
-        learn = fixed + layer * config.layers
-        return np.array([learn, learn / 10, learn / 100, learn / 50])
+        assert config is CONFIG  # the whole model
+        return np.array([step, step / 10, step / 100, step / 50])
 
     monkeypatch.setattr(pace, "_timed", timed)
     return pace.stage_seconds(Recipe(), CONFIG, stage)
 
 
-def test_all_blocks_are_counted_from_two_depths(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert seconds(monkeypatch, SFT, 0.5, 0.25) == pytest.approx((0.5 + 9 * 0.25) * 1000 / 40)
+def test_steps_of_learning_make_up_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert seconds(monkeypatch, SFT, 2.75) == pytest.approx(2.75 * 1000 / 40)
 
 
 def test_sampling_counts_steps_of_the_engine_and_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rounds of 12 responses with 8 tokens on average in 8 slots: 16 steps, and 4 more for those who waited."""
-    step = 1.0 + 9 * 1.0
+    step = 10.0
     row = (step / 50 - step / 100) / 4  # from 4 rows to 8
     decoded = (step / 100 - 4 * row) * 5 * (16 + 4 * 8 / 8) + row * 480
-    assert seconds(monkeypatch, PPO, 1.0, 1.0) == pytest.approx((step * 1000 + step / 10 * 2000) / 40 + decoded)
+    assert seconds(monkeypatch, PPO, step) == pytest.approx((step * 1000 + step / 10 * 2000) / 40 + decoded)
+
+
+@pytest.mark.parametrize(("each", "times"), [(1.0, 4), (8.0, 3), (90.0, 2)])
+def test_a_slow_step_is_repeated_less_often(monkeypatch: pytest.MonkeyPatch, each: float, times: int) -> None:
+    now, runs = 0.0, 0
+
+    def action() -> None:
+        nonlocal now, runs
+        now, runs = now + each, runs + 1
+
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now)
+    assert pace._seconds(action) == each
+    assert runs == times
 
 
 @pytest.mark.parametrize("adapters", [False, True])
