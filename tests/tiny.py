@@ -72,6 +72,7 @@ best_of = 2
 max_new_tokens = 8
 [run]
 save_every = 2
+report = false
 """
 
 JUDGE = f"""\

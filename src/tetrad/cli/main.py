@@ -131,6 +131,7 @@ def commands() -> dict[str, Command]:
     exports = "write a model for transformers, PEFT, llama.cpp or Ollama"
     reads = "read every record, train nothing, and report what would spoil the training"
     explains = "one step of PPO with its real numbers, token by token; or what a metric means"
+    pages = "one page of a run, or of several side by side: verdict, curves, texts, tokens"
     shows = "which stages are done, stale or running, what each model was made from, and the verdict"
     return {
         "run": Command(recipe, every),
@@ -145,6 +146,7 @@ def commands() -> dict[str, Command]:
             "MODEL ...", "a model over HTTP as OpenAI's API, a reward model, a chat page", _serve, "Serve"
         ),
         "rank": Command("MODEL ...", "a page on which people rank answers, for the reward model", _rank, "Rank"),
+        "report": Command("RUN ...", pages, _page, "Page"),
         "explain": Command("RUN | METRIC", explains, _explain, "Explain"),
         "export": Command("MODEL", exports, _export, "Export"),
         "doctor": Command("", "versions, device, memory; with --vectors FILE the numeric self-test", _doctor, "Doctor"),
@@ -355,6 +357,18 @@ def _explain(words: list[str]) -> int:
     from tetrad.rl.explain import explain
 
     return with_console(lambda s, console: explain(s, console, read), settings, "explain")
+
+
+def _page(words: list[str]) -> int:
+    """The runs are the words without a flag."""
+    from tetrad.settings.use import Page
+
+    settings, runs = with_words(Page, "report", words)
+    if not runs:
+        raise UserError("E-CONF-MISSING", "RUN is missing", where="report", hint="tetrad report runs/NAME [runs/OTHER]")
+    from tetrad.report.run_page import report
+
+    return with_console(lambda s, console: console.say(f"report: {report(runs, s.out)}"), settings, "report")
 
 
 def _export(words: list[str]) -> int:

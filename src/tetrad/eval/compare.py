@@ -53,10 +53,12 @@ from tetrad.types import Tokens
 
 @dataclass(frozen=True)
 class Responses:
-    """One system's responses to the prompts. kl: nats per response against the SFT model."""
+    """One system's responses to the prompts. kl: nats per response against the SFT model. frontier: of best-of-N, for
+    fewer responses too: how many, KL, mean reward."""
 
     samples: Sequence[Completion]
     kl: float
+    frontier: Sequence[tuple[int, float, float]] = ()
 
 
 Scores = Mapping[str, Sequence[float]]
@@ -111,6 +113,7 @@ def _run(ctx: StageContext, device: Device) -> None:
     report = {
         "prompts": len(task.prompts),
         "systems": table,
+        "frontier": [point for responses in systems.values() for point in responses.frontier],
         "costs": {name: asdict(cost) for name, cost in costs.items()},
         "stages": {x: recorded_metrics(ctx.parents[x]) for x in ("pretrain", "sft", "reward") if x in ctx.parents},
         "samples": side_by_side(systems, s.side_by_side),
@@ -179,9 +182,24 @@ def _responses_of_sft(sft: CausalLM, task: Task, reward: Reward | None, copies: 
             scores = reward(many.samples)
         rows = [slice(at, at + copies) for at in range(0, len(many.samples), copies)]
         chosen = [many.samples[row][best(many.samples[row], scores[row])] for row in rows]
-        # KL of best-of-N, an upper bound that is close for continuous rewards (Stiennon et al. 2020).
-        systems[f"best of {copies}"] = Responses(chosen, math.log(copies) - (copies - 1) / copies)
+        points = best_of_frontier([sorted(scores[row]) for row in rows])
+        systems[f"best of {copies}"] = Responses(chosen, points[-1][1], points)
     return systems
+
+
+def best_of_frontier(sorted_scores: Sequence[Sequence[float]]) -> list[tuple[int, float, float]]:
+    """Of best-of-n for n = 1, 2, 4 and so on up to all: n, KL, and the expected reward of the best of n drawn from a
+    prompt's scores, which are in ascending order.
+
+    The KL is an upper bound that is close for continuous rewards (Stiennon et al. 2020).
+    """
+    copies = len(sorted_scores[0])
+    points = []
+    for n in [*(2**k for k in range(copies.bit_length()) if 2**k < copies), copies]:
+        weights = [math.comb(i, n - 1) / math.comb(copies, n) for i in range(copies)]  # the i-th is the best of them
+        means = [math.fsum(w * s for w, s in zip(weights, scores, strict=True)) for scores in sorted_scores]
+        points.append((n, math.log(n) - (n - 1) / n, math.fsum(means) / len(means)))
+    return points
 
 
 def _judged(system: str, responses: Responses, judges: Mapping[str, Reward]) -> Scores:

@@ -24,7 +24,8 @@ from tetrad.pipeline.plan import hashes_of, home, plan
 from tetrad.pipeline.preflight import preflight
 from tetrad.pipeline.recipe import write
 from tetrad.pipeline.status import Step, differences, lineage, show, state, verdict_of, verify
-from tetrad.report import outcome
+from tetrad.report import charts, outcome
+from tetrad.report.run_page import NAME, write_page
 from tetrad.report.verdict import UNTRUSTED, Verdict
 from tetrad.signals import Stop
 from tetrad.stages import STAGES, Recipe
@@ -80,6 +81,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "") -> RunResult:
             function_of(f"{row.module}:run")(context)
         if state(step, hashes) != "done":
             raise RuntimeError(f"the stage {step.stage} ended without a result that has its key")
+        _show_page(recipe, console, going_on=step is not wanted[-1])
         console.say(f"{step.stage:<10} done in {time.monotonic() - began:.1f} s: {step.result}")
     if is_first():
         hashes.save()
@@ -103,6 +105,21 @@ def function_of(name: str) -> StageFunction:
     """MODULE:FUNCTION, imported when it is needed: training modules import torch."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _show_page(recipe: Recipe, console: Console, *, going_on: bool) -> None:
+    """Writes the page of what there is so far, and says where at the end. Nothing that fails here ends a run."""
+    if not (recipe.run.report and is_first()):
+        return
+    try:
+        with phase("writing the page"):
+            path = write_page([str(home(recipe))], home(recipe) / NAME, going_on=going_on)
+    except Exception as error:
+        console.warn(f"note: {NAME} could not be written: {error}")
+        return
+    if not going_on:
+        without = "" if charts.available() else '; for its charts: pip install -c constraints.txt -e ".[report]"'
+        console.say(f"report     {path}{without}")
 
 
 def _conclude(recipe: Recipe, steps: list[Step], hashes: Hashes, console: Console) -> None:

@@ -36,12 +36,12 @@ def sections(language: Language = "en") -> dict[str, dict[str, Meaning]]:
     }
 
 
-def find(name: str) -> Meaning | None:
+def find(name: str, language: Language = "en") -> Meaning | None:
     """The meaning of a metric by its own name or by the pattern that it follows; None for a name that is none."""
-    for names in sections().values():
+    for names in sections(language).values():
         if name in names:
             return names[name]
-    for pattern, (meaning, look) in sections()["names"].items():
+    for pattern, (meaning, look) in sections(language)["names"].items():
         if pattern != _ANY and (match := re.fullmatch(_CAPITALS.sub("(.+)", pattern), name)):
             return Meaning(_CAPITALS.sub(match[1], meaning), look)
     return None

@@ -4,10 +4,10 @@ Plots are SVG of rectangles and texts, drawn here.
 """
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from importlib import resources
 from typing import Any
 
+from tetrad.report.html import text as _text
 from tetrad.report.sections import Finding, Plot, RenderedSample, Report, Section, Table
 
 ROWS = 200
@@ -33,14 +33,6 @@ def page(report: Report) -> str:
         "</body></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
-
-
-def _text(value: Any) -> str:
-    """A value as text that no browser interprets as anything else."""
-    if value is None:
-        return "-"
-    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown))
 
 
 def _findings(findings: Sequence[Finding]) -> str:

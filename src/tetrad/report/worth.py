@@ -4,13 +4,13 @@ torch.
 Costs are read from what the stages recorded (timing.jsonl), never from a clock of this process.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tetrad import storage
+from tetrad.report.records import StageRecords
 from tetrad.report.verdict import FEWEST_PROMPTS, SFT, Differences, cost_of_answer, is_better, name_of
 
 
@@ -38,19 +38,12 @@ class Cost:
         return cls(minutes, recorded(Path(reward["folder"]).parent)[0] if reward else 0.0, peak)
 
 
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a log; none of one that is not there, and without a last line that is still being written."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        if line.endswith(b"\n"):
-            yield json.loads(line)
-
-
 def recorded(stage: Path) -> tuple[float | None, float | None]:
     """Minutes of a stage's steps, each counted once however often a stop repeated it, and the peak of memory in MiB."""
-    steps = {line["step"]: line for line in lines_of(stage / "timing.jsonl")}
+    steps = StageRecords(stage.name, stage).timing
     if not steps:
         return None, None
-    return sum(line["seconds"] for line in steps.values()) / 60, max(line["peak_mib"] for line in steps.values())
+    return sum(line["seconds"] for line in steps) / 60, max(line["peak_mib"] for line in steps)
 
 
 Gains = Mapping[tuple[str, str], Differences]

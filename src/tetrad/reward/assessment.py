@@ -95,11 +95,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What evaluation.json has besides the metrics. members: each alone."""
+    """What evaluation.json has besides the metrics. members: each alone. reliability: the diagram, by bin. pairs: the
+    most wrong and the most right, with their texts."""
 
     slices: Sequence[Slice]
     probes: Sequence[Probe]
     members: Sequence[Agreement]
+    reliability: Sequence[Mapping[str, float]] = ()
+    pairs: Sequence[Mapping[str, str | float]] = ()
 
 
 def evaluate(
@@ -133,8 +136,21 @@ def evaluate(
         accuracy_shorter_high=shorter[1],
     )
     _show(ctx, metrics, breakdown, probed)
-    report = {"metrics": metrics.record(), **asdict(Evaluation(breakdown, probed, members))}
+    report = {
+        "metrics": metrics.record(),
+        **asdict(of_test(test, pairs, temperature, Evaluation(breakdown, probed, members))),
+    }
     return replace(metrics, **vars(scale)), report
+
+
+def of_test(test: Examples, pairs: Pairs, temperature: float, known: Evaluation) -> Evaluation:
+    """With the diagram and the extreme pairs of the test records."""
+    samples, shown = test.samples(), list[Mapping[str, str | float]]()
+    for i in pairs.extremes():
+        better, worse = (samples[int(numbers[i])] for numbers in (pairs.better_P, pairs.worse_P))
+        texts = {"prompt": better.prompt, "better": better.text, "other_prompt": worse.prompt, "worse": worse.text}
+        shown.append({**texts, "gap": float(pairs.gaps_P[i])})
+    return replace(known, reliability=pairs.reliability(temperature), pairs=shown)
 
 
 def _length_accuracy(test: Examples, gap: float) -> float | None:

@@ -94,6 +94,26 @@ class Pairs:
         """The model's confidence in its own order of each pair; [P]."""
         return torch.sigmoid(self.gaps_P.abs() / temperature)
 
+    def reliability(self, temperature: float, bins: int = 10) -> list[dict[str, float]]:
+        """The reliability diagram: of each bin of confidence from 0.5 to 1 that has LEAST pairs its mean confidence,
+        the share in order with its 95 % interval, and the pairs."""
+        confidence, correct = self.confidence(temperature), self.correct()
+        bin_P = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+        rows = []
+        for number in range(bins):
+            if int((chosen := bin_P == number).sum()) < LEAST:
+                continue
+            part = self.chosen(chosen)
+            low, high = part.interval(part.correct())
+            row = {"confidence": float(confidence[chosen].mean()), "accuracy": float(correct[chosen].mean())}
+            rows.append({**row, "low": low, "high": high, "pairs": float(len(part))})
+        return rows
+
+    def extremes(self, count: int = 3) -> list[int]:
+        """Of pairs: the numbers of those furthest the wrong way round, then of those furthest the right way."""
+        order = self.gaps_P.argsort().tolist()
+        return list(dict.fromkeys([*order[:count], *order[::-1][:count]]))
+
     def rank_metrics(self) -> PairMetrics:
         """Rank correlations of rewards and scores alone."""
         if len(self.scores_S) < 3 or not math.isfinite(rank := calibration.spearman(self.rewards_S, self.scores_S)):

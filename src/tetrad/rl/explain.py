@@ -3,13 +3,13 @@
 Everything is read from what the stage wrote (metrics.jsonl, samples.jsonl, recipe.toml); no model is run.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tetrad.console import Console
 from tetrad.errors import UserError
+from tetrad.report.records import lines_of
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.use import Explain
 from tetrad.stages import Recipe
@@ -24,7 +24,7 @@ def explain(s: Explain, console: Console, read: Callable[[Path], Recipe]) -> Non
     Errors: E-CKPT-MISSING, E-CONF-RANGE.
     """
     folder = _folder(Path(s.model))
-    records = [record for record in _lines(folder / "samples.jsonl") if "tokens" in record or "greedy" in record]
+    records = [record for record in lines_of(folder / "samples.jsonl") if "tokens" in record or "greedy" in record]
     steps = sorted({record["step"] for record in records if "tokens" in record})
     if not steps:
         what = "samples.jsonl has no sampled response with its tokens"
@@ -34,7 +34,7 @@ def explain(s: Explain, console: Console, read: Callable[[Path], Recipe]) -> Non
         near = ", ".join(map(str, steps[:12])) + (" ..." if len(steps) > 12 else "")
         what = f"step {step} was not recorded; these were: {near}"
         raise UserError("E-CONF-RANGE", what, where="--step", hint="ppo.eval_every sets how often")
-    metrics = next(line for line in _lines(folder / "metrics.jsonl") if line["step"] == step)
+    metrics = next(line for line in lines_of(folder / "metrics.jsonl") if line["step"] == step)
     ppo = read(folder / "recipe.toml").ppo
     for text in _opening(step, metrics, ppo):
         console.say(text)
@@ -53,10 +53,6 @@ def _folder(given: Path) -> Path:
         if (place / "samples.jsonl").is_file() and (place / "metrics.jsonl").is_file():
             return place
     raise UserError("E-CKPT-MISSING", "no PPO was run here", where=str(given), hint="name runs/NAME or runs/NAME/ppo")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def _opening(step: int, metrics: Mapping[str, float], s: Ppo) -> list[str]:

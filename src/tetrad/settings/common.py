@@ -47,6 +47,8 @@ class Run:
     """Checkpoints kept; never fewer than two."""
     log_every: Count = unkeyed(10)
     """Steps between log lines (metrics.jsonl has every step)."""
+    report: bool = unkeyed(True)
+    """Write runs/<name>/report.html, a page to look at, after each stage."""
     grace: NotNegative = unkeyed(60.0)
     """Seconds that an iteration of PPO or GRPO may still take after SIGTERM."""
 

@@ -198,6 +198,14 @@ class Explain:
 
 
 @settings
+class Page:
+    """One page of a run, or of several side by side: it opens with the network off."""
+
+    out: File = ""
+    """The page's file; by default report.html in the run's folder, of several runs report-NAME.html in the first's."""
+
+
+@settings
 class Export:
     """A model for other programs: transformers, PEFT, llama.cpp and Ollama."""
 

@@ -74,7 +74,7 @@ class Workshop:
     def run(self, *words: str, only: str = "", stages: Mapping[str, runner.StageFunction] | None = None) -> list[str]:
         self.contexts, out = {}, StringIO()
         stages = stages or dict.fromkeys(ALL, self.stage)
-        words = ("--run.out", str(self.folder / "runs"), *words)
+        words = ("--run.out", str(self.folder / "runs"), "--run.report", "false", *words)
         try:
             with faked(stages):
                 runner.run(read(self.folder / "recipe.toml", words), Console(out=out, err=out), only=only)
