@@ -5,7 +5,7 @@ import sys
 
 from tetrad.cli.main import main as command_line
 
-_TRAIN = {"run", "pretrain", "sft", "reward", "grpo", "ppo", "evaluate"}
+_TRAIN = {"run", "pretrain", "sft", "reward", "dpo", "grpo", "ppo", "evaluate"}
 _TUNABLES = "GLIBC_TUNABLES"
 
 

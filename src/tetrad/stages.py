@@ -11,6 +11,7 @@ from typing import Any
 
 from tetrad.settings.base import Seed, settings, uses_reward_model
 from tetrad.settings.common import Data, Lora, Optim, Run, Sampling
+from tetrad.settings.dpo import Dpo
 from tetrad.settings.evaluate import Evaluate
 from tetrad.settings.grpo import Grpo
 from tetrad.settings.model import Model, Tokenizer
@@ -153,6 +154,16 @@ class Recipe:
         tables=("reward", "lora", "gate", "optim", "run"),
         parents=(Parent(("from",)), _POLICY),  # even with a model of its own, the policy's responses set its scale
         parts=lambda _: ("model", "optimizer", "best"),
+        template=True,
+    )
+    dpo: Dpo = stage(
+        Dpo(),
+        summary="DPO: preferences without a reward model",
+        switch="data",
+        version=1,
+        tables=("dpo", "lora", "optim", "run"),
+        parents=(_POLICY,),
+        parts=lambda _: ("model", "optimizer"),
         template=True,
     )
     grpo: Grpo = stage(

@@ -19,13 +19,15 @@ import ppo_toys
 import toys
 from tetrad.data.loader import batch_indices, whole
 from tetrad.distributed import collectives
-from tetrad.reward.batches import preference_micros
+from tetrad.reward.batches import Examples, preference_micros
 from tetrad.reward.ensemble import Latent
 from tetrad.rl.rollout import Rollout
 from tetrad.seeds import seed_for
 from tetrad.settings.common import Optim
+from tetrad.settings.dpo import Dpo
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.reward import Reward
+from tetrad.train.dpo import dpo_micros, dpo_terms
 from tetrad.train.ppo import learn
 from tetrad.train.reward import preference_terms
 from tetrad.training.batches import language_micros
@@ -83,6 +85,22 @@ def reward() -> Found:
         terms = preference_terms(Reward(center=0.01))
         stats.append(update(latent, optimizer, micros, terms, toys.CPU, max_norm=0.5))
     return found(stats, latent)
+
+
+def dpo() -> Found:
+    """Lists of two to four answers with ties: the ranks get different numbers of pairs."""
+    ranks = [tuple(float((3 * i + j) % 3) for j in range(2 + i % 3)) for i in range(26)]
+    records = [Comparison(Prompt(()), ("",) * len(each), each) for each in ranks]
+    documents = [toys.document(toys.ids(3 + i % 9, i)) for i in range(sum(map(len, ranks)))]
+    examples, policy = Examples.of(records, documents), toys.causal(seed=1)
+    optimizer, terms = Optimizer(policy, 1e-3, Optim()), dpo_terms(Dpo(sft_coef=0.1), toys.causal(seed=2))
+    stats = []
+    for step in range(STEPS):
+        wanted = collectives.shard(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
+        stats.append(
+            update(policy, optimizer, dpo_micros(examples, wanted, 48, toys.CPU), terms, toys.CPU, max_norm=0.5)
+        )
+    return found(stats, policy)
 
 
 def own_rows(rollout: Rollout) -> Rollout:
@@ -144,6 +162,7 @@ JOBS: dict[str, Callable[[], Found]] = {
     "sft": sft,
     "muon": lambda: sft(0.02),
     "reward": reward,
+    "dpo": dpo,
     "ppo": ppo,
     "ppo_sampled": ppo_sampled,
 }
@@ -194,7 +213,7 @@ def main(folder: Path) -> None:
     results = {name: job() for name, job in JOBS.items()} | {"collectives": every_collective()}
     for name in ("sum_gradients", "sum_counts", "sum_tensor"):
         with without(name):
-            broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "ppo")
+            broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "dpo", "ppo")
             results |= {f"{job} without {name}": JOBS[job]() for job in broken}
     torch.save(results, folder / f"{collectives.rank()}.pt")
     collectives.stop()

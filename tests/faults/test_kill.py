@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import tetrad.eval.compare
+import tetrad.train.dpo
 import tetrad.train.ppo
 import tetrad.train.pretrain
 import tetrad.train.reward
@@ -76,9 +77,9 @@ def test_killed_stages_go_on_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def kill_and_compare(
-    path: Path, whole: Path, broken: Path, stage: str, seconds: float, words: Sequence[str] = ()
+    path: Path, whole: Path, broken: Path, stage: str, seconds: float, words: Sequence[str] = (), hits: int = KILLS
 ) -> None:
-    """Kills the stage at random moments until KILLS have hit, lets it end, and compares with the one in peace.
+    """Kills the stage at random moments until `hits` have hit, lets it end, and compares with the one in peace.
 
     seconds: what the stage may take; it grows where kills come too early for a checkpoint and shrinks where they come
     too late, as on a machine that is busy now and then.
@@ -86,7 +87,7 @@ def kill_and_compare(
     draw = random.Random(1)
     kills = resumed = 0
     folder = broken / "tiny" / stage
-    while kills < KILLS:
+    while kills < hits:
         if (folder / "model").exists():
             shutil.rmtree(folder)
         if forked(path, broken, stage, draw.uniform(0.1, 1.0) * seconds, words) < 0:
@@ -98,7 +99,7 @@ def kill_and_compare(
             seconds *= 0.9
     forked(path, broken, stage, words=words)
     assert digests(folder) == digests(whole / "tiny" / stage), stage
-    assert stage == "tokenizer" or resumed > 1, f"no kill hit the loop of {stage}"
+    assert stage == "tokenizer" or resumed > 1 or hits < KILLS, f"no kill hit the loop of {stage}"
 
 
 ADAPTERS = ("--reward.adapters", "true", "--ppo.adapters", "true")
@@ -118,3 +119,21 @@ def test_killed_ppo_goes_on_with_little_memory_too(tmp_path: Path, words: tuple[
     shutil.copytree(whole, broken)
     seconds = forked(path, whole, "ppo", words=words)
     kill_and_compare(path, whole, broken, "ppo", seconds, words)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(60 * KILLS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("adapters", ["false", "true"])
+def test_killed_dpo_goes_on_to_the_same_bits(tmp_path: Path, adapters: str) -> None:
+    """Twice, or ten times where TETRAD_KILLS is given."""
+    path, whole, broken = write_tiny(tmp_path / "data"), tmp_path / "whole", tmp_path / "broken"
+    words = ("--dpo.data", str(path.parent / "ranked.jsonl"), "--dpo.epochs", "6", "--dpo.batch-size", "8")
+    words += ("--dpo.adapters", adapters, "--dpo.validation", str(path.parent / "held.jsonl"))
+    held = '{"Instruction": "Go on.", "Input": "so", "chosen": "was warm", "rejected": "was flat"}\n'
+    (path.parent / "held.jsonl").write_text(held)
+    for stage in ("tokenizer", "pretrain", "sft"):
+        forked(path, whole, stage, words=words)
+    shutil.copytree(whole, broken)
+    seconds = forked(path, whole, "dpo", words=words)
+    kill_and_compare(path, whole, broken, "dpo", seconds, words, KILLS if "TETRAD_KILLS" in os.environ else 2)

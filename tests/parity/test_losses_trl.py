@@ -10,13 +10,15 @@ import toys
 from tetrad.data.records import answers
 from tetrad.data.tokens import tokenize
 from tetrad.model.huggingface import model_files
-from tetrad.model.transformer import CausalLM, ScalarModel
-from tetrad.reward.batches import preference_micros
+from tetrad.model.transformer import CausalLM, ScalarModel, frozen
+from tetrad.reward.batches import Examples, preference_micros
 from tetrad.reward.ensemble import Latent
 from tetrad.settings.common import Optim
+from tetrad.settings.dpo import Dpo
 from tetrad.settings.reward import Reward
 from tetrad.text import bpe
 from tetrad.text.chat_template import TEMPLATES
+from tetrad.train.dpo import dpo_micros, dpo_terms
 from tetrad.train.reward import preference_terms
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
@@ -25,6 +27,7 @@ from tetrad.types import Comparison, Conversation, Prompt, Turn
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
+transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 PLOTS = ["the plot is long", "剧情很长，但是好看", "", "it has no story in it and nobody minds"]
@@ -127,3 +130,42 @@ def test_reward(tmp_path: Path, center: float, margin: float) -> None:
     stats = update(latent, Optimizer(latent, 0.0, Optim()), micros, preference_terms(Reward(center=center)), toys.CPU)
     assert stats.loss == pytest.approx(loss, abs=1e-5)
     assert_gradients(model, gradients)
+
+
+def moved(folder: Path, seed: int) -> tuple[CausalLM, CausalLM, str, str]:
+    """A reference, a policy that has left it, and the folders of both."""
+    reference, policy = toys.causal(seed=seed, **SHAPE), toys.causal(seed=seed, **SHAPE)
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
+    return frozen(reference), policy, exported(folder / "ref", reference), exported(folder / "policy", policy)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # transformers, of TRL
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_dpo(tmp_path: Path, loss: Any) -> None:
+    """TRL divides IPO's log-ratios by the number of tokens: of answers with two each, and with twice our beta, its loss
+    is a fourth of ours, the paper's. Its `sigmoid` knows no label_smoothing."""
+    ipo = loss == "ipo"
+    good, bad = ("abcd", "wxyz") if ipo else (GOOD, BAD)
+    reference, policy, ref_folder, folder = moved(tmp_path, 3)
+    rows = [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(TEXTS, good, bad, strict=True)]
+    theirs = {"beta": 0.2 if ipo else 0.1, "loss_type": loss}
+    trainer = trl.DPOTrainer(
+        folder,
+        ref_model=transformers.AutoModelForCausalLM.from_pretrained(ref_folder, dtype=torch.float32),
+        args=trl.DPOConfig(**settings(tmp_path), **theirs),
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    found, gradients, _ = their_loss(trainer)
+    records = [Comparison(Prompt(p), (b, a), (2, 1)) for p, a, b in zip(PROMPTS, good, bad, strict=True)]
+    documents = [d for record in records for d in tokenize(FORM, TOKENIZER, answers(record), closed=False)]
+    micros = dpo_micros(Examples.of(records, documents), range(len(records)), 60, toys.CPU)
+    assert len(micros) > 1
+    s = Dpo(loss=loss)
+    stats = update(policy, Optimizer(policy, 0.0, Optim()), micros, dpo_terms(s, reference), toys.CPU)
+    factor = 4.0 if ipo else 1.0
+    assert abs(found - 0.6931) > 1e-2
+    assert stats.loss == pytest.approx(factor * found, rel=1e-5)
+    assert_gradients(policy, {name: factor * gradient for name, gradient in gradients.items()})

@@ -2,11 +2,13 @@
 what overlaps. A row's possible fields are defined in record_formats.py."""
 
 import hashlib
+import math
 import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,6 +105,58 @@ def refuse_no_scale(records: Iterable[Record], score_scale: Sequence[float]) -> 
         what = f"{len(scores)} records have a score (seen: {low:g} to {high:g}) and no scale is declared"
         hint = f"add to [reward]: score_scale = [{low:g}, {high:g}] (the lowest and highest possible score)"
         raise UserError("E-DATA-SCALE", what, where=scores[0][1], hint=hint)
+
+
+def read_comparisons(
+    paths: Paths, score_gap: float, score_scale: Sequence[float] = (), counts: Counts | None = None
+) -> list[Comparison]:
+    """The comparisons that have an order; and of scores, the answers to one prompt by one annotator as a ranked list.
+
+    In that list an answer ranks below the next better one where its score is lower by at least `score_gap`, else the
+    two tie; a text that was scored twice has its mean. The list stands where its first score does. What has no order
+    says nothing and is counted as `tied`. Errors: E-CONF-MISSING as `refuse_scores`, E-DATA-EMPTY, other E-DATA-*.
+    """
+    counts = counts or Counts()
+    records = list(_each(partial(preferences_of, score_scale=score_scale), paths, counts))
+    refuse_scores(records, score_gap)
+    given, scored = list[Comparison | list[Score]](), dict[tuple[Any, ...], list[Score]]()
+    for record in records:
+        if isinstance(record, Comparison):
+            given.append(record)
+        else:
+            group = scored.setdefault((record.prompt.turns, record.annotator), [])
+            given += [] if group else [group]
+            group.append(record)
+    lists = [each if isinstance(each, Comparison) else _listed(each, score_gap) for each in given]
+    ordered = [each for each in lists if len(set(each.ranks)) > 1]
+    counts.tied = len(lists) - len(ordered)
+    if records and not ordered:
+        hint = "give pairs or ranked lists" + (", or lower dpo.score_gap" if scored else "")
+        raise UserError(
+            "E-DATA-EMPTY", "no record makes one answer better than another", where=records[0].where, hint=hint
+        )
+    return ordered
+
+
+def _listed(scores: Sequence[Score], score_gap: float) -> Comparison:
+    """Scores of one prompt as a ranked list."""
+    by_text: dict[str, list[float]] = {}
+    for each in scores:
+        by_text.setdefault(each.answer, []).append(each.score)
+    means = {text: sum(values) / len(values) for text, values in by_text.items()}
+    falling = sorted(means.values(), reverse=True)
+    tops = [score for above, score in pairwise([math.inf, *falling]) if above - score >= score_gap]
+    ranks = tuple(float(sum(score <= top for top in tops)) for score in means.values())
+    return Comparison(scores[0].prompt, tuple(means), ranks, scores[0].annotator, where=scores[0].where)
+
+
+def refuse_scores(records: Iterable[Record], score_gap: float) -> None:
+    """Errors: E-CONF-MISSING where records have scores and nothing says how scores become comparisons."""
+    places = [] if score_gap else [record.where for record in records if isinstance(record, Score)]
+    if places:
+        what = f"{len(places)} records of dpo.data have a score, and DPO learns from comparisons"
+        hint = "add to [dpo]: score_gap = G; a score that is lower by G then makes an answer the worse one"
+        raise UserError("E-CONF-MISSING", what, where=places[0], hint=hint)
 
 
 def _records(

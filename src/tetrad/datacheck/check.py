@@ -13,11 +13,10 @@ from typing import Any
 
 from tetrad import storage
 from tetrad.console import Console
-from tetrad.data.records import refuse_no_scale
 from tetrad.data.source import Counts, sources
 from tetrad.data.tokens import too_long
 from tetrad.datacheck import cost, duplicates, findings, judgements, texts, vocabulary
-from tetrad.datacheck.reading import SETTINGS, Encoder, Reading, read, settings_of, shortened, sniff
+from tetrad.datacheck.reading import SETTINGS, Encoder, Reading, read, refuse_unpaired, settings_of, shortened, sniff
 from tetrad.errors import UserError
 from tetrad.inference.model_folder import small_folder
 from tetrad.model.config import DecoderConfig, read_config
@@ -44,6 +43,7 @@ def check_recipe(recipe: Recipe, settings: Check, console: Console, pace: cost.P
     rooms = {
         "sft": recipe.sft.max_tokens or limit,
         "reward": recipe.reward.max_tokens or limit,
+        "dpo": recipe.dpo.max_tokens or limit,
         **{name: min((s := getattr(recipe, name)).max_prompt or limit, limit - s.max_new_tokens) for name in ON_POLICY},
         "evaluate": limit - recipe.evaluate.max_new_tokens,
     }
@@ -121,7 +121,7 @@ def examine(
 ) -> tuple[Report, UserError | None]:
     """All sections, and the error that training would stop at first."""
     by_name = {reading.setting: reading for reading in readings}
-    error = first_error(readings, encoder, None if recipe is None else recipe.reward.score_scale)
+    error = first_error(readings, encoder, recipe)
     sections = [files(readings), lengths(readings, encoder), texts.scripts(readings)]
     sections += [*duplicates.sections(readings), texts.prompts(readings)]
     sections += [judgements.section(r) for r in readings if r.kind == "preferences" and r.records]
@@ -140,7 +140,7 @@ def examine(
     return Report(target, tuple(s for s in sections if s.title), rendered(readings, encoder)), error
 
 
-def first_error(readings: Sequence[Reading], encoder: Encoder, scale: Sequence[float] | None) -> UserError | None:
+def first_error(readings: Sequence[Reading], encoder: Encoder, recipe: Recipe | None) -> UserError | None:
     """Bad rows and files in their order, then what concerns all records of a setting."""
     read_files = [file for reading in readings for file in reading.files]
     if first := next((error for file in read_files for error in file.errors), None):
@@ -151,9 +151,9 @@ def first_error(readings: Sequence[Reading], encoder: Encoder, scale: Sequence[f
         if reading.long and reading.overlong == "refuse":
             records = reading.lengths
             return too_long(reading.long, len(records), max(records), encoder.limit, reading.first_long)
-        if reading.kind == "preferences" and scale is not None:
+        if reading.kind == "preferences" and recipe:
             try:
-                refuse_no_scale(reading.records, scale)
+                refuse_unpaired(reading.setting, reading.records, recipe)
             except UserError as error:
                 return error
     return None
@@ -208,8 +208,8 @@ def lengths(readings: Sequence[Reading], encoder: Encoder) -> Section:
             text = f"{reading.setting}: {reading.long} of {n} records are too long and {_DOES[reading.overlong]}"
             level = "error" if reading.overlong == "refuse" else "warning"
             table = reading.setting.partition(".")[0]
-            fix = f'split them, or set {table}.overlong = "drop" or "truncate"'
-            fix = fix if table in ("sft", "reward", *ON_POLICY) else ""
+            fix = f'split them, or set {table}.overlong = "drop"' + (' or "truncate"' if table != "dpo" else "")
+            fix = fix if table in ("sft", "reward", "dpo", *ON_POLICY) else ""
             section.add(level, "length", text, reading.first_long, fix)
     columns = ("setting", "records", "median", "95 %", "99 %", "longest", "over-long", "tokens", "trained")
     section.tables.append(Table("", columns, rows))
@@ -218,7 +218,7 @@ def lengths(readings: Sequence[Reading], encoder: Encoder) -> Section:
 
 def rendered(readings: Sequence[Reading], encoder: Encoder) -> tuple[RenderedSample, ...]:
     """Three records with control tokens, as the ids that the model would get, with the tokens in the loss marked."""
-    order = ("sft.data", "reward.data", "ppo.prompts", "grpo.prompts", "pretrain.text")
+    order = ("sft.data", "reward.data", "dpo.data", "ppo.prompts", "grpo.prompts", "pretrain.text")
     chosen = min((r for r in readings if r.records), key=lambda r: (*order, r.setting).index(r.setting), default=None)
     if chosen is None:
         return ()

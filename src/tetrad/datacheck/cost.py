@@ -92,6 +92,8 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
     if (r := readings.get("reward.data")) and r.tokens:
         tests = sum(readings[name].tokens for name in HELD_OUT["reward.data"] if name in readings)
         costs.append(_reward(recipe, r, tests))
+    if (r := readings.get("dpo.data")) and r.tokens:
+        costs.append(_dpo(recipe, r, readings.get("dpo.validation")))
     for name in ON_POLICY:
         if (r := readings.get(f"{name}.prompts")) and r.tokens:
             costs.append(_on_policy(recipe, name, r, _answer_tokens(getattr(recipe, name).max_new_tokens, readings)))
@@ -117,6 +119,25 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
         after=1,  # generates responses that set the scale
         responses=s.normalise,
         new=s.normalise_max_new_tokens,
+    )
+
+
+def _dpo(recipe: Recipe, r: Reading, held: Reading | None) -> StageCost:
+    """The policy learns, or adapters on the reference do; the reference reads each step's tokens first."""
+    s, length = recipe.dpo, r.tokens // len(r.lengths)
+    tokens, labels = r.tokens * s.epochs, r.trained * s.epochs
+    apart = (2 * held.tokens, 2 * held.trained) if held else (0, 0)
+    return StageCost(
+        "dpo",
+        not s.adapters,
+        1,
+        tokens=tokens,
+        labels=labels,
+        read=tokens + apart[0],
+        read_labels=labels + apart[1],
+        adapters=s.adapters,
+        batch=s.batch_size * length,
+        length=length,
     )
 
 

@@ -16,6 +16,7 @@ FEW = {
     "sft.data": 100,
     "reward.data": 200,
     "reward.validation": 50,
+    "dpo.data": 200,
     "ppo.prompts": 50,
     "grpo.prompts": 50,
     "evaluate.prompts": 30,
@@ -95,7 +96,8 @@ def _judges(recipe: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding
 
 
 def _validation(_: Recipe, readings: Mapping[str, Reading]) -> Iterator[Finding]:
-    for setting, level in (("reward.data", "warning"), ("sft.data", "note"), ("pretrain.text", "note")):
+    levels = {"reward.data": "warning", "dpo.data": "warning", "sft.data": "note", "pretrain.text": "note"}
+    for setting, level in levels.items():
         validation = setting.partition(".")[0] + ".validation"
         if setting in readings and validation not in readings:
             text = f"{setting} has no validation files: nothing will say how well it was learned"

@@ -6,14 +6,25 @@ larger than memory, the first MOST_TEXTS, and of the others a hash and a length.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tetrad.data.records import Record, answers, asked, content_key, parts, reader, squeezed, text_key
+from tetrad.data.records import (
+    Record,
+    answers,
+    asked,
+    content_key,
+    parts,
+    reader,
+    refuse_no_scale,
+    refuse_scores,
+    squeezed,
+    text_key,
+)
 from tetrad.data.rows import rows
 from tetrad.data.similarity import LONGEST
 from tetrad.data.source import Counts, DataFiles, kind, sources
@@ -36,13 +47,19 @@ SETTINGS = {
     "reward.data": "preferences",
     "reward.validation": "preferences",
     "reward.test": "preferences",
+    "dpo.data": "preferences",
+    "dpo.validation": "preferences",
     "ppo.prompts": "prompts",
     "grpo.prompts": "prompts",
     "ptx.text": "documents",
     "evaluate.prompts": "prompts",
 }
 """The settings that name files, and what their records are."""
-HELD_OUT = {"sft.data": ("sft.validation",), "reward.data": ("reward.validation", "reward.test")}
+HELD_OUT = {
+    "sft.data": ("sft.validation",),
+    "reward.data": ("reward.validation", "reward.test"),
+    "dpo.data": ("dpo.validation",),
+}
 """Where training refuses a record that appears on both sides."""
 _CHUNK = 512
 
@@ -166,6 +183,14 @@ class Reading:
                 self.trained += sum(guessed)
                 self.prompt_lengths.append(guessed_tokens(asked(record)))
                 self.answer_lengths.extend(guessed)
+
+
+def refuse_unpaired(setting: str, records: Iterable[Record], recipe: Recipe) -> None:
+    """Errors: E-DATA-SCALE, or E-CONF-MISSING for DPO, where records have scores that the setting's stage can't use."""
+    if stage_of(setting) == "dpo":
+        refuse_scores(records, recipe.dpo.score_gap)
+    else:
+        refuse_no_scale(records, recipe.reward.score_scale)
 
 
 def stage_of(setting: str) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tetrad import storage
 from tetrad.console import counted
-from tetrad.data.records import Record, reader, refuse_no_scale, refuse_overlap
+from tetrad.data.records import Record, reader, refuse_overlap
 from tetrad.data.source import Counts, DataFiles
-from tetrad.datacheck.reading import HELD_OUT, SETTINGS, settings_of, stage_of
+from tetrad.datacheck.reading import HELD_OUT, SETTINGS, refuse_unpaired, settings_of, stage_of
 from tetrad.errors import UserError
 from tetrad.inference import model_folder
 from tetrad.pipeline import validation
@@ -124,7 +124,7 @@ def read_records(recipe: Recipe, stages: Collection[str], keys: Collection[str],
         held[setting] = given
         if what == "documents" and sum(path.stat().st_size for path in given.paths) > MOST_BYTES:
             continue
-        refuse_no_scale(_records(what, given, recipe), recipe.reward.score_scale)
+        refuse_unpaired(setting, _records(what, given, recipe), recipe)
     for setting, tests in HELD_OUT.items():
         if setting in held:
             what = SETTINGS[setting]

@@ -34,6 +34,7 @@ _WEIGHED = {
     "pretrain.weights": "pretrain.text",
     "sft.weights": "sft.data",
     "reward.weights": "reward.data",
+    "dpo.weights": "dpo.data",
     **{f"{name}.weights": f"{name}.prompts" for name in ON_POLICY},
     **{f"{name}.reward_weights": f"{name}.rewards" for name in ON_POLICY},
 }
@@ -54,8 +55,8 @@ Conflicts = Iterator[Conflict]
 
 def check(recipe: Recipe, locations: Mapping[str, str] | None = None) -> None:
     """Raises UserError for values that are each valid but not together. locations: `file:line` by name of setting."""
-    checks = [_values, _divisors, _size, _lengths, _scores, _sources, _numerics, _adapters, _on_policy, _ppo, _grpo]
-    checks += [_paths_and_functions]
+    checks = [_values, _divisors, _size, _lengths, _scores, _sources, _numerics, _adapters, _dpo, _on_policy, _ppo]
+    checks += [_grpo, _paths_and_functions]
     _refuse(chain.from_iterable(conflicts(recipe) for conflicts in checks), locations or {})
 
 
@@ -237,6 +238,13 @@ def _adapters(recipe: Recipe) -> Conflicts:
     if recipe.sft.data and recipe.sft.adapters and recipe.sft.add_separator:
         what = "sft.adapters = true freezes the embedding, so that the token of sft.add_separator is never learned"
         yield Conflict(("sft.adapters",), what, "set one of them off", "E-CONF-CONFLICT")
+
+
+def _dpo(recipe: Recipe) -> Conflicts:
+    if recipe.dpo.loss == "plackett-luce" and recipe.dpo.label_smoothing:
+        what = "dpo.label_smoothing is of pairs, and the loss of a whole order has none"
+        hint = 'write label_smoothing = 0, or loss = "sigmoid"'
+        yield Conflict(("dpo.label_smoothing", "dpo.loss"), what, hint, "E-CONF-CONFLICT")
 
 
 def _on_policy(recipe: Recipe) -> Conflicts:

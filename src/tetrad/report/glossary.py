@@ -1,7 +1,7 @@
 """What every printed metric means: one table, glossary.toml, for `tetrad explain METRIC` and the pages of docs/.
 
-No torch. A name is in a section (tokenizer, training, reward, ppo, evaluation), or follows a pattern of the section
-`names`, whose part in capitals stands for any name: `NAME_low`, `JUDGE_gain`.
+No torch. A name is in a section (tokenizer, training, reward, dpo, ppo, evaluation), or follows a pattern of the
+section `names`, whose part in capitals stands for any name: `NAME_low`, `JUDGE_gain`.
 """
 
 import difflib

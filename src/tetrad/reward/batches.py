@@ -98,6 +98,10 @@ class PreferenceTargets:
     annotators_L: Tensor
     annotators_S: Tensor
 
+    def smoothed(self, probability: float) -> Tensor:
+        """labels_P where a stated order is wrong with this probability."""
+        return self.labels_P * (1 - probability) + (1 - self.labels_P) * probability
+
     def to(self, device: torch.device) -> "PreferenceTargets":
         tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors)
@@ -157,10 +161,13 @@ def preference_micros(
     annotator_ids: Mapping[str, int] = NO_ANNOTATORS,
     shared_prefix: str = "auto",
     keys: Sequence[int] = (),
+    *,
+    every_label: bool = False,
 ) -> list[Microbatch]:
     """Micro-batches of whole records, of at most `micro_batch_tokens` computed tokens. Counts: "comparisons"
-    with an order, and "scores". shared_prefix: the setting of that name. keys: each record's dropout key."""
-    prefixes = [_prefix(answers, shared_prefix, device) for answers in documents]
+    with an order, and "scores". shared_prefix: the setting of that name. keys: each record's dropout key. every_label:
+    nothing is shared that would cost an answer a label."""
+    prefixes = [_prefix(answers, shared_prefix, device, every_label) for answers in documents]
     micros = []
     for group in groups_of([_computed(*each) for each in zip(documents, prefixes, strict=True)], micro_batch_tokens):
         chosen = [records[i] for i in group]
@@ -174,11 +181,15 @@ def preference_micros(
     return micros
 
 
-def _prefix(answers: Sequence[Tokens], shared_prefix: str, device: Device) -> int:
-    """Tokens of a record that are computed once for all its answers; none on a GPU, which has no such kernel."""
+def _prefix(answers: Sequence[Tokens], shared_prefix: str, device: Device, every_label: bool) -> int:
+    """Tokens of a record that are computed once for all its answers; none on a GPU, which has no such kernel.
+
+    every_label: each answer has its own last token before its first label, from which that is predicted."""
     if shared_prefix == "never" or device.torch_device.type != "cpu":
         return 0
     prefix = common_prefix(answers)
+    if every_label:
+        prefix = max(0, min(prefix, *(int(tokens.train.argmax()) - 1 for tokens in answers)))
     pays = shared_prefix == "always" or prefix_pays(prefix, [len(tokens.ids) for tokens in answers])
     return prefix if pays else 0
 

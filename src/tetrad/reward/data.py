@@ -85,10 +85,23 @@ def read_examples(
     s: Reward, template: Template, tokenizer: Tokenizer, limit: int, files: DataFiles, counts: Counts
 ) -> Examples:
     """The records of these files and their documents; too long ones as `overlong` says, whole records at a time."""
-    records = read_preferences(files, s.score_scale, counts)
+    return tokenized(read_preferences(files, s.score_scale, counts), template, tokenizer, limit, s.overlong, counts)
+
+
+def tokenized(
+    records: Sequence[Record],
+    template: Template,
+    tokenizer: Tokenizer,
+    limit: int,
+    overlong: str,
+    counts: Counts,
+    *,
+    last_only: bool = False,
+) -> Examples:
+    """The records and their documents, which end with the answer's end token. last_only: labels are in it alone."""
     conversations = (conversation for record in records for conversation in answers(record))
-    documents = list(tokenize(template, tokenizer, conversations, closed=False, counts=counts))
-    return Examples.of(records, documents).fitted(limit, s.overlong, counts)
+    documents = list(tokenize(template, tokenizer, conversations, last_only=last_only, closed=False, counts=counts))
+    return Examples.of(records, documents).fitted(limit, overlong, counts)
 
 
 def score_scale(s: Reward, records: Sequence[Record]) -> tuple[float, float]:

@@ -136,8 +136,7 @@ def pairwise_loss(
     rewards_D: Tensor, targets: PreferenceTargets, annotators: Annotators | None, smoothing: float
 ) -> Tensor:
     """Bradley-Terry: -log sigmoid(r_winner - r_loser - margin), the mean over a ranking's pairs."""
-    labels = targets.labels_P * (1 - smoothing) + (1 - targets.labels_P) * smoothing
-    pairs = (targets.winners_P, targets.losers_P, targets.weights_P, targets.margins_P, labels)
+    pairs = (targets.winners_P, targets.losers_P, targets.weights_P, targets.margins_P, targets.smoothed(smoothing))
     competence = annotators.competence(targets.annotators_L[targets.lists_P]) if annotators else None
     return preference.pair_loss_sum(rewards_D, *pairs, competence)
 

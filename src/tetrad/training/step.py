@@ -150,16 +150,25 @@ def update(
     return StepStats(loss, norm, optimizer.lr * factor, means | largest, totals[_TOKENS_READ])
 
 
-@torch.no_grad()
 def mean_loss(model: nn.Module, micros: Sequence[Microbatch], terms: Terms, device: Device) -> float:
     """The loss of a batch as `update` would compute it, on this rank alone; no weight changes."""
+    return mean_terms(model, micros, terms, device)[0]
+
+
+@torch.no_grad()
+def mean_terms(
+    model: nn.Module, micros: Sequence[Microbatch], terms: Terms, device: Device
+) -> tuple[float, dict[str, float]]:
+    """The same, and the mean of each term."""
     counts = collectives.sum_by_name(micro.counts for micro in micros)
-    loss = 0.0
+    loss, means = 0.0, dict[str, float]()
     for micro in counted("held-out records", micros, len(micros)):
         with device.compute():
-            parts = terms(model, micro)
-        loss += math.fsum(float(t.sum) * t.coefficient / counts[t.per] for t in parts if counts.get(t.per))
-    return loss
+            parts = [t for t in terms(model, micro) if counts.get(t.per)]
+        loss += math.fsum(float(t.sum) * t.coefficient / counts[t.per] for t in parts)
+        for t in parts:
+            means[t.name] = means.get(t.name, 0.0) + float(t.sum) / counts[t.per]
+    return loss, means
 
 
 def _over_ranks(

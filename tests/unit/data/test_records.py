@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from tetrad.data.records import (
     answers,
     content_key,
     conversations_of,
+    read_comparisons,
     read_conversations,
     read_documents,
     read_preferences,
@@ -545,3 +547,36 @@ def test_overlap():
     ranked = [Comparison(Prompt(ALONE, "q"), ("a", "b"), ranks, where="w") for ranks in ((1.0, 2.0), (2.0, 1.0))]
     assert len({content_key(r) for r in ranked}) == 2
     assert content_key(Comparison(prompt, ("a", "b"), (1.0, 2.0))) == content_key(ranked[0])
+
+
+def rated(folder: Path, *rows: tuple[str, str, float, str]) -> Path:
+    """Rows of prompt, answer, score and annotator; a pair before them and a tie behind."""
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    tie = {"prompt": "t", "choices": [{"text": "a", "rank": 1}, {"text": "b", "rank": 1}]}
+    names = ("prompt", "output", "score", "annotator")
+    records = [pair, *(dict(zip(names, row, strict=True)) for row in rows), tie]
+    (folder / "rated.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder / "rated.jsonl"
+
+
+def test_scores_become_ranked_lists(tmp_path: Path) -> None:
+    """By prompt and annotator, at the place of the first; an answer is worse where its score is lower by the gap."""
+    rows = [("q", "low", 1.0, "kim"), ("r", "x", 2.0, "kim"), ("q", "high", 5.0, "kim"), ("q", "near", 4.1, "kim")]
+    rows += [("q", "chained", 3.2, "kim"), ("q", "low", 2.0, "kim"), ("r", "y", 1.0, "kim"), ("q", "z", 9.0, "lee")]
+    counts = Counts()
+    pair, first, second = read_comparisons([rated(tmp_path, *rows)], 1.0, counts=counts)
+    assert (pair.answers, pair.ranks) == (("a", "b"), (1.0, 2.0))
+    assert dict(zip(first.answers, first.ranks, strict=True)) == {"low": 2, "high": 1, "near": 1, "chained": 1}
+    assert (second.answers, second.ranks, second.where.rpartition(":")[2]) == (("x", "y"), (1, 2), "3")
+    assert counts.tied == 2  # lee's one answer, and the tie
+
+
+def test_scores_are_refused_where_nothing_says_what_they_mean(tmp_path: Path) -> None:
+    path = rated(tmp_path, ("q", "x", 1.0, ""), ("q", "y", 1.5, ""))
+    with pytest.raises(UserError, match="2 records of dpo") as error:
+        read_comparisons([path], 0.0)
+    assert (error.value.code, error.value.where) == ("E-CONF-MISSING", f"{path}:2")
+    (tmp_path / "tied.jsonl").write_text(path.read_text().splitlines()[-1])
+    with pytest.raises(UserError) as error:
+        read_comparisons([tmp_path / "tied.jsonl"], 1.0)
+    assert error.value.code == "E-DATA-EMPTY"
