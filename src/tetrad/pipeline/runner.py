@@ -81,8 +81,8 @@ def run(recipe: Recipe, console: Console, *, only: str = "") -> RunResult:
             function_of(f"{row.module}:run")(context)
         if state(step, hashes) != "done":
             raise RuntimeError(f"the stage {step.stage} ended without a result that has its key")
-        _show_page(recipe, console, going_on=step is not wanted[-1])
         console.say(f"{step.stage:<10} done in {time.monotonic() - began:.1f} s: {step.result}")
+        _show_page(recipe, console, going_on=step is not wanted[-1])
     if is_first():
         hashes.save()
     if not trained:

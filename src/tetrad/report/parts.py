@@ -32,9 +32,8 @@ def interval(value: Any, low: Any, high: Any, sign: str = "") -> Html:
 
 
 def verdict_part(figures: Figures) -> Html:
-    """The verdict of each run, its grounds, and the table of what was compared."""
-    parts = {run.name: Html(_verdict(run) + worth_table(run)) for run in figures.runs}
-    return by_run(figures.runs, parts)
+    """The verdict of each run, its grounds, and one table of what was compared."""
+    return Html(by_run(figures.runs, {run.name: _verdict(run) for run in figures.runs}) + worth_table(figures))
 
 
 def _verdict(run: RunRecords) -> Html:
@@ -47,21 +46,25 @@ def _verdict(run: RunRecords) -> Html:
     return Html(f'<p class="verdict"><b>{both(verdict.outcome, chinese)}</b>{use}</p><ul>{lines}</ul>')
 
 
-def worth_table(run: RunRecords) -> Html:
-    """A row a system: gains with intervals, what guards look at, minutes and memory."""
-    systems: Mapping[str, Mapping[str, Any]] = run.report.get("systems", {})
-    if not systems:
+def worth_table(figures: Figures) -> Html:
+    """A row a system of each run: gains with intervals, what guards look at, minutes and memory."""
+    every = [(run, name, m) for run in figures.runs for name, m in run.report.get("systems", {}).items()]
+    if not every:
         return Html("")
-    first = next(iter(systems.values()))
-    judges = [name for name in first if name.endswith("_gain")]
-    others = [name for name in _COLUMNS if name in first]
+    judges = list(dict.fromkeys(name for *_, m in every for name in m if name.endswith("_gain")))
+    others = [name for name in _COLUMNS if any(name in m for *_, m in every)]
     rows = []
-    for name, metrics in systems.items():
-        ends = [metrics[judge] for judge in judges]
-        gains = [Html("-") if name == SFT else interval(x["mean"], x["low"], x["high"], "+") for x in ends]
-        rows.append([name_of(name), *gains, *(metrics.get(x) for x in others), *asdict(cost_of(run, name)).values()])
+    for run, name, m in every:
+        gains = [Html("-") if name == SFT or judge not in m else _gain(m[judge]) for judge in judges]
+        costs = asdict(cost_of(run, name)).values()
+        rows.append([figures.label(run, name_of(name)), *gains, *(m.get(x) for x in others), *costs])
     columns = [word("system"), *map(term, (*judges, *others, *vars(Cost())))]
-    return table(columns, rows, word("worth", run.report["prompts"]))
+    prompts = " / ".join(str(run.report["prompts"]) for run in figures.runs if run.report)
+    return table(columns, rows, word("worth", prompts))
+
+
+def _gain(ends: Mapping[str, float]) -> Html:
+    return interval(ends["mean"], ends["low"], ends["high"], "+")
 
 
 def cost_of(run: RunRecords, system: str) -> Cost:

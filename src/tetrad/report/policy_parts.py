@@ -61,7 +61,9 @@ def at_a_glance(run: RunRecords, role: str) -> Html:
     rows = []
     for name in dict.fromkeys([*_GLANCE, *(alarm[0] for alarm in alarms)]):
         raised = "; ".join(
-            f"{first:g}-{last:g} ({'!' * level})" for figure, first, last, level in alarms if figure == name
+            f"{first:g}{f'-{last:g}' if last > first else ''} ({'!' * level})"
+            for figure, first, last, level in alarms
+            if figure == name
         )
         if name in lines[0] or raised:
             rows.append([term(name), lines[0].get(name), lines[-1].get(name), raised])

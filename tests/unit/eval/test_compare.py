@@ -1,11 +1,14 @@
 """Best-of-N is chosen by what is written, and of what can be written."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 import served
 import toys
-from tetrad.eval.compare import Task, metrics_of, responses_of_all
+from tetrad.eval.compare import Task, best_of_frontier, metrics_of, responses_of_all
 from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.settings.common import Sampling
 from tetrad.settings.evaluate import Evaluate
@@ -34,3 +37,15 @@ def test_best_of_n_takes_no_broken_reply_where_there_is_another() -> None:
         assert chosen.valid_utf8 == any(sample.valid_utf8 for sample in group)
     share = {name: metrics_of(found, {}, {}, None, 0)["invalid_utf8"] for name, found in systems.items()}
     assert share["sft"] > 0.5 > share["best of 8"]
+
+
+def test_the_frontier_of_best_of_n() -> None:
+    """The expected best of n drawn without replacement from a prompt's scores, by counting, and its KL."""
+    points = best_of_frontier([[0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 6.0]])
+    means = [(1.5 + 1.5) / 2, (14 / 6 + 3) / 2, (3 + 6) / 2]
+    assert points == [
+        (n, pytest.approx(math.log(n) - (n - 1) / n), pytest.approx(mean))
+        for n, mean in zip((1, 2, 4), means, strict=True)
+    ]
+    assert [n for n, *_ in best_of_frontier([[0.0] * 6])] == [1, 2, 4, 6]
+    assert best_of_frontier([[5.0]]) == [(1, 0.0, 5.0)]

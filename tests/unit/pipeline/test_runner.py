@@ -74,7 +74,8 @@ class Workshop:
     def run(self, *words: str, only: str = "", stages: Mapping[str, runner.StageFunction] | None = None) -> list[str]:
         self.contexts, out = {}, StringIO()
         stages = stages or dict.fromkeys(ALL, self.stage)
-        words = ("--run.out", str(self.folder / "runs"), "--run.report", "false", *words)
+        page = () if "--run.report" in words else ("--run.report", "false")
+        words = ("--run.out", str(self.folder / "runs"), *page, *words)
         try:
             with faked(stages):
                 runner.run(read(self.folder / "recipe.toml", words), Console(out=out, err=out), only=only)
@@ -561,3 +562,21 @@ def test_a_run_that_is_done_says_so_quickly_and_without_torch(shop: Workshop) ->
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.endswith("evaluate   unchanged, skipped\nnothing to do\n0 False\n")
     assert time.perf_counter() - began < 5
+
+
+def test_a_page_of_the_run_follows_each_stage_and_never_ends_it(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = shop.home / "report.html"
+    states: list[bool] = []
+    shop.before = lambda context: states.append(page.is_file() and "had not finished" in page.read_text())
+    assert shop.run("--run.report", "true") == ALL
+    assert states == [False, *[True] * (len(ALL) - 1)]  # after each stage, saying that others follow
+    assert f"report     {page}" in shop.said and "had not finished" not in page.read_text()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr(runner, "write_page", broken)
+    assert shop.run("--run.report", "true", "--ppo.kl-coef", "0.3") == ["ppo", "evaluate"]
+    assert "note: report.html could not be written: no such colour" in shop.said

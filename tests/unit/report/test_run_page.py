@@ -151,6 +151,7 @@ def test_two_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     data = json.loads(Elements(text).scripts["numbers-of-charts"])
     (score,) = (chart for chart in data.values() if chart["name"] == "ppo.score")
     first, second = (row[0] for row in score["series"])
+    assert f"{first} · PPO" in text and f"{second} · PPO" in text  # one table
     assert first != second and second.endswith("second/demo") and first in text
     assert [b - a for a, b in zip(score["series"][0][2], score["series"][1][2], strict=True)] == pytest.approx(
         [0.5] * 30

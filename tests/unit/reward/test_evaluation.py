@@ -146,3 +146,21 @@ def test_the_worse_answers_are_drawn_too():
     metrics = Pairs.of(Examples.of(records, [TOKENS[0]] * 102), rewards, 1.0).metrics(1.0)
     assert metrics.pair_accuracy == 0.5
     assert metrics.pair_accuracy_low < 0.2 and metrics.pair_accuracy_high > 0.8
+
+
+def test_the_reliability_diagram():
+    """A bin holds pairs of like confidence, each at its mean, with the share in order; small bins are left out."""
+    near, far = math.log(0.62 / 0.38), math.log(0.93 / 0.07)  # how sure: 0.62 and 0.93
+    gaps = torch.tensor([near] * 60 + [-near] * 40 + [far] * 90 + [-far] * 10 + [9.0] * 5, dtype=torch.float64)
+    low, high = of_gaps(gaps).reliability(1.0)
+    assert (low["confidence"], low["accuracy"], low["pairs"]) == (pytest.approx(0.62), pytest.approx(0.6), 100.0)
+    assert (high["confidence"], high["accuracy"], high["pairs"]) == (pytest.approx(0.93), pytest.approx(0.9), 100.0)
+    assert low["low"] < 0.6 < low["high"] < high["low"] < 0.9 < high["high"]
+    honest = of_gaps(gaps).reliability(2.0)
+    assert honest[-1]["confidence"] < 0.93  # at another temperature
+
+
+def test_the_most_wrong_and_the_most_right_pairs():
+    pairs = of_gaps(torch.tensor([0.5, -2.0, 3.0, -0.1, 1.0]))
+    assert pairs.extremes(2) == [1, 3, 2, 4]
+    assert of_gaps(torch.tensor([1.0])).extremes() == [0]
