@@ -105,8 +105,11 @@ def _run(ctx: StageContext, device: Device) -> None:
     judges: dict[str, Reward] = {name: python_function(spec) for name, spec in zip(names, s.judges, strict=True)}
     if "reward" in ctx.parents:
         judges = {"reward": reward_model(ctx, ctx.parents["reward"], device), **judges}
-    systems = responses_of_all(ctx, sft, task, judges.get("reward"))
     nll = _external_nll(ctx, device)
+    one = replace(task, prompts=task.prompts[:1]).rollout(sft).samples
+    for judge in judges.values():
+        judge(one)  # whatever is wrong with it is said before the minutes of sampling
+    systems = responses_of_all(ctx, sft, task, judges.get("reward"))
     scores = {name: _judged(name, responses, judges) for name, responses in systems.items()}
     table = {name: metrics_of(responses, scores[name], scores["sft"], nll, seed) for name, responses in systems.items()}
     costs = {name: cost_of(ctx, name) for name in systems}

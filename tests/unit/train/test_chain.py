@@ -135,6 +135,15 @@ def test_policies_of_other_runs_answer_the_same_prompts_with_the_same_random_num
     assert chain.run() == ["evaluate"]
 
 
+def test_a_judge_that_fails_does_so_before_the_others_answer(chain: Chain) -> None:
+    judge = chain.path.parent / "broken.py"
+    judge.write_text("def lost(samples):\n    raise FileNotFoundError('no model')\n")
+    with pytest.raises(UserError, match="E-NUM-REWARD") as fault:
+        chain.run("--evaluate.judges", f'["{judge}:lost"]')
+    assert "1 samples" in str(fault.value) and "no model" in str(fault.value)
+    assert chain.run() == ["evaluate"]
+
+
 def test_test_records_need_held_out_ones(chain: Chain) -> None:
     with pytest.raises(UserError, match="E-CONF-MISSING"):
         chain.run("--reward.validation", "[]", "--reward.test", '["validation.jsonl"]')
