@@ -95,6 +95,8 @@ def _draw(axes: Any, chart: Chart) -> None:
     if chart.diagonal:
         ends = [min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])]
         axes.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    if chart.x == "step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if chart.y:
         axes.set_ylabel(chart.y)
 

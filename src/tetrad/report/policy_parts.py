@@ -13,8 +13,7 @@ from tetrad.report.verdict import name_of
 from tetrad.stages import ALIGNED
 
 _CURVES = ("score", "kl", "length", "finished", "entropy", "explained_variance", "clip_fraction", "actor_lr")
-_MORE = ("distinct_2", "commonest_word", "ood_scores", "beta", "value_loss", "sampler_gap", "lr", "loss", "accuracy")
-_OWN = ("margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob", "grad_norm", "reward")
+_MORE = ("distinct_2", "commonest_word", "ood_scores", "beta", "value_loss", "policy_loss", "sampler_gap")
 _GLANCE = ("score", "kl", "length", "finished", "distinct_2", "commonest_word", "entropy", "ood_scores")
 MOST_PROMPTS = 40
 MOST_SAMPLES = 12
@@ -28,23 +27,19 @@ def trained(run: RunRecords) -> list[str]:
 
 
 def policy_part(figures: Figures) -> Html:
-    """For each role: the first and the last figures beside its alarms, the frontier, and the curves."""
+    """The frontier of all methods; for each role the first and the last figures beside its alarms, and the curves."""
     parts = []
     for role in (role for role in ALIGNED if any(role in run.stages for run in figures.runs)):
         runs = [run for run in figures.runs if role in run.stages]
         spans = sorted({span for run in runs for span in alarm_spans(run, role)})
-        logged = {
-            name
-            for run in runs
-            for line in (*run.stages[role].metrics[:1], *run.stages[role].metrics[-1:])
-            for name in line
-        }
-        names = [name for name in (*_CURVES, *_MORE, *_OWN) if name in logged]
+        ends = [line for run in runs for line in (*run.stages[role].metrics[:1], *run.stages[role].metrics[-1:])]
+        logged = dict.fromkeys(name for line in ends for name in line if name != "step")
+        names = [name for name in (*_CURVES, *_MORE) if name in logged] if "score" in logged else list(logged)
         drawn = [figures.metric(role, name, [s[1:] for s in spans if s[0] == name]) for name in names]
         glance = by_run(runs, {run.name: at_a_glance(run, role) for run in runs})
         title = Html(f"<h3>{name_of(role)}</h3>")
-        parts.append(Html(title + glance + grid([frontier(figures, role), *drawn, figures.phases(role)])))
-    return Html("".join(parts))
+        parts.append(Html(title + glance + grid([*drawn, figures.phases(role)])))
+    return Html(grid([frontier(figures)]) + "".join(parts)) if parts else Html("")
 
 
 def alarm_spans(run: RunRecords, role: str) -> list[tuple[str, float, float, int]]:
@@ -67,19 +62,22 @@ def at_a_glance(run: RunRecords, role: str) -> Html:
         )
         if name in lines[0] or raised:
             rows.append([term(name), lines[0].get(name), lines[-1].get(name), raised])
+    if not rows:
+        return Html("")
     worst = max((alarm[3] for alarm in alarms), default=0)
     sentence = word(("no_alarm", "alarm_once", "alarm_twice")[worst])
     columns = [word("metric"), word("first", lines[0]["step"]), word("last", lines[-1]["step"]), word("alarm_steps")]
     return Html(f'<p class="{"bad" if worst == 2 else "note"}">{sentence}</p>' + table(columns, rows))
 
 
-def frontier(figures: Figures, role: str) -> Html:
-    """Reward against KL: the path of the training, best-of-N for growing N, and where the evaluation puts each."""
+def frontier(figures: Figures) -> Html:
+    """Reward against KL: the path of each training, best-of-N for growing N, and where the evaluation puts each."""
     series = []
-    for run in (run for run in figures.runs if role in run.stages):
-        lines = [line for line in run.stages[role].metrics if "kl" in line and "score" in line]
-        path = tuple(line["kl"] for line in lines), tuple(line["score"] for line in lines)
-        series.append(Series(figures.label(run, role), *path))
+    for run in figures.runs:
+        for role in trained(run):
+            lines = [line for line in run.stages[role].metrics if "kl" in line and "score" in line]
+            path = tuple(line["kl"] for line in lines), tuple(line["score"] for line in lines)
+            series.append(Series(figures.label(run, name_of(role)), *path))
         if points := run.report.get("frontier"):
             label = figures.label(run, f"best of {', '.join(str(n) for n, *_ in points)}")
             series.append(Series(label, tuple(kl for _, kl, _ in points), tuple(reward for *_, reward in points)))
@@ -87,7 +85,7 @@ def frontier(figures: Figures, role: str) -> Html:
             if "reward" in metrics:
                 at = (metrics["kl"],), (metrics["reward"]["mean"],)
                 series.append(Series(figures.label(run, f"{name_of(name)}, held-out"), *at, mark=True))
-    chart = Chart(f"{role}.frontier", tuple(series), x="KL, nats per response", y="reward")
+    chart = Chart("frontier", tuple(series), x="KL, nats per response", y="reward")
     return figures.figure(chart, word("frontier"))
 
 

@@ -95,7 +95,7 @@ def test_the_numbers_are_those_of_the_logs(run: Path, whole: str) -> None:
         assert steps == [line["step"] for line in lines] and values == [line[metric] for line in lines], metric
     assert f"{lines[0]['score']:.4g} → {lines[-1]['score']:.4g}" in whole
     assert {"sft.loss", "pretrain.tokens_per_second", "reward.loss", "reliability", "ppo.phases"} <= set(names)
-    (frontier,) = (chart for chart in data.values() if chart["name"] == "ppo.frontier")
+    (frontier,) = (chart for chart in data.values() if chart["name"] == "frontier")
     assert [[row[1], row[2]] for row in frontier["series"]][:2] == [
         [[line["kl"] for line in lines], [line["score"] for line in lines]],
         [[0.0, 0.64, 1.84], [0.0, 0.6, 1.1]],
