@@ -37,10 +37,10 @@ class Figures:
         """Of a series: the run's name only where there are several runs."""
         return " · ".join([*([run.name] if len(self.runs) > 1 else []), *more])
 
-    def metric(self, stage: str, name: str, spans: Sequence[Any] = (), points: Sequence[Series] = ()) -> Html:
+    def metric(self, stage: str, name: str, spans: Sequence[Any] = ()) -> Html:
         """A metric over the steps of a stage, of every run that logs it."""
-        series = [self.series(run, stage, name) for run in self.runs]
-        return self.figure(Chart(f"{stage}.{name}", (*series, *points), y=name, spans=tuple(spans)), term(name))
+        series = tuple(self.series(run, stage, name) for run in self.runs)
+        return self.figure(Chart(f"{stage}.{name}", series, y=name, spans=tuple(spans)), term(name))
 
     def series(self, run: RunRecords, stage: str, name: str, *, timing: bool = False) -> Series:
         """A metric of metrics.jsonl, or of timing.jsonl."""

@@ -10,7 +10,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from tetrad.report.glossary import find
+from tetrad.report.glossary import Language, find
 
 
 class Html(str):
@@ -59,14 +59,10 @@ def term(name: str, shown: str = "") -> Html:
 
 def meaning_of(name: str) -> Html:
     """What a metric is and what to look for, in both languages; empty for a name that is no metric."""
-    entries = [find(name, language) for language in ("en", "zh")]
-    whole = [entry.meaning + (f" {sign}{entry.look}" if entry.look else "") for entry, sign in zip_signs(entries)]
-    return both(*whole) if len(whole) == 2 else Html("")
-
-
-def zip_signs(entries: Sequence[Any]) -> list[tuple[Any, str]]:
-    """Each meaning with the word for what to look for in its language."""
-    return [(entry, sign) for entry, sign in zip(entries, ("— look for: ", "怎么看："), strict=True) if entry]
+    signs: dict[Language, str] = {"en": "— look for: ", "zh": "怎么看："}
+    entries = [(entry, sign) for language, sign in signs.items() if (entry := find(name, language))]
+    whole = [entry.meaning + (f" {sign}{entry.look}" if entry.look else "") for entry, sign in entries]
+    return both(*whole) if whole else Html("")
 
 
 def table(columns: Sequence[Any], rows: Iterable[Sequence[Any]], title: Any = "") -> Html:

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 from tetrad.report.charts import Chart, Series
@@ -106,13 +106,8 @@ def _changes(run: RunRecords) -> list[list[str]]:
 
 def machine_rows() -> list[tuple[str, str]]:
     """Of the machine that writes the page."""
-    rows = [("python", platform.python_version()), ("system", platform.platform())]
-    for package in ("tetrad", "torch", "numpy"):
-        try:
-            rows.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return rows
+    rows = [(package, version(package)) for package in ("tetrad", "torch", "numpy")]
+    return [*rows, ("python", platform.python_version()), ("system", platform.platform())]
 
 
 def data_part(figures: Figures) -> Html:
@@ -142,17 +137,11 @@ def language_part(figures: Figures) -> Html:
         there = [run for run in figures.runs if stage in run.stages]
         if not there:
             continue
-        names = [
-            name for name in ("loss", "eval_loss", "lr", "grad_norm") if any(_logs(run, stage, name) for run in there)
-        ]
-        drawn = grid([*(figures.metric(stage, name) for name in names), figures.rate(stage)])
+        curves = [figures.metric(stage, name) for name in ("loss", "eval_loss", "lr", "grad_norm")]
+        drawn = grid([*curves, figures.rate(stage)])
         measured = {run.name: metrics_table(run, stage) for run in there}
         whole.append(f"<h3>{text(stage)}</h3>{drawn}{by_run(there, measured)}")
     return Html("".join(whole))
-
-
-def _logs(run: RunRecords, stage: str, name: str) -> bool:
-    return any(name in line for line in run.stages[stage].metrics[:50])
 
 
 def metrics_table(run: RunRecords, stage: str) -> Html:
@@ -171,10 +160,8 @@ def reward_part(figures: Figures) -> Html:
     if not runs:
         return Html("")
     judged = by_run(runs, {run.name: Html(accuracy_table(run) + gate_line(run)) for run in runs})
-    names = [
-        name for name in ("loss", "comparison_loss", "score_loss") if any(_logs(run, "reward", name) for run in runs)
-    ]
-    drawn = grid([reliability(figures, runs), *(figures.metric("reward", name) for name in names)])
+    curves = [figures.metric("reward", name) for name in ("loss", "comparison_loss", "score_loss")]
+    drawn = grid([reliability(figures, runs), *curves])
     people = by_run(runs, {run.name: annotators(run) for run in runs})
     rest = by_run(runs, {run.name: Html(slices(run) + pairs(run)) for run in runs})
     return Html(judged + people + drawn + rest)
@@ -214,17 +201,11 @@ def reliability(figures: Figures, runs: Sequence[RunRecords]) -> Html:
     series = []
     for run in runs:
         rows = run.assessment.get("reliability") or [
-            {
-                "confidence": x["confidence"],
-                "accuracy": x["accuracy"],
-                "low": x["accuracy_low"],
-                "high": x["accuracy_high"],
-            }
+            {**x, "low": x["accuracy_low"], "high": x["accuracy_high"]}
             for x in run.assessment.get("slices", ())
             if x["by"] == "sure" and x["confidence"] is not None
         ]
-        columns = (tuple(row[name] for row in rows) for name in ("confidence", "accuracy", "low", "high"))
-        x, y, low, high = columns
+        x, y, low, high = (tuple(row[name] for row in rows) for name in ("confidence", "accuracy", "low", "high"))
         series.append(Series(figures.label(run), x, y, mark=True, low=low, high=high))
     chart = Chart("reliability", tuple(series), x="confidence", y="accuracy", diagonal=True)
     return figures.figure(chart, word("reliability"))
