@@ -122,8 +122,7 @@ def _run(ctx: StageContext, device: Device) -> None:
         "samples": side_by_side(systems, s.side_by_side),
     }
     show(ctx, report)
-    paid = paid_judges(ctx)
-    independent = [name for name, spec in zip(names, s.judges, strict=True) if spec not in paid]
+    independent = [name for name, spec in zip(names, s.judges, strict=True) if spec in unpaid_judges(ctx)]
     result = verdict_of(ctx, table, scores, independent, costs)
     report["verdict"] = asdict(result) if result else None
     files = {"report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode()}
@@ -257,8 +256,8 @@ def _notes(ctx: StageContext, role: str) -> outcome.Notes:
     return outcome.Notes(gate.apply(metrics, ctx.recipe.gate).failures)
 
 
-def paid_judges(ctx: StageContext) -> set[str]:
-    """The judges that some policy was paid by, here or in its own run, as the recipe names them: they decide nothing.
+def unpaid_judges(ctx: StageContext) -> set[str]:
+    """The judges that no policy was paid by, here or in its own run, as the recipe names them: they alone decide.
 
     A function is known by its name and its file's content.
     """
@@ -270,7 +269,7 @@ def paid_judges(ctx: StageContext) -> set[str]:
             rewards |= {_identity(item) for item in items} if setting.endswith(".rewards") else set()
     own: Any = ctx.lineage.get("data", {})
     same = {item["function"] for item in own.get("evaluate.judges", ()) if _identity(item) in rewards}
-    return same | (rewards & set(ctx.recipe.evaluate.judges))
+    return set(ctx.recipe.evaluate.judges) - same - rewards
 
 
 def _identity(item: Mapping[str, str]) -> str:
