@@ -15,18 +15,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import grpo_toys
 import ppo_toys
 import toys
 from tetrad.data.loader import batch_indices, whole
 from tetrad.distributed import collectives
 from tetrad.reward.batches import Examples, preference_micros
 from tetrad.reward.ensemble import Latent
-from tetrad.rl.rollout import Rollout
+from tetrad.rl.rollout import Rollout, response_indices
 from tetrad.seeds import seed_for
 from tetrad.settings.common import Optim
 from tetrad.settings.dpo import Dpo
+from tetrad.settings.grpo import Grpo
 from tetrad.settings.ppo import Ppo
 from tetrad.settings.reward import Reward
+from tetrad.train import grpo as train_grpo
 from tetrad.train.dpo import dpo_micros, dpo_terms
 from tetrad.train.ppo import learn
 from tetrad.train.reward import preference_terms
@@ -103,10 +106,10 @@ def dpo() -> Found:
     return found(stats, policy)
 
 
-def own_rows(rollout: Rollout) -> Rollout:
+def own_rows(rollout: Rollout, samples_per_prompt: int = 1) -> Rollout:
     """This process's rows of a rollout that all have."""
-    rows = collectives.shard(range(len(rollout.samples)))
-    index = torch.tensor(list(rows))
+    rows = response_indices(len(rollout.samples) // samples_per_prompt, samples_per_prompt)
+    index = torch.tensor(rows)
     return Rollout(
         tuple(rollout.samples[i] for i in rows),
         tuple(rollout.documents[i] for i in rows),
@@ -143,6 +146,21 @@ def ppo(s: Ppo = PPO) -> Found:
     return found | {"advantages": torch.tensor([collectives.gather(part.tolist()) for part in whitened])}
 
 
+def grpo() -> Found:
+    """Five iterations on groups that a third model wrote; the mean is over the tokens of both processes."""
+    s = Grpo(batch_size=BATCH, samples_per_prompt=2, max_new_tokens=6, actor_lr=1e-3, steps=10, loss_mean="token")
+    reward = ppo_toys.by_ids(lambda ids: (sum(ids) % 7) / 2 - 1)
+    models = grpo_toys.two_models(s, toys.causal(seed=1, vocab_size=12), reward, toys.causal(seed=3, vocab_size=12))
+    models = replace(models, micro_batch_tokens=64)
+    writers = replace(models, actor=toys.causal(seed=5, vocab_size=12))
+    figures = []
+    for step in range(STEPS):
+        rollout = own_rows(grpo_toys.sampled(writers, ppo_toys.questions(BATCH, 12), s, (SEED, step)), 2)
+        learned = train_grpo.learn(models, train_grpo.make_batch(models, rollout, s), s, (SEED, step))
+        figures.append([learned[name] for name in sorted(learned)])
+    return {"figures": torch.tensor(figures, dtype=torch.float64), "weights": weights(models.actor)}
+
+
 def ppo_sampled(s: Ppo = PPO) -> Found:
     """Five iterations that write their own replies: each prompt keeps its random numbers wherever it is answered."""
     asked = ppo_toys.questions(BATCH, 12)
@@ -164,6 +182,7 @@ JOBS: dict[str, Callable[[], Found]] = {
     "reward": reward,
     "dpo": dpo,
     "ppo": ppo,
+    "grpo": grpo,
     "ppo_sampled": ppo_sampled,
 }
 
@@ -213,7 +232,7 @@ def main(folder: Path) -> None:
     results = {name: job() for name, job in JOBS.items()} | {"collectives": every_collective()}
     for name in ("sum_gradients", "sum_counts", "sum_tensor"):
         with without(name):
-            broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "dpo", "ppo")
+            broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "dpo", "ppo", "grpo")
             results |= {f"{job} without {name}": JOBS[job]() for job in broken}
     torch.save(results, folder / f"{collectives.rank()}.pt")
     collectives.stop()

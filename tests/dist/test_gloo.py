@@ -71,7 +71,7 @@ def test_whitening_spans_the_ranks(ranks: list[dict[str, Found]]) -> None:
 
 
 @pytest.mark.parametrize("broken", ["sum_gradients", "sum_counts"])
-@pytest.mark.parametrize("job", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("job", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_without_its_collectives_it_goes_wrong(ranks: list[dict[str, Found]], job: str, broken: str) -> None:
     """The gradients are really summed: where they are not, the processes part, or leave the one process's way."""
     alone = of_one_process(job)["weights"]

@@ -86,3 +86,24 @@ def test_where_no_ppo_was_run(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         said(tmp_path)
     assert caught.value.code == "E-CKPT-MISSING"
+
+
+@pytest.mark.parametrize("advantage", ["normalised", "centred", "leave_one_out"])
+def test_a_step_of_grpo_compares_with_the_group(chain: Chain, advantage: str) -> None:
+    """The advantage that is worked out is that of the table."""
+    chain.run(
+        "--grpo.prompts",
+        '["sft.jsonl"]',
+        "--grpo.steps",
+        "1",
+        "--grpo.max-new-tokens",
+        "8",
+        "--grpo.advantage",
+        advantage,
+    )
+    text = said(chain.home / "grpo", step=0, responses=1)
+    assert "Actor and reference read them" in text and "k3 * 0.04 is a loss at each token" in text
+    assert "value" not in text and "critic" not in text
+    (worked,) = re.findall(rf"advantage of all its tokens = .* = {NUMBER}$", text, re.MULTILINE)
+    rows = [line.split() for line in text.splitlines() if re.match(r"\s+\d+ .*[+-]\d\.\d{3}$", line)]
+    assert rows and {row[-1] for row in rows} == {f"{float(worked):+.3f}"}
