@@ -1,6 +1,7 @@
 """Best-of-N is chosen by what is written, and of what can be written."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 
 import served
 import toys
-from tetrad.eval.compare import Task, best_of_frontier, metrics_of, responses_of_all
+from tetrad import storage
+from tetrad.eval.compare import Task, best_of_frontier, metrics_of, responses_of_all, unpaid_judges
 from tetrad.inference.completions import Completion, EncodedPrompt
 from tetrad.settings.common import Sampling
 from tetrad.settings.evaluate import Evaluate
@@ -49,3 +51,17 @@ def test_the_frontier_of_best_of_n() -> None:
     ]
     assert [n for n, *_ in best_of_frontier([[0.0] * 6])] == [1, 2, 4, 6]
     assert best_of_frontier([[5.0]]) == [(1, 0.0, 5.0)]
+
+
+def test_a_judge_that_paid_any_of_the_policies_decides_nothing(tmp_path: Path) -> None:
+    """Of this recipe by its name; of another run by the function's name and its file's content, wherever that lay."""
+    paid = {"path": "there/rule.py", "sha256": "b" * 64, "function": "there/rule.py:score"}
+    storage.write_folder(tmp_path / "ppo", {"a.bin": b""}, {"lineage": {"data": {"ppo.rewards": [paid]}}})
+    judges = ("a.py:ridge", "a.py:mine", "here/rule.py:score", "here/rule.py:other")
+    sums = [{"path": spec.partition(":")[0], "sha256": "ab"["rule" in spec] * 64, "function": spec} for spec in judges]
+    recipe = SimpleNamespace(
+        evaluate=Evaluate(judges=judges, others=("x/ppo",)), ppo=SimpleNamespace(rewards=("a.py:mine",))
+    )
+    lineage = {"data": {"evaluate.judges": sums}}
+    ctx: Any = SimpleNamespace(recipe=recipe, parents={"x/ppo": tmp_path / "ppo"}, lineage=lineage)
+    assert unpaid_judges(ctx) == {"a.py:ridge", "here/rule.py:other"}
