@@ -144,7 +144,7 @@ def _dpo_loss(x: Inputs) -> dict[str, Tensor]:
         loss = dpo.ipo_loss_sum(*pairs, labels, x["beta"])
     else:
         loss = preference.pair_loss_sum(*pairs, labels_P=labels)
-    stats = {"reward_chosen": chosen, "reward_rejected": rejected, "accuracy": dpo.pair_sums(*pairs).accuracy}
+    stats = {"reward_chosen": chosen, "reward_rejected": rejected, "accuracy": dpo.pair_sums(*pairs)[0]}
     return {"loss": loss} | {f"stats.{name}": value for name, value in stats.items()}
 
 

@@ -150,6 +150,15 @@ def _listed(scores: Sequence[Score], score_gap: float) -> Comparison:
     return Comparison(scores[0].prompt, tuple(means), ranks, scores[0].annotator, where=scores[0].where)
 
 
+def refuse_unusable(setting: str, records: Iterable[Record], score_scale: Sequence[float], score_gap: float) -> None:
+    """Errors: where records have scores and what the setting's stage needs for them is not given: E-DATA-SCALE, of DPO
+    E-CONF-MISSING."""
+    if setting.startswith("dpo."):
+        refuse_scores(records, score_gap)
+    else:
+        refuse_no_scale(records, score_scale)
+
+
 def refuse_scores(records: Iterable[Record], score_gap: float) -> None:
     """Errors: E-CONF-MISSING where records have scores and nothing says how scores become comparisons."""
     places = [] if score_gap else [record.where for record in records if isinstance(record, Score)]

@@ -13,10 +13,11 @@ from typing import Any
 
 from tetrad import storage
 from tetrad.console import Console
+from tetrad.data.records import refuse_unusable
 from tetrad.data.source import Counts, sources
 from tetrad.data.tokens import too_long
 from tetrad.datacheck import cost, duplicates, findings, judgements, texts, vocabulary
-from tetrad.datacheck.reading import SETTINGS, Encoder, Reading, read, refuse_unpaired, settings_of, shortened, sniff
+from tetrad.datacheck.reading import SETTINGS, Encoder, Reading, read, settings_of, shortened, sniff
 from tetrad.errors import UserError
 from tetrad.inference.model_folder import small_folder
 from tetrad.model.config import DecoderConfig, read_config
@@ -153,7 +154,7 @@ def first_error(readings: Sequence[Reading], encoder: Encoder, recipe: Recipe | 
             return too_long(reading.long, len(records), max(records), encoder.limit, reading.first_long)
         if reading.kind == "preferences" and recipe:
             try:
-                refuse_unpaired(reading.setting, reading.records, recipe)
+                refuse_unusable(reading.setting, reading.records, recipe.reward.score_scale, recipe.dpo.score_gap)
             except UserError as error:
                 return error
     return None

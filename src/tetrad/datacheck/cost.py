@@ -127,18 +127,9 @@ def _dpo(recipe: Recipe, r: Reading, held: Reading | None) -> StageCost:
     s, length = recipe.dpo, r.tokens // len(r.lengths)
     tokens, labels = r.tokens * s.epochs, r.trained * s.epochs
     apart = (2 * held.tokens, 2 * held.trained) if held else (0, 0)
-    return StageCost(
-        "dpo",
-        not s.adapters,
-        1,
-        tokens=tokens,
-        labels=labels,
-        read=tokens + apart[0],
-        read_labels=labels + apart[1],
-        adapters=s.adapters,
-        batch=s.batch_size * length,
-        length=length,
-    )
+    read = tokens + apart[0], labels + apart[1]
+    shape = {"adapters": s.adapters, "batch": s.batch_size * length, "length": length}
+    return StageCost("dpo", not s.adapters, 1, tokens, labels, *read, **shape)
 
 
 def _answer_tokens(most: int, readings: Mapping[str, Reading]) -> float:

@@ -6,25 +6,14 @@ larger than memory, the first MOST_TEXTS, and of the others a hash and a length.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tetrad.data.records import (
-    Record,
-    answers,
-    asked,
-    content_key,
-    parts,
-    reader,
-    refuse_no_scale,
-    refuse_scores,
-    squeezed,
-    text_key,
-)
+from tetrad.data.records import Record, answers, asked, content_key, parts, reader, squeezed, text_key
 from tetrad.data.rows import rows
 from tetrad.data.similarity import LONGEST
 from tetrad.data.source import Counts, DataFiles, kind, sources
@@ -183,14 +172,6 @@ class Reading:
                 self.trained += sum(guessed)
                 self.prompt_lengths.append(guessed_tokens(asked(record)))
                 self.answer_lengths.extend(guessed)
-
-
-def refuse_unpaired(setting: str, records: Iterable[Record], recipe: Recipe) -> None:
-    """Errors: E-DATA-SCALE, or E-CONF-MISSING for DPO, where records have scores that the setting's stage can't use."""
-    if stage_of(setting) == "dpo":
-        refuse_scores(records, recipe.dpo.score_gap)
-    else:
-        refuse_no_scale(records, recipe.reward.score_scale)
 
 
 def stage_of(setting: str) -> str:

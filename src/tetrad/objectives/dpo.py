@@ -7,8 +7,6 @@ The reward for which the policy is the optimum of "reward minus beta KL" is this
 the Plackett-Luce loss of a list (appendix A.3). IPO (Azar et al. 2023, eq. 17) asks for a fixed difference instead.
 """
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 
@@ -27,18 +25,10 @@ def ipo_loss_sum(
     return (weights_P.to(h.dtype) * losses).sum()
 
 
-class PairSums(NamedTuple):
-    """Weighted sums over pairs. accuracy: pairs in order, equal rewards count half."""
-
-    accuracy: Tensor
-    margin: Tensor
-    chosen: Tensor
-    rejected: Tensor
-
-
-def pair_sums(rewards_D: Tensor, winners_P: Tensor, losers_P: Tensor, weights_P: Tensor) -> PairSums:
-    """Of rewards, or of any other number per answer; without gradients."""
+def pair_sums(rewards_D: Tensor, winners_P: Tensor, losers_P: Tensor, weights_P: Tensor) -> tuple[Tensor, ...]:
+    """Weighted sums over pairs of rewards, or of any other number per answer, without gradients: pairs in order (equal
+    ones count half), the winners' lead, the winners' numbers, the losers'."""
     chosen, rejected, weights = rewards_D.detach()[winners_P], rewards_D.detach()[losers_P], weights_P.to(rewards_D)
     gap = chosen - rejected
     right = (gap > 0).to(gap) + 0.5 * (gap == 0).to(gap)
-    return PairSums(*((weights * each).sum() for each in (right, gap, chosen, rejected)))
+    return tuple((weights * each).sum() for each in (right, gap, chosen, rejected))

@@ -7,17 +7,20 @@ from the start does not follow hours of training. Settings that don't go togethe
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from tetrad import storage
 from tetrad.console import counted
-from tetrad.data.records import Record, reader, refuse_overlap
+from tetrad.data.records import Record, reader, refuse_overlap, refuse_unusable
 from tetrad.data.source import Counts, DataFiles
-from tetrad.datacheck.reading import HELD_OUT, SETTINGS, refuse_unpaired, settings_of, stage_of
+from tetrad.datacheck.reading import HELD_OUT, SETTINGS, settings_of, stage_of
 from tetrad.errors import UserError
 from tetrad.inference import model_folder
 from tetrad.pipeline import validation
 from tetrad.pipeline.status import Step
+from tetrad.settings.common import TRACKERS
+from tetrad.settings.names import shown
 from tetrad.stages import ON_POLICY, POLICY, STAGES, Recipe
 from tetrad.text.chat_template import choose
 from tetrad.text.tokenizer import SEPARATOR, Tokenizer
@@ -37,6 +40,7 @@ def preflight(
     todo: stages with their states. verify: compares a folder with its manifest. memory: a file with the keys whose
     records were read before. Raises UserError E-MODEL-*, E-CKPT-*, E-CONF-*, E-DATA-*.
     """
+    refuse_missing_trackers(recipe.run.trackers)
     validation.check(recipe)  # again: a model of the hub may not have been here when the recipe was read
     folders = Folders(recipe, [step.result for step, _ in todo], verify)
     for step, state in todo:
@@ -46,6 +50,16 @@ def preflight(
     if todo:
         read_records(recipe, [step.stage for step, _ in todo], [step.key for step, _ in todo], memory)
     return list(folders.notes)
+
+
+def refuse_missing_trackers(names: Collection[str]) -> None:
+    """Raises UserError E-CONF-UNKNOWN for a tracker that is none, E-CONF-MISSING for one that is not installed."""
+    for name in names:
+        code, what, hint = "E-CONF-MISSING", f"the package {name} is not installed", f'pip install "tetrad[{name}]"'
+        if name not in TRACKERS:
+            code, what, hint = "E-CONF-UNKNOWN", f"{shown(name)} is no tracker", f"write some of {', '.join(TRACKERS)}"
+        if name not in TRACKERS or not find_spec(name):
+            raise UserError(code, what, where="run.trackers", hint=hint)
 
 
 # --- folders ---
@@ -124,7 +138,7 @@ def read_records(recipe: Recipe, stages: Collection[str], keys: Collection[str],
         held[setting] = given
         if what == "documents" and sum(path.stat().st_size for path in given.paths) > MOST_BYTES:
             continue
-        refuse_unpaired(setting, _records(what, given, recipe), recipe)
+        refuse_unusable(setting, _records(what, given, recipe), recipe.reward.score_scale, recipe.dpo.score_gap)
     for setting, tests in HELD_OUT.items():
         if setting in held:
             what = SETTINGS[setting]

@@ -17,6 +17,9 @@ from tetrad.settings.base import (
     unkeyed,
 )
 
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")
+"""Each a package of this name, and an extra of Tetrad's."""
+
 
 @settings
 class Run:
@@ -49,6 +52,8 @@ class Run:
     """Steps between log lines (metrics.jsonl has every step)."""
     report: bool = unkeyed(True)
     """Write runs/<name>/report.html, a page to look at, after each stage."""
+    trackers: tuple[str, ...] = unkeyed(())
+    """Where metrics and samples go too: tensorboard, wandb, swanlab, trackio; offline in runs/NAME/trackers."""
     grace: NotNegative = unkeyed(60.0)
     """Seconds that an iteration of PPO or GRPO may still take after SIGTERM."""
 

@@ -2,19 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from tetrad.settings.base import (
-    BelowHalf,
-    Count,
-    Files,
-    NotNegative,
-    Positive,
-    Rate,
-    Share,
-    Weights,
-    Whole,
-    settings,
-    unkeyed,
-)
+from tetrad.settings.base import BelowHalf, Count, Files, NotNegative, Positive, Rate, Share, Weights, Whole, settings
 
 
 @settings
@@ -22,9 +10,9 @@ class Dpo:
     """Preferences learned by the SFT model itself, without a reward model. Runs when `data` is given."""
 
     GROUPS: ClassVar = {
-        "data": "weights score_gap max_tokens overlong shared_prefix",
+        "data": "weights score_gap max_tokens overlong",
         "loss": "label_smoothing sft_coef",
-        "optimizer": "optimizer muon_lr warmup schedule",
+        "optimizer": "warmup schedule",
     }
 
     data: Files = ()
@@ -50,18 +38,12 @@ class Dpo:
     """Longest prompt with answer; 0 is the model's."""
     overlong: Literal["refuse", "drop"] = "refuse"
     """What to do with a record that has a longer one; dropped ones are counted."""
-    shared_prefix: Literal["auto", "always", "never"] = unkeyed("auto")
-    """Whether a list's answers are computed from one prompt, on a CPU; auto: if that is faster. Changes rounding."""
     epochs: Positive = 1.0
     """Times the records are read."""
     batch_size: Count = 32
     """Records per optimizer step, on all machines together."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon on the matrices, AdamW on the rest."""
     lr: Rate = 5e-6
-    """Highest learning rate of AdamW."""
-    muon_lr: Rate = 0.002
-    """Highest learning rate of Muon."""
+    """Highest learning rate."""
     warmup: Share = 0.1
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -43,8 +43,7 @@ CHOSEN_DROP = 0.5  # of the chosen answers' log-probability under the reference,
 def run(ctx: StageContext) -> None:
     s, data, max_norm = ctx.recipe.dpo, Comparisons(ctx), ctx.recipe.optim.max_grad_norm
     reference, policy = load_models(ctx, data)
-    optimizer = Optimizer(policy, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
-    terms, warned = dpo_terms(s, reference), False
+    optimizer, terms, warned = Optimizer(policy, s.lr, ctx.recipe.optim), dpo_terms(s, reference), False
     with start(ctx, data.device, data.steps, {"model": Weights(policy), "optimizer": optimizer}) as stage:
         with ctx.console.progress("dpo", data.steps, stage.step) as bar:
             for step in stage.steps():
@@ -84,7 +83,7 @@ def evaluate(ctx: StageContext, policy: CausalLM, data: "Comparisons", terms: Te
     held = data.validation
     if not held.records:
         return {}
-    loss, means = mean_terms(policy, data.micros(held, range(len(held.records))), terms, data.device)
+    loss, means = mean_terms(policy, dpo_micros(held, range(len(held.records)), *data.packing), terms, data.device)
     text = f"held-out loss {loss:.3f}, accuracy {means['accuracy']:.1%}, margin {means['margin']:.3f}"
     ctx.console.say(f"dpo        {text}, {len(held.records)} comparisons")
     if means["accuracy"] <= 0.5:
@@ -106,16 +105,17 @@ def dpo_terms(s: Dpo, reference: CausalLM) -> Terms:
         rewards_D = dpo.implicit_rewards(logprobs_D, ref_logprobs_D, s.beta)
         lengths_D, best_D = answer_tokens(micro.packed)[1], best_answers(targets, len(rewards_D))
         pairs = targets.winners_P, targets.losers_P, targets.weights_P
-        rewards, logprobs = dpo.pair_sums(rewards_D, *pairs), dpo.pair_sums(logprobs_D, *pairs)
+        accuracy, margin, *rewards = dpo.pair_sums(rewards_D, *pairs)
+        logprobs = dpo.pair_sums(logprobs_D, *pairs)[2:]
         return [
             Loss("preference_loss", preference_loss(s, targets, rewards_D), "comparisons"),
             Loss("sft_loss", -(logprobs_D / lengths_D)[best_D].sum(), "best", s.sft_coef),
-            Metric("accuracy", rewards.accuracy, "comparisons"),
-            Metric("margin", rewards.margin, "comparisons"),
-            Metric("reward_chosen", rewards.chosen, "comparisons"),
-            Metric("reward_rejected", rewards.rejected, "comparisons"),
-            Metric("logprob_chosen", logprobs.chosen, "comparisons"),
-            Metric("logprob_rejected", logprobs.rejected, "comparisons"),
+            Metric("accuracy", accuracy, "comparisons"),
+            Metric("margin", margin, "comparisons"),
+            Metric("reward_chosen", rewards[0], "comparisons"),
+            Metric("reward_rejected", rewards[1], "comparisons"),
+            Metric("logprob_chosen", logprobs[0], "comparisons"),
+            Metric("logprob_rejected", logprobs[1], "comparisons"),
         ]
 
     return terms
@@ -160,6 +160,7 @@ class Comparisons:
         self.train, self.validation = self._read(s.data, ""), self._read(s.validation, "held-out ")
         self.mixture = ctx.files(s.data, s.weights).mixture(record.where for record in self.train.records)
         self.steps = steps_for(epoch_size(self.mixture), s.batch_size, s.epochs)
+        self.packing = ctx.recipe.run.micro_batch_tokens, self.device
 
     def _read(self, names: tuple[str, ...], which: str) -> Examples:
         s, counts, scale = self.ctx.recipe.dpo, Counts(), self.ctx.recipe.reward.score_scale
@@ -174,12 +175,7 @@ class Comparisons:
     def batch(self, step: int) -> list[Microbatch]:
         """This rank's micro-batches of a step."""
         indices = batch_indices(self.ctx.recipe.seed, self.mixture, self.ctx.recipe.dpo.batch_size, step).tolist()
-        return self.micros(self.train, collectives.shard(indices))
-
-    def micros(self, examples: Examples, indices: Sequence[int]) -> list[Microbatch]:
-        """Micro-batches of these records."""
-        run = self.ctx.recipe.run
-        return dpo_micros(examples, indices, run.micro_batch_tokens, self.device, self.ctx.recipe.dpo.shared_prefix)
+        return dpo_micros(self.train, collectives.shard(indices), *self.packing)
 
 
 def dpo_micros(

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from tetrad.training.batches import mean_nll
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import Prepared
 from tetrad.training.run_folder import StageRun, Stateful
+from tetrad.training.trackers import Trackers
 from tetrad.types import Tokens
 
 
@@ -103,7 +104,8 @@ def start(
             ctx.console.say(f"note: {note}")
         if run.step:
             ctx.console.say(f"resumes after step {run.step} of {total_steps}")
-        yield run
+        with closing(Trackers.of(ctx, run.step)) as run.trackers:
+            yield run
 
 
 def _refuse_unlisted(ctx: StageContext, parts: Mapping[str, Stateful], values: Mapping[str, Json]) -> None:

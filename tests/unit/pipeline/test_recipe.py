@@ -159,7 +159,7 @@ MISTAKES = [
     ("[sft]\nactor-lr = 0.1", "UNKNOWN", ":2", "ppo.actor_lr"),
     ("\nsede = 1", "UNKNOWN", ":2", "seed"),
     ("[pretrian]\ntokens = 1", "UNKNOWN", ":2", "pretrain"),
-    ("[trackers]\n", "UNKNOWN", ":1", "the settings are"),
+    ("[quux]\n", "UNKNOWN", ":1", "the settings are"),
     ("[model]\nfrom_ = 'x'", "UNKNOWN", ":2", "model.from"),
     ("[ppo]\nlr = 1\n", "UNKNOWN", ":2", "pretrain.lr or sft.lr or reward.lr"),
     ("[ppo]\nactor_lr = '1e-6'", "TYPE", ":2", "without quotes"),

@@ -1,0 +1,171 @@
+"""Trackers: where others look at a run. What metrics.jsonl and samples.jsonl get goes to each of `run.trackers` too.
+
+Each tracker has a thread and a bounded queue, so that whatever it does, the run goes on. One that raises is off from
+then on, with one warning; what one that hangs or is slow can't take is dropped, and counted in a warning at the end of
+the stage, which waits for it for 5 seconds or a hundredth of the stage, whichever is more. All write below
+runs/NAME/trackers, without a network, unless their own environment (WANDB_MODE, SWANLAB_MODE, TRACKIO_SPACE_ID)
+asks for more; secrets are read from there alone. A stage that resumes goes on with its run.
+"""
+
+import hashlib
+import importlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from queue import Full, Queue
+from typing import NamedTuple
+
+from tetrad import storage
+from tetrad.distributed import collectives
+from tetrad.storage import Json
+from tetrad.training.context import StageContext
+
+WAITING = 2000  # lines that wait for a slow tracker
+LEAST_PATIENCE, PATIENCE = 5.0, 0.01  # for a tracker without progress at the end of a stage: seconds, share of it
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run of a tracker. folder: for its files; identity: the same for a stage that resumes; step: the first that is
+    not there yet."""
+
+    folder: Path
+    project: str
+    stage: str
+    identity: str
+    settings: Mapping[str, Json]
+    step: int = 0
+
+
+class Sink(NamedTuple):
+    """What an open run of a tracker can do."""
+
+    metrics: Callable[[int, dict[str, float]], object]
+    sample: Callable[[int, str], object]
+    close: Callable[[], object]
+
+
+class Trackers:
+    """Those of a stage. warn: prints a line, from any thread."""
+
+    def __init__(self, names: tuple[str, ...], place: Place, warn: Callable[[str], None]) -> None:
+        self._feeds = [_Feed(name, replace(place, folder=place.folder / name), warn) for name in names]
+        self._began = time.monotonic()
+
+    @classmethod
+    def of(cls, ctx: StageContext, step: int) -> "Trackers":
+        """The recipe's, on the first process; step: where the stage begins or resumes."""
+        names = ctx.recipe.run.trackers if collectives.is_main() else ()
+        identity = hashlib.sha256(f"{ctx.folder.resolve()} {ctx.key}".encode()).hexdigest()[:16]
+        own = asdict(getattr(ctx.recipe, ctx.folder.name))
+        place = Place(ctx.folder.parent / "trackers", ctx.recipe.name, ctx.folder.name, identity, own, step)
+        return cls(names, place, ctx.console.warn)
+
+    def metrics(self, step: int, numbers: Mapping[str, Json]) -> None:
+        """A line of metrics.jsonl."""
+        plain = {name: float(n) for name, n in numbers.items() if isinstance(n, int | float)}
+        for feed in self._feeds:
+            feed.put(lambda sink: sink.metrics(step, plain))
+
+    def sample(self, record: Mapping[str, Json]) -> None:
+        """A line of samples.jsonl."""
+        step, text = int(str(record.get("step", 0))), storage.json_bytes(dict(record)).decode(errors="replace")
+        for feed in self._feeds:
+            feed.put(lambda sink: sink.sample(step, text))
+
+    def close(self) -> None:
+        """Lets the trackers end that still move."""
+        patience = max(LEAST_PATIENCE, PATIENCE * (time.monotonic() - self._began))
+        for feed in self._feeds:
+            feed.put(lambda sink: sink.close(), last=True)
+        for feed in self._feeds:
+            feed.end(patience)
+
+
+class _Feed(threading.Thread):
+    """The queue of one tracker and what empties it."""
+
+    def __init__(self, name: str, place: Place, warn: Callable[[str], None]) -> None:
+        super().__init__(name=f"tracker {name}", daemon=True)
+        self._open, self._place, self._warn = SINKS[name], place, warn
+        self._queue = Queue[tuple[Callable[[Sink], object], bool]](WAITING)
+        self._dropped, self._moved = 0, time.monotonic()
+        self.start()
+
+    def put(self, act: Callable[[Sink], object], *, last: bool = False) -> None:
+        if last and self._queue.full():  # the end must not be what is dropped
+            self._queue.get_nowait()
+            self._dropped += 1
+        try:
+            self._queue.put_nowait((act, last))
+        except Full:
+            self._dropped += 1
+
+    def run(self) -> None:
+        try:
+            storage.make_folder(self._place.folder)
+            sink, last = self._open(self._place), False
+            while not last:
+                self._moved = time.monotonic()
+                act, last = self._queue.get()
+                act(sink)
+        except BaseException as error:  # also SystemExit: it is the tracker's own end, not the run's
+            self._warn(f"{self.name} fails and is off, the run goes on: {type(error).__name__}: {error}")
+
+    def end(self, patience: float) -> None:
+        began = time.monotonic()
+        while self.is_alive() and time.monotonic() < max(began, self._moved) + patience:
+            self.join(0.05)
+        left = self._dropped + (self._queue.qsize() if self.is_alive() else 0)
+        if left or self.is_alive():
+            self._warn(f"{self.name} does not answer or is too slow: {left} lines did not reach it")
+
+
+def _tensorboard(place: Place) -> Sink:
+    """What a killed run wrote beyond its last checkpoint is left out by whoever reads it."""
+    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    run = writer(str(place.folder / place.stage), purge_step=place.step)
+
+    def metrics(step: int, numbers: dict[str, float]) -> None:
+        for name, number in numbers.items():
+            run.add_scalar(name, number, step)
+
+    return Sink(metrics, lambda step, text: run.add_text("samples", text, step), run.close)
+
+
+def _wandb(place: Place) -> Sink:
+    wandb = importlib.import_module("wandb")
+    own = {"project": place.project, "name": place.stage, "id": place.identity, "config": dict(place.settings)}
+    quiet = wandb.Settings(console="off", silent=True)
+    mode, again = os.environ.get("WANDB_MODE", "offline"), {"resume": "allow", "reinit": "create_new"}
+    run = wandb.init(dir=str(place.folder), mode=mode, settings=quiet, **own, **again)
+
+    def sample(step: int, text: str) -> None:
+        run.log({"samples": wandb.Table(["sample"], [[text]])}, step=step)
+
+    return Sink(lambda step, numbers: run.log(numbers, step=step), sample, run.finish)
+
+
+def _swanlab(place: Place) -> Sink:
+    swanlab = importlib.import_module("swanlab")
+    own = {"project": place.project, "name": place.stage, "id": place.identity, "config": dict(place.settings)}
+    swanlab.init(log_dir=str(place.folder), mode=os.environ.get("SWANLAB_MODE", "offline"), resume="allow", **own)
+
+    def sample(step: int, text: str) -> None:
+        swanlab.log({"samples": swanlab.Text(text)}, step=step)
+
+    return Sink(lambda step, numbers: swanlab.log(numbers, step=step), sample, swanlab.finish)
+
+
+def _trackio(place: Place) -> Sink:
+    os.environ.setdefault("TRACKIO_DIR", str(place.folder))  # it is read when trackio is imported
+    name, config = f"{place.stage}-{place.identity}", dict(place.settings)
+    run = importlib.import_module("trackio").init(place.project, name=name, config=config, resume="allow", embed=False)
+    log = run.log
+    return Sink(lambda step, n: log(n, step=step), lambda step, text: log({"samples": text}, step=step), run.finish)
+
+
+SINKS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio}
