@@ -124,16 +124,17 @@ def test_killed_ppo_goes_on_with_little_memory_too(tmp_path: Path, words: tuple[
 @pytest.mark.faults
 @pytest.mark.timeout(60 * KILLS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("adapters", ["false", "true"])
-def test_killed_dpo_goes_on_to_the_same_bits(tmp_path: Path, adapters: str) -> None:
-    """Twice, or ten times where TETRAD_KILLS is given."""
+def test_killed_dpo_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Once, or as often as TETRAD_KILLS says; with adapters too."""
     path, whole, broken = write_tiny(tmp_path / "data"), tmp_path / "whole", tmp_path / "broken"
     words = ("--dpo.data", str(path.parent / "ranked.jsonl"), "--dpo.epochs", "6", "--dpo.batch-size", "8")
-    words += ("--dpo.adapters", adapters, "--dpo.validation", str(path.parent / "held.jsonl"))
+    words += ("--dpo.validation", str(path.parent / "held.jsonl"))
     held = '{"Instruction": "Go on.", "Input": "so", "chosen": "was warm", "rejected": "was flat"}\n'
     (path.parent / "held.jsonl").write_text(held)
     for stage in ("tokenizer", "pretrain", "sft"):
         forked(path, whole, stage, words=words)
     shutil.copytree(whole, broken)
-    seconds = forked(path, whole, "dpo", words=words)
-    kill_and_compare(path, whole, broken, "dpo", seconds, words, KILLS if "TETRAD_KILLS" in os.environ else 2)
+    for adapters in ("false", "true"):
+        both = (*words, "--dpo.adapters", adapters)
+        seconds = forked(path, whole, "dpo", words=both)
+        kill_and_compare(path, whole, broken, "dpo", seconds, both, KILLS if "TETRAD_KILLS" in os.environ else 1)
