@@ -138,3 +138,18 @@ def test_killed_dpo_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         both = (*words, "--dpo.adapters", adapters)
         seconds = forked(path, whole, "dpo", words=both)
         kill_and_compare(path, whole, broken, "dpo", seconds, both, KILLS if "TETRAD_KILLS" in os.environ else 1)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(60 * KILLS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_killed_grpo_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """With a moving average."""
+    words = ("--grpo.prompts", '["sft.jsonl"]', "--grpo.steps", "8", "--grpo.batch-size", "4", "--grpo.max-new-tokens")
+    words = (*words, "8", "--grpo.samples-per-prompt", "4", "--grpo.actor-lr", "0.001", "--grpo.ema-decay", "0.5")
+    path, whole, broken = write_tiny(tmp_path / "data"), tmp_path / "whole", tmp_path / "broken"
+    for stage in STAGES[:-1]:
+        forked(path, whole, stage, words=words)
+    shutil.copytree(whole, broken)
+    seconds = forked(path, whole, "grpo", words=words)
+    kill_and_compare(path, whole, broken, "grpo", seconds, words, KILLS if "TETRAD_KILLS" in os.environ else 3)
