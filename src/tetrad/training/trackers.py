@@ -2,9 +2,10 @@
 
 Each tracker has a thread and a bounded queue, so that whatever it does, the run goes on. One that raises is off from
 then on, with one warning; what one that hangs or is slow can't take is dropped, and counted in a warning at the end of
-the stage, which waits for it for 5 seconds or a hundredth of the stage, whichever is more. All write below
-runs/NAME/trackers, without a network, unless their own environment (WANDB_MODE, SWANLAB_MODE, TRACKIO_SPACE_ID)
-asks for more; secrets are read from there alone. A stage that resumes goes on with its run.
+the stage, which waits for it for 5 seconds or a hundredth of the stage, whichever is more, and a few times that if it
+is only slow. All write below runs/NAME/trackers, without a network, unless their own environment (WANDB_MODE,
+SWANLAB_MODE, TRACKIO_SPACE_ID) asks for more; secrets are read from there alone. A stage that resumes goes on with its
+run.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from tetrad.training.context import StageContext
 
 WAITING = 2000  # lines that wait for a slow tracker
 LEAST_PATIENCE, PATIENCE = 5.0, 0.01  # for a tracker without progress at the end of a stage: seconds, share of it
+LONGEST = 6  # times as long for one that is slow but moves
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class _Feed(threading.Thread):
 
     def end(self, patience: float) -> None:
         began = time.monotonic()
-        while self.is_alive() and time.monotonic() < max(began, self._moved) + patience:
+        latest = began + LONGEST * patience
+        while self.is_alive() and time.monotonic() < min(max(began, self._moved), latest) + patience:
             self.join(0.05)
         left = self._dropped + (self._queue.qsize() if self.is_alive() else 0)
         if left or self.is_alive():

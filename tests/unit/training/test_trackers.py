@@ -188,6 +188,19 @@ def test_what_a_slow_tracker_cannot_take_is_dropped_and_counted(
     assert seen[-1] == -1 and len(seen) < 10 and f"{50 - len(seen) + 1} lines did not reach it" in said[0]
 
 
+def test_a_slow_tracker_is_not_waited_for_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Sink(lambda step, numbers: time.sleep(0.1), lambda *_: None, lambda: None)
+    monkeypatch.setattr(trackers, "SINKS", {"slow": lambda _: slow})
+    monkeypatch.setattr(trackers, "LEAST_PATIENCE", 0.2)
+    said: list[str] = []
+    one = Trackers(("slow",), place(tmp_path), said.append)
+    for step in range(200):
+        one.metrics(step, {"loss": 1.0})
+    began = time.monotonic()
+    one.close()
+    assert 1.0 < time.monotonic() - began < 4.0 and "lines did not reach it" in said[0]
+
+
 def run(chain: Chain, *words: str) -> str:
     said = io.StringIO()
     given: Any = recipe.read(chain.path, ["--run.out", str(chain.runs), *words])
