@@ -21,7 +21,7 @@ from tetrad.stages import Recipe
 from tetrad.training import checkpoint
 from tetrad.training.stage import _refuse_unlisted
 
-STAGES = ("pretrain", "sft", "reward", "grpo", "ppo")
+STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")
 BODY = {"model.norm.weight": torch.ones(2)}
 HEAD = {**BODY, "score.weight": torch.ones(1, 2)}
 
