@@ -1,11 +1,14 @@
 """The losses of TRL's trainers for the same records: each side reads the text with its own code and one folder."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import grpo_toys
+import ppo_toys
 import toys
 from tetrad.data.records import answers
 from tetrad.data.tokens import tokenize
@@ -13,12 +16,15 @@ from tetrad.model.huggingface import model_files
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen
 from tetrad.reward.batches import Examples, preference_micros
 from tetrad.reward.ensemble import Latent
+from tetrad.rl.minibatches import PolicyBatch, minibatches
 from tetrad.settings.common import Optim
 from tetrad.settings.dpo import Dpo
+from tetrad.settings.grpo import Grpo
 from tetrad.settings.reward import Reward
 from tetrad.text import bpe
 from tetrad.text.chat_template import TEMPLATES
 from tetrad.train.dpo import dpo_micros, dpo_terms
+from tetrad.train.grpo import make_batch, terms
 from tetrad.train.reward import preference_terms
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
@@ -132,13 +138,17 @@ def test_reward(tmp_path: Path, center: float, margin: float) -> None:
     assert_gradients(model, gradients)
 
 
+def stir(model: CausalLM, by: float, seed: int) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=noise)
+
+
 def moved(folder: Path, seed: int) -> tuple[CausalLM, CausalLM, str, str]:
     """A reference, a policy that has left it, and the folders of both."""
     reference, policy = toys.causal(seed=seed, **SHAPE), toys.causal(seed=seed, **SHAPE)
-    noise = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
+    stir(policy, 0.02, seed)
     return frozen(reference), policy, exported(folder / "ref", reference), exported(folder / "policy", policy)
 
 
@@ -169,3 +179,107 @@ def test_dpo(tmp_path: Path, loss: Any) -> None:
     assert abs(found - 0.6931) > 1e-2
     assert stats.loss == pytest.approx(factor * found, rel=1e-5)
     assert_gradients(policy, {name: factor * gradient for name, gradient in gradients.items()})
+
+
+GROUPS = Grpo(
+    batch_size=4,
+    samples_per_prompt=4,
+    max_new_tokens=10,
+    temperature=0.8,
+    clip_high=0.28,
+    missing_eos_penalty=0.0,
+    kl_coef=0.3,
+)
+SCORE = ppo_toys.by_ids(lambda ids: (sum(ids) % 7) / 2 - 1)
+METHODS = {
+    "grpo": (GROUPS, {"loss_type": "grpo"}),
+    "bnpo": (replace(GROUPS, loss_mean="token"), {"loss_type": "bnpo"}),
+    "dapo": (replace(GROUPS, loss_mean="token", kl_coef=0.0), {"loss_type": "dapo", "beta": 0.0}),
+    "dr_grpo": (
+        replace(GROUPS, loss_mean="constant", advantage="centred"),
+        {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    ),
+}
+
+
+def experience(folder: Path, s: Grpo) -> tuple[PolicyBatch, CausalLM, str, str]:
+    """Responses of unequal length from a policy that has left the reference and then moved on, and their folders."""
+    shape = {"vocab_size": 12, "eos_ids": (toys.EOS,), "pad_id": toys.PAD}
+    reference, actor = toys.causal(seed=4, **shape), toys.causal(seed=4, **shape)
+    files = toys.tokenizer(12).files(FORM)
+    toys.write(folder / "ref", {**model_files(reference), **files})
+    stir(actor, 0.03, 1)
+    models = grpo_toys.two_models(s, actor, SCORE, reference)
+    batch = make_batch(models, grpo_toys.sampled(models, ppo_toys.questions(4, 12), s, (0, 0)), s)
+    assert len(set(batch.rollout.mask_BT.sum(1).tolist())) > 3
+    stir(actor, 0.03, 2)
+    toys.write(folder / "policy", {**model_files(actor), **files})
+    return batch, actor, str(folder / "ref"), str(folder / "policy")
+
+
+def their_groups(folder: Path, policy: str, ref: str, batch: PolicyBatch, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """The trainer, and the batch that its own code makes of our responses: masks, advantages, reference."""
+    rows = batch.rollout.samples
+
+    def ours(prompts: Any, trainer: Any) -> dict[str, Any]:
+        sides = {"prompt_ids": "prompt_ids", "completion_ids": "response_ids", "logprobs": "logprobs"}
+        return {name: [list(getattr(row, field)) for row in rows] for name, field in sides.items()}
+
+    args = {**settings(folder), "per_device_train_batch_size": len(rows), "temperature": 0.8, **how}
+    limits = {"use_bias_correction_kl": False, "max_completion_length": 10, "num_generations": 4, "epsilon_high": 0.28}
+    trainer = trl.GRPOTrainer(
+        policy,
+        reward_funcs=lambda completion_ids, **_: [SCORE([row])[0] for row in rows],
+        args=trl.GRPOConfig(**{"beta": 0.3, **limits, **args}),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "w3"}] * len(rows)),
+        rollout_func=ours,
+    )
+    if trainer.ref_model is not None:
+        reference = transformers.AutoModelForCausalLM.from_pretrained(ref, dtype=torch.float32)
+        trainer.ref_model.load_state_dict(reference.state_dict())
+    trainer.model.eval()
+    trainer.model.get_input_embeddings().padding_idx = None  # else pad has no gradient, and these responses hold it
+    inputs = trainer._generate_and_score_completions([{"prompt": "w3"} for _ in rows])
+    return trainer, {**inputs, "old_per_token_logps": batch.old_logprobs}
+
+
+def accumulated(trainer: Any, inputs: dict[str, Any]) -> float:
+    """Their loss of one step over two micro-batches of half the rows."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 2
+    half = len(inputs["advantages"]) // 2
+    parts = [
+        {name: x[rows] if x.dim() else x for name, x in inputs.items()} for rows in (slice(half), slice(half, None))
+    ]
+    return sum(float(trainer.compute_loss(trainer.model, part).detach()) for part in parts)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # transformers, of TRL
+@pytest.mark.parametrize("method", METHODS)
+def test_grpo(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advantages, loss and gradient: their standard deviation is unbiased too, and 1e-4 beside it. `bnpo` is the mean
+    over the tokens of each micro-batch, averaged: ours only where there is one; `dapo` divides by all tokens. Its KL is
+    multiplied by the ratio (DeepSeek-V3.2) unless `use_bias_correction_kl` is off; the definition (Shao et al.) isn't.
+    """
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # of rollout_func
+    s, how = METHODS[method]
+    batch, actor, ref, policy = experience(tmp_path, s)
+    trainer, inputs = their_groups(tmp_path, policy, ref, batch, **how)
+    mask = batch.rollout.mask_BT
+    assert torch.equal(inputs["completion_mask"].bool(), mask)
+    torch.testing.assert_close(inputs["advantages"][:, None] * mask, batch.advantages, rtol=1e-5, atol=1e-6)
+    if s.kl_coef:
+        torch.testing.assert_close(inputs["ref_per_token_logps"][mask], batch.ref_logprobs[mask], rtol=1e-5, atol=1e-5)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    (micros,) = minibatches(batch, s, (0, 0), 40, toys.CPU)
+    assert len(micros) > 3
+    stats = update(actor, Optimizer(actor, 0.0, Optim()), micros, terms(s), toys.CPU)
+    assert 0.1 < stats.terms["clip_fraction"] < 0.9
+    assert stats.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    theirs = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    ours = {name: p.grad for name, p in actor.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    gap = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours]).norm()
+    assert gap <= 1e-5 * stats.grad_norm
+    assert (accumulated(trainer, inputs) == pytest.approx(stats.loss, rel=1e-5)) == (method != "bnpo")

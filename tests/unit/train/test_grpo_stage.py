@@ -59,6 +59,14 @@ def test_goes_on_exactly(chain: Chain, option: str, monkeypatch: pytest.MonkeyPa
     assert result(chain) == whole
 
 
+def test_adapters_leave_the_reference_what_the_sft_model_is(chain: Chain) -> None:
+    """KL is nothing before the first update, and something after it: the reference has no adapter."""
+    chain.run(*words(OPTIONS["adapters"]))
+    first, *others = chain.lines("grpo")
+    assert first["kl"] == first["kl_loss"] == 0
+    assert all(line["kl_loss"] > 1e-6 for line in others)
+
+
 def test_what_it_says(chain: Chain) -> None:
     """Each step has the gap between the sampler's log-probabilities and those of training; no critic is spoken of."""
     chain.run(*words({}))
