@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import json
 import math
+import random
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -84,6 +85,10 @@ class Turnover:
 
     def __init__(self) -> None:
         self.seconds, self._refused, self._answered, self._since = 1, 0, 0, 0.0
+
+    def wait(self) -> int:
+        """For one of them: so long on average, and spread, that they do not all come back at once."""
+        return random.randint(1, 2 * self.seconds - 1)
 
     def count(self, status: int, now: float) -> None:
         """An exchange that ended. now: in seconds, of any clock."""
@@ -208,7 +213,7 @@ class Exchange:
             self.status = message["status"]
             more = [] if self.arrived else [(b"connection", b"close")]
             if self.status == 429:
-                more.append((b"retry-after", str(self.guard.turnover.seconds).encode()))
+                more.append((b"retry-after", str(self.guard.turnover.wait()).encode()))
             message["headers"] = [*message.get("headers", ()), *_HEADERS, *more]
         await self._send(message)
 
