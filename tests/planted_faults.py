@@ -217,8 +217,8 @@ FAULTS = (
     Fault(
         "21 returns are taken after whitening",
         "train/ppo.py",
-        "values, bootstrap, rewards, advantages, returns)",
-        "values, bootstrap, rewards, advantages, advantages + values)",
+        "advantages, values, bootstrap, returns)",
+        "advantages, values, bootstrap, advantages + values)",
         f"{PPO}::test_the_end_is_terminal",
     ),
     Fault(
@@ -272,7 +272,7 @@ FAULTS = (
     ),
     Fault(
         "29 the entropy bonus has the wrong sign",
-        "train/ppo.py",
+        "rl/minibatches.py",
         '"tokens", -coef)',
         '"tokens", coef)',
         f"{PPO}::test_entropy_bonus_has_an_effect",
@@ -294,8 +294,8 @@ FAULTS = (
     Fault(
         "32 the critic is not in the checkpoint",
         "rl/models.py",
-        '            "critic": Weights(own_head),\n',
-        "",
+        '{"critic": Weights(own_head)}',
+        "{}",
         f"{OPTIONS}::test_a_checkpoint_of_a_shared_trunk_has_the_head_alone_beside_the_actor",
     ),
     Fault(
@@ -308,8 +308,8 @@ FAULTS = (
     Fault(
         "34 the record of a token has its neighbour's value",
         "rl/samples.py",
-        "kl, batch.values, batch.rewards",
-        "kl, batch.values.roll(1, 1), batch.rewards",
+        "[*arrays, batch.values, batch.returns]",
+        "[*arrays, batch.values.roll(1, 1), batch.returns]",
         "unit/train/test_ppo_stage.py::test_every_number_of_a_sampled_token_is_kept",
     ),
     Fault(
@@ -350,8 +350,8 @@ FAULTS = (
     Fault(
         "a token meets another's advantage",
         "rl/minibatches.py",
-        "batch.advantages, batch.returns)",
-        "batch.advantages.flip(0), batch.returns)",
+        "{name: x[mask].to(",
+        '{name: (x[mask].flip(0) if name == "advantages" else x[mask]).to(',
         f"{PPO}::test_micro_batches_carry_their_own_numbers",
     ),
     Fault(
@@ -540,8 +540,8 @@ FAULTS = (
     Fault(
         "a stop forgets the moving average",
         "rl/models.py",
-        'return parts | ({"average": self.ema} if self.ema else {})',
-        "return parts",
+        '| ({"average": self.ema} if self.ema else {})',
+        "",
         "unit/train/test_ppo_stage.py::test_goes_on_exactly",
     ),
     Fault(
@@ -603,9 +603,51 @@ FAULTS = (
     Fault(
         "a reward model among others is cut twice",
         "rl/rewards.py",
-        "or not s.rewards  #",
-        "or True  #",
+        "s.clips_sum and s.reward_clip",
+        "s.reward_clip",
         "unit/train/test_ppo_stage.py::test_the_reward_model_among_others_is_cut_and_then_weighed",
+    ),
+    Fault(
+        "GRPO: the upper clip is that of PPO",
+        "train/grpo.py",
+        "s.clip_high or s.clip_range",
+        "s.clip_range",
+        "conformance/test_grpo.py::test_clipping_goes_further_upwards_where_asked",
+    ),
+    Fault(
+        "GRPO: KL in the reward has the wrong sign",
+        "train/grpo.py",
+        "token_rewards(s, scores, logprobs, ref_logprobs,",
+        "token_rewards(s, scores, ref_logprobs, logprobs,",
+        "conformance/test_grpo.py::test_kl_in_the_reward_is_the_whole_responses",
+    ),
+    Fault(
+        "GRPO: KL in the reward is a mean over tokens",
+        "train/grpo.py",
+        "group_advantages(rewards.sum(1),",
+        "group_advantages((rewards.sum(1) - scores) / rollout.mask_BT.sum(1) + scores,",
+        "conformance/test_grpo.py::test_kl_in_the_reward_is_the_whole_responses",
+    ),
+    Fault(
+        "GRPO: k1 is taken as a loss",
+        "objectives/grpo.py",
+        'if kind == "k1":',
+        'if kind == "k0":',
+        "unit/objectives/test_grpo.py::test_k1_as_a_loss_is_refused_and_this_is_why",
+    ),
+    Fault(
+        "GRPO: dropout in the update",
+        "train/grpo.py",
+        "factor, updates = lr_factor",
+        "models.actor.train()\n    factor, updates = lr_factor",
+        "conformance/test_grpo.py::test_dropout_stands_neither_between_actor_and_reference_nor_in_the_update",
+    ),
+    Fault(
+        "GRPO: with adapters the reference is the actor",
+        "rl/models.py",
+        "reference=reference,",
+        "reference=actor,",
+        "unit/train/test_grpo_stage.py::test_adapters_leave_the_reference_what_the_sft_model_is",
     ),
     Fault(
         "judges changed at a stop share one window",
