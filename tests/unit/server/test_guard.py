@@ -524,6 +524,8 @@ def test_who_is_refused_is_asked_to_wait_as_long_as_it_takes_to_answer_them() ->
     assert turnover.seconds == 1  # the second is not over
     turnover.count(200, 6.0)
     assert turnover.seconds == 3  # 60 refused, 21 answered
+    waits = [turnover.wait() for _ in range(300)]
+    assert set(waits) == {1, 2, 3, 4, 5}  # 3 on average
     turnover.count(200, 7.5)
     assert turnover.seconds == 1
     for _ in range(100):
