@@ -18,7 +18,7 @@ from tetrad.model.config import DecoderConfig
 from tetrad.model.lora import ALL, ATTENTION, add_adapters
 from tetrad.model.transformer import CausalLM, initialise
 from tetrad.settings.common import Optim, Sampling
-from tetrad.stages import ALIGNED, Recipe
+from tetrad.stages import Recipe
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
 from tetrad.training.step import Loss, Microbatch, Term, Terms, language_terms, mean_loss, update
@@ -56,21 +56,14 @@ def _timed(recipe: Recipe, config: DecoderConfig, load: StageCost, device: Devic
         return language_micros(documents, recipe.run.micro_batch_tokens, device)
 
     learned, read = micros(load.labels / load.tokens), micros(load.read_labels / max(load.read, 1.0))
-    with_head = _policy_terms if load.name in ALIGNED else language_terms
-    terms: Terms = with_head if load.labels else _hidden_terms
+    terms: Terms = language_terms if load.labels else _hidden_terms
     seconds = [_seconds(lambda: update(model, optimizer, learned, terms, device, max_norm=1.0))]
-    terms = with_head if load.read_labels else _hidden_terms
+    terms = language_terms if load.read_labels else _hidden_terms
     seconds += [_seconds(lambda: mean_loss(model, read, terms, device)) if load.read else 0.0]
     if load.sampled:
         fused = Fused(model, device.dtype, load.length + 2 * DECODED)
         seconds += [_decode_seconds(fused, load, rows, device) for rows in (FEW, load.slots)]
     return np.array(seconds + [0.0] * (4 - len(seconds)))
-
-
-def _policy_terms(model: torch.nn.Module, micro: Microbatch) -> list[Term]:
-    """Log-probabilities and entropies, as a policy is read and trained."""
-    logprobs, entropy = model(micro.packed, "logprobs", 1.0)
-    return [Loss("logprobs", logprobs.sum(), "tokens"), Loss("entropy", entropy.sum(), "tokens")]
 
 
 def _hidden_terms(model: torch.nn.Module, micro: Microbatch) -> list[Term]:
