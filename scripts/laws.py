@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE_BUDGET, FUNCTION_BUDGET, TOTAL_BUDGET = 300, 40, 19_300
+FILE_BUDGET, FUNCTION_BUDGET, TOTAL_BUDGET = 300, 40, 20_300
 FOLDER_BUDGET, NAMES_BUDGET, PAGE_BUDGET = 14, 25, 15
 PAGES = ("grpo.py", "ppo.py", "reward.py")  # of train/, whose imports are counted
 PRIVATE = {"found", "told", "made", "how", "said", "asked"}  # say nothing of what they hold
