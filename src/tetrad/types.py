@@ -107,6 +107,8 @@ class Packed:
     ids_T; positions_T (from 0 in each document, or from its prefix's length); bounds: the D + 1 offsets; targets_T:
     the next token of the same document where it is a label, else IGNORE; where: the place of each document's record;
     prefixes: what documents have in common and is stored once. keys_T: each token's dropout key, if there is dropout.
+    Of a pack on its device too: labelled_N, the places of the labels; offsets, `bounds` as int32; recompute: the
+    backward computes what is inside a block again instead of keeping it.
     """
 
     ids_T: Array
@@ -116,6 +118,9 @@ class Packed:
     where: tuple[str, ...] = ()
     prefixes: tuple[Prefix, ...] = ()
     keys_T: Array = None
+    labelled_N: Array = None
+    offsets: Array = None
+    recompute: bool = False
 
 
 @dataclass(frozen=True, slots=True)

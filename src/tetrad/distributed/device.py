@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,17 +21,18 @@ from tetrad.errors import UserError
 from tetrad.kernels.cpu import NO_BFLOAT16, multiplies_bfloat16
 from tetrad.settings.check import build
 from tetrad.settings.common import Run
-from tetrad.types import Array, Packed
+from tetrad.types import IGNORE, Array, Packed
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 
 @dataclass(frozen=True)
 class Device:
-    """dtype: what matrix products are computed in."""
+    """dtype: what matrix products are computed in. recompute: see Packed."""
 
     torch_device: torch.device
     dtype: torch.dtype
+    recompute: bool = False
 
     def compute(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
@@ -38,14 +40,24 @@ class Device:
         return torch.autocast(self.torch_device.type, self.dtype)
 
     def put(self, packed: Packed) -> Packed:
-        """numpy to tensors: ids, positions, targets and keys as int64."""
+        """numpy to tensors: ids, positions, targets and keys as int64. What a GPU would otherwise be waited for, where
+        the labels are, is computed here."""
 
-        def move(array: Array, dtype: torch.dtype | None = torch.int64) -> Tensor:
-            return torch.as_tensor(array).to(self.torch_device, dtype, non_blocking=True)
+        def move(array: Array) -> Tensor:
+            return self.move(torch.as_tensor(array).to(torch.int64))
 
-        keys = None if packed.keys_T is None else move(packed.keys_T, None)
+        keys = None if packed.keys_T is None else self.move(torch.as_tensor(packed.keys_T))
         ids, positions, targets = map(move, (packed.ids_T, packed.positions_T, packed.targets_T))
-        return replace(packed, ids_T=ids, positions_T=positions, targets_T=targets, keys_T=keys)
+        labelled = move(np.flatnonzero(np.asarray(packed.targets_T) != IGNORE))
+        offsets = self.move(torch.tensor(packed.bounds, dtype=torch.int32))
+        moved = replace(packed, ids_T=ids, positions_T=positions, targets_T=targets, keys_T=keys)
+        return replace(moved, labelled_N=labelled, offsets=offsets, recompute=self.recompute)
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """From the CPU. To a GPU by way of pinned memory, from which a copy is not waited for."""
+        if self.torch_device.type != "cuda":
+            return tensor.to(self.torch_device)
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
 
 def choose(run: Run) -> Device:
@@ -70,7 +82,7 @@ def choose(run: Run) -> Device:
     if run.dtype == "bfloat16" and kind == "cpu" and not multiplies_bfloat16():
         raise UserError("E-CONF-DTYPE", NO_BFLOAT16, where="run.dtype", hint='set dtype = "float32"')
     bfloat16 = run.dtype == "bfloat16" if kind == "cpu" else run.dtype != "float32" and torch.cuda.is_bf16_supported()
-    return Device(device, torch.bfloat16 if bfloat16 else torch.float32)
+    return Device(device, torch.bfloat16 if bfloat16 else torch.float32, run.activation_checkpointing)
 
 
 def chosen_device(device: str, dtype: str) -> Device:

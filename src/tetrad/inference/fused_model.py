@@ -80,7 +80,7 @@ class Fused:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V], float32."""
-        return self.head(hidden_NH).float()
+        return self.head.wide(hidden_NH)
 
 
 class Current:

@@ -146,12 +146,18 @@ def _first_above(weights: Tensor, share: Tensor) -> Tensor:
     return indices.clamp_(max=weights.shape[1] - 1)  # in case the weights are NaN
 
 
-def _running(weights: Tensor) -> Tensor:
-    """Running sums along the last dimension, float64."""
-    if weights.is_cuda and torch.are_deterministic_algorithms_enabled():  # cumsum has no such kernel
-        ones = torch.ones(weights.shape[-1], weights.shape[-1], dtype=torch.float64, device=weights.device)
-        return weights.double() @ ones.triu()
-    return weights.cumsum(-1, dtype=torch.float64)
+def _running(weights: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Running sums along the last dimension."""
+    if weights.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _exact(weights.double()).to(dtype)
+    return weights.cumsum(-1, dtype=dtype)
+
+
+def _exact(weights: Tensor) -> Tensor:
+    """The same in whole multiples of 2^-52 of a row's total: a GPU has no deterministic kernel for running sums but of
+    whole numbers. A weight of 0 adds nothing, and no sum is below the one before it."""
+    unit = weights.sum(-1, keepdim=True) / 2**52
+    return (weights / unit).long().cumsum(-1) * unit
 
 
 def _filtered(chances: Tensor, batch: SamplingBatch) -> Tensor:
@@ -174,7 +180,7 @@ def _least(chances: Tensor, batch: SamplingBatch, first: int = _FIRST) -> Tensor
     count = min(size, max(batch.most, first if batch.top_p is not None else 1))
     ordered = chances.topk(count, -1).values
     in_top_k = torch.arange(count, device=chances.device) < ks
-    running = (ordered * in_top_k).cumsum(-1)
+    running = _running(ordered * in_top_k, ordered.dtype)
     enough = share * torch.where(ks < size, running[:, -1:], one)
     if count < size and bool(((share < 1) & (ks >= size) & (running[:, -1:] < enough)).any()):
         return _least(chances, batch, size)

@@ -67,6 +67,14 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return _apply_linear(x, weight_OI, bias_O)
 
 
+def widened(x: Tensor, weight_IO: Tensor) -> Tensor:
+    """x W in float32 or wider. On a GPU a 16-bit product is not rounded to 16 bit first; a CPU has no such product."""
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return torch.mm(x, weight_IO.to(x.dtype), out_dtype=torch.float32)
+    out = x @ weight_IO
+    return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
 class Product:
     """x W' + b with a fixed weight, in oneDNN's layout; the smallest stay plain, as a oneDNN call costs 10
     microseconds."""
@@ -85,6 +93,10 @@ class Product:
         if x.shape[0] > self._plain_rows:
             return _linear(x, self._packed, self._bias)
         return x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The product without bias, in float32."""
+        return widened(x, self._weight) if x.is_cuda else self(x).float()
 
     def added(self, x: Tensor, to: Tensor) -> Tensor:
         """The product without bias, plus `to`."""

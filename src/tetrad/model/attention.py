@@ -10,7 +10,10 @@ keys, in buckets of records of similar sizes. Two partial softmaxes are merged b
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -53,15 +56,36 @@ class Part:
 class Plan:
     """How attention runs on one packed micro-batch; built once, used by every layer."""
 
-    tokens: int
-    buckets: tuple[Bucket, ...]
+    bounds: Sequence[int]
     offsets: Tensor
-    longest: int
     parts: tuple[Part, ...] = ()  # on a CPU; single documents come first, then shared prefixes
 
+    @property
+    def tokens(self) -> int:
+        return self.bounds[-1]
 
-def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Prefix] = ()) -> Plan:
-    """bounds: the D + 1 offsets of the documents."""
+    @cached_property
+    def longest(self) -> int:
+        return max((stop - start for start, stop in pairwise(self.bounds)), default=0)
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Made where a kernel reads them: the variable-length one does not."""
+        return _buckets(self.bounds, self.offsets.device)
+
+
+def plan_for(
+    bounds: Sequence[int], device: torch.device, prefixes: Sequence[Prefix] = (), offsets: Tensor | None = None
+) -> Plan:
+    """bounds: the D + 1 offsets of the documents; offsets: the same as int32 on the device, if they are there."""
+    plan = Plan(bounds, torch.tensor(bounds, dtype=torch.int32, device=device) if offsets is None else offsets)
+    if device.type != "cpu" and not prefixes:
+        return plan
+    alone = (Part(bucket, bucket) for bucket in plan.buckets)
+    return replace(plan, parts=(*alone, *_shared(bounds, prefixes, device)))
+
+
+def _buckets(bounds: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
     start = torch.tensor(bounds[:-1])
     length = torch.tensor(bounds[1:]) - start
     by_length = torch.argsort(length, descending=True, stable=True).tolist()
@@ -73,12 +97,7 @@ def plan_for(bounds: Sequence[int], device: torch.device, prefixes: Sequence[Pre
         return int(sizes[document]) >= min(0.67 * widest, max(widest - 24, 0))
 
     groups = _grouped([document for document in by_length if sizes[document]], joins)
-    buckets = tuple(_bucket(torch.tensor(group), start, length, device) for group in groups)
-    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
-    longest = max(sizes, default=0)
-    alone = (Part(bucket, bucket) for bucket in buckets)
-    parts = (*alone, *_shared(bounds, prefixes, device)) if prefixes or device.type == "cpu" else ()
-    return Plan(bounds[-1], buckets, offsets, longest, parts)
+    return tuple(_bucket(torch.tensor(group), start, length, device) for group in groups)
 
 
 def _shared(bounds: Sequence[int], prefixes: Sequence[Prefix], device: torch.device) -> Iterator[Part]:
@@ -206,20 +225,31 @@ def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, plan: Plan) ->
         wide = torch.promote_types(q_THD.dtype, torch.float32)
         return _in_parts(*(x.to(wide) for x in (q_THD, k_TGD, v_TGD)), plan).to(q_THD.dtype)
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads all of torch.compile: two seconds
-
-        spread = q_THD.shape[1] // k_TGD.shape[1]
-        k_THD, v_THD = (x.repeat_interleave(spread, 1) for x in (k_TGD, v_TGD))
-        offsets, longest = plan.offsets, plan.longest
-        varied = varlen_attn(q_THD, k_THD, v_THD, offsets, offsets, longest, longest, window_size=(-1, 0))
-        return cast(Tensor, varied)
+        return _variable(q_THD, k_TGD, v_TGD, plan)
     attended = [_causal(bucket, *(_in_rows(x, bucket) for x in (q_THD, k_TGD, v_TGD))) for bucket in plan.buckets]
     tokens = torch.cat([bucket.tokens for bucket in plan.buckets])
     return q_THD.new_empty(plan.tokens, *q_THD.shape[1:]).index_copy(0, tokens, torch.cat(attended))
 
 
+def _variable(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """The variable-length kernel, which reads each head of keys and values once for its group where it can."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads all of torch.compile: two seconds
+
+    spread, grouped = q.shape[1] // k.shape[1], dict[str, Any]()
+    if spread > 1 and "enable_gqa" in signature(varlen_attn).parameters:
+        grouped = {"enable_gqa": True}
+    elif spread > 1:
+        k, v = (x.repeat_interleave(spread, 1) for x in (k, v))
+    offsets, longest = plan.offsets, plan.longest
+    varied = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **grouped)
+    return cast(Tensor, varied)
+
+
 def _causal(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in the rows of a bucket, [n, H, D]. From padded slots, which no query reads, zeros come back."""
+    spread = q.shape[1] // k.shape[1]
+    if q.is_cuda and spread > 1:  # in float32 grouped heads have no kernel there but one that takes O(L^2) memory
+        k, v = (x.repeat_interleave(spread, 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return _of_rows(out, bucket)
 

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tetrad.kernels.onednn import linear, padded_training
+from tetrad.kernels.onednn import linear, padded_training, widened
 from tetrad.model.attention import Plan, packed_attention, plan_for
 from tetrad.model.config import DecoderConfig
 from tetrad.model.dropout import dropped, kept_tokens
@@ -93,7 +94,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return _normed(x.to(wide), self.weight.to(wide), self.eps).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # it would take the sum of squares in 16 bit
+            return _normed(x.to(wide), self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class Adapter(nn.Module):
@@ -208,9 +210,11 @@ class Decoder(nn.Module):
             x = x * kept_tokens(keys_T, self.token_dropout)[:, None]
         angle = F.pad(packed.positions_T, (0, padding))[:, None].float() * self.inv_freq
         cos, sin = (f(angle)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
-        plan = plan_for(packed.bounds, x.device, packed.prefixes)
+        plan = plan_for(packed.bounds, x.device, packed.prefixes, packed.offsets)
+        again = packed.recompute and torch.is_grad_enabled()
         for number, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, plan, self._drop(keys_T, number))
+            inputs = (x, cos, sin, plan, self._drop(keys_T, number))
+            x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if again else layer(*inputs)
         return self.norm(x)[:tokens]  # type: ignore[no-any-return]
 
     def _dropout_keys(self, packed: Packed, tokens: int) -> Tensor | None:
@@ -261,8 +265,8 @@ class CausalLM(nn.Module):
     def read(self, hidden: Tensor, packed: Packed, want: str, temperature: float = 1.0) -> Any:
         """The same from the decoder's hidden states."""
         if want == "logits":
-            return (hidden @ self.head_weight.t()).float()
-        at = (packed.targets_T != IGNORE).nonzero()[:, 0]
+            return widened(hidden, self.head_weight.t()).float()
+        at = _labelled(packed)
         hidden, targets = hidden.index_select(0, at), packed.targets_T[at]
         if want == "nll":
             return nll_sum(hidden, self.head_weight, targets)
@@ -291,12 +295,27 @@ class ScalarModel(nn.Module):
 
     def read(self, hidden: Tensor, packed: Packed, want: str) -> Tensor:
         """The same from the decoder's hidden states."""
-        last = torch.tensor(packed.bounds[1:], device=hidden.device) - 1
-        inside = (packed.targets_T != IGNORE).nonzero()[:, 0]
-        at = {"scores": last, "values": inside}[want] if want != "both" else torch.cat((last, inside))
-        read: Tensor = self.score(hidden.index_select(0, at))
+        at = [_last(packed, hidden.device)] if want in ("scores", "both") else []
+        at += [_labelled(packed)] if want in ("values", "both") else []
+        chosen = hidden.index_select(0, torch.cat(at) if len(at) > 1 else at[0])
+        wide = torch.promote_types(chosen.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):  # in 16 bit different answers would get equal scores
+            read = F.linear(chosen.to(wide), self.score.weight.to(wide))
         scores: Tensor = read[:, 0].float() + self.bias
         return scores
+
+
+def _labelled(packed: Packed) -> Tensor:
+    """The places of the labels."""
+    if packed.labelled_N is not None:
+        return packed.labelled_N  # type: ignore[no-any-return]
+    return (packed.targets_T != IGNORE).nonzero()[:, 0]  # type: ignore[no-any-return]
+
+
+def _last(packed: Packed, device: torch.device) -> Tensor:
+    """The places of the documents' last tokens."""
+    offsets = torch.tensor(packed.bounds, device=device) if packed.offsets is None else packed.offsets
+    return offsets[1:].long() - 1
 
 
 def on_meta(kind: type[M], config: DecoderConfig) -> M:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tetrad.kernels.onednn import linear, pieces
+from tetrad.kernels.onednn import linear, pieces, widened
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}  # of float32 logits at a time; on a CPU more is no faster
 CHUNK_ROWS = 256  # at least, or the matrix products are inefficient
@@ -87,7 +87,8 @@ class _Head:
     def softmax(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """The chunk's logits, probabilities (which the next call overwrites), and log of the normaliser [n, 1]."""
         probs = self.probs[: rows.stop - rows.start]
-        logits = linear(self.hidden[rows], self.weight).to(self.wide)
+        part = self.hidden[rows]
+        logits = widened(part, self.weight.t()) if part.is_cuda else linear(part, self.weight).to(self.wide)
         if self.temperature != 1.0:
             logits /= self.temperature
         torch.softmax(logits, 1, out=probs)
@@ -114,7 +115,7 @@ class _Gradients:
         if part.dtype == self.weight.dtype:
             self.weight.addmm_(slopes.T, part)
         else:
-            self.weight += slopes.T @ part
+            self.weight += widened(slopes.T, part)
 
 
 class _NllSum(torch.autograd.Function):

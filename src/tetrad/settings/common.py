@@ -44,6 +44,9 @@ class Run:
     """Processes that read and tokenise; 0 is one per core."""
     micro_batch_tokens: Count = unkeyed(4096)
     """Tokens per forward and backward pass: affects memory and speed; results differ by rounding."""
+    activation_checkpointing: bool = unkeyed(False)
+    """Keep only what enters each block of a model and compute the rest again in the backward pass: less memory, about a
+    third more time, the same numbers."""
     save_every: Whole = unkeyed(0)
     """Steps between checkpoints; 0 saves about ten per stage."""
     keep: Count = unkeyed(2)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fake_cuda import CUDA, fake_cuda
 from tetrad.inference import sampler as module
 from tetrad.inference.sampler import Sampled, SamplingBatch, pick
 from tetrad.inference.sampler import sample as sample_by
@@ -195,3 +196,29 @@ def test_a_bias_chooses_and_the_models_own_chance_is_told():
         assert float(drawn.logprobs) == pytest.approx(-200.0, rel=1e-5)
     hot = draw(logits, torch.tensor([0.5]), Sampling(temperature=2.0), biases=[{0: 400.0}])
     assert float(hot.logprobs) == pytest.approx(-100.0, rel=1e-5)
+
+
+def test_deterministic_sums_on_a_gpu_are_of_whole_numbers(monkeypatch):
+    """CUDA has no deterministic running sum of floats: with top-p the step would end with an error."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    settings = Sampling(top_p=0.9, temperature=0.7, top_k=7)
+    with fake_cuda() as calls:
+        column = torch.empty(3, 1, device=CUDA)
+        batch = SamplingBatch(None, column, column.long(), column, None, False, settings.top_k, None, ())
+        drawn = sample_by(torch.empty(3, 500, device=CUDA), torch.empty(3, device=CUDA), batch)
+    assert drawn.ids.is_cuda
+    summed = [given[0].dtype for given, _ in calls.named("cumsum")]
+    assert len(summed) == 2 and set(summed) == {torch.int64}
+
+
+def test_exact_sums_are_the_sums():
+    """To 2^-40 of the total; what is 0 adds nothing, not even by rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(50, 3000, generator=generator).pow(9) * torch.rand(50, 1, generator=generator)
+    weights[torch.rand(weights.shape, generator=generator) < 0.5] = 0
+    sums = module._exact(weights.double())
+    expected = weights.cumsum(-1, dtype=torch.float64)
+    assert ((sums - expected).abs() <= 2**-40 * expected[:, -1:]).all()
+    steps = sums.diff(dim=-1)
+    assert (steps >= 0).all() and (steps[weights[:, 1:] == 0] == 0).all()
+    assert (steps[weights[:, 1:] > 1e-9] > 0).all()
