@@ -187,15 +187,48 @@ JOBS: dict[str, Callable[[], Found]] = {
 }
 
 
+class Unsummed(collectives.GradientSum):
+    """Leaves each process its own gradients."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__([])
+
+    def finish(self) -> None:
+        pass
+
+
 @contextmanager
 def without(name: str) -> Iterator[None]:
     """`collectives` with one collective that does nothing."""
     kept = getattr(collectives, name)
-    setattr(collectives, name, lambda given, *_: dict(given) if name == "sum_counts" else given)
+    idle = {"sum_counts": dict, "sum_tensor": lambda given: given, "GradientSum": Unsummed}
+    setattr(collectives, name, idle[name])
     try:
         yield
     finally:
         setattr(collectives, name, kept)
+
+
+def in_buckets(rank: int) -> Found:
+    """Gradients of two backwards on the first process and one on the other, in many small buckets, and the sums of all
+    by themselves; how many buckets had been sent when the last backward ended."""
+    packs = [toys.packed(toys.documents(4, seed=10 * rank + i)) for i in range(2 - rank)]
+    model, size = toys.causal(seed=4), collectives.BUCKET_BYTES
+    for packed in packs:
+        model(packed).backward()
+    alone = [collectives.sum_tensor(p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    collectives.BUCKET_BYTES = 4096
+    gradients = collectives.GradientSum(model.parameters(), len(packs))
+    sent = [len(gradients._buckets)]
+    for packed in packs:
+        with gradients.one_pass():
+            model(packed).backward()
+        sent.append(len(gradients._sent))
+    gradients.finish()
+    collectives.BUCKET_BYTES = size
+    together = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return {"buckets": torch.tensor(sent), "summed": together, "one by one": torch.cat([x.flatten() for x in alone])}
 
 
 def every_collective() -> Found:
@@ -207,10 +240,10 @@ def every_collective() -> Found:
     missing = nn.Linear(2, 1, bias=False)
     if rank == 0:
         missing.weight.grad = torch.tensor([[3.0, 4.0]])
-    collectives.sum_gradients(missing.parameters())
+    collectives.GradientSum(missing.parameters()).finish()
     assert missing.weight.grad is not None
     unused = nn.Linear(2, 1, bias=False)
-    collectives.sum_gradients(unused.parameters())
+    collectives.GradientSum(unused.parameters()).finish()
     return {
         "share": torch.tensor(list(collectives.shard(range(5)))),
         "gather": torch.tensor(collectives.gather(collectives.shard(range(5)))),
@@ -223,6 +256,7 @@ def every_collective() -> Found:
         "gradient": missing.weight.grad,
         "weights": weights(model),
         "rank": torch.tensor([rank, collectives.size(), int(collectives.is_main())]),
+        **in_buckets(rank),
     }
 
 
@@ -230,7 +264,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     collectives.start("cpu")
     results = {name: job() for name, job in JOBS.items()} | {"collectives": every_collective()}
-    for name in ("sum_gradients", "sum_counts", "sum_tensor"):
+    for name in ("GradientSum", "sum_counts", "sum_tensor"):
         with without(name):
             broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "dpo", "ppo", "grpo")
             results |= {f"{job} without {name}": JOBS[job]() for job in broken}

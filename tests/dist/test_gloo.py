@@ -70,15 +70,25 @@ def test_whitening_spans_the_ranks(ranks: list[dict[str, Found]]) -> None:
     assert (apart - alone).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("broken", ["sum_gradients", "sum_counts"])
+@pytest.mark.parametrize("broken", ["GradientSum", "sum_counts"])
 @pytest.mark.parametrize("job", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_without_its_collectives_it_goes_wrong(ranks: list[dict[str, Found]], job: str, broken: str) -> None:
     """The gradients are really summed: where they are not, the processes part, or leave the one process's way."""
     alone = of_one_process(job)["weights"]
     found = [rank[f"{job} without {broken}"]["weights"] for rank in ranks]
     assert max(relative(part, alone) for part in found) > 1e-4
-    if broken == "sum_gradients":
+    if broken == "GradientSum":
         assert relative(*found) > 1e-4
+
+
+def test_gradients_travel_in_buckets(ranks: list[dict[str, Found]]) -> None:
+    """All of them during the last backward, and the sums are those of tensors one by one, to the bit."""
+    for found in (rank["collectives"] for rank in ranks):
+        assert torch.equal(found["summed"], found["one by one"])
+        buckets, *sent = found["buckets"].tolist()
+        assert buckets > 5
+        assert sent[:-1] == [0] * (len(sent) - 1)
+        assert sent[-1] == buckets
 
 
 def test_collectives(ranks: list[dict[str, Found]]) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from tetrad.distributed import watchdog
 
 T = TypeVar("T")
+BUCKET_BYTES = 8 << 20
+"""Of gradients that travel together: larger ones wait longer to be full, smaller ones cost calls."""
 _NEVER = timedelta(days=30)  # the watchdog decides how long to wait, and for which rank
 
 
@@ -116,20 +119,74 @@ def sum_by_name(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sums every gradient over ranks; a rank without work counts as zeros. A parameter without one on all ranks
-    keeps none, so that the optimizer skips it as it does on one process."""
-    with _collective("sum of gradients") as many:
-        if not many:
-            return
-        every = list(parameters)
-        ranks_with_one = torch.tensor([parameter.grad is not None for parameter in every], dtype=torch.int32)
-        dist.all_reduce(ranks_with_one)
-        for parameter, ranks in zip(every, ranks_with_one.tolist(), strict=True):
-            if ranks and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if ranks:
-                dist.all_reduce(parameter.grad)
+class GradientSum:
+    """The sum of every gradient over ranks; a rank without work counts as zeros. A parameter without one on all ranks
+    keeps none, so that the optimizer skips it as it does on one process.
+
+    Gradients travel in buckets, each as soon as the last backward has filled it: from the last parameter to the first,
+    in the same order on all ranks. A bucket replaces the gradients in it, as views. passes: backwards to come.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], passes: int = 0) -> None:
+        self._passes = passes
+        self._buckets = _buckets([*parameters][::-1]) if dist.is_initialized() else []
+        self._unfilled: list[set[nn.Parameter]] = []  # of the buckets that the running backward fills
+        self._sent: list[dist.Work] = []
+        self._lacking: list[bool] = []
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Around each backward. In the last one buckets are sent."""
+        hooks, self._passes = [], self._passes - 1
+        if not self._passes:
+            self._unfilled = list(map(set, self._buckets))
+            owners = [(p, number) for number, bucket in enumerate(self._buckets) for p in bucket]
+            hooks = [p.register_post_accumulate_grad_hook(partial(self._filled, number)) for p, number in owners]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _filled(self, number: int, parameter: Tensor) -> None:
+        self._unfilled[number].discard(parameter)  # type: ignore[arg-type]
+        while len(self._sent) < len(self._buckets) and not self._unfilled[len(self._sent)]:
+            self._send()
+
+    def _send(self) -> None:
+        bucket = self._buckets[len(self._sent)]
+        self._lacking += [p.grad is None for p in bucket]
+        flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in bucket])
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._sent.append(dist.all_reduce(flat, async_op=True))
+
+    def finish(self) -> None:
+        """Sends what is left, and waits for all."""
+        with _collective("sum of gradients") as many:
+            while many and len(self._sent) < len(self._buckets):
+                self._send()
+            for work in self._sent:
+                work.wait()
+            lacking = torch.tensor(self._lacking, dtype=torch.int32)
+            if many:
+                dist.all_reduce(lacking)
+        for parameter, ranks in zip((p for bucket in self._buckets for p in bucket), lacking.tolist(), strict=True):
+            if ranks == size():
+                parameter.grad = None
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """In this order, each of one kind and of at most BUCKET_BYTES, or one parameter."""
+    buckets: list[list[nn.Parameter]] = []
+    for parameter in parameters:
+        kind, last = (parameter.dtype, parameter.device), buckets[-1] if buckets else []
+        room = BUCKET_BYTES - sum(p.nbytes for p in last)
+        if last and parameter.nbytes <= room and kind == (last[0].dtype, last[0].device):
+            last.append(parameter)
+        else:
+            buckets.append([parameter])
+    return buckets
 
 
 def same_weights(model: nn.Module) -> None:

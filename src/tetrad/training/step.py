@@ -128,26 +128,34 @@ def update(
     optimizer.clear()
     sums: dict[str, Tensor] = {}
     scales: dict[str, tuple[str, float]] = {}
-    largest: dict[str, float] = {}
+    largest: dict[str, Tensor] = {}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = collectives.GradientSum(parameters, len(micros))
     for micro in counted("learning", micros, len(micros)):
         with device.compute():
             parts = terms(model, micro)
-        largest |= {t.name: max(float(t.sum), largest.get(t.name, -math.inf)) for t in parts if t.per == MAX}
+        largest |= {t.name: torch.maximum(t.sum, largest.get(t.name, t.sum)).detach() for t in parts if t.per == MAX}
         parts = [t for t in parts if t.per != MAX]
-        _backward(_loss(parts, totals))
+        with gradients.one_pass():
+            _backward(_loss(parts, totals))
         for t in parts:
             sums[t.name] = sums.get(t.name, 0) + t.sum.detach().double()
             scales[t.name] = (t.per, t.coefficient)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    collectives.sum_gradients(parameters)
+    gradients.finish()
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
-    summed, largest = _over_ranks({name: float(value) for name, value in sums.items()}, scales, largest)
+    summed, highest = _over_ranks(_numbers(sums), scales, _numbers(largest))
     means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
     loss = math.fsum(means[name] * scales[name][1] for name in means)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _raise_nonfinite(loss, norm, micros, partial(_finite, model, terms, totals, device))
     optimizer.step(factor)
-    return StepStats(loss, norm, optimizer.lr * factor, means | largest, totals[_TOKENS_READ])
+    return StepStats(loss, norm, optimizer.lr * factor, means | highest, totals[_TOKENS_READ])
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read together: a GPU is waited for once."""
+    values = torch.stack([tensor.double() for tensor in tensors.values()]).tolist() if tensors else []
+    return dict(zip(tensors, values, strict=True))
 
 
 def mean_loss(model: nn.Module, micros: Sequence[Microbatch], terms: Terms, device: Device) -> float:

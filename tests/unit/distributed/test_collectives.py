@@ -28,5 +28,5 @@ def test_weights_and_gradients_stay():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     layer = nn.Linear(2, 1)
     layer.weight.grad = torch.ones(1, 2)
-    collectives.sum_gradients(layer.parameters())
+    collectives.GradientSum(layer.parameters()).finish()
     assert torch.equal(layer.weight.grad, torch.ones(1, 2))
