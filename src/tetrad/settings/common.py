@@ -17,7 +17,7 @@ from tetrad.settings.base import (
     unkeyed,
 )
 
-TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")
+TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
 """Each a package of this name, and an extra of Tetrad's."""
 
 
@@ -56,7 +56,7 @@ class Run:
     report: bool = unkeyed(True)
     """Write runs/<name>/report.html, a page to look at, after each stage."""
     trackers: tuple[str, ...] = unkeyed(())
-    """Where metrics and samples go too: tensorboard, wandb, swanlab, trackio; offline in runs/NAME/trackers."""
+    """Where metrics and samples go too: tensorboard, wandb, swanlab, trackio, mlflow; offline in runs/NAME/trackers."""
     grace: NotNegative = unkeyed(60.0)
     """Seconds that an iteration of PPO or GRPO may still take after SIGTERM."""
 

@@ -4,12 +4,13 @@ Each tracker has a thread and a bounded queue, so that whatever it does, the run
 then on, with one warning; what one that hangs or is slow can't take is dropped, and counted in a warning at the end of
 the stage, which waits for it for 5 seconds or a hundredth of the stage, whichever is more, and a few times that if it
 is only slow. All write below runs/NAME/trackers, without a network, unless their own environment (WANDB_MODE,
-SWANLAB_MODE, TRACKIO_SPACE_ID) asks for more; secrets are read from there alone. A stage that resumes goes on with its
-run.
+SWANLAB_MODE, TRACKIO_SPACE_ID, MLFLOW_TRACKING_URI) asks for more; secrets are read from there alone. A stage that
+resumes goes on with its run.
 """
 
 import hashlib
 import importlib
+import logging
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Full, Queue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tetrad import storage
 from tetrad.distributed import collectives
@@ -26,6 +27,7 @@ from tetrad.training.context import StageContext
 
 WAITING = 2000  # lines that wait for a slow tracker
 LEAST_PATIENCE, PATIENCE = 5.0, 0.01  # for a tracker without progress at the end of a stage: seconds, share of it
+MLFLOW_LINES, MLFLOW_MS = 500, 5000  # it gets metrics so many at once, or so often: a transaction costs milliseconds
 LONGEST = 6  # times as long for one that is slow but moves
 
 
@@ -171,4 +173,43 @@ def _trackio(place: Place) -> Sink:
     return Sink(lambda step, n: log(n, step=step), lambda step, text: log({"samples": text}, step=step), run.finish)
 
 
-SINKS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio}
+def _mlflow(place: Place) -> Sink:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it is read when mlflow is imported
+    uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{place.folder.resolve()}/mlflow.db")
+    mlflow = importlib.import_module("mlflow")
+    for name in ("alembic", "mlflow.store.db.utils"):  # they tell each table that they make
+        logging.getLogger(name).setLevel(logging.WARNING)
+    client = mlflow.MlflowClient(uri)
+    there = client.get_experiment_by_name(place.project)
+    files = {} if "MLFLOW_TRACKING_URI" in os.environ else {"artifact_location": str(place.folder.resolve() / "files")}
+    experiment = there.experiment_id if there else client.create_experiment(place.project, **files)
+    old = client.search_runs([experiment], f"tags.tetrad = '{place.identity}'", max_results=1)
+    run = (old[0] if old else client.create_run(experiment, None, {"tetrad": place.identity}, place.stage)).info.run_id
+    entity = importlib.import_module("mlflow.entities")
+    client.log_batch(run, params=[entity.Param(name, str(value)) for name, value in place.settings.items()])
+    client.update_run(run, "RUNNING")
+
+    waiting: list[Any] = []
+
+    def flush() -> None:
+        client.log_batch(run, waiting)
+        waiting.clear()
+
+    def metrics(step: int, numbers: dict[str, float]) -> None:
+        now = round(1000 * time.time())
+        if waiting and (now - waiting[0].timestamp > MLFLOW_MS or len(waiting) + len(numbers) > MLFLOW_LINES):
+            flush()
+        waiting.extend(entity.Metric(name, number, now, step) for name, number in numbers.items())
+
+    def sample(step: int, text: str) -> None:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        client.log_text(run, text, f"samples/{step:06}-{digest}.json")
+
+    def close() -> None:
+        flush()
+        client.set_terminated(run)
+
+    return Sink(metrics, sample, close)
+
+
+SINKS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio, "mlflow": _mlflow}
