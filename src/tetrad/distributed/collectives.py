@@ -149,7 +149,7 @@ class GradientSum:
                 hook.remove()
 
     def _filled(self, number: int, parameter: Tensor) -> None:
-        self._unfilled[number].discard(parameter)  # type: ignore[arg-type]
+        self._unfilled[number].discard(parameter)
         while len(self._sent) < len(self._buckets) and not self._unfilled[len(self._sent)]:
             self._send()
 

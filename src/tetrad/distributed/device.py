@@ -53,6 +53,18 @@ class Device:
         moved = replace(packed, ids_T=ids, positions_T=positions, targets_T=targets, keys_T=keys)
         return replace(moved, labelled_N=labelled, offsets=offsets, recompute=self.recompute)
 
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """In which the matrices of a model that only reads are kept."""
+        return self.dtype if self.torch_device.type == "cuda" else torch.float32
+
+    def read(self, *tensors: Tensor) -> list[list[float]]:
+        """Their numbers, tensors of one size. A GPU is waited for once."""
+        if self.torch_device.type != "cuda":
+            return [tensor.tolist() for tensor in tensors]
+        rows: list[list[float]] = torch.stack([tensor.double() for tensor in tensors]).tolist()
+        return rows
+
     def move(self, tensor: Tensor) -> Tensor:
         """From the CPU. To a GPU by way of pinned memory, from which a copy is not waited for."""
         if self.torch_device.type != "cuda":

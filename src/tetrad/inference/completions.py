@@ -69,15 +69,17 @@ def complete(
     sampling: Sampling,
     tokenizer: Tokenizer,
     device: Device,
+    keep: bool = False,
 ) -> list[Completion]:
     """One response per prompt. numbers: each prompt's index in the whole batch, which with key = (seed, purpose, step)
-    determines its random numbers; a prompt that appears several times in a row is computed once."""
+    determines its random numbers; a prompt that appears several times in a row is computed once.
+    keep: as of `generate`."""
     model.eval()
     requests = []
     for prompt, group in groupby(zip(prompts, numbers, strict=True), itemgetter(0)):
         keys = tuple((*key, number) for _, number in group)
         requests.append(Request(prompt.ids, sampling, keys, model.config.eos_ids))
-    responses = generate(model, requests, device, sampling.max_num_seqs)
+    responses = generate(model, requests, device, sampling.max_num_seqs, keep=keep)
     pairs = zip(prompts, responses, strict=True)
     return [Completion.of(prompt, r, tokenizer.decode(r.ids), tokenizer) for prompt, r in pairs]
 

@@ -32,14 +32,14 @@ class Replayed:
     """Calls `compute` with one id and its position per row."""
 
     def __init__(self, compute: Compute, slots: int, positions: int, device: Device) -> None:
-        self._compute, self._slots, self._positions, self._device = compute, slots, positions, device.torch_device
+        self._compute, self._slots, self._positions, self._device = compute, slots, positions, device
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._pool: Any = None
 
     def __call__(self, ids: list[int], positions: list[int]) -> Tensor:
         """Logits [N, V]; overwritten by the next call."""
         inputs, length = torch.tensor([ids, positions]), max(positions) + 1
-        if self._device.type != "cuda":
+        if self._device.torch_device.type != "cuda":
             return self._compute(inputs[0], inputs[1], length, len(ids) == 1)
         rows = rounded(len(ids), 1, self._slots)
         length = rounded(length, _LEAST_LENGTH, self._positions)
@@ -47,23 +47,25 @@ class Replayed:
         if captured is None:
             captured = self._graphs[rows, length] = self._captured(rows, length)
         captured.inputs.zero_()
-        captured.inputs[:, : len(ids)].copy_(inputs)
+        captured.inputs[:, : len(ids)].copy_(self._device.move(inputs))
         captured.graph.replay()
         return captured.logits[: len(ids)]
 
     def _captured(self, rows: int, length: int) -> _Graph:
         """Warmed up first, so that no kernel is loaded during capture. What this writes goes to the last position,
         which no response reads: its last id is never an input."""
-        inputs = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
+        place = self._device.torch_device
+        inputs = torch.zeros(2, rows, dtype=torch.int64, device=place)
         inputs[1] = self._positions - 1
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
+        side = torch.cuda.Stream(place)
+        side.wait_stream(torch.cuda.current_stream(place))
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._compute(inputs[0], inputs[1], length, False)
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        torch.cuda.current_stream(place).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may call CUDA meanwhile: NCCL's asks how far its kernels are.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._compute(inputs[0], inputs[1], length, False)
         self._pool = self._pool or graph.pool()
         return _Graph(graph, inputs, logits)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from tetrad.console import phase
 from tetrad.distributed.device import Device, free_bytes
 from tetrad.errors import UserError
-from tetrad.inference.cuda_graphs import Replayed
+from tetrad.inference.cuda_graphs import Replayed, rounded
 from tetrad.inference.fused_model import Fused
 from tetrad.inference.kv_cache import Cache, cache_bytes
 from tetrad.inference.sampler import SamplingBatch, sample
@@ -290,11 +291,11 @@ class Engine:
             requests = [row.request for row in rows]
             size, biases = logits.shape[-1], [request.bias for request in requests]
             self._sampling = SamplingBatch.of([request.sampling for request in requests], biases, size, device)
-        uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows]).to(device)
+        uniforms = self.device.move(torch.tensor([row.uniforms[len(row.ids)] for row in rows]))
         histories = [(r.request.sampling, r.request.ids, r.ids) for r in rows] if self._sampling.penalised else ()
         top = max(row.request.top for row in rows)
         sampled = sample(logits, uniforms, self._sampling, histories, top)
-        ids, logprobs = sampled.ids.tolist(), sampled.logprobs.tolist()
+        ids, logprobs = self.device.read(sampled.ids, sampled.logprobs)
         if not all(map(math.isfinite, logprobs)):
             what, hint = "the model's logits are no numbers", "it is damaged: train it again"
             raise UserError("E-NUM-NONFINITE", what, hint=hint)
@@ -302,7 +303,7 @@ class Engine:
         if sampled.top:
             pairs = zip(*(part.tolist() for part in sampled.top), strict=True)
             likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
-        return list(map(_event, rows, ids, logprobs, likeliest))
+        return list(map(_event, rows, map(int, ids), logprobs, likeliest))
 
 
 def _decode(model: Fused, cache: Cache, ids_N: Tensor, positions_N: Tensor, length: int, full: bool) -> Tensor:
@@ -345,16 +346,28 @@ def generate(
     device: Device,
     slots: int,
     tokenizer: Tokenizer | None = None,
+    keep: bool = False,
 ) -> list[Response]:
-    """The responses, request by request. tokenizer: if they carry text, or have stop texts.
+    """The responses, request by request. tokenizer: if they carry text, or have stop texts. keep: this model will
+    generate again, with other weights: on a GPU its cache and what was captured are kept for then.
 
     Errors: E-DATA-LONG if a prompt and its longest response exceed the model's positions; E-MEM-FULL.
     """
     if not requests:
         return []
     positions = padded(max(len(r.ids) + r.sampling.max_new_tokens for r in requests), device.torch_device)
-    fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
-    engine = Engine(fused, device, min(slots, sum(len(r.keys) for r in requests)), positions, tokenizer)
+    slots, keep = min(slots, sum(len(r.keys) for r in requests)), keep and _can_be_kept(model, device)
+    if keep:  # the next prompts may be longer
+        positions = rounded(positions, 256, model.config.max_positions)
+    # Not in the store while it works: what an error leaves of it is of no use.
+    engine = _kept.pop(model, None) if isinstance(model, CausalLM) else None
+    if engine and isinstance(model, CausalLM) and engine.slots >= slots and engine.positions >= positions:
+        engine.model.refill(model)
+        engine.tokenizer, keep = tokenizer, True
+    else:
+        engine = None  # its memory first
+        fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
+        engine = Engine(fused, device, slots, positions, tokenizer)
     for request in requests:
         engine.add(request)
     responses: dict[tuple[int, int], Response] = {}
@@ -363,4 +376,15 @@ def generate(
             if event.response:
                 responses[event.request_id, event.sample_index] = event.response
             bar.advance(int(event.response is not None), tokens=tokens)
+    if keep and isinstance(model, CausalLM):
+        _kept[model] = engine
     return [responses[key] for key in sorted(responses)]
+
+
+_kept: WeakKeyDictionary[CausalLM, Engine] = WeakKeyDictionary()
+
+
+def _can_be_kept(model: CausalLM | Fused, device: Device) -> bool:
+    """On a GPU, where all weights of the form for decoding are copies. A CPU captures nothing, and needs the memory."""
+    gpu = device.torch_device.type == "cuda"
+    return gpu and isinstance(model, CausalLM) and model.model.embed_tokens.weight.dtype != device.dtype

@@ -33,6 +33,13 @@ class _Layer:
     gate_up: Product
     down: Product
 
+    def take(self, other: "_Layer") -> None:
+        """The numbers of another one."""
+        for name in ("qkv", "out", "gate_up", "down"):
+            getattr(self, name).take(getattr(other, name))
+        if self.scale_HD is not None and other.scale_HD is not None:
+            self.scale_HD.copy_(other.scale_HD)
+
 
 class Fused:
     """Weights in `dtype`. positions: the longest text, in tokens; 0 is the model's."""
@@ -45,10 +52,24 @@ class Fused:
         self.embedding = model.model.embed_tokens.weight.detach().to(dtype)
         self.head = Product(self.embedding if c.tied else model.head_weight.detach().to(dtype))
         self._floor, self._head_floor = (torch.tensor(sqrt(c.norm_eps * size)) for size in (c.hidden_size, c.head_dim))
-        self.last_norm = (sqrt(c.hidden_size) * model.model.norm.weight.detach()).to(dtype)
+        self.last_norm = self._norm(model)
         positions = min(positions or c.max_positions, c.max_positions)
         angle = torch.arange(positions, device=self.embedding.device)[:, None].float() * model.model.inv_freq
         self.rotations = torch.polar(torch.ones_like(angle), angle)  # [positions, D / 2], complex
+
+    def _norm(self, model: CausalLM) -> Tensor:
+        return (sqrt(self.config.hidden_size) * model.model.norm.weight.detach()).to(self.dtype)
+
+    @torch.no_grad()
+    def refill(self, model: CausalLM) -> None:
+        """Takes the weights of this model, of the same shape, layer by layer and in the memory that there is: what was
+        captured of it stays valid. Only where no tensor is the model's own: `dtype` is not that of its parameters."""
+        for mine, layer in zip(self.layers, model.model.layers, strict=True):
+            mine.take(_fused(layer, self.config, self.dtype))  # type: ignore[arg-type]
+        self.embedding.copy_(model.model.embed_tokens.weight)
+        tied = self.config.tied
+        self.head.take(Product(self.embedding if tied else model.head_weight.detach().to(self.dtype)))
+        self.last_norm.copy_(self._norm(model))
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, wanted_N: Tensor | None = None) -> Tensor:
         """Normed hidden states [T, hidden]; only of the wanted tokens if some are given, [N, hidden]."""

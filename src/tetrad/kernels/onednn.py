@@ -94,6 +94,13 @@ class Product:
             return _linear(x, self._packed, self._bias)
         return x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
 
+    def take(self, other: "Product") -> None:
+        """The numbers of another one of this size, in the same memory, but for oneDNN's own layout."""
+        self._weight.copy_(other._weight)
+        self._packed = other._packed
+        if self._bias is not None and other._bias is not None:
+            self._bias.copy_(other._bias)
+
     def wide(self, x: Tensor) -> Tensor:
         """The product without bias, in float32."""
         return widened(x, self._weight) if x.is_cuda else self(x).float()

@@ -32,7 +32,7 @@ from tetrad.inference.model_folder import (
 )
 from tetrad.model.config import is_reward
 from tetrad.model.huggingface import read_members
-from tetrad.model.transformer import ScalarModel
+from tetrad.model.transformer import ScalarModel, narrowed
 from tetrad.settings.common import Run
 from tetrad.stages import POLICY
 from tetrad.text.chat_template import Template
@@ -159,7 +159,7 @@ def load_reward(folder: str | Path, template: str = "", *, device: str = "auto",
     place = chosen_device(device, dtype)
     members, tokenizer = read_members(path), Tokenizer.load(path)
     for member in members:
-        member.requires_grad_(False).eval().to(place.torch_device)
+        narrowed(member.requires_grad_(False).eval().to(place.torch_device), place.frozen_dtype)
     refuse_small_vocabulary(members[0].config.vocab_size, tokenizer, path)
     return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), place, path)
 
@@ -191,6 +191,7 @@ def reward_model(
     """The rewards of the reward model in this folder; see `reward_function`. tokenizer: the policy's where it is being
     trained; see `sample_tokenizer`."""
     members = [member.requires_grad_(False).to(device.torch_device) for member in read_members(folder)]
+    members = [narrowed(member, device.frozen_dtype) for member in members]
     tokenize_samples = sample_tokenizer(ctx, folder, tokenizer)
     return reward_function(members, device, ctx.recipe.run.micro_batch_tokens, tokenize_samples, uncertainty_penalty)
 

@@ -19,7 +19,7 @@ from tetrad.inference.model_folder import refuse_other_tokenizer
 from tetrad.model.huggingface import read_scalar
 from tetrad.model.lora import adapter_tensors, merged, share_weights
 from tetrad.model.safetensors_io import tensor_chunks
-from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head
+from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head, narrowed
 from tetrad.reward.model import Reward, reward_function, sample_tokenizer
 from tetrad.reward.sources import RewardSources, reward_sources
 from tetrad.seeds import seed_for
@@ -140,6 +140,8 @@ def load_policy(ctx: StageContext, s: OnPolicy) -> PolicyModels:
         adapt(ctx, actor, seed_for(ctx.recipe.seed, "actor"))
     else:
         actor = read_policy(folder, tokenizer, template).to(place)
+    if not s.adapters:  # else its weights are the base that adapters are merged with
+        narrowed(reference, device.frozen_dtype)
     reward = _reward_on(ctx, reference, tokenizer, device) if s.adapters and used else None
     return PolicyModels(
         actor=actor,

@@ -50,7 +50,7 @@ def roll_out(
     device: Device,
 ) -> Rollout:
     """One response per prompt; see `complete`."""
-    samples = complete(actor, prompts, indices, key, sampling, tokenizer, device)
+    samples = complete(actor, prompts, indices, key, sampling, tokenizer, device, keep=True)
     documents = []
     for sample in samples:
         ids = np.asarray(sample.prompt_ids + sample.response_ids, np.int32)

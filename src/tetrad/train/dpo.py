@@ -21,7 +21,7 @@ from tetrad.distributed import collectives
 from tetrad.distributed.device import Device, choose
 from tetrad.model.config import read_config
 from tetrad.model.lora import share_weights
-from tetrad.model.transformer import CausalLM, frozen
+from tetrad.model.transformer import CausalLM, frozen, narrowed
 from tetrad.objectives import dpo, preference
 from tetrad.reward.batches import Examples, PreferenceTargets, answer_tokens, preference_micros
 from tetrad.reward.data import tokenized
@@ -62,7 +62,7 @@ def load_models(ctx: StageContext, data: "Comparisons") -> tuple[CausalLM, Causa
     folder, tokenizer, template, place = data.folder, data.tokenizer, data.template, data.device.torch_device
     reference = frozen(read_policy(folder, tokenizer, template)).to(place)
     if not ctx.recipe.dpo.adapters:
-        return reference, read_policy(folder, tokenizer, template).to(place)
+        return narrowed(reference, data.device.frozen_dtype), read_policy(folder, tokenizer, template).to(place)
     policy = share_weights(CausalLM, reference)
     adapters.adapt(ctx, policy, seed_for(ctx.recipe.seed, "dpo"))
     return reference, policy

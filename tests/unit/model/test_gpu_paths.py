@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fake_cuda import CUDA, fake_cuda
 from tetrad.model.attention import Bucket, packed_attention, plan_for
-from tetrad.model.transformer import CausalLM, RMSNorm, ScalarModel, on_meta
+from tetrad.model.transformer import CausalLM, RMSNorm, ScalarModel, narrowed, on_meta
 from tetrad.types import Packed
-from toys import config, documents, scalar
+from toys import config, documents, randomise, scalar
 from toys import packed as pack
 
 
@@ -102,3 +102,22 @@ def test_float32_has_a_kernel_without_the_square(monkeypatch):
         plan.__dict__["buckets"] = tuple(Bucket(rows, *islice(fakes, 3)) for rows, *_ in sizes)
         assert packed_attention(q, k, k, plan).shape == q.shape
     assert set(given) == {(4, 4, False)}
+
+
+@pytest.mark.parametrize(("kind", "want"), [(CausalLM, "logprobs"), (ScalarModel, "scores")])
+def test_frozen_matrices_in_16_bit_are_the_same_numbers(packed, kind, want):
+    """Autocast rounds them to the same ones each time; embeddings, norms and heads are what they were."""
+    read, sizes = [], []
+    for narrow in (False, True):
+        model = kind(config(tied=False) if kind is CausalLM else config())
+        randomise(model, seed=4)
+        model.requires_grad_(False)
+        if narrow:
+            narrowed(model, torch.bfloat16)
+        sizes.append(sum(p.nbytes for p in model.model.layers.parameters()))
+        with bf16():
+            out = model(packed, want)
+        read.append(out[0] if isinstance(out, tuple) else out)
+    assert torch.equal(*read)
+    assert sizes[1] < 0.6 * sizes[0]
+    assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
