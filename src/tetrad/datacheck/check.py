@@ -61,6 +61,7 @@ def check_recipe(recipe: Recipe, settings: Check, console: Console, pace: cost.P
     if not base.stand_in:
         config = replace(config, vocab_size=max(config.vocab_size, base.tokenizer.size))
     report, error = examine(recipe.name, readings, base, recipe, config, pace)
+    _keep(recipe, report, console)
     _deliver(report, error, readings, settings, console)
 
 
@@ -257,6 +258,14 @@ def _deliver(
         console.say(f"quarantine: {len(rows)} rows in {settings.quarantine}")
     if error:
         raise error
+
+
+def _keep(recipe: Recipe, report: Report, console: Console) -> None:
+    """For the page of the run. A folder that can't be written is a note: nothing but that page needs it."""
+    try:
+        storage.write_file(Path(recipe.run.out) / recipe.name / "check.json", as_json(report).encode(errors="replace"))
+    except UserError as error:
+        console.say(f"note: the page of the run will not show this: {error.what}")
 
 
 def as_json(report: Report) -> str:

@@ -121,9 +121,12 @@ def data_part(figures: Figures) -> Html:
             for item in items
         ]
         files = table([word("setting"), word("file"), "sha256"], dict.fromkeys(map(tuple, rows)))
-        listed = [[finding["level"], finding["text"], finding["where"], finding["fix"]] for finding in run.findings]
+        listed = [
+            [finding["level"], finding["text"], finding["where"], finding["fix"]] for finding in run.findings or ()
+        ]
         checked = table([word("level"), word("finding"), word("where"), word("fix")], listed, word("check"))
-        parts[run.name] = Html(files + (checked or f"<p>{word('no_check', run.folder)}</p>"))
+        without = word("check_clean" if run.findings is not None else "no_check")
+        parts[run.name] = Html(files + (checked or f"<p>{without}</p>"))
     return by_run(figures.runs, parts)
 
 

@@ -95,9 +95,9 @@ class RunRecords:
         return list(read_json(self.folder / "reward" / "model" / "annotators.json").get("annotators", ()))
 
     @cached_property
-    def findings(self) -> Sequence[Mapping[str, Any]]:
-        """What `tetrad check RECIPE --json RUN/check.json` left."""
-        return list(read_json(self.folder / "check.json").get("findings", ()))
+    def findings(self) -> Sequence[Mapping[str, Any]] | None:
+        """What the last `tetrad check` of the recipe left; None without one."""
+        return read_json(self.folder / "check.json").get("findings")
 
 
 def read_runs(folders: Sequence[str]) -> list[RunRecords]:

@@ -35,7 +35,8 @@ def checked(tmp_path: Path) -> Checked:
                 check_files(files, asked, Console(out=out))
             else:
                 (tmp_path / "recipe.toml").write_text(text)
-                check_recipe(recipe.read(tmp_path / "recipe.toml"), asked, Console(out=out))
+                given = recipe.read(tmp_path / "recipe.toml", ["--run.out", str(tmp_path / "runs")])
+                check_recipe(given, asked, Console(out=out))
             assert not error
         except UserError as raised:
             assert re.search(error or "^$", str(raised))
@@ -300,7 +301,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     (tmp_path / "r.toml").write_text('[sft]\ndata = ["s.jsonl"]\n')
     assert main(["check", "r.toml"]) == 3
     assert main(["check", "--html", "o.html", "r.toml", "--data.rename", "question=Instruction", "answer=Output"]) == 0
-    assert (tmp_path / "o.html").is_file() and not (tmp_path / "runs").exists()
+    assert (tmp_path / "o.html").is_file()
+    (kept,) = (path for path in (tmp_path / "runs").rglob("*") if path.is_file())  # nothing else is left
+    assert kept.name == "check.json" and json.loads(kept.read_text())["findings"]
     for words, code in (
         (["check"], "E-CONF-MISSING"),
         (["check", "s.jsonl", "--ppo.steps", "3"], "E-CONF-SYNTAX"),

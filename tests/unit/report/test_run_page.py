@@ -169,6 +169,16 @@ def test_what_is_not_there_yet_is_left_out(tmp_path: Path) -> None:
         read_runs([str(tmp_path / "nothing")])
 
 
+def test_what_check_kept_stands_beside_the_data(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "checked")
+    assert "adds here what it finds" in page(read_runs([str(run)]))
+    (run / "check.json").write_text(json.dumps({"findings": []}))
+    assert "found nothing that needs attention" in page(read_runs([str(run)]))
+    finding = {"level": "warning", "name": "x", "text": "3 rows stand twice <b>", "where": "a:1", "fix": "drop one"}
+    (run / "check.json").write_text(json.dumps({"findings": [finding]}))
+    assert "3 rows stand twice &lt;b&gt;" in page(read_runs([str(run)]))
+
+
 def test_without_the_extra_numbers_stay(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     text = page(read_runs([str(run)]))
