@@ -89,6 +89,32 @@ def test_every_chart_gives_its_numbers(opened: Callable[..., Any], path: Path) -
     page.faults[:] = [fault for fault in page.faults if not fault.startswith("blob:")]
 
 
+@pytest.mark.parametrize("language", ["en-US", "zh-CN"])
+def test_five_questions_are_answered_in_one_screen(
+    opened: Callable[..., Any], shoot: Callable[..., None], language: str
+) -> None:
+    """All five on the first, at 1280 x 900 and on a phone; each leads to the part that shows more."""
+    for width, height in ((1280, 900), (390, 844)):
+        page = opened(language=language, width=width, height=height)
+        assert page.locator(".answers dt").count() == page.locator(".answers dd").count() == 5
+        box = page.locator(".answers").bounding_box()
+        assert box["y"] + box["height"] <= height
+        for number in range(5):
+            page.locator(".answers dt a").nth(number).click()
+            part = page.evaluate("document.querySelector(location.hash).getBoundingClientRect()")
+            assert -1 <= part["top"] < height / 2
+            shoot(page, f"question-{number + 1}-{language}-{width}")
+
+
+def test_on_paper_nothing_is_cut(opened: Callable[..., Any]) -> None:
+    """Every part, and no wider than the sheet: A4 at 96 points an inch."""
+    page = opened(width=794, height=1123)
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    parts = page.locator("section h2")
+    assert parts.count() > 7 and all(parts.nth(number).is_visible() for number in range(parts.count()))
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path(AXE).is_file(), reason="TETRAD_AXE names no axe.min.js (npm install axe-core)")
 def test_no_serious_finding(opened: Callable[..., Any], shoot: Callable[..., None], path: Path, tmp_path: Path) -> None:

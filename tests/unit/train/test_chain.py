@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 
 import numpy as np
@@ -17,6 +18,8 @@ from tetrad.errors import UserError
 from tetrad.inference.completions import read_encoded_prompts
 from tetrad.model.huggingface import read_causal, read_members
 from tetrad.model.safetensors_io import read_tensors
+from tetrad.report.records import read_runs
+from tetrad.report.run_page import page
 from tetrad.reward.model import reward_function
 from tetrad.rl.rollout import roll_out
 from tetrad.settings.common import Sampling
@@ -166,6 +169,9 @@ def test_annotators_are_told(chain: Chain) -> None:
     assert {found["annotator"] for found in told["annotators"]} == {"kim", "lee"}
     assert all(0 < found["low"] <= found["right"] <= found["high"] < 1 for found in told["annotators"])
     assert all(suspect["where"].rpartition("/")[2].startswith("ranked.jsonl:") for suspect in told["suspects"])
+    least = min(told["annotators"], key=lambda person: person["right"])
+    top = page(read_runs([str(chain.home)])).partition("<nav")[0]  # of the page of this run
+    assert re.search(rf"{least['annotator']}\b.{{0,40}}right in {least['right']:.0%}", top)
 
 
 def test_the_gate_is_told_and_heeded(chain: Chain) -> None:
