@@ -1,0 +1,50 @@
+"""The table of methods: the words of its commands are settings of a recipe, and its cells are the seeds' figures."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tetrad.pipeline import recipe
+
+HERE = Path(__file__).parents[3] / "examples"
+
+
+@pytest.fixture(scope="module")
+def worth() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("worth", HERE / "worth.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(HERE))
+    return module
+
+
+@pytest.mark.parametrize("example", ["reviews-en", "reviews-zh"])
+def test_each_method_has_as_many_responses_as_ppo(worth: ModuleType, example: str) -> None:
+    data = HERE / example / "data"
+    words = worth.flags("dpo", worth.DPO[example], data)
+    words += worth.flags("grpo", worth.group_settings(example) | worth.RLOO, data)
+    words += worth.flags("ppo", worth.SAMPLED[example] | worth.PPO, data)
+    read = recipe.read(str(HERE / example / "recipe.toml"), words)
+    assert read.grpo.advantage == "leave_one_out" and read.dpo.data[0].startswith(str(data))
+    responses = {s.steps * s.batch_size * s.samples_per_prompt for s in (read.grpo, read.ppo)}
+    assert responses == {25600}
+    assert read.grpo.missing_eos_penalty == read.ppo.missing_eos_penalty
+
+
+def test_a_row_has_the_mean_and_each_seed(worth: ModuleType) -> None:
+    figures = dict.fromkeys(worth.FIGURES, 0.5) | {"minutes": 2.0, "peak_mib": None, "ridge": {"mean": 9.0}}
+    seeds = [
+        {
+            "sft": figures | {"ridge_gain": {"mean": 0.0}},
+            "ppo": figures | {"ridge_gain": {"mean": gain}, "peak_mib": mib},
+        }
+        for gain, mib in ((1.0, 700.0), (1.5, 800.0))
+    ]
+    head, rule, sft, ppo = worth.table(seeds)
+    assert head.startswith("|  | ridge, gained | kl |") and rule.count("---") == head.count("|") - 1
+    assert sft.startswith("| sft | +0.00 (+0.00, +0.00) | 0.5") and sft.endswith("| 2 | 0 |")
+    assert ppo.startswith("| ppo | +1.25 (+1.00, +1.50) | 0.5") and ppo.endswith("| 2 | 800 |")
