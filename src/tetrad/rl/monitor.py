@@ -144,7 +144,7 @@ class Monitor:
             value = self._recent_mean(rule.metric, value)
         limits = getattr(self.s, rule.metric)
         sign = 1 if rule.above else -1
-        level = sum(sign * value >= sign * limit for limit in limits)
+        level = sum(sign * value >= sign * limit for limit in limits if limit or rule.above)
         if not level:
             return None
         share = " of the start" if rule.relative else ""

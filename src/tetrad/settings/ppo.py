@@ -92,7 +92,7 @@ class Ppo(OnPolicy):
 @settings
 class Alarms:
     """Alarms of PPO and GRPO. Each has two limits: at the first it warns, at the second it stops if `strict` is set.
-    Shares and multiples are relative to the first iterations."""
+    Shares and multiples are relative to the first iterations. A limit of 0 for what must not fall is off."""
 
     strict: bool = unkeyed(False)
     """Stop (exit 5) at the second limit; else every alarm is a warning."""

@@ -84,6 +84,12 @@ def test_limits_are_settings() -> None:
     assert levels(watch(length=(3.0, 4.0)), 3, length=41.0) == {}
 
 
+@pytest.mark.parametrize("name", ["finished", "entropy", "distinct_2", "score_std"])
+def test_a_lower_limit_of_nothing_is_off(name: str) -> None:
+    """Of a rule that all responses keep, equal scores are no fault."""
+    assert levels(watch(**{name: (0.0, 0.0)}), 4, **{name: 0.0}) == {}
+
+
 def test_figures_that_are_missing_raise_nothing() -> None:
     assert watch().alarms(3, {"kl": 1.0}) == []
 
