@@ -186,7 +186,6 @@ def _recipe(verb: str, words: list[str]) -> int:
     if not words or (words[0].startswith("--") and words[-1].startswith("--")):
         hint = f"tetrad {verb} RECIPE.toml"
         raise UserError("E-CONF-MISSING", "no recipe is given", where=verb, hint=hint)
-    words = [word.replace("--nproc", "--run.nproc") if word.partition("=")[0] == "--nproc" else word for word in words]
     path = words.pop(-1 if words[0].startswith("--") else 0)
     from tetrad.pipeline.recipe import read
 

@@ -25,7 +25,7 @@ from tetrad.model.config import DecoderConfig
 from tetrad.model.inspect import parameter_count
 from tetrad.report.sections import Section, Table
 from tetrad.settings.base import uses_reward_model
-from tetrad.settings.common import Lora, OnPolicy
+from tetrad.settings.common import Lora, OnPolicy, Run
 from tetrad.settings.ppo import Ppo
 from tetrad.stages import ON_POLICY, Recipe
 from tetrad.types import StageCost
@@ -33,6 +33,8 @@ from tetrad.types import StageCost
 TRAINED, GRADIENT, FROZEN, COPY = 12, 4, 4, 2  # bytes per parameter; the copy is that in bfloat16
 BASE = 305 << 20  # bytes of a process with torch in it
 COMPILED = 145 << 20  # kernels that oneDNN compiles, where it trains
+VARIETY = {"pretrain": 1 / 8, "sft": 1 / 3}  # of sizes that it compiles for: micro-batches alike, or nearly
+SLICE = 512 << 20  # of logits, and of probabilities, on a GPU
 SHARE = 0.6  # of the speed of large matrix products that a whole step reaches
 ANSWERED = 0.6  # of the longest response, an average one
 DECODED = 0.2  # of it that sampling reaches, token by token
@@ -42,10 +44,19 @@ Pace = Callable[[Recipe, DecoderConfig, StageCost], float]
 """The seconds of a stage on this machine, by trying."""
 
 
-def kept_bytes(config: DecoderConfig, micro_batch_tokens: int) -> int:
-    """Activations that one micro-batch keeps, float32: inputs of norms, projections, attention, feed-forward."""
-    width = 8 * config.hidden_size + 3 * config.heads * config.head_dim + 3 * config.ff
-    return 4 * micro_batch_tokens * (config.layers * width + 4 * config.hidden_size)
+def kept_bytes(config: DecoderConfig, micro_batch_tokens: int, run: Run | None = None) -> int:
+    """Activations that one micro-batch keeps: inputs of norms, projections, attention, feed-forward. They are float32,
+    on a GPU that computes in 16 bit the norms' alone; with activation checkpointing those inside one block."""
+    c, run = config, run or Run()
+    width = 8 * c.hidden_size + 3 * c.heads * c.head_dim + 3 * c.ff
+    block = 2 * width + 4 * c.hidden_size if _half(run) else 4 * width
+    blocks = block + 4 * c.layers * c.hidden_size if run.activation_checkpointing else c.layers * block
+    return micro_batch_tokens * (blocks + 16 * c.hidden_size)
+
+
+def _half(run: Run) -> bool:
+    """Whether it is a GPU that computes in 16 bit."""
+    return run.device == "cuda" and run.dtype != "float32"
 
 
 def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
@@ -57,23 +68,29 @@ def adapter_parameters(config: DecoderConfig, lora: Lora) -> int:
 
 
 def memory(stage: StageCost, config: DecoderConfig, recipe: Recipe) -> int:
-    """A stage's peak memory, in bytes. What sampling needs is freed before training, but seldom returned to the system;
-    the merged model of adapters reuses it. Where sampling comes after training, that has freed what it needed."""
-    n, cache = parameter_count(config), 2 * 4 * config.layers * config.kv_heads * config.head_dim
+    """A stage's peak memory in each process, in bytes: of the machine's, or of a GPU's where `run.device` is "cuda".
+    What sampling needs is freed before training, but seldom returned to the system; the merged model of adapters reuses
+    it. Where sampling comes after training, that has freed what it needed."""
+    run, n, half = recipe.run, parameter_count(config), _half(recipe.run)
+    item, frozen = (2, FROZEN if stage.adapters else COPY) if half else (4, FROZEN)
+    cache = 2 * item * config.layers * config.kv_heads * config.head_dim
     trained = n * stage.trained + adapter_parameters(config, recipe.lora) * stage.adapters
-    sampling = n * FROZEN + (stage.slots + 1) * stage.positions * cache if stage.sampled else 0
-    micro = min(recipe.run.micro_batch_tokens, stage.batch or recipe.run.micro_batch_tokens)
-    training = TRAINED * trained + n * stage.frozen * FROZEN + max(kept_bytes(config, micro), GRADIENT * trained)
-    training += n * COPY * (recipe.run.dtype == "bfloat16")
+    slots = min(stage.slots, math.ceil(stage.responses / run.nproc)) if stage.name in ON_POLICY else stage.slots
+    sampling = n * item + (slots + 1) * stage.positions * cache if stage.sampled else 0
+    micro = min(run.micro_batch_tokens, math.ceil(stage.batch / run.nproc) or run.micro_batch_tokens)
+    training = TRAINED * trained + n * stage.frozen * frozen + max(kept_bytes(config, micro, run), GRADIENT * trained)
+    training += n * COPY * (half or run.dtype == "bfloat16")
+    base = min(2 * SLICE, 8 * micro * config.vocab_size) if run.device == "cuda" else _base(stage)
     if stage.after:
-        return int(_base() + max(training, n * FROZEN * (stage.trained + stage.frozen + stage.after) + sampling))
-    return int(_base() + training + sampling)
+        return int(base + max(training, n * frozen * (stage.trained + stage.frozen + stage.after) + sampling))
+    return int(base + training + sampling)
 
 
-def _base() -> int:
-    """Bytes of a process before it has a model."""
+def _base(stage: StageCost) -> int:
+    """Bytes of a process before it has a model, and of the kernels for the sizes of its micro-batches."""
     with suppress(OSError):
-        return BASE + COMPILED * ("avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+        if "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"):
+            return BASE + int(COMPILED * VARIETY.get(stage.name, 1.0))
     return BASE
 
 
@@ -198,12 +215,14 @@ def section(
     rows = []
     for stage in costs:
         needed = memory(stage, config, recipe)
-        if needed > there and recipe.run.device != "cuda":
-            text = f"the {stage.name} stage needs about {needed / 2**30:.1f} GiB on a CPU"
+        every = needed * recipe.run.nproc
+        if every > there and recipe.run.device != "cuda":
+            text = f"the {stage.name} stage needs about {every / 2**30:.1f} GiB on a CPU"
+            text += f", {recipe.run.nproc} processes together" if recipe.run.nproc > 1 else ""
             section.add("warning", "memory", f"{text}, and this machine has {there / 2**30:.1f} GiB")
         flop = work(stage, config)
         seconds = flop / (rate * SHARE) + 2 * n * stage.sampled / (rate * DECODED)
-        seconds = pace(recipe, config, stage) if pace and needed <= there else seconds
+        seconds = pace(recipe, config, stage) if pace and every <= there else seconds
         section.metrics[stage.name] = {"memory_bytes": needed, "flop": flop, "seconds": seconds}
         models, room = f"{stage.trained:g} + {stage.frozen:g}", f"{needed / 2**30:.1f} GiB"
         models += f", {math.ceil(stage.adapters)} adapters" if stage.adapters else ""
@@ -212,7 +231,8 @@ def section(
     when, source = "time on this CPU", f"{rate / 1e9:.0f} GFLOP/s here, within a factor of two"
     if pace:
         when, source = "time here", "times from trial steps"
-    columns = ("stage", "models trained + frozen", "tokens learned from", "memory", when)
+    per = "memory" if recipe.run.nproc == 1 else "memory a process"
+    columns = ("stage", "models trained + frozen", "tokens learned from", per, when)
     title = f"{n / 1e6:.1f} million parameters; {source}"
     title += "; tokens guessed from characters" if guessed else ""
     section.tables.append(Table(title, columns, rows))

@@ -117,7 +117,8 @@ def release_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: of the GPU, or of the machine and this process's container."""
+    """Memory that can still be allocated: of the GPU, or of the machine and this process's container, of which each of
+    the processes that train together here takes an equal share."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
@@ -125,9 +126,8 @@ def free_bytes(device: torch.device) -> int:
         available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         available = None
-    if available is None:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return min(int(available[1]) << 10, *map(_left_of_group, _GROUPS))
+    there = int(available[1]) << 10 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return min(there, *map(_left_of_group, _GROUPS)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 # Folder of a memory cgroup as a container sees its own, names of its limit, its use and its files' share of the use.

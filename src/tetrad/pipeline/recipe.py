@@ -51,7 +51,8 @@ def read(source: Path | str | Mapping[str, Any], overrides: Sequence[str] | Mapp
         stray, given = list[str](), _dotted(overrides)
         flags = dict.fromkeys(given, "overrides")
     else:
-        stray, given, flags = parse(overrides, _OPTIONS(Recipe))
+        words = [f"--run.nproc{word[7:]}" if word.partition("=")[0] == "--nproc" else word for word in overrides]
+        stray, given, flags = parse(words, _OPTIONS(Recipe))
     if stray:
         hint = "a setting is written --TABLE.KEY VALUE, as --ppo.steps 50"
         raise UserError("E-CONF-SYNTAX", f"unexpected argument {stray[0]!r}", hint=hint)

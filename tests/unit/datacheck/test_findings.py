@@ -20,7 +20,9 @@ from tetrad.model.config import DecoderConfig
 from tetrad.model.inspect import parameter_count
 from tetrad.pipeline import recipe
 from tetrad.report.sections import FIXES, Finding, Report, Section
+from tetrad.settings.common import Run
 from tetrad.settings.use import Check
+from tetrad.stages import Recipe
 
 Checked = Callable[..., dict[str, Any]]
 
@@ -173,6 +175,39 @@ def test_memory_that_is_not_there_is_said(checked: Checked, monkeypatch: pytest.
     monkeypatch.setattr(cost, "machine_memory", lambda: 300 << 20)
     (finding,) = of(checked(text), "memory")
     assert "sft" in finding["text"] and "0.3 GiB" in finding["text"] and "micro_batch_tokens" in finding["fix"]
+
+
+def test_each_process_has_its_own_memory(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights whole, activations of its share of the batch; all processes share the machine."""
+    write("s.jsonl", planted.instructions(200))
+
+    def planned(run: str = "") -> int:
+        report = checked(f'[sft]\ndata = ["s.jsonl"]\nbatch_size = 32\n[run]\n{run}\n')
+        return int(report["sections"]["cost"]["figures"]["sft"]["memory_bytes"])
+
+    one, two, again = planned(), planned("nproc = 2"), planned("activation_checkpointing = true")
+    assert 0.5 * one < two < one
+    assert again < one
+    monkeypatch.setattr(cost, "machine_memory", lambda: int(1.5 * two))
+    text = '[sft]\ndata = ["s.jsonl"]\nbatch_size = 32\n'
+    assert not of(checked(text), "memory")
+    (finding,) = of(checked(text + "[run]\nnproc = 2\n"), "memory")
+    assert "2 processes together" in finding["text"]
+
+
+def test_a_gpu_reads_in_16_bit() -> None:
+    """Frozen matrices, the cache and what is kept take half; the base of adapters stays whole."""
+    config = DecoderConfig("qwen2", 1000, 512, 8, 8, 2, 64, 1408, 256)
+
+    def planned(adapters: float = 0.0, **run: Any) -> int:
+        stage = cost.StageCost("dpo", 0 if adapters else 1, 1, 100, 100, 100, 100, adapters=adapters, batch=4096)
+        return cost.memory(stage, config, Recipe(run=Run(device="cuda", **run)))
+
+    wide, half = planned(dtype="float32"), planned()
+    kept = cost.kept_bytes(config, 4096)
+    assert 0.35 * kept < wide - half < kept
+    assert planned(activation_checkpointing=True) < half
+    assert planned(1.0) - half > -12 * parameter_count(config)
 
 
 def test_the_head_costs_where_logits_are_needed_and_frozen_blocks_cost_less() -> None:

@@ -15,6 +15,12 @@ def test_the_machine_has_some() -> None:
     assert 1 << 20 < free_bytes(CPU) < 1 << 50
 
 
+def test_processes_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = free_bytes(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(CPU) == pytest.approx(whole / 4, rel=0.2)
+
+
 @pytest.mark.parametrize("stat", ["inactive_file 4096\nactive_file 8192\n", "inactive_anon 1\n"])
 def test_a_container_may_have_less(stat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its limit less its use, of which files that nobody needs do not count."""
