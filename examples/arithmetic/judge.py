@@ -3,18 +3,20 @@
 
 def right(samples):
     """1 for the right number and nothing else, 0 for anything else."""
-    return [float(sample["text"].strip() == str(total(sample["input"]))) for sample in samples]
+    return [float(sample["text"].strip() == total(sample["input"])) for sample in samples]
 
 
 def near(samples):
-    """0 for the right number, below that minus how far off it is, at most 10 (also for what is no number)."""
-    return [-float(min(10, distance(sample["text"].strip(), total(sample["input"])))) for sample in samples]
+    """0 for the right number, 1 less for each wrong digit; as many as the sum has and 1 for another length."""
+    return [-float(wrong(sample["text"].strip(), total(sample["input"]))) for sample in samples]
 
 
 def total(asked):
-    """Of "12+7"."""
-    return sum(map(int, asked.split("+")))
+    """Of "120+703", as text."""
+    return str(sum(map(int, asked.split("+"))))
 
 
-def distance(text, wanted):
-    return abs(int(text) - wanted) if text.isascii() and text.isdigit() and len(text) < 9 else 10
+def wrong(text, wanted):
+    if len(text) != len(wanted):
+        return len(wanted) + 1
+    return sum(a != b for a, b in zip(text, wanted, strict=True))
