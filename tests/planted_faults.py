@@ -48,7 +48,7 @@ FAULTS = (
     Fault(
         "2 documents of a pack see each other",
         "model/transformer.py",
-        "plan_for(packed.bounds, x.device, packed.prefixes)",
+        "plan_for(packed.bounds, x.device, packed.prefixes, packed.offsets)",
         "plan_for((0, packed.bounds[-1]), x.device, packed.prefixes)",
         "conformance/test_losses.py::test_documents_of_a_pack_do_not_see_each_other",
     ),
@@ -301,8 +301,8 @@ FAULTS = (
     Fault(
         "33 the largest ratio is that of the last micro-batch",
         "training/step.py",
-        "largest |= {t.name: max(float(t.sum), largest.get(t.name, -math.inf)) for t in parts if t.per == MAX}",
-        "largest |= {t.name: float(t.sum) for t in parts if t.per == MAX}",
+        "torch.maximum(t.sum, largest.get(t.name, t.sum)).detach()",
+        "t.sum.detach()",
         f"{OPTIONS}::test_ratio_max_is_the_largest_of_all_micro_batches",
     ),
     Fault(
@@ -329,8 +329,8 @@ FAULTS = (
     Fault(
         "values are read after their tokens",
         "model/transformer.py",
-        "inside = (packed.targets_T != IGNORE).nonzero()[:, 0]",
-        "inside = (packed.targets_T != IGNORE).nonzero()[:, 0] + 1",
+        'at += [_labelled(packed)] if want in ("values", "both") else []',
+        'at += [_labelled(packed) + 1] if want in ("values", "both") else []',
         f"{PPO}::test_values_stand_before_their_tokens",
     ),
     Fault(
@@ -561,7 +561,7 @@ FAULTS = (
     Fault(
         "alarms are deaf",
         "rl/monitor.py",
-        "level = sum(sign * value >= sign * limit for limit in limits)",
+        "level = sum(sign * value >= sign * limit for limit in limits if limit or rule.above)",
         "level = 0",
         "learn/test_alarms.py::test_a_planted_hack_is_told_within_ten_steps",
     ),
