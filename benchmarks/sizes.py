@@ -70,7 +70,8 @@ def plan(recipe: Path, *, adapters: bool, micro: int = 2048) -> dict[str, Any]:
     words = [word for stage in STAGES for word in (f"--{stage}.adapters", str(adapters).lower())]
     report = recipe.parent / "check.json"
     cost.speed = lambda: SPEED
-    run("check", recipe, *words, "--run.micro-batch-tokens", micro, "--json", report)
+    words += ["--run.out", str(recipe.parent / "runs"), "--run.micro-batch-tokens", str(micro)]
+    run("check", recipe, *words, "--json", report)
     figures: dict[str, Any] = json.loads(report.read_text())["sections"]["cost"]["figures"]
     return figures
 
