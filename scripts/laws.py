@@ -166,7 +166,8 @@ DISTRIBUTED = (
     "distributed/collectives.py",
     "distributed/watchdog.py",
     "distributed/launch.py",
-)  # beside it: who lives, and who starts them
+    "distributed/sharding.py",
+)  # beside it: who lives, who starts them, and FSDP
 OBJECTS = ("all_gather", "gather", "scatter", "broadcast", "send", "recv")
 CONSOLE = ("console.py", "cli/main.py")
 LAWS = (

@@ -251,9 +251,9 @@ FAULTS = (
     ),
     Fault(
         "26 gradients are not clipped",
-        "training/step.py",
-        "clip_grad_norm_(parameters, max_norm or math.inf)",
-        "clip_grad_norm_(parameters, math.inf)",
+        "distributed/sharding.py",
+        "clip_grad_norm_(trained, max_norm or math.inf)",
+        "clip_grad_norm_(trained, math.inf)",
         "unit/training/test_step.py::test_clipping",
     ),
     Fault(
@@ -343,8 +343,8 @@ FAULTS = (
     Fault(
         "micro-batches weigh the same, whatever their size",
         "training/step.py",
-        "_backward(_loss(parts, totals))",
-        "_backward([part / len(micros) for part in _loss(parts, micro.counts)])",
+        "_backward(_loss(parts, totals), device)",
+        "_backward([part / len(micros) for part in _loss(parts, micro.counts)], device)",
         f"{PPO}::test_micro_batch_size_changes_rounding_only",
     ),
     Fault(

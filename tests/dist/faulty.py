@@ -3,12 +3,13 @@ sets."""
 
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
 import toys
 from tetrad.cli.main import _report
-from tetrad.distributed import collectives, watchdog
+from tetrad.distributed import collectives, sharding, watchdog
 from tetrad.settings.common import Optim
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
@@ -29,8 +30,6 @@ def not_finite(model, optimizer, documents):
     """A loss that is NaN on one rank alone, in its second micro-batch: ids of the last document meet a bad row."""
     if faulty():
         documents = [*documents[:1], toys.document([39, 39, 39], where="bad.jsonl:7"), *documents[2:]]
-        with torch.no_grad():
-            model.model.embed_tokens.weight[39] = torch.nan
     step(model, optimizer, documents)
 
 
@@ -56,9 +55,15 @@ def main(case: str) -> int:
     collectives.start("cpu")
     collectives.phase("sft")
     model = toys.causal(seed=1, tied=False)
+    if case.startswith("nan"):
+        with torch.no_grad():
+            model.model.embed_tokens.weight[39] = torch.nan
+    if case == "nan, sharded":
+        toys.CPU = replace(toys.CPU, shard="full")
+        sharding.place(model, toys.CPU)
     documents = [toys.document([5, 6, 7, 8], where=f"rank{collectives.rank()}.jsonl:{i}") for i in range(40)]
     try:
-        {"nan": not_finite, "more": one_step_more, "raises": raises}[case](
+        {"nan": not_finite, "nan, sharded": not_finite, "more": one_step_more, "raises": raises}[case](
             model, Optimizer(model, 1e-3, Optim()), documents
         )
     except BaseException as error:

@@ -6,9 +6,10 @@ with the environment that torchrun sets.
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import grpo_toys
 import ppo_toys
 import toys
 from tetrad.data.loader import batch_indices, whole
-from tetrad.distributed import collectives
+from tetrad.distributed import collectives, sharding
+from tetrad.model.lora import ALL, add_adapters
+from tetrad.model.transformer import CausalLM, ScalarModel
 from tetrad.reward.batches import Examples, preference_micros
 from tetrad.reward.ensemble import Latent
 from tetrad.rl.rollout import Rollout, response_indices
@@ -35,6 +38,8 @@ from tetrad.train.ppo import learn
 from tetrad.train.reward import preference_terms
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
+from tetrad.training.run_folder import StageRun
+from tetrad.training.stage import Weights
 from tetrad.training.step import StepStats, language_terms, update
 from tetrad.types import Comparison, Prompt, Score
 
@@ -43,7 +48,9 @@ STEPS, BATCH, SEED = 5, 13, 3
 
 
 def weights(*models: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+    """All of them, of a sharded model too, on every process."""
+    parameters = (p.detach() for model in models for p in model.parameters())
+    return torch.cat([(p.full_tensor() if collectives.is_part(p) else p).flatten() for p in parameters])
 
 
 def found(stats: list[StepStats], *models: nn.Module) -> Found:
@@ -52,19 +59,19 @@ def found(stats: list[StepStats], *models: nn.Module) -> Found:
     return {"figures": torch.tensor(rows, dtype=torch.float64), "weights": weights(*models)}
 
 
-def sft(muon_lr: float = 0.0) -> Found:
-    model = toys.causal(seed=1)
+def sft(muon_lr: float = 0.0, model: CausalLM | None = None, steps: int = STEPS, batch: int = BATCH) -> Found:
+    model = model or toys.causal(seed=1)
     optimizer = Optimizer(model, 1e-3, Optim(weight_decay=0.1), muon_lr=muon_lr)
     documents = toys.documents(31)
     stats = []
-    for step in range(STEPS):
-        wanted = collectives.shard(batch_indices(SEED, whole(len(documents)), BATCH, step).tolist())
+    for step in range(steps):
+        wanted = collectives.shard(batch_indices(SEED, whole(len(documents)), batch, step).tolist())
         micros = language_micros([documents[i] for i in wanted], 64, toys.CPU)
         stats.append(update(model, optimizer, micros, language_terms, toys.CPU, max_norm=0.5))
     return found(stats, model)
 
 
-def reward() -> Found:
+def reward(model: ScalarModel | None = None, steps: int = STEPS) -> Found:
     """Lists of one to four answers, with ties, and scores; the ranks get different numbers of each."""
     prompt = Prompt(())
     sizes = [1 + i % 4 for i in range(26)]
@@ -76,11 +83,11 @@ def reward() -> Found:
     answers = [
         [toys.document(toys.ids(3 + (5 * i + j) % 9, 10 * i + j)) for j in range(n)] for i, n in enumerate(sizes)
     ]
-    latent = Latent(toys.scalar(seed=1), learn_rho=True).train()
+    latent = Latent(model or toys.scalar(seed=1), learn_rho=True).train()
     latent.reward.model.dropout, latent.reward.model.token_dropout = 0.2, 0.1
     optimizer = Optimizer(latent, 1e-3, Optim())
     stats = []
-    for step in range(STEPS):
+    for step in range(steps):
         wanted = collectives.shard(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
         chosen = [records[i] for i in wanted], [answers[i] for i in wanted]
         keys = [seed_for(SEED, "dropout", step, place) for place in collectives.shard(range(BATCH))]
@@ -90,19 +97,18 @@ def reward() -> Found:
     return found(stats, latent)
 
 
-def dpo() -> Found:
+def dpo(models: tuple[CausalLM, CausalLM] | None = None, steps: int = STEPS) -> Found:
     """Lists of two to four answers with ties: the ranks get different numbers of pairs."""
     ranks = [tuple(float((3 * i + j) % 3) for j in range(2 + i % 3)) for i in range(26)]
     records = [Comparison(Prompt(()), ("",) * len(each), each) for each in ranks]
     documents = [toys.document(toys.ids(3 + i % 9, i)) for i in range(sum(map(len, ranks)))]
-    examples, policy = Examples.of(records, documents), toys.causal(seed=1)
-    optimizer, terms = Optimizer(policy, 1e-3, Optim()), dpo_terms(Dpo(sft_coef=0.1), toys.causal(seed=2))
-    stats = []
-    for step in range(STEPS):
+    policy, reference = models or (toys.causal(seed=1), toys.causal(seed=2))
+    examples, optimizer, stats = Examples.of(records, documents), Optimizer(policy, 1e-3, Optim()), []
+    terms = dpo_terms(Dpo(sft_coef=0.1), reference)
+    for step in range(steps):
         wanted = collectives.shard(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
-        stats.append(
-            update(policy, optimizer, dpo_micros(examples, wanted, 48, toys.CPU), terms, toys.CPU, max_norm=0.5)
-        )
+        micros = dpo_micros(examples, wanted, 48, toys.CPU)
+        stats.append(update(policy, optimizer, micros, terms, toys.CPU, max_norm=0.5, reads=(reference,)))
     return found(stats, policy)
 
 
@@ -130,13 +136,13 @@ PPO = Ppo(
 )
 
 
-def ppo(s: Ppo = PPO) -> Found:
-    """Five iterations of two epochs on replies that a third model wrote: both sides learn from the same."""
+def ppo(s: Ppo = PPO, models: ppo_toys.Models | None = None, steps: int = STEPS) -> Found:
+    """Iterations of two epochs on replies that a third model wrote: both sides learn from the same."""
     asked = ppo_toys.questions(BATCH, 12)
-    models = four(s)
+    models = models or four(s)
     writers = replace(models, actor=toys.causal(seed=5, vocab_size=12))
     figures, whitened = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         rollout = own_rows(ppo_toys.sampled(writers, asked, s, (SEED, step)))
         made, _ = ppo_toys.experience(models, rollout, s, 64)
         learned = learn(replace(models, micro_batch_tokens=64), made, s, (SEED, step))
@@ -146,15 +152,15 @@ def ppo(s: Ppo = PPO) -> Found:
     return found | {"advantages": torch.tensor([collectives.gather(part.tolist()) for part in whitened])}
 
 
-def grpo() -> Found:
-    """Five iterations on groups that a third model wrote; the mean is over the tokens of both processes."""
+def grpo(both: tuple[CausalLM, CausalLM] | None = None, steps: int = STEPS) -> Found:
+    """Iterations on groups that a third model wrote; the mean is over the tokens of both processes."""
     s = Grpo(batch_size=BATCH, samples_per_prompt=2, max_new_tokens=6, actor_lr=1e-3, steps=10, loss_mean="token")
     reward = ppo_toys.by_ids(lambda ids: (sum(ids) % 7) / 2 - 1)
-    models = grpo_toys.two_models(s, toys.causal(seed=1, vocab_size=12), reward, toys.causal(seed=3, vocab_size=12))
-    models = replace(models, micro_batch_tokens=64)
+    actor, reference = both or (toys.causal(seed=1, vocab_size=12), toys.causal(seed=3, vocab_size=12))
+    models = replace(grpo_toys.two_models(s, actor, reward, reference), micro_batch_tokens=64)
     writers = replace(models, actor=toys.causal(seed=5, vocab_size=12))
     figures = []
-    for step in range(STEPS):
+    for step in range(steps):
         rollout = own_rows(grpo_toys.sampled(writers, ppo_toys.questions(BATCH, 12), s, (SEED, step)), 2)
         learned = train_grpo.learn(models, train_grpo.make_batch(models, rollout, s), s, (SEED, step))
         figures.append([learned[name] for name in sorted(learned)])
@@ -179,6 +185,7 @@ def ppo_sampled(s: Ppo = PPO) -> Found:
 JOBS: dict[str, Callable[[], Found]] = {
     "sft": sft,
     "muon": lambda: sft(0.02),
+    "single records": lambda: sft(batch=1),
     "reward": reward,
     "dpo": dpo,
     "ppo": ppo,
@@ -231,6 +238,77 @@ def in_buckets(rank: int) -> Found:
     return {"buckets": torch.tensor(sent), "summed": together, "one by one": torch.cat([x.flatten() for x in alone])}
 
 
+class Killed(Exception):
+    """In a step."""
+
+
+def stage(folder: Path, kill: int = -1) -> Found:
+    """Ten steps in a run folder, with a checkpoint after five, from the one that is there; or killed in a step."""
+    model = toys.causal(seed=1)
+    optimizer = Optimizer(model, 1e-3, Optim(weight_decay=0.1), muon_lr=0.02)
+    documents, parts = toys.documents(31), {"model": Weights(model), "optimizer": optimizer}
+    conditions = {"processes": collectives.size()}
+    with StageRun(folder, seed=SEED, total_steps=10, save_every=5, environment=conditions) as run:
+        run.resume(parts)
+        begun = run.step
+        for step in run.steps():
+            if step == kill:
+                raise Killed
+            wanted = collectives.shard(batch_indices(SEED, whole(len(documents)), BATCH, step).tolist())
+            micros = language_micros([documents[i] for i in wanted], 64, toys.CPU)
+            update(model, optimizer, micros, language_terms, toys.CPU, max_norm=0.5)
+    held = sum(sharding.local(t).nbytes for part in parts.values() for t in part.tensors().values())
+    notes = sum("numbers may differ: processes was" in note for note in run.notes)
+    return {
+        "weights": weights(model),
+        "begun": torch.tensor(begun),
+        "notes": torch.tensor(notes),
+        "held": torch.tensor(held),
+    }
+
+
+def stages(folder: Path) -> dict[str, Found]:
+    """Uninterrupted, killed and resumed, and resumed from what one process saved."""
+    whole_run = stage(folder / "whole")
+    with suppress(Killed):
+        stage(folder / "killed", kill=7)
+    collectives.barrier()
+    if collectives.is_main():
+        shutil.copytree(folder / "killed", folder / "for one")
+    collectives.barrier()
+    resumed, of_one = stage(folder / "killed"), stage(folder / "of one")
+    return {"stage whole": whole_run, "stage resumed": resumed, "stage of one": of_one}
+
+
+def collected() -> Found:
+    """A model with adapters and one without, sharded and collected again: on rank 0 the tensors, elsewhere none."""
+    models = toys.causal(seed=1), toys.scalar(seed=2), CausalLM(toys.config())
+    toys.randomise(models[2], 3)
+    add_adapters(models[2], 4, 8.0, ALL, seed=4)
+    plain = [sharding.collected(sharding.place(model, toys.CPU) if model is models[2] else model) for model in models]
+    parameters = [p for model in plain for p in model.parameters()]
+    if not collectives.is_main():
+        return {"without memory": torch.tensor([p.is_meta for p in parameters])}
+    outputs = [model(toys.packed(toys.documents(3))) for model in plain]
+    return {"weights": weights(*plain), "outputs": torch.cat([output.detach().flatten() for output in outputs])}
+
+
+@contextmanager
+def sharded(shard: str = "full") -> Iterator[None]:
+    """Every toy is a sharded model."""
+    kept = toys.CPU, toys.causal, toys.scalar
+
+    def in_parts(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        return lambda *given, **how: sharding.place(make(*given, **how), toys.CPU)
+
+    toys.CPU = replace(toys.CPU, shard=shard)
+    toys.causal, toys.scalar = in_parts(toys.causal), in_parts(toys.scalar)
+    try:
+        yield
+    finally:
+        toys.CPU, toys.causal, toys.scalar = kept
+
+
 def every_collective() -> Found:
     """What each function of `collectives` gives on this process."""
     rank, model = collectives.rank(), toys.causal(seed=collectives.rank())
@@ -268,6 +346,9 @@ def main(folder: Path) -> None:
         with without(name):
             broken = ("ppo",) if name == "sum_tensor" else ("sft", "reward", "dpo", "ppo", "grpo")
             results |= {f"{job} without {name}": JOBS[job]() for job in broken}
+    with sharded():
+        results |= {f"{name}, sharded": job() for name, job in JOBS.items()}
+        results |= {**stages(folder), "collected": collected()}
     torch.save(results, folder / f"{collectives.rank()}.pt")
     collectives.stop()
 

@@ -1,6 +1,7 @@
 """All stages by one process and by two: the figures agree to rounding, dropout and early stopping included."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,23 @@ def rows(home: Path, stage: str, name: str = "metrics.jsonl") -> list[dict[str, 
     return [json.loads(line) for line in (home / stage / name).read_text().splitlines()]
 
 
-def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
-    chain = Chain(tmp_path)
-    chain.run(*DROPOUT)
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """What one process makes."""
+    made = Chain(tmp_path_factory.mktemp("one"))
+    made.run(*DROPOUT)
+    return made
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_two_processes_give_the_figures_of_one(chain: Chain, tmp_path: Path, shard: str) -> None:
+    """Sharded, from the reward model on: what is before it is one process's own."""
     words = ["run", str(chain.path), "--nproc", "2", "--run.out", str(tmp_path / "two"), *DROPOUT]
-    two = popen(["-m", "tetrad", *words])
+    if shard == "full":
+        shutil.copytree(chain.runs, tmp_path / "two")
+        for stage in ("reward", "ppo", "evaluate"):
+            shutil.rmtree(tmp_path / "two/tiny" / stage)
+    two = popen(["-m", "tetrad", *words, "--run.shard", shard])
     out, err = two.communicate(timeout=170)
     assert two.returncode == 0, out + err
     other = tmp_path / "two/tiny"

@@ -28,6 +28,7 @@ def errors(text: str) -> list[str]:
     ("case", "rank", "code", "parts"),
     [
         ("nan", 1, 5, ["error[E-NUM-NONFINITE]", "bad.jsonl:7", "rank1.jsonl"]),
+        ("nan, sharded", 1, 5, ["error[E-NUM-NONFINITE]", "bad.jsonl:7", "rank1.jsonl"]),
         ("more", 0, 8, ["error[E-RANK-LOST] sft: rank 0 ", "waits in exchange of values", "rank 1", "barrier"]),
         ("more", 1, 8, ["error[E-RANK-LOST] sft: rank 1 ", "waits in exchange of values", "rank 0", "barrier"]),
         ("raises", 0, 1, ["error[internal]", "only here"]),
@@ -64,11 +65,18 @@ def again(tuned: Chain, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "part"), [(signal.SIGSTOP, 8, "no longer answers"), (signal.SIGKILL, 8, "no longer answers")]
+    ("number", "code", "part", "shard"),
+    [
+        (signal.SIGSTOP, 8, "no longer answers", "none"),
+        (signal.SIGSTOP, 8, "no longer answers", "full"),
+        (signal.SIGKILL, 8, "no longer answers", "full"),
+    ],
 )
-def test_a_rank_that_no_longer_answers(tuned: Chain, tmp_path: Path, number: int, code: int, part: str) -> None:
+def test_a_rank_that_no_longer_answers(
+    tuned: Chain, tmp_path: Path, number: int, code: int, part: str, shard: str
+) -> None:
     """The others say which one within their patience; nobody is left, not even the one that was stopped."""
-    launcher = popen([*again(tuned, tmp_path), "--run.patience", str(PATIENCE)])
+    launcher = popen([*again(tuned, tmp_path), "--run.patience", str(PATIENCE), "--run.shard", shard])
     ranks = when_it_runs(launcher.pid, tmp_path)
     os.kill(ranks[1], number)
     began = time.monotonic()

@@ -1,13 +1,14 @@
 """Two processes make the same steps as one, and only because they really speak to each other."""
 
 import math
+from contextlib import suppress
 from functools import cache
 
 import pytest
 import torch
 
 import toys
-from dist.jobs import BATCH, JOBS, STEPS, Found, weights
+from dist.jobs import BATCH, JOBS, STEPS, Found, Killed, collected, stage, weights
 from dist.workers import ROOT, pair
 
 pytestmark = pytest.mark.dist
@@ -17,14 +18,17 @@ pytestmark = pytest.mark.dist
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
     """What both processes found."""
     folder = tmp_path_factory.mktemp("gloo")
+    with suppress(Killed):
+        stage(folder / "of one", kill=7)
     workers = pair(str(ROOT / "tests/dist/jobs.py"), str(folder))
     try:
-        said = [worker.communicate(timeout=120)[1] for worker in workers]
+        said = [worker.communicate(timeout=400)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], said
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [{**result, "one of two": stage(folder / "for one")} for result in results[:1]] + results[1:]
 
 
 @cache
@@ -36,10 +40,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize("sharded", ["", ", sharded"])
 @pytest.mark.parametrize("job", JOBS)
-def test_two_are_one(ranks: list[dict[str, Found]], job: str) -> None:
+def test_two_are_one(ranks: list[dict[str, Found]], job: str, sharded: str) -> None:
     """Losses, terms and gradient norms of every step, and the weights after five: 1e-5 relative."""
     alone = of_one_process(job)
+    job += sharded
     for found in ranks:
         together = found[job]
         assert together.keys() == alone.keys()
@@ -108,3 +114,28 @@ def test_collectives(ranks: list[dict[str, Found]]) -> None:
         assert found["floats"].tolist() == [0.1, 1.1, 1 / 3, 1 / 3, math.inf, math.inf]  # to the bit
         assert found["first"].item() == 0
         assert torch.equal(found["weights"], first["weights"])
+
+
+def test_checkpoints_of_a_sharded_model(ranks: list[dict[str, Found]]) -> None:
+    """Killed and resumed, to the bit; saved by two and read by one, or the reverse, to 1e-6, and announced."""
+    for found in ranks:
+        assert (found["stage whole"]["begun"], found["stage resumed"]["begun"]) == (0, 5)
+        assert torch.equal(found["stage resumed"]["weights"], found["stage whole"]["weights"])
+        assert found["stage resumed"]["notes"] == 0
+    for found, name in ((ranks[0], "one of two"), (ranks[0], "stage of one"), (ranks[1], "stage of one")):
+        assert (found[name]["begun"], found[name]["notes"]) == (5, 1)
+        assert relative(found[name]["weights"], ranks[0]["stage whole"]["weights"]) <= 1e-6
+
+
+def test_a_process_holds_its_share(ranks: list[dict[str, Found]]) -> None:
+    """Of parameters and optimizer state."""
+    for found in ranks:
+        assert found["stage whole"]["held"] <= 0.51 * ranks[0]["one of two"]["held"]
+
+
+def test_collected(ranks: list[dict[str, Found]]) -> None:
+    """What is exported is to the bit what was sharded, adapters included."""
+    alone = collected()
+    assert torch.equal(ranks[0]["collected"]["weights"], alone["weights"])
+    assert torch.equal(ranks[0]["collected"]["outputs"], alone["outputs"])
+    assert ranks[1]["collected"]["without memory"].all()

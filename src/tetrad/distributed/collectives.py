@@ -45,12 +45,12 @@ def stop() -> None:
 
 
 @contextmanager
-def _collective(name: str) -> Iterator[bool]:
-    """Around a collective; false on one process, which needs none."""
+def collective(name: str, *, computes: bool = False) -> Iterator[bool]:
+    """Around a collective, or what holds some and computes; false on one process, which needs none."""
     if not dist.is_initialized():
         yield False
         return
-    with watchdog.join().waiting(name):
+    with watchdog.join().waiting(name, computes=computes):
         yield True
 
 
@@ -79,7 +79,7 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 
 def sum_tensor(tensor: Tensor) -> Tensor:
     """The sum over ranks, on every rank."""
-    with _collective("sum of tensors") as many:
+    with collective("sum of tensors") as many:
         if many:
             dist.all_reduce(tensor)
     return tensor
@@ -87,7 +87,7 @@ def sum_tensor(tensor: Tensor) -> Tensor:
 
 def all_gather(value: T) -> list[T]:
     """Each rank's value, in the order of ranks. A value is anything JSON can hold; tuples come back as lists."""
-    with _collective("exchange of values") as many:
+    with collective("exchange of values") as many:
         if not many:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -163,7 +163,7 @@ class GradientSum:
 
     def finish(self) -> None:
         """Sends what is left, and waits for all."""
-        with _collective("sum of gradients") as many:
+        with collective("sum of gradients") as many:
             while many and len(self._sent) < len(self._buckets):
                 self._send()
             for work in self._sent:
@@ -189,11 +189,17 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether other ranks hold the rest of it (see `sharding`)."""
+    return hasattr(tensor, "device_mesh")
+
+
 def same_weights(model: nn.Module) -> None:
-    """Gives every rank the weights of rank 0."""
-    with _collective("broadcast of weights") as many:
+    """Gives every rank the weights of rank 0, but for those of which each has a part."""
+    with collective("broadcast of weights") as many:
         for parameter in model.parameters() if many else ():
-            dist.broadcast(parameter.data, 0)
+            if not is_part(parameter):
+                dist.broadcast(parameter.data, 0)
 
 
 def gather(items: Sequence[T]) -> list[T]:
@@ -210,6 +216,6 @@ def any_rank(flag: bool) -> bool:
 
 def barrier() -> None:
     """Until every rank is here."""
-    with _collective("barrier") as many:
+    with collective("barrier") as many:
         if many:
             dist.barrier()

@@ -8,7 +8,8 @@ import ctypes
 import os
 import re
 import resource
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,16 +29,31 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 @dataclass(frozen=True)
 class Device:
-    """dtype: what matrix products are computed in. recompute: see Packed."""
+    """dtype: what matrix products are computed in. recompute: see Packed. shard: how models lie on several processes,
+    see `sharding`."""
 
     torch_device: torch.device
     dtype: torch.dtype
     recompute: bool = False
+    shard: str = "none"
 
-    def compute(self) -> AbstractContextManager[object]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.torch_device.type, self.dtype)
+    @contextmanager
+    def compute(self) -> Iterator[None]:
+        """Around the pass of a model."""
+        wide = self.dtype == torch.float32
+        with (
+            self.together("a pass of a sharded model"),
+            nullcontext() if wide else torch.autocast(self.torch_device.type, self.dtype),
+        ):
+            yield
+
+    def together(self, name: str) -> AbstractContextManager[object]:
+        """Around what ranks compute together if models are sharded."""
+        return nullcontext() if self.shard == "none" else collectives.collective(name, computes=True)
+
+    def alone(self) -> "Device":
+        """For models that this process has to itself."""
+        return replace(self, shard="none")
 
     def put(self, packed: Packed) -> Packed:
         """numpy to tensors: ids, positions, targets and keys as int64. What a GPU would otherwise be waited for, where
@@ -94,7 +110,8 @@ def choose(run: Run) -> Device:
     if run.dtype == "bfloat16" and kind == "cpu" and not multiplies_bfloat16():
         raise UserError("E-CONF-DTYPE", NO_BFLOAT16, where="run.dtype", hint='set dtype = "float32"')
     bfloat16 = run.dtype == "bfloat16" if kind == "cpu" else run.dtype != "float32" and torch.cuda.is_bf16_supported()
-    return Device(device, torch.bfloat16 if bfloat16 else torch.float32, run.activation_checkpointing)
+    shard = run.shard if collectives.size() > 1 else "none"
+    return Device(device, torch.bfloat16 if bfloat16 else torch.float32, run.activation_checkpointing, shard)
 
 
 def chosen_device(device: str, dtype: str) -> Device:

@@ -64,8 +64,9 @@ class Watchdog:
         self._thread.start()
 
     @contextmanager
-    def waiting(self, name: str) -> Iterator[None]:
-        """Around a collective. Raises UserError E-RANK-LOST if another rank is gone."""
+    def waiting(self, name: str, *, computes: bool = False) -> Iterator[None]:
+        """Around a collective. Raises UserError E-RANK-LOST if another rank is gone. computes: an error may be another
+        one's fault."""
         self._number += 1
         self._inside = time.monotonic(), name
         try:
@@ -74,6 +75,8 @@ class Watchdog:
             self._missing(math.inf)
             time.sleep(4 * _BEAT)  # by then it shows whose heartbeat stopped, or the failed rank has reported why
             gone = [text for text, one in self._missing(3 * _BEAT).items() if one.gone]
+            if computes and not gone:
+                raise
             raise self._error(self._text(gone, f"lost its connection in {name}")) from error
         finally:
             self._inside, self._last_beats = None, {}

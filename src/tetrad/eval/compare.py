@@ -72,7 +72,7 @@ def run(ctx: StageContext) -> None:
     if collectives.is_main():  # one process answers and writes
         with RunLock(ctx.folder / "lock"):
             remove_leftovers(ctx.folder)
-            _run(ctx, device)
+            _run(ctx, device.alone())
     collectives.barrier()
 
 

@@ -362,11 +362,13 @@ def generate(
     # Not in the store while it works: what an error leaves of it is of no use.
     engine = _kept.pop(model, None) if isinstance(model, CausalLM) else None
     if engine and isinstance(model, CausalLM) and engine.slots >= slots and engine.positions >= positions:
-        engine.model.refill(model)
+        with device.together("a copy for sampling"):
+            engine.model.refill(model)
         engine.tokenizer, keep = tokenizer, True
     else:
         engine = None  # its memory first
-        fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
+        with device.together("a copy for sampling"):
+            fused = model if isinstance(model, Fused) else Fused(model, device.dtype, positions)
         engine = Engine(fused, device, slots, positions, tokenizer)
     for request in requests:
         engine.add(request)

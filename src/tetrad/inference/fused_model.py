@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tetrad.distributed.sharding import gathered
 from tetrad.kernels.onednn import Product
 from tetrad.model.config import DecoderConfig
 from tetrad.model.transformer import Block, CausalLM, Linear
@@ -42,17 +43,19 @@ class _Layer:
 
 
 class Fused:
-    """Weights in `dtype`. positions: the longest text, in tokens; 0 is the model's."""
+    """Weights in `dtype`. positions: the longest text, in tokens; 0 is the model's. A sharded model is gathered layer
+    by layer, on every process that shares it."""
 
     @torch.no_grad()
     def __init__(self, model: CausalLM, dtype: torch.dtype, positions: int = 0) -> None:
         c = self.config = model.config
         self.dtype = dtype
         self.layers = [_fused(layer, c, dtype) for layer in model.model.layers]  # type: ignore[arg-type]
-        self.embedding = model.model.embed_tokens.weight.detach().to(dtype)
-        self.head = Product(self.embedding if c.tied else model.head_weight.detach().to(dtype))
+        with gathered(model) as copy:
+            self.embedding = model.model.embed_tokens.weight.detach().to(dtype, copy=copy)
+            self.head = Product(self.embedding if c.tied else model.head_weight.detach().to(dtype, copy=copy))
+            self.last_norm = self._norm(model)
         self._floor, self._head_floor = (torch.tensor(sqrt(c.norm_eps * size)) for size in (c.hidden_size, c.head_dim))
-        self.last_norm = self._norm(model)
         positions = min(positions or c.max_positions, c.max_positions)
         angle = torch.arange(positions, device=self.embedding.device)[:, None].float() * model.model.inv_freq
         self.rotations = torch.polar(torch.ones_like(angle), angle)  # [positions, D / 2], complex
@@ -66,10 +69,11 @@ class Fused:
         captured of it stays valid. Only where no tensor is the model's own: `dtype` is not that of its parameters."""
         for mine, layer in zip(self.layers, model.model.layers, strict=True):
             mine.take(_fused(layer, self.config, self.dtype))  # type: ignore[arg-type]
-        self.embedding.copy_(model.model.embed_tokens.weight)
-        tied = self.config.tied
-        self.head.take(Product(self.embedding if tied else model.head_weight.detach().to(self.dtype)))
-        self.last_norm.copy_(self._norm(model))
+        with gathered(model):
+            self.embedding.copy_(model.model.embed_tokens.weight)
+            tied = self.config.tied
+            self.head.take(Product(self.embedding if tied else model.head_weight.detach().to(self.dtype)))
+            self.last_norm.copy_(self._norm(model))
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend, wanted_N: Tensor | None = None) -> Tensor:
         """Normed hidden states [T, hidden]; only of the wanted tokens if some are given, [N, hidden]."""
@@ -157,6 +161,12 @@ def _pairs(x_THD: Tensor) -> Tensor:
 
 
 def _fused(layer: Block, c: DecoderConfig, dtype: torch.dtype) -> _Layer:
+    with gathered(layer) as copy:
+        return _joined(layer, c, dtype, copy)
+
+
+def _joined(layer: Block, c: DecoderConfig, dtype: torch.dtype, copy: bool) -> _Layer:
+    """copy: whether none of the layer's tensors may be kept."""
     attention, mlp = layer.self_attn, layer.mlp
     before = sqrt(c.hidden_size) * layer.input_layernorm.weight
     between = sqrt(c.hidden_size) * layer.post_attention_layernorm.weight
@@ -172,9 +182,9 @@ def _fused(layer: Block, c: DecoderConfig, dtype: torch.dtype) -> _Layer:
     return _Layer(
         Product((torch.cat((*qk, v.whole())) * before).to(dtype), bias),
         scale,
-        Product(attention.o_proj.whole().to(dtype)),
+        Product(attention.o_proj.whole().to(dtype, copy=copy)),
         Product((torch.cat((mlp.gate_proj.whole(), mlp.up_proj.whole())) * between).to(dtype)),
-        Product(mlp.down_proj.whole().to(dtype)),
+        Product(mlp.down_proj.whole().to(dtype, copy=copy)),
     )
 
 

@@ -6,7 +6,7 @@ Shared tensors are written once under each name; to write a tied weight only onc
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 from tetrad.model.headers import BYTES, not_safetensors, read_header
 
 
-def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, a header and then one chunk per tensor. Raises ValueError for other dtypes."""
+def tensor_chunks(
+    tensors: Mapping[str, torch.Tensor], whole: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, a header and then one chunk per tensor. whole: gives the numbers of a tensor
+    when they are written, one after another by name. Raises ValueError for other dtypes."""
     names = sorted(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -32,7 +35,7 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memor
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield _bytes_of(tensors[name])
+        yield _bytes_of(whole(tensors[name]))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -259,11 +259,15 @@ class CausalLM(nn.Module):
 
     def forward(self, packed: Packed, want: str = "nll", temperature: float = 1.0) -> Any:
         """want: "nll", the summed negative log-likelihood of the targets, with a cheap gradient; "logprobs", a pair of
-        [N] log-probabilities of the N targets and entropies (float32, differentiable); "logits", [T, V] for tests."""
-        return self.read(self.model(packed), packed, want, temperature)
+        [N] log-probabilities of the N targets and entropies (float32, differentiable); "logits", [T, V] for tests;
+        "hidden", the decoder's states [T, H]; "hidden, logprobs", a pair of the two."""
+        hidden = self.model(packed)
+        if want.startswith("hidden"):
+            hidden = hidden.clone()  # what a sharded model returns must be no view
+            return (hidden, self._read(hidden, packed, "logprobs", temperature)) if "," in want else hidden
+        return self._read(hidden, packed, want, temperature)
 
-    def read(self, hidden: Tensor, packed: Packed, want: str, temperature: float = 1.0) -> Any:
-        """The same from the decoder's hidden states."""
+    def _read(self, hidden: Tensor, packed: Packed, want: str, temperature: float) -> Any:
         if want == "logits":
             return widened(hidden, self.head_weight.t()).float()
         at = _labelled(packed)

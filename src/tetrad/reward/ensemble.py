@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tetrad.distributed.device import release_memory
+from tetrad.distributed.sharding import collected, place
 from tetrad.model.huggingface import members_content, read_causal, read_scalar
 from tetrad.model.lora import merged, stacked
 from tetrad.model.safetensors_io import tensor_chunks
@@ -49,9 +50,14 @@ class Ensemble:
     def __init__(self, ctx: StageContext, data: RewardData) -> None:
         """The first seed is the recipe's own. Adapters share one frozen copy of the model that they adapt."""
         s, own = ctx.recipe.reward, ctx.recipe.seed
-        base = frozen(read_causal(data.folder)).to(data.device.torch_device) if s.adapters else None
+        base = frozen(read_causal(data.folder)) if s.adapters else None
         seeds = [own, *(seed_for(own, "member", k) for k in range(1, s.ensemble_size))]
-        self.members = [_member(ctx, data, base, seed) for seed in seeds]
+        models = [_model(ctx, data, base, seed) for seed in seeds]
+        if base:
+            place(base, data.device)
+        for model in models:
+            place(model, data.device, base)
+        self.members = [_member(ctx, data, model, seed) for model, seed in zip(models, seeds, strict=True)]
         self.latents = nn.ModuleList(member.latent for member in self.members)
 
     def parts(self) -> dict[str, Stateful]:
@@ -83,11 +89,16 @@ class Ensemble:
         return RewardModel(models, data.tokenizer, data.template, data.device, data.folder, micro_batch_tokens)
 
 
-def _member(ctx: StageContext, data: RewardData, base: CausalLM | None, seed: int) -> Member:
+def _model(ctx: StageContext, data: RewardData, base: CausalLM | None, seed: int) -> ScalarModel:
     """The folder's model, or adapters on `base`, with a fresh head."""
-    s, head, records = ctx.recipe.reward, seed_for(seed, "head"), data.train.records
+    s, head = ctx.recipe.reward, seed_for(seed, "head")
     model = adapters.adapted_scalar_model(ctx, base, head) if base else read_scalar(data.folder, head)
     model.model.dropout, model.model.token_dropout = s.dropout, s.token_dropout
+    return model
+
+
+def _member(ctx: StageContext, data: RewardData, model: ScalarModel, seed: int) -> Member:
+    s, records = ctx.recipe.reward, data.train.records
     annotators = Annotators(records, data.annotator_ids) if data.annotator_ids else None
     both_kinds = len({type(record) for record in records}) > 1
     latent = Latent(model, both_kinds, annotators).to(data.device.torch_device)
@@ -100,13 +111,13 @@ def save(ctx: StageContext, stage: StageRun, model: RewardModel, metrics: Reward
     """Leaves a model that others load. reports: by the name of their JSON file; none for an empty one."""
     files: dict[str, Content] = {f"{name}.json": json_bytes(report) for name, report in reports.items() if report}
     tokenizer = model.tokenizer.with_pad()  # transformers reads scores at the last non-padding token
-    first, *others = model.members
+    first, *others = map(collected, model.members)
     if adapters.keeps(ctx, first, model.folder):
         before = adapters.earlier(first, model.folder)
         tensors = [{**stacked(member, before), "bias": member.bias} for member in others]
         files |= {f"member-{number}.safetensors": tensor_chunks(own) for number, own in enumerate(tensors, start=2)}
     else:
-        whole = [merged(member) for member in model.members]
+        whole = [merged(member) for member in (first, *others)]
         for member in whole:
             grow_vocabulary(member, tokenizer.size)
         files |= members_content(whole)

@@ -21,6 +21,7 @@ from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.data.tokens import tokenize
 from tetrad.distributed.device import Device, chosen_device
+from tetrad.distributed.sharding import evenly, place
 from tetrad.errors import UserError
 from tetrad.inference.completions import Completion
 from tetrad.inference.model_folder import (
@@ -110,7 +111,8 @@ def score_sequences(
     ordered = [documents[i] for i in by_length]
     rewards = np.zeros(len(documents))
     model.eval()
-    for group in counted("scoring", micro_batches(ordered, micro_batch_tokens), len(ordered), len):
+    groups = evenly([model], micro_batches(ordered, micro_batch_tokens), device)
+    for group in counted("scoring", groups, len(ordered), len):
         with device.compute():
             scores = model(device.put(pack([ordered[i] for i in group])), "scores")
         rewards[[by_length[i] for i in group]] = scores.double().cpu().numpy()
@@ -156,12 +158,12 @@ def load_reward(folder: str | Path, template: str = "", *, device: str = "auto",
     path = model_folder(folder)
     if not is_reward(path):
         raise no_reward(path)
-    place = chosen_device(device, dtype)
+    chosen = chosen_device(device, dtype)
     members, tokenizer = read_members(path), Tokenizer.load(path)
     for member in members:
-        narrowed(member.requires_grad_(False).eval().to(place.torch_device), place.frozen_dtype)
+        narrowed(member.requires_grad_(False).eval().to(chosen.torch_device), chosen.frozen_dtype)
     refuse_small_vocabulary(members[0].config.vocab_size, tokenizer, path)
-    return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), place, path)
+    return RewardModel(members, tokenizer, needed_template(folder_template(path, template), path), chosen, path)
 
 
 def score_samples(reward_model: RewardModel, samples: Sequence[Completion]) -> list[float]:
@@ -190,8 +192,8 @@ def reward_model(
 ) -> Reward:
     """The rewards of the reward model in this folder; see `reward_function`. tokenizer: the policy's where it is being
     trained; see `sample_tokenizer`."""
-    members = [member.requires_grad_(False).to(device.torch_device) for member in read_members(folder)]
-    members = [narrowed(member, device.frozen_dtype) for member in members]
+    members = [member.requires_grad_(False) for member in read_members(folder)]
+    members = [place(narrowed(member, device.frozen_dtype), device) for member in members]
     tokenize_samples = sample_tokenizer(ctx, folder, tokenizer)
     return reward_function(members, device, ctx.recipe.run.micro_batch_tokens, tokenize_samples, uncertainty_penalty)
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tetrad.distributed.device import Device, choose
+from tetrad.distributed.sharding import collected, local, part_of, place
 from tetrad.inference.model_folder import refuse_other_tokenizer
 from tetrad.model.huggingface import read_scalar
 from tetrad.model.lora import adapter_tensors, merged, share_weights
 from tetrad.model.safetensors_io import tensor_chunks
 from tetrad.model.transformer import CausalLM, ScalarModel, frozen, give_head, narrowed
-from tetrad.reward.model import Reward, reward_function, sample_tokenizer
+from tetrad.reward.model import reward_function, sample_tokenizer
 from tetrad.reward.sources import RewardSources, reward_sources
 from tetrad.seeds import seed_for
 from tetrad.settings.base import uses_reward_model
@@ -36,24 +37,24 @@ from tetrad.training.optimizer import Optimizer
 from tetrad.training.prepare import first_parent
 from tetrad.training.run_folder import StageRun
 from tetrad.training.stage import Weights, finish, read_policy, recorded_metrics, template_for
+from tetrad.types import Packed
 
 
 class SharedActorCritic(nn.Module):
-    """Actor and critic as one model, for one optimizer; the trunk that they share is one."""
+    """Actor and critic as one model, for one optimizer; their trunk is one, and computes as the actor's."""
 
     def __init__(self, actor: CausalLM, critic: ScalarModel) -> None:
         super().__init__()
         self.actor, self.critic = actor, critic
 
+    def forward(self, packed: Packed, want: str) -> Tensor:
+        """What the critic gives, as `ScalarModel.forward` does."""
+        return self.critic.read(self.actor(packed, "hidden"), packed, want)
+
 
 def actor_of(model: nn.Module) -> CausalLM:
     """The actor, alone or on one trunk with the critic."""
     return model.actor if isinstance(model, SharedActorCritic) else cast(CausalLM, model)
-
-
-def critic_of(model: nn.Module) -> ScalarModel:
-    """The critic, alone or on one trunk with the actor."""
-    return model.critic if isinstance(model, SharedActorCritic) else cast(ScalarModel, model)
 
 
 class EMA:
@@ -65,7 +66,7 @@ class EMA:
 
     def update(self) -> None:
         for name, tensor in self.weights.tensors().items():
-            self.average[name].lerp_(tensor, 1 - self.decay)
+            local(self.average[name]).lerp_(local(tensor), 1 - self.decay)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.average
@@ -76,7 +77,7 @@ class EMA:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
         self.weights.check(tensors)
-        self.average = {name: tensor.to(self.average[name].device) for name, tensor in tensors.items()}
+        self.average = {name: part_of(tensor, self.average[name]) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,11 @@ class Models(PolicyModels):
     critic_optimizer: Optimizer | None
     actor_critic: SharedActorCritic | None = None
 
+    @property
+    def values(self) -> nn.Module:
+        """What is called for the critic's values."""
+        return self.actor_critic or self.critic
+
     def critic_parts(self) -> dict[str, Any]:
         """On the actor's trunk the head alone."""
         own_head = nn.ModuleDict({"score": self.critic.score}) if self.actor_critic else self.critic
@@ -126,23 +132,26 @@ class Models(PolicyModels):
             parameter.requires_grad_(not frozen or name.startswith("critic.score"))
 
 
-def load_policy(ctx: StageContext, s: OnPolicy) -> PolicyModels:
-    """Actor and reference from the SFT model, and the sources of reward.
+def load_policy(ctx: StageContext, s: OnPolicy, base: CausalLM | None = None) -> PolicyModels:
+    """Actor and reference from the SFT model, and the sources of reward. base: the SFT model, if it has been read.
 
     Errors: E-MODEL-*, E-CKPT-*, E-CONF-{FUNCTION,CONFLICT}.
     """
     folder, used = first_parent(ctx, *POLICY), uses_reward_model(s.rewards)
-    tokenizer, device = Tokenizer.load(folder), choose(ctx.recipe.run)
-    template, place = template_for(ctx, folder), device.torch_device
-    reference = frozen(read_policy(folder, tokenizer, template)).to(place)
+    tokenizer, device, reference = Tokenizer.load(folder), choose(ctx.recipe.run), frozen(base or _sft(ctx))
+    actor, reward, members = share_weights(CausalLM, reference) if s.adapters else _sft(ctx), None, list[ScalarModel]()
     if s.adapters:
-        actor = share_weights(CausalLM, reference)
         adapt(ctx, actor, seed_for(ctx.recipe.seed, "actor"))
-    else:
-        actor = read_policy(folder, tokenizer, template).to(place)
-    if not s.adapters:  # else its weights are the base that adapters are merged with
+        members = [load_reward_adapter(ctx, reference).requires_grad_(False)] if used else []
+    shared = reference if s.adapters else None
+    if not shared:  # else its weights are the base that adapters are merged with
         narrowed(reference, device.frozen_dtype)
-    reward = _reward_on(ctx, reference, tokenizer, device) if s.adapters and used else None
+    place(reference, device)
+    place(actor, device, shared)
+    if members:
+        tokenize_samples = sample_tokenizer(ctx, ctx.parents["reward"], tokenizer)
+        members = [place(member, device, shared) for member in members]
+        reward = reward_function(members, device, ctx.recipe.run.micro_batch_tokens, tokenize_samples)
     return PolicyModels(
         actor=actor,
         reference=reference,
@@ -160,8 +169,15 @@ def load_policy(ctx: StageContext, s: OnPolicy) -> PolicyModels:
 
 def load_models(ctx: StageContext, s: Ppo) -> Models:
     """Those, and a critic from the reward model (or as the recipe says). Errors: as of `load_policy`."""
-    policy, optim = load_policy(ctx, s), replace(ctx.recipe.optim, eps=s.adam_eps)
-    critic = _critic(ctx, s, policy)
+    seed, optim = seed_for(ctx.recipe.seed, "critic"), replace(ctx.recipe.optim, eps=s.adam_eps)
+    if s.adapters and s.critic != "shared":  # on the base's tensors, while these are whole
+        base = _sft(ctx)
+        critic = load_reward_adapter(ctx, base) if s.critic == "reward" else adapted_scalar_model(ctx, base, seed)
+        policy = load_policy(ctx, s, base)
+        place(critic, policy.device, base)
+    else:
+        policy = load_policy(ctx, s)
+        critic = _shared(policy.actor, seed) if s.critic == "shared" else _separate(ctx, s, policy, seed)
     actor_critic = SharedActorCritic(policy.actor, critic) if s.critic == "shared" else None
     both = {f.name: getattr(policy, f.name) for f in fields(policy)}
     if actor_critic:
@@ -171,16 +187,16 @@ def load_models(ctx: StageContext, s: Ppo) -> Models:
     return Models(**both, critic=critic, critic_optimizer=own, actor_critic=actor_critic)
 
 
-def _critic(ctx: StageContext, s: Ppo, policy: PolicyModels) -> ScalarModel:
-    """On the actor's trunk, as an adapter on the reference, or a separate model."""
-    seed, base, folder = seed_for(ctx.recipe.seed, "critic"), policy.reference, first_parent(ctx, *POLICY)
-    if s.critic == "shared":
-        return _shared(policy.actor, seed)
-    if s.adapters:
-        return load_reward_adapter(ctx, base) if s.critic == "reward" else adapted_scalar_model(ctx, base, seed)
-    place = ctx.parents["reward"] if s.critic == "reward" else folder
-    refuse_other_tokenizer(place, Tokenizer.load(place), policy.tokenizer)
-    return read_scalar(place, seed).to(policy.device.torch_device)
+def _sft(ctx: StageContext) -> CausalLM:
+    folder = first_parent(ctx, *POLICY)
+    return read_policy(folder, Tokenizer.load(folder), template_for(ctx, folder))
+
+
+def _separate(ctx: StageContext, s: Ppo, policy: PolicyModels, seed: int) -> ScalarModel:
+    """A model of its own."""
+    folder = ctx.parents["reward"] if s.critic == "reward" else first_parent(ctx, *POLICY)
+    refuse_other_tokenizer(folder, Tokenizer.load(folder), policy.tokenizer)
+    return place(read_scalar(folder, seed), policy.device)
 
 
 def _shared(actor: CausalLM, seed: int) -> ScalarModel:
@@ -192,13 +208,6 @@ def _shared(actor: CausalLM, seed: int) -> ScalarModel:
     return critic
 
 
-def _reward_on(ctx: StageContext, base: CausalLM, tokenizer: Tokenizer, device: Device) -> Reward:
-    """The reward model as an adapter on the reference."""
-    members = [load_reward_adapter(ctx, base).requires_grad_(False)]
-    tokenize_samples = sample_tokenizer(ctx, ctx.parents["reward"], tokenizer)
-    return reward_function(members, device, ctx.recipe.run.micro_batch_tokens, tokenize_samples)
-
-
 def save_models(ctx: StageContext, stage: StageRun, models: PolicyModels, notes: Mapping[str, Json]) -> None:
     """The result is the actor or its moving average. A critic, and beside an average the actor itself, are saved too:
     as whole models even where they share a trunk; as adapters where the result is. notes: what the verdict reads in the
@@ -206,11 +215,11 @@ def save_models(ctx: StageContext, stage: StageRun, models: PolicyModels, notes:
     folder, extra = first_parent(ctx, *POLICY), dict[str, dict[str, Tensor]]()
     keep = adapters.keeps(ctx, models.actor, folder)
     if isinstance(models, Models):
-        critic = models.critic
+        critic = collected(models.critic)
         saved = dict[str, Tensor](adapter_tensors(critic) if keep else merged(critic).named_parameters())
         extra["critic.safetensors"] = {**saved, "bias": critic.bias}
     if models.ema:
-        actor = models.actor
+        actor = collected(models.actor)
         extra["last.safetensors"] = dict(adapter_tensors(actor) if keep else merged(actor).named_parameters())
         extra = {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in extra.items()}
         models.ema.weights.load_tensors(models.ema.average)  # also of a trunk that the critic shares

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tetrad.console import counted
 from tetrad.data.loader import micro_batches
 from tetrad.data.pack import pack
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
+from tetrad.distributed.sharding import evenly
 from tetrad.inference.completions import Completion, EncodedPrompt, complete
-from tetrad.model.transformer import CausalLM, ScalarModel
+from tetrad.model.transformer import CausalLM
 from tetrad.settings.common import Sampling
 from tetrad.text.tokenizer import Tokenizer
 from tetrad.training.step import timed
@@ -81,27 +82,25 @@ def packs(documents: Sequence[Tokens], micro_batch_tokens: int, device: Device) 
 
 @torch.no_grad()
 def read_logprobs(
-    model: CausalLM, rollout: Rollout, micro_batch_tokens: int, device: Device, temperature: float
+    model: nn.Module, rollout: Rollout, micro_batch_tokens: int, device: Device, temperature: float
 ) -> Tensor:
     """Log-probabilities of the response tokens, [B, T]."""
     model.eval()
     outputs = []
     microbatches = packs(rollout.documents, micro_batch_tokens, device)
-    for _, packed in counted("reading", microbatches, len(microbatches)):
+    for _, packed in counted("reading", evenly([model], microbatches, device), len(microbatches)):
         with device.compute():
             outputs.append(model(packed, "logprobs", temperature)[0])
     return unpack(torch.cat(outputs), rollout.mask_BT)
 
 
 @torch.no_grad()
-def read_values(
-    critic: ScalarModel, rollout: Rollout, micro_batch_tokens: int, device: Device
-) -> tuple[Tensor, Tensor]:
+def read_values(critic: nn.Module, rollout: Rollout, micro_batch_tokens: int, device: Device) -> tuple[Tensor, Tensor]:
     """The critic's value before each response token, [B, T], and after the last one, [B]."""
     critic.eval()
     before, after = [], []
     microbatches = packs(rollout.documents, micro_batch_tokens, device)
-    for group, packed in counted("reading", microbatches, len(microbatches)):
+    for group, packed in counted("reading", evenly([critic], microbatches, device), len(microbatches)):
         with device.compute():
             both = critic(packed, "both")
         after.append(both[: len(group)])

@@ -38,6 +38,9 @@ class Run:
     """CPU threads; 0 leaves the choice to torch."""
     nproc: Count = unkeyed(1)
     """Processes on this machine that train together, also `--nproc`; no effect under torchrun."""
+    shard: Literal["none", "full", "host"] = unkeyed("none")
+    """What each of several processes holds of a model and its optimizer: all, its share ("full"), or its share among
+    the processes of its machine ("host")."""
     patience: Positive = unkeyed(300.0)
     """Seconds that a process waits for one that does not arrive, before all end."""
     workers: Whole = unkeyed(0)

@@ -19,6 +19,7 @@ from tetrad.data.records import read_comparisons
 from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device, choose
+from tetrad.distributed.sharding import place
 from tetrad.model.config import read_config
 from tetrad.model.lora import share_weights
 from tetrad.model.transformer import CausalLM, frozen, narrowed
@@ -48,7 +49,8 @@ def run(ctx: StageContext) -> None:
         with ctx.console.progress("dpo", data.steps, stage.step) as bar:
             for step in stage.steps():
                 micros, factor = data.batch(step), lr_factor(step, data.steps, s.warmup, s.schedule)
-                stats = update(policy, optimizer, micros, terms, data.device, factor=factor, max_norm=max_norm)
+                limits = {"factor": factor, "max_norm": max_norm}
+                stats = update(policy, optimizer, micros, terms, data.device, **limits, reads=(reference,))
                 stage.log(step, loss=stats.loss, **stats.terms, grad_norm=stats.grad_norm, lr=stats.lr)
                 warned = warned or warn_of_drop(ctx, stats.terms)
                 shown = {name: stats.terms[name] for name in ("accuracy", "margin")}
@@ -59,13 +61,15 @@ def run(ctx: StageContext) -> None:
 
 def load_models(ctx: StageContext, data: "Comparisons") -> tuple[CausalLM, CausalLM]:
     """The reference, frozen, and the policy: another copy of the SFT model, or adapters on the reference."""
-    folder, tokenizer, template, place = data.folder, data.tokenizer, data.template, data.device.torch_device
-    reference = frozen(read_policy(folder, tokenizer, template)).to(place)
-    if not ctx.recipe.dpo.adapters:
-        return narrowed(reference, data.device.frozen_dtype), read_policy(folder, tokenizer, template).to(place)
-    policy = share_weights(CausalLM, reference)
-    adapters.adapt(ctx, policy, seed_for(ctx.recipe.seed, "dpo"))
-    return reference, policy
+    reference, shared = frozen(read_policy(data.folder, data.tokenizer, data.template)), None
+    if ctx.recipe.dpo.adapters:
+        policy = share_weights(CausalLM, reference)
+        adapters.adapt(ctx, policy, seed_for(ctx.recipe.seed, "dpo"))
+        shared = reference
+    else:
+        policy = read_policy(data.folder, data.tokenizer, data.template)
+        narrowed(reference, data.device.frozen_dtype)
+    return place(reference, data.device), place(policy, data.device, shared)
 
 
 def warn_of_drop(ctx: StageContext, terms: Mapping[str, float]) -> bool:

@@ -18,7 +18,7 @@ from tetrad.objectives import ppo
 from tetrad.reward import gate
 from tetrad.rl.metrics import step_metrics, update_metrics
 from tetrad.rl.minibatches import PPOBatch, PPOMicrobatch, entropy_term, minibatches, policy_terms
-from tetrad.rl.models import Models, SharedActorCritic, actor_of, critic_of, load_models, save_models
+from tetrad.rl.models import Models, SharedActorCritic, actor_of, load_models, save_models
 from tetrad.rl.monitor import Monitor, judges_of, manifest_notes, warn_unused_settings
 from tetrad.rl.prompts import PtxBatch, PtxBatches, ptx_batches, read_policy_prompts
 from tetrad.rl.rewards import KLController, RunningStd, token_rewards, whitened
@@ -101,7 +101,7 @@ def make_batch(models: Models, rollout: Rollout, s: Ppo, state: PPOState, step: 
     scores = torch.tensor(models.reward.total(by_source), dtype=torch.float32)
     logprobs = read_logprobs(models.actor, *inputs, s.temperature)
     ref_logprobs = read_logprobs(models.reference, *inputs, s.temperature)
-    values, bootstrap = read_values(models.critic, *inputs)
+    values, bootstrap = read_values(models.values, *inputs)
     score_std = state.running_std.update(scores, device) if s.reward_scaling == "running" else 1.0
     rewards = token_rewards(s, scores / score_std, logprobs, ref_logprobs, rollout, state.kl.beta)
     if s.reward_scaling == "whiten":
@@ -157,13 +157,13 @@ def actor_terms(s: Ppo) -> Terms:
         actor = actor_of(model)
         if isinstance(micro.data, PtxBatch):
             return [Loss("ptx_loss", actor(micro.packed, "nll"), "ptx_tokens", micro.data.coefficient)]
-        hidden, tokens = actor.model(micro.packed), cast(PPOMicrobatch, micro.data)
-        logprobs, entropy = actor.read(hidden, micro.packed, "logprobs", s.temperature)
-        shared = (
-            value_terms(model.critic.read(hidden, micro.packed, "values"), tokens, s.value_clip_range, s.value_coef)
-            if isinstance(model, SharedActorCritic)
-            else []
-        )
+        tokens = cast(PPOMicrobatch, micro.data)
+        if isinstance(model, SharedActorCritic):
+            hidden, (logprobs, entropy) = actor(micro.packed, "hidden, logprobs", s.temperature)
+            values = model.critic.read(hidden, micro.packed, "values")
+            shared = value_terms(values, tokens, s.value_clip_range, s.value_coef)
+        else:
+            (logprobs, entropy), shared = actor(micro.packed, "logprobs", s.temperature), []
         policy = policy_terms(logprobs, tokens, s.clip_range, s.clip_range, s.dual_clip)
         return [*policy, entropy_term(entropy, s.entropy_coef), *shared]
 
@@ -174,7 +174,7 @@ def critic_terms(clip: float) -> Terms:
     """The value loss alone."""
 
     def terms(model: nn.Module, micro: Microbatch) -> list[Term]:
-        return value_terms(critic_of(model)(micro.packed, "values"), micro.data, clip, 1.0)
+        return value_terms(model(micro.packed, "values"), micro.data, clip, 1.0)
 
     return terms
 

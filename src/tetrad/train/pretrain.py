@@ -11,6 +11,7 @@ from tetrad.data.records import read_documents
 from tetrad.data.tokens import tokenize_documents
 from tetrad.distributed import collectives
 from tetrad.distributed.device import choose
+from tetrad.distributed.sharding import place
 from tetrad.model.config import DecoderConfig
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, initialise
@@ -32,7 +33,7 @@ def run(ctx: StageContext) -> None:
     batch_rows = s.batch_tokens // s.sequence_length
     steps = max(1, math.ceil((s.tokens or rows.per_epoch * s.sequence_length) / s.batch_tokens))
     model = _new_model(ctx, tokenizer) if "tokenizer" in ctx.parents else read_causal(ctx.parents["base"])
-    model.to(device.torch_device)
+    place(model, device)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)
     validation = _validation(ctx, tokenizer)
 

@@ -9,6 +9,7 @@ from tetrad.data.source import Counts
 from tetrad.data.tokens import limit_length, refuse_long, tokenize
 from tetrad.distributed import collectives
 from tetrad.distributed.device import choose
+from tetrad.distributed.sharding import place
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, grow_vocabulary
 from tetrad.text.chat_template import Template
@@ -31,9 +32,9 @@ def run(ctx: StageContext) -> None:
     model = read_causal(base_folder)
     if s.add_separator:
         grow_vocabulary(model, tokenizer.size)
-    model.to(device.torch_device)
     if s.adapters:
         adapters.adapt(ctx, model, ctx.recipe.seed)
+    place(model, device)
     validation = _validation(ctx, template, tokenizer, model)
     steps = steps_for(epoch_size(data.mixture), s.batch_size, s.epochs)
     optimizer = Optimizer(model, s.lr, ctx.recipe.optim, muon_lr=s.muon_lr if s.optimizer == "muon" else 0.0)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tetrad.distributed.sharding import part_of
 from tetrad.training.stage import Weights
 
 
@@ -49,4 +50,4 @@ class EarlyStopping:
             self.loss, self.waited = float(tensors["loss"]), int(tensors["waited"])
             own = self.weights.tensors()
             best_tensors = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
-            self.best_tensors = {name: tensor.to(own[name].device) for name, tensor in best_tensors.items()}
+            self.best_tensors = {name: part_of(tensor, own[name]) for name, tensor in best_tensors.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from tetrad.distributed.sharding import by_owner, local, part_of
 from tetrad.errors import UserError
 from tetrad.settings.common import Optim
 
@@ -56,18 +57,20 @@ class AdamW(_Algorithm):
 
     slots = 2  # state values per weight
 
+    @torch.no_grad()
     def step(self) -> None:
         for group in self.groups:
             moved = [p for p in group.parameters if p.grad is not None]
             if not moved:
                 continue
             states = [self.state.get(p) or self._begin(p) for p in moved]
-            means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-            gradients = [p.grad for p in moved if p.grad is not None]
+            names = ("exp_avg", "exp_avg_sq", "step")
+            means, squares, steps = ([local(state[name]) for state in states] for name in names)
+            gradients = [local(p.grad) for p in moved if p.grad is not None]
             options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False}
             options |= {name: getattr(self.settings, name) for name in ("beta1", "beta2", "eps")}
             options |= {"lr": group.lr, "weight_decay": group.weight_decay}
-            adamw(list[Tensor](moved), gradients, means, squares, [], steps, **options)
+            adamw([local(p) for p in moved], gradients, means, squares, [], steps, **options)
 
     def _begin(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         self.state[parameter] = {
@@ -94,15 +97,16 @@ class Muon(_Algorithm):
                 self._step(same, group)
 
     def _step(self, parameters: list[Tensor], group: Group) -> None:
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         states = [self.state.setdefault(p, {}) for p in parameters]
-        buffers = [s.setdefault("momentum", torch.zeros_like(p)) for s, p in zip(states, parameters, strict=True)]
+        moments = [s.setdefault("momentum", torch.zeros_like(p)) for s, p in zip(states, parameters, strict=True)]
+        own, buffers = [local(p) for p in parameters], [local(moment) for moment in moments]
+        grads = [local(p.grad) if p.grad is not None else torch.zeros_like(local(p)) for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - self.settings.muon_momentum)
         ahead = torch._foreach_lerp(grads, buffers, self.settings.muon_momentum)  # Nesterov
         rows, columns = parameters[0].shape
         scale = -group.lr * max(1.0, rows / columns) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group.lr * group.weight_decay)
-        torch._foreach_add_(parameters, list(orthogonalised(torch.stack(ahead)).unbind()), alpha=scale)
+        torch._foreach_mul_(own, 1 - group.lr * group.weight_decay)
+        torch._foreach_add_(own, by_owner(parameters, list(ahead), orthogonalised), alpha=scale)
 
 
 class Optimizer:
@@ -170,7 +174,7 @@ class Optimizer:
             if name not in self.names:
                 raise UserError("E-CKPT-KEYS", f"the optimizer's state names {name!r}, which isn't trained", where=key)
             parameter = self.names[name]
-            owners[parameter].state.setdefault(parameter, {})[slot] = value.to(parameter.device)
+            owners[parameter].state.setdefault(parameter, {})[slot] = part_of(value, parameter)
 
 
 class OptimizerGroup:

@@ -25,7 +25,7 @@ import torch
 
 from tetrad import storage
 from tetrad.console import phase
-from tetrad.distributed import collectives
+from tetrad.distributed import collectives, sharding
 from tetrad.distributed.device import peak_bytes, release_memory
 from tetrad.errors import Stopped, UserError
 from tetrad.inference.model_folder import others_may_write
@@ -229,12 +229,15 @@ class StageRun:
 
     @timed("save")
     def _save(self) -> None:
-        contents: dict[str, Content] = {}
-        for name, part in self._parts.items():  # on every rank: a sharded part is gathered here
-            tensors = part.tensors()
+        parts = {name: part.tensors() for name, part in self._parts.items()}
+        for name, tensors in parts.items():
             _refuse_nonfinite(name, tensors)
-            contents[file_of(name)] = tensor_chunks(tensors)
-        if self._main:
+        contents = {file_of(name): tensor_chunks(tensors, sharding.whole) for name, tensors in parts.items()}
+        if not self._main:  # rank 0 asks for one tensor after another while it writes
+            for tensors in parts.values():
+                for name in sorted(tensors):
+                    sharding.whole(tensors[name])
+        else:
             for log in self._logs.values():
                 log.sync()
             state: dict[str, Json] = {"step": self.step, "seed": self._seed, "total_steps": self.total_steps}
@@ -315,7 +318,7 @@ class StageRun:
 
 
 def _refuse_nonfinite(part: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
+    for name, tensor in ((name, sharding.local(tensor)) for name, tensor in tensors.items()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             what = f"{bad} of {tensor.numel()} numbers are not finite; nothing was saved"

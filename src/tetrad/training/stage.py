@@ -14,6 +14,7 @@ from tetrad import storage
 from tetrad.data.source import Counts
 from tetrad.distributed import collectives
 from tetrad.distributed.device import Device
+from tetrad.distributed.sharding import collected, local, part_of
 from tetrad.errors import UserError
 from tetrad.model.config import DecoderConfig
 from tetrad.model.huggingface import config_files, model_files, read_causal
@@ -50,7 +51,7 @@ class Weights:
         """Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
         own = self.check(tensors)
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            local(own[name]).copy_(local(part_of(tensor, own[name])))
 
     def check(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's own tensors, if these have their names and shapes. Errors: E-CKPT-KEYS, E-CKPT-SHAPE."""
@@ -84,6 +85,7 @@ def start(
         "dtype": str(device.dtype),
         "processes": collectives.size(),
         "micro_batch_tokens": settings.micro_batch_tokens,
+        **({"shard": device.shard} if device.shard != "none" else {}),
     }
     with StageRun(
         ctx.folder,
@@ -128,6 +130,7 @@ def finish(
 ) -> None:
     """Writes <stage>/model: what transformers loads, with the metrics and the lineage in its manifest. parent: of
     adapters, the folder of the model that they were trained on."""
+    model = collected(model)
     own = adapters.result_files(ctx, model, parent) if parent and has_adapters(model) else {}
     if parent and own and not adapters.keeps(ctx, model, parent):
         if collectives.is_main():

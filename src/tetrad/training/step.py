@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tetrad.console import counted
-from tetrad.distributed import collectives
+from tetrad.distributed import collectives, sharding
 from tetrad.distributed.device import Device
 from tetrad.errors import UserError
 from tetrad.training.optimizer import Optimizer
@@ -117,39 +116,61 @@ def update(
     *,
     factor: float = 1.0,
     max_norm: float = 0.0,
+    reads: Sequence[nn.Module] = (),
 ) -> StepStats:
     """One optimizer step, with gradient accumulation over the micro-batches. factor: multiplier of the peak learning
-    rate; max_norm: 0 means no clipping.
+    rate; max_norm: 0 means no clipping; reads: further models that the terms read, before this one.
 
     Errors: E-NUM-NONFINITE before any weight changes, naming the batch's records.
     """
-    read = float(sum(len(micro.packed.ids_T) for micro in micros))
-    totals = collectives.sum_counts({**collectives.sum_by_name(micro.counts for micro in micros), _TOKENS_READ: read})
+    models, counts = (*reads, model), collectives.sum_by_name(micro.counts for micro in micros)
+    counts[_TOKENS_READ] = float(sum(len(micro.packed.ids_T) for micro in micros))
+    totals = collectives.sum_counts(counts)
     optimizer.clear()
-    sums: dict[str, Tensor] = {}
-    scales: dict[str, tuple[str, float]] = {}
-    largest: dict[str, Tensor] = {}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = collectives.GradientSum(parameters, len(micros))
+    sums, scales, largest = _accumulate(models, micros, terms, totals, device)
+    norm = sharding.clip_gradients(model.parameters(), max_norm)
+    summed, highest = _over_ranks(_numbers(sums), scales, _numbers(largest))
+    means = {name: total / totals[scales[name][0]] for name, total in summed.items() if totals[scales[name][0]]}
+    loss = math.fsum(means[name] * scales[name][1] for name in means)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        alone = sharding.evenly(models, micros, device)
+        _raise_nonfinite(loss, norm, micros, [m for m in alone if not _finite(model, terms, totals, device, m)])
+    optimizer.step(factor)
+    return StepStats(loss, norm, optimizer.lr * factor, means | highest, totals[_TOKENS_READ])
+
+
+Scales = dict[str, tuple[str, float]]
+"""Each term's `per` and coefficient."""
+
+
+def _accumulate(
+    models: Sequence[nn.Module],
+    micros: Sequence[Microbatch],
+    terms: Terms,
+    totals: Mapping[str, float],
+    device: Device,
+) -> tuple[dict[str, Tensor], Scales, dict[str, Tensor]]:
+    """The gradients of the last model, summed over micro-batches and ranks; the sums of the terms, what divides them,
+    and the maxima. Of a sharded model, empty passes follow until all ranks have made as many."""
+    empty = sharding.missing(models, len(micros))
+    whole = [p for p in models[-1].parameters() if p.requires_grad and not collectives.is_part(p)]
+    # Beside those that FSDP sends in a backward, other gradients must wait for its end.
+    gradients = collectives.GradientSum(whole, len(micros) if device.shard == "none" else 0)
+    sums, scales, largest = dict[str, Tensor](), Scales(), dict[str, Tensor]()
     for micro in counted("learning", micros, len(micros)):
         with device.compute():
-            parts = terms(model, micro)
+            parts = terms(models[-1], micro)
         largest |= {t.name: torch.maximum(t.sum, largest.get(t.name, t.sum)).detach() for t in parts if t.per == MAX}
         parts = [t for t in parts if t.per != MAX]
         with gradients.one_pass():
-            _backward(_loss(parts, totals))
+            _backward(_loss(parts, totals), device)
         for t in parts:
             sums[t.name] = sums.get(t.name, 0) + t.sum.detach().double()
             scales[t.name] = (t.per, t.coefficient)
+    for _ in range(empty):
+        _backward(sharding.empty_pass(models, device), device)
     gradients.finish()
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
-    summed, highest = _over_ranks(_numbers(sums), scales, _numbers(largest))
-    means = {name: value / totals[scales[name][0]] for name, value in summed.items() if totals[scales[name][0]]}
-    loss = math.fsum(means[name] * scales[name][1] for name in means)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        _raise_nonfinite(loss, norm, micros, partial(_finite, model, terms, totals, device))
-    optimizer.step(factor)
-    return StepStats(loss, norm, optimizer.lr * factor, means | highest, totals[_TOKENS_READ])
+    return sums, scales, largest
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -180,7 +201,7 @@ def mean_terms(
 
 
 def _over_ranks(
-    sums: dict[str, float], scales: dict[str, tuple[str, float]], most: dict[str, float]
+    sums: dict[str, float], scales: Scales, most: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The sums and maxima over all ranks. A rank without rows has no terms of its own: `scales` gets the others'."""
     highest: dict[str, float] = {}
@@ -195,17 +216,15 @@ def _loss(parts: Sequence[Term], totals: Mapping[str, float]) -> list[Tensor]:
     return [t.coefficient / totals[t.per] * t.sum for t in parts if t.per != MAX and t.coefficient and totals[t.per]]
 
 
-def _backward(parts: list[Tensor]) -> None:
-    if parts:
-        torch.stack(parts).sum().backward()
+def _backward(parts: list[Tensor], device: Device) -> None:
+    with device.together("the backward of a sharded model"):
+        if parts:
+            torch.stack(parts).sum().backward()
 
 
-def _raise_nonfinite(
-    loss: float, norm: float, micros: Sequence[Microbatch], finite: Callable[[Microbatch], bool]
-) -> None:
+def _raise_nonfinite(loss: float, norm: float, micros: Sequence[Microbatch], failing: Sequence[Microbatch]) -> None:
     """Raises E-NUM-NONFINITE, naming the records of the micro-batches that are not finite by themselves, on the rank
     that has them."""
-    failing = [micro for micro in micros if not finite(micro)]
     if collectives.any_rank(bool(failing)) and not failing:
         collectives.barrier()  # until a failing rank ends all
     records = [where for micro in failing or micros for where in micro.packed.where]
@@ -215,11 +234,13 @@ def _raise_nonfinite(
 
 
 def _finite(model: nn.Module, terms: Terms, totals: Mapping[str, float], device: Device, micro: Microbatch) -> bool:
-    """Whether loss and gradient of this part alone are finite."""
+    """Whether loss and gradient of this part alone are finite; of a sharded model, whose gradients are sums over ranks,
+    the loss."""
     model.zero_grad(set_to_none=True)
     with device.compute():
         parts = _loss(terms(model, micro), totals)
-    _backward(parts)
+    if device.shard == "none":
+        _backward(parts, device)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return all(bool(torch.isfinite(tensor).all()) for tensor in (*parts, *gradients))
 
