@@ -224,8 +224,8 @@ FAULTS = (
     Fault(
         "22 the ratio is not 1 at first: another temperature in the update",
         "train/ppo.py",
-        'actor.read(hidden, micro.packed, "logprobs", s.temperature)',
-        'actor.read(hidden, micro.packed, "logprobs", 1.0)',
+        'shared = actor(micro.packed, "logprobs", s.temperature)',
+        'shared = actor(micro.packed, "logprobs", 1.0)',
         f"{PPO}::test_first_mini_batch",
     ),
     Fault(
@@ -287,8 +287,8 @@ FAULTS = (
     Fault(
         "31 the moving average follows with the wrong weight",
         "rl/models.py",
-        "lerp_(tensor, 1 - self.decay)",
-        "lerp_(tensor, self.decay)",
+        "lerp_(local(tensor), 1 - self.decay)",
+        "lerp_(local(tensor), self.decay)",
         f"{OPTIONS}::test_moving_average_follows_the_actor",
     ),
     Fault(
