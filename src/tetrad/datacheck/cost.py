@@ -78,7 +78,9 @@ def memory(stage: StageCost, config: DecoderConfig, recipe: Recipe) -> int:
     slots = min(stage.slots, math.ceil(stage.responses / run.nproc)) if stage.name in ON_POLICY else stage.slots
     sampling = n * item + (slots + 1) * stage.positions * cache if stage.sampled else 0
     micro = min(run.micro_batch_tokens, math.ceil(stage.batch / run.nproc) or run.micro_batch_tokens)
-    training = TRAINED * trained + n * stage.frozen * frozen + max(kept_bytes(config, micro, run), GRADIENT * trained)
+    parts = 1 if run.shard == "none" else run.nproc
+    held, gradients = (TRAINED * trained + n * stage.frozen * frozen) / parts, GRADIENT * trained / parts
+    training = held + max(kept_bytes(config, micro, run), gradients)
     training += n * COPY * (half or run.dtype == "bfloat16")
     base = min(2 * SLICE, 8 * micro * config.vocab_size) if run.device == "cuda" else _base(stage)
     if stage.after:

@@ -195,6 +195,14 @@ def test_each_process_has_its_own_memory(checked: Checked, monkeypatch: pytest.M
     assert "2 processes together" in finding["text"]
 
 
+def test_sharded_models_are_planned_in_parts() -> None:
+    """Weights, their optimizer and frozen models; what a micro-batch keeps is each process's own."""
+    config = DecoderConfig("qwen2", 1000, 512, 8, 8, 2, 64, 1408, 256)
+    stage, n = cost.StageCost("dpo", 1, 1, 100, 100, 100, 100, batch=4096), parameter_count(config)
+    whole, parts = (cost.memory(stage, config, Recipe(run=Run(nproc=2, shard=how))) for how in ("none", "full"))
+    assert whole - parts == pytest.approx(16 * n / 2, rel=1e-3)
+
+
 def test_a_gpu_reads_in_16_bit() -> None:
     """Frozen matrices, the cache and what is kept take half; the base of adapters stays whole."""
     config = DecoderConfig("qwen2", 1000, 512, 8, 8, 2, 64, 1408, 256)
