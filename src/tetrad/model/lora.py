@@ -46,10 +46,12 @@ def share_weights(kind: type[M], base: CausalLM, config: DecoderConfig | None = 
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
-    """Freezes the decoder and gives its matrices fresh adapters: A uniform like a Linear's weight, B zero."""
+    """Freezes all but a scalar head, and gives the decoder's matrices fresh adapters: A uniform like a Linear's weight,
+    B zero."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.get_submodule("model").parameters():
-        parameter.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("score."):  # a head of its own, where it isn't tied, is no part of an adapter's files
+            parameter.requires_grad_(False)
     for name, linear in adapted(model):
         if name.rpartition(".")[2] in targets:
             bound = 1 / sqrt(linear.in_features)

@@ -60,6 +60,13 @@ def test_targets():
     assert names == set(ATTENTION)
 
 
+@pytest.mark.parametrize(("model", "heads"), [(toys.causal(1, tied=False), set()), (toys.scalar(1), {"score.weight"})])
+def test_of_a_model_that_learned_all_before_only_adapters_and_a_scalar_head_learn(model, heads):
+    add_adapters(model, 3, 6.0, ALL, seed=1)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in learned if "adapter" not in name} == heads  # an untied lm_head is in no adapter's file
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_the_same_function_and_leaves_the_base_alone(family):
     base = toys.causal(seed=1, family=family).requires_grad_(False)
