@@ -140,7 +140,7 @@ class Recipe:
         Sft(),
         summary="fine-tune on instructions and answers",
         switch="data",
-        version=2,
+        version=3,
         tables=("sft", "lora", "optim", "run"),
         parents=(_BASE,),
         prepare="tetrad.training.prepare:conversations",
