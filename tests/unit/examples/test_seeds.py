@@ -1,8 +1,8 @@
 """The claims of the examples of reviews: each figure at its bound holds, and past it fails."""
 
-import importlib.util
 import math
 import tomllib
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +14,8 @@ HERE = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
-def seeds() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("seeds", HERE / "seeds.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def seeds(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("seeds")
 
 
 def gain(mean: float, low: float) -> dict[str, float]:

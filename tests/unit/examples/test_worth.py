@@ -1,7 +1,6 @@
 """The table of methods: the words of its commands are settings of a recipe, and its cells are the seeds' figures."""
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,14 +11,10 @@ from tetrad.pipeline import recipe
 HERE = Path(__file__).parents[3] / "examples"
 
 
-@pytest.fixture(scope="module")
-def worth() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("worth", HERE / "worth.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(HERE))
-    return module
+@pytest.fixture
+def worth(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(HERE)
+    return script("worth")
 
 
 @pytest.mark.parametrize("example", ["reviews-en", "reviews-zh"])
