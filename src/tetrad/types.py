@@ -149,8 +149,8 @@ class StageCost:
     """What a stage will do. trained, frozen: how many models, and `adapters` trained on one of the frozen ones. tokens:
     trained on, each as often as it is read; read: only read; labels, read_labels: those of them whose logits are
     computed; sampled: generated in `rounds` of `responses`, `slots` at once, each of at most `new` tokens and up to
-    `positions` with its prompt; after: models loaded for that when training is over; batch: tokens per optimizer step,
-    in records of `length`."""
+    `positions` with its prompt, and `group` to a prompt; shown: how often a few are generated to be looked at; after:
+    models loaded for sampling when training is over; batch: tokens per optimizer step, in records of `length`."""
 
     name: str
     trained: float
@@ -168,4 +168,6 @@ class StageCost:
     rounds: int = 1
     responses: int = 0
     new: int = 0
+    group: int = 1
+    shown: int = 0
     after: int = 0

@@ -182,6 +182,8 @@ def _on_policy(recipe: Recipe, name: str, r: Reading, answer: float) -> StageCos
         rounds=s.steps,
         responses=batch,
         new=s.max_new_tokens,
+        group=s.samples_per_prompt,
+        shown=2 * (1 + (s.steps - 1) // s.eval_every if s.eval_every else 0) + 2,  # by actor and reference
     )
 
 

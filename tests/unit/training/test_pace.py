@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from tetrad.model.config import DecoderConfig
@@ -19,12 +18,12 @@ PPO = StageCost(
 
 
 def seconds(monkeypatch: pytest.MonkeyPatch, stage: StageCost, step: float) -> float:
-    """Of a machine on which a learning step takes this long, reading a tenth, a token of 4 rows a hundredth and one of
-    all slots twice that."""
+    """Of a machine on which a learning step takes this long, reading a tenth, the engine's start a fifth, a token of 4
+    rows a hundredth and one of all slots twice that."""
 
-    def timed(recipe: Recipe, config: DecoderConfig, load: StageCost, device: object) -> np.ndarray:
+    def timed(recipe: Recipe, config: DecoderConfig, load: StageCost, device: object) -> pace.Times:
         assert config is CONFIG  # the whole model
-        return np.array([step, step / 10, step / 100, step / 50])
+        return pace.Times(step, step / 10, step / 5, step / 100, step / 50)
 
     monkeypatch.setattr(pace, "_timed", timed)
     return pace.stage_seconds(Recipe(), CONFIG, stage)
@@ -38,8 +37,12 @@ def test_sampling_counts_steps_of_the_engine_and_its_rows(monkeypatch: pytest.Mo
     """Five rounds of 12 responses with 8 tokens on average in 8 slots: 16 steps, and 4 more for those who waited."""
     step = 10.0
     row = (step / 50 - step / 100) / 4  # from 4 rows to 8
-    decoded = (step / 100 - 4 * row) * 5 * (16 + 4 * 8 / 8) + row * 480
-    assert seconds(monkeypatch, PPO, step) == pytest.approx((step * 1000 + step / 10 * 2000) / 40 + decoded)
+    sampled = (step / 5 + (step / 100 - 4 * row) * (16 + 4 * 8 / 8)) * 5 + row * 480
+    whole = (step * 1000 + step / 10 * 2000) / 40 + sampled
+    assert seconds(monkeypatch, PPO, step) == pytest.approx(whole)
+    # shown three times: each time the engine starts, and few rows grow to the end
+    shown = seconds(monkeypatch, replace(PPO, shown=3), step)
+    assert shown == pytest.approx(whole + 3 * (step / 5 + 16 * step / 100))
 
 
 @pytest.mark.parametrize(("each", "times"), [(1.0, 4), (8.0, 3), (90.0, 2)])
