@@ -171,7 +171,7 @@ def reopened(number: int, server: io.TextIOWrapper) -> io.TextIOWrapper:
 if __name__ == "__main__":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as every command does before it imports torch
     for name in sys.argv[2:]:
-        importlib.import_module(f"tetrad.{name}")
+        importlib.import_module(name if name.startswith("torch.") else f"tetrad.{name}")
     gc.collect()
     gc.freeze()
     option, *_ = become(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -1,6 +1,8 @@
 """A rank that fails in one way or another, as a program: `faulty.py CASE RANK`, with the environment that torchrun
 sets."""
 
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -8,8 +10,10 @@ from dataclasses import replace
 import torch
 
 import toys
+from dist.workers import alive
 from tetrad.cli.main import _report
 from tetrad.distributed import collectives, sharding, watchdog
+from tetrad.errors import Stopped
 from tetrad.settings.common import Optim
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
@@ -49,11 +53,20 @@ def raises(model, optimizer, documents):
     step(model, optimizer, documents)
 
 
+def killed(*_):
+    """The faulty rank is gone; the other is asked to stop, as the launcher does then."""
+    here = collectives.all_gather(os.getpid())
+    if faulty():
+        os.kill(os.getpid(), signal.SIGKILL)
+    while alive(here[int(sys.argv[2])]):
+        time.sleep(0.1)
+    raise Stopped("in sft; the same command goes on from there")
+
+
 def main(case: str) -> int:
     torch.set_num_threads(1)
     watchdog.join(PATIENCE, _report)
-    collectives.start("cpu")
-    collectives.phase("sft")
+    collectives.start("cpu", "sft")
     model = toys.causal(seed=1, tied=False)
     if case.startswith("nan"):
         with torch.no_grad():
@@ -63,9 +76,14 @@ def main(case: str) -> int:
         sharding.place(model, toys.CPU)
     documents = [toys.document([5, 6, 7, 8], where=f"rank{collectives.rank()}.jsonl:{i}") for i in range(40)]
     try:
-        {"nan": not_finite, "nan, sharded": not_finite, "more": one_step_more, "raises": raises}[case](
-            model, Optimizer(model, 1e-3, Optim()), documents
-        )
+        cases = {
+            "nan": not_finite,
+            "nan, sharded": not_finite,
+            "more": one_step_more,
+            "raises": raises,
+            "killed": killed,
+        }
+        cases[case](model, Optimizer(model, 1e-3, Optim()), documents)
     except BaseException as error:
         return _report(error)
     return 0

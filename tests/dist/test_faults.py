@@ -47,6 +47,16 @@ def test_one_message_and_one_code(case: str, rank: int, code: int, parts: list[s
     assert [worker.returncode for worker in workers] == [code, code]
 
 
+def test_a_stop_after_a_kill_is_no_stop() -> None:
+    """Outside of a collective the launcher's SIGTERM is what a rank first hears of another one's end."""
+    workers = pair(str(ROOT / "tests/dist/faulty.py"), "killed", "1")
+    outputs = [worker.communicate(timeout=170) for worker in workers]
+    (said,) = (line for _, err in outputs for line in errors(err))
+    killed = f"rank 1 ({HERE}, process {workers[1].pid}) no longer answers"
+    assert said.startswith(f"error[E-RANK-LOST] sft: {killed}; rank 0 ({HERE}) stopped in sft.")
+    assert [worker.returncode for worker in workers] == [8, -9]
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """A recipe of which one process has done all."""

@@ -41,10 +41,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _report(error: BaseException) -> int:
     """Prints an error, unless another process of this run ended first and reported it; the exit code of the first."""
-    message, code = _told(error)
     if _several():
         from tetrad.distributed import watchdog
 
+        error = watchdog.cause(error)
+    message, code = _told(error)
+    if _several():
         first, code = watchdog.claim(code)
         if not first:
             return code

@@ -27,10 +27,14 @@ BUCKET_BYTES = 8 << 20
 _NEVER = timedelta(days=30)  # the watchdog decides how long to wait, and for which rank
 
 
-def start(device: str) -> None:
-    """Joins the group that torchrun announced; does nothing on one process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dog = watchdog.join()
+def start(device: str, phase: str = "") -> None:
+    """Joins the group that torchrun announced; does nothing on one process. phase: the stage that begins, for the
+    messages of a rank that waits in vain."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    dog = watchdog.join()
+    dog.phase = phase or dog.phase
+    if not dist.is_initialized():
         store = PrefixStore("collectives", dog.store)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         with dog.waiting("start"):
@@ -52,12 +56,6 @@ def collective(name: str, *, computes: bool = False) -> Iterator[bool]:
         return
     with watchdog.join().waiting(name, computes=computes):
         yield True
-
-
-def phase(name: str) -> None:
-    """Names the running stage, for the messages of a rank that waits in vain."""
-    if dist.is_initialized():
-        watchdog.join().phase = name
 
 
 def rank() -> int:

@@ -88,13 +88,13 @@ class Device:
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
 
-def choose(run: Run) -> Device:
-    """The device of a run; starts the process group under torchrun. Errors: E-CONF-DEVICE, E-CONF-DTYPE."""
+def choose(run: Run, stage: str = "") -> Device:
+    """The device of a run; starts the process group under torchrun. stage: named if a rank is lost. Errors: E-CONF-DEVICE, E-CONF-DTYPE."""
     has_gpu = torch.cuda.is_available()
     if run.device == "cuda" and not has_gpu:
         raise UserError("E-CONF-DEVICE", "no CUDA device is visible", where="run.device", hint='set device = "cpu"')
     kind = "cuda" if has_gpu and run.device != "cpu" else "cpu"
-    collectives.start(kind)
+    collectives.start(kind, stage)
     if run.threads:
         torch.set_num_threads(run.threads)
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)

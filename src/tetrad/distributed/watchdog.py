@@ -95,6 +95,17 @@ class Watchdog:
         self._reported = first["rank"] == self.rank
         return self._reported and not before, first["code"]
 
+    def killed(self) -> list[str]:
+        """The ranks of this machine that are no more and said nothing."""
+        here, killed = socket.gethostname(), []
+        with suppress(RuntimeError):
+            for rank in set(range(self.size)) - {self.rank}:
+                beat = self._own.get(f"tetrad/beat/{rank}") if self._own.check([f"tetrad/beat/{rank}"]) else "null"
+                _, _, finished, host, process = json.loads(beat) or _UNKNOWN
+                if host == here and not finished and not _runs(process):
+                    killed.append(f"rank {rank} ({host}, process {process}) no longer answers")
+        return killed
+
     def _request_stop(self) -> None:
         self._stop_requested = min(self._stop_requested, time.monotonic())
 
@@ -201,6 +212,24 @@ def join(patience: float = 300.0, report: Callable[[BaseException], int] = lambd
     global _watchdog
     _watchdog = _watchdog or Watchdog(patience, report)
     return _watchdog
+
+
+def cause(error: BaseException) -> BaseException:
+    """E-RANK-LOST instead of a stop that the launcher requested since another rank was killed."""
+    if not (_watchdog and isinstance(error, Stopped) and (killed := _watchdog.killed())):
+        return error
+    stopped = str(error).partition(";")[0].removeprefix("stopped ")
+    return _watchdog._error(_watchdog._text(killed, f"stopped {stopped}"))
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def claim(code: int) -> tuple[bool, int]:

@@ -67,8 +67,7 @@ ExternalNll = Callable[[Responses], float | None]
 
 
 def run(ctx: StageContext) -> None:
-    device = choose(ctx.recipe.run)
-    collectives.phase(ctx.folder.name)
+    device = choose(ctx.recipe.run, ctx.folder.name)
     if collectives.is_main():  # one process answers and writes
         with RunLock(ctx.folder / "lock"):
             remove_leftovers(ctx.folder)

@@ -159,7 +159,7 @@ class Comparisons:
     def __init__(self, ctx: StageContext) -> None:
         """Errors: E-DATA-*, E-CONF-MISSING, E-MODEL-*."""
         s = ctx.recipe.dpo
-        self.ctx, self.device, self.folder = ctx, choose(ctx.recipe.run), first_parent(ctx, *POLICY)
+        self.ctx, self.device, self.folder = ctx, choose(ctx.recipe.run, ctx.folder.name), first_parent(ctx, *POLICY)
         self.tokenizer, self.template = Tokenizer.load(self.folder), template_for(ctx, self.folder)
         self.train, self.validation = self._read(s.data, ""), self._read(s.validation, "held-out ")
         self.mixture = ctx.files(s.data, s.weights).mixture(record.where for record in self.train.records)

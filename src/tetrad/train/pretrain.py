@@ -26,7 +26,7 @@ from tetrad.types import Tokens
 
 
 def run(ctx: StageContext) -> None:
-    s, device = ctx.recipe.pretrain, choose(ctx.recipe.run)
+    s, device = ctx.recipe.pretrain, choose(ctx.recipe.run, ctx.folder.name)
     data = prepared(ctx, documents)
     tokenizer = data.tokenizer
     rows = Rows(data.store, s.sequence_length, ctx.recipe.seed, data.mixture)

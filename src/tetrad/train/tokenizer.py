@@ -15,7 +15,7 @@ REPORTED = 20_000  # documents on which the tokenizer's fit is measured
 
 def run(ctx: StageContext) -> None:
     s = ctx.recipe.tokenizer
-    with start(ctx, choose(ctx.recipe.run), 0, {}) as stage:
+    with start(ctx, choose(ctx.recipe.run, ctx.folder.name), 0, {}) as stage:
         counts = Counts()
         given = ctx.files(s.text)
         texts = (document.text for document in read_documents(given, counts))

@@ -78,7 +78,6 @@ def start(
 ) -> Iterator[StageRun]:
     """The stage's run, resumed where it stopped. state: further values of a checkpoint; restore takes them back."""
     settings = ctx.recipe.run
-    collectives.phase(ctx.folder.name)
     _refuse_unlisted(ctx, parts, state())
     environment: dict[str, Json] = {  # numbers may differ in their last digits where one of these does
         "device": device.torch_device.type,
