@@ -89,7 +89,9 @@ class Device:
 
 
 def choose(run: Run, stage: str = "") -> Device:
-    """The device of a run; starts the process group under torchrun. stage: named if a rank is lost. Errors: E-CONF-DEVICE, E-CONF-DTYPE."""
+    """The device of a run; starts the process group under torchrun. stage: for the message if a rank is lost.
+
+    Errors: E-CONF-DEVICE, E-CONF-DTYPE."""
     has_gpu = torch.cuda.is_available()
     if run.device == "cuda" and not has_gpu:
         raise UserError("E-CONF-DEVICE", "no CUDA device is visible", where="run.device", hint='set device = "cpu"')

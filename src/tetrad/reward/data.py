@@ -40,11 +40,8 @@ class RewardData:
     def __init__(self, ctx: StageContext) -> None:
         """Errors: E-DATA-*, E-CONF-FUNCTION, E-MODEL-*."""
         s, counts = ctx.recipe.reward, Counts()
-        self.ctx, self.device, self.folder = (
-            ctx,
-            choose(ctx.recipe.run, ctx.folder.name),
-            first_parent(ctx, "from", *POLICY),
-        )
+        self.ctx, self.device = ctx, choose(ctx.recipe.run, ctx.folder.name)
+        self.folder = first_parent(ctx, "from", *POLICY)
         self.tokenizer, self.template = Tokenizer.load(self.folder), template_for(ctx, self.folder)
         read = partial(
             read_examples, s, self.template, self.tokenizer, s.max_tokens or read_config(self.folder).max_positions

@@ -138,11 +138,8 @@ def load_policy(ctx: StageContext, s: OnPolicy, base: CausalLM | None = None) ->
     Errors: E-MODEL-*, E-CKPT-*, E-CONF-{FUNCTION,CONFLICT}.
     """
     folder, used = first_parent(ctx, *POLICY), uses_reward_model(s.rewards)
-    tokenizer, device, reference = (
-        Tokenizer.load(folder),
-        choose(ctx.recipe.run, ctx.folder.name),
-        frozen(base or _sft(ctx)),
-    )
+    tokenizer, device = Tokenizer.load(folder), choose(ctx.recipe.run, ctx.folder.name)
+    reference = frozen(base or _sft(ctx))
     actor, reward, members = share_weights(CausalLM, reference) if s.adapters else _sft(ctx), None, list[ScalarModel]()
     if s.adapters:
         adapt(ctx, actor, seed_for(ctx.recipe.seed, "actor"))

@@ -24,11 +24,8 @@ from tetrad.types import Tokens
 
 
 def run(ctx: StageContext) -> None:
-    s, device, base_folder = (
-        ctx.recipe.sft,
-        choose(ctx.recipe.run, ctx.folder.name),
-        first_parent(ctx, "pretrain", "base"),
-    )
+    s, device = ctx.recipe.sft, choose(ctx.recipe.run, ctx.folder.name)
+    base_folder = first_parent(ctx, "pretrain", "base")
     data = prepared(ctx, conversations)
     tokenizer, template = data.tokenizer, data.template
     assert template
