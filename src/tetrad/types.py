@@ -69,6 +69,10 @@ class Comparison:
     votes: tuple[float, ...] = ()
 
 
+MOST_SCORED = 4000
+"""Scored answers that are paired: all pairs of more would exhaust the memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """One answer with a number on the declared scale. spread: the standard error of that number, if known."""
@@ -150,7 +154,8 @@ class StageCost:
     trained on, each as often as it is read; read: only read; labels, read_labels: those of them whose logits are
     computed; sampled: generated in `rounds` of `responses`, `slots` at once, each of at most `new` tokens and up to
     `positions` with its prompt, and `group` to a prompt; shown: how often a few are generated to be looked at; after:
-    models loaded for sampling when training is over; batch: tokens per optimizer step, in records of `length`."""
+    models loaded for sampling when training is over, and `pairs` of test answers compared; batch: tokens per optimizer
+    step, in records of `length`."""
 
     name: str
     trained: float
@@ -171,3 +176,4 @@ class StageCost:
     group: int = 1
     shown: int = 0
     after: int = 0
+    pairs: float = 0.0

@@ -14,7 +14,7 @@ the processor and the computing type; not of a stage that needs more memory than
 import math
 import os
 import timeit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,12 +28,13 @@ from tetrad.settings.base import uses_reward_model
 from tetrad.settings.common import Lora, OnPolicy, Run
 from tetrad.settings.ppo import Ppo
 from tetrad.stages import ON_POLICY, Recipe
-from tetrad.types import StageCost
+from tetrad.types import MOST_SCORED, Score, StageCost
 
 TRAINED, GRADIENT, FROZEN, COPY = 12, 4, 4, 2  # bytes per parameter; the copy is that in bfloat16
 BASE = 305 << 20  # bytes of a process with torch in it
 COMPILED = 145 << 20  # kernels that oneDNN compiles, where it trains
 VARIETY = {"pretrain": 1 / 8, "sft": 1 / 3}  # of sizes that it compiles for: micro-batches alike, or nearly
+PAIR = 135  # bytes per pair of test answers, where they are compared
 SLICE = 512 << 20  # of logits, and of probabilities, on a GPU
 SHARE = 0.6  # of the speed of large matrix products that a whole step reaches
 ANSWERED = 0.6  # of the longest response, an average one
@@ -84,7 +85,8 @@ def memory(stage: StageCost, config: DecoderConfig, recipe: Recipe) -> int:
     training += n * COPY * (half or run.dtype == "bfloat16")
     base = min(2 * SLICE, 8 * micro * config.vocab_size) if run.device == "cuda" else _base(stage)
     if stage.after:
-        return int(base + max(training, n * frozen * (stage.trained + stage.frozen + stage.after) + sampling))
+        after = n * frozen * (stage.trained + stage.frozen + stage.after) + sampling
+        return int(base + max(training, after, held + PAIR * stage.pairs))
     return int(base + training + sampling)
 
 
@@ -109,8 +111,7 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
         labels, batch = r.trained * epochs, recipe.sft.batch_size * length
         costs.append(StageCost("sft", not on, on, r.tokens * epochs, labels, adapters=on, batch=batch, length=length))
     if (r := readings.get("reward.data")) and r.tokens:
-        tests = sum(readings[name].tokens for name in HELD_OUT["reward.data"] if name in readings)
-        costs.append(_reward(recipe, r, tests))
+        costs.append(_reward(recipe, r, [readings[name] for name in HELD_OUT["reward.data"] if name in readings]))
     if (r := readings.get("dpo.data")) and r.tokens:
         costs.append(_dpo(recipe, r, readings.get("dpo.validation")))
     for name in ON_POLICY:
@@ -119,7 +120,7 @@ def stages(recipe: Recipe, readings: Mapping[str, Reading]) -> list[StageCost]:
     return costs
 
 
-def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
+def _reward(recipe: Recipe, r: Reading, held: Sequence[Reading]) -> StageCost:
     s, members = recipe.reward, recipe.reward.ensemble_size
     best = members if s.patience and not s.adapters else 0  # the best weights on validation records
     trained, frozen = (0, 1) if s.adapters else (members, best)
@@ -128,7 +129,7 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
         trained,
         frozen,
         tokens=members * r.tokens * s.epochs,
-        read=members * held,
+        read=members * sum(each.tokens for each in held),
         sampled=s.normalise * s.normalise_max_new_tokens / 2,
         adapters=members if s.adapters else 0,
         slots=min(s.normalise, recipe.sampling.max_num_seqs),
@@ -136,9 +137,15 @@ def _reward(recipe: Recipe, r: Reading, held: int) -> StageCost:
         batch=s.batch_size * r.tokens // len(r.lengths),
         length=r.tokens // len(r.lengths),
         after=1,  # generates responses that set the scale
+        pairs=_pairs(held[-1]) if held else 0.0,
         responses=s.normalise,
         new=s.normalise_max_new_tokens,
     )
+
+
+def _pairs(test: Reading) -> float:
+    """Of scored answers, about: each with each that has another score."""
+    return min(MOST_SCORED, sum(isinstance(record, Score) for record in test.records)) ** 2 / 2
 
 
 def _dpo(recipe: Recipe, r: Reading, held: Reading | None) -> StageCost:

@@ -16,9 +16,9 @@ from torch import Tensor
 from tetrad.objectives import calibration
 from tetrad.reward.batches import Examples, Record, judgements, texts
 from tetrad.reward.metrics import PairMetrics
-from tetrad.types import Score
+from tetrad.types import MOST_SCORED, Score
 
-MOST_SCORED = 4000  # scored answers that are paired: all pairs of more would exhaust the memory
+BLOCK = 256
 RESAMPLES = 1000
 MOST_VALUES = 20  # slices of one kind
 LEAST = 30  # pairs that a slice needs
@@ -49,12 +49,12 @@ class Pairs:
         targets = judgements(examples.records)
         rewards, scored = torch.as_tensor(rewards_D).double(), targets.scored_S
         scores = torch.tensor([r.score for r in examples.records if isinstance(r, Score)], dtype=torch.float64)
-        apart = scores[:MOST_SCORED, None] - scores[None, :MOST_SCORED]
-        above, below = ((apart >= gap) & (apart > 0)).nonzero().unbind(1)
-        better = torch.cat((targets.winners_P, scored[above]))
-        worse = torch.cat((targets.losers_P, scored[below]))
+        above, below = _apart(scores[:MOST_SCORED], gap)
+        documents = scored.int()
+        better = torch.cat((targets.winners_P.int(), documents[above]))
+        worse = torch.cat((targets.losers_P.int(), documents[below]))
         margins = torch.where(targets.margins_P > 0, targets.margins_P.double(), math.nan)
-        gaps, margins = rewards[better] - rewards[worse], torch.cat((margins, apart[above, below]))
+        gaps, margins = rewards[better] - rewards[worse], torch.cat((margins, scores[above] - scores[below]))
         return cls(better, worse, targets.lists_P, gaps, margins, scored, rewards[scored], scores)
 
     def __len__(self) -> int:
@@ -136,11 +136,10 @@ class Pairs:
             drawn = _counts(len(sums), generator).double() @ sums
             totals, counts = totals + drawn[:, 0], counts + drawn[:, 1]
         if len(self) > n:
-            documents, index = torch.cat((self.better_P[n:], self.worse_P[n:])).unique(return_inverse=True)
-            better, worse = index.chunk(2)
-            weights = _counts(len(documents), generator)
+            better, worse, documents = _renumbered(self.better_P[n:], self.worse_P[n:])
+            weights = _counts(documents, generator)
             for total, values in ((totals, values_P[n:]), (counts, torch.ones(len(better)))):
-                matrix = torch.zeros(len(documents), len(documents))
+                matrix = torch.zeros(documents, documents)
                 matrix[better, worse] = values.float()
                 total += ((weights @ matrix) * weights).sum(1).double()
         means = (totals / counts)[counts > 0]
@@ -235,6 +234,27 @@ def _of_pairs(pairs: Pairs, lengths_D: Tensor) -> Iterator[tuple[str, str, Tenso
     yield "length", BETTER_IS_LONGER, ~like & (better > worse)
     yield "length", "about equal", like
     yield "length", BETTER_IS_SHORTER, ~like & (better < worse)
+
+
+def _apart(scores_S: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """The numbers of a higher and a lower score, at least `gap` apart: int32, by blocks of rows, for pairs are many."""
+    above, below = [torch.zeros(0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int32)]
+    for start in range(0, len(scores_S), BLOCK):
+        apart = scores_S[start : start + BLOCK, None] - scores_S
+        rows, columns = ((apart >= gap) & (apart > 0)).nonzero().int().unbind(1)
+        above.append(rows + start)
+        below.append(columns.clone())
+    return torch.cat(above), torch.cat(below)
+
+
+def _renumbered(*pairs_P: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both sides of pairs with their documents numbered from 0 in the same order, and how many these are."""
+    there = torch.zeros(1 + max(int(side.max()) for side in pairs_P), dtype=torch.bool)
+    for side in pairs_P:
+        there[side] = True
+    number = there.cumsum(0, dtype=torch.int32) - 1
+    better, worse = (number[side] for side in pairs_P)
+    return better, worse, int(there.sum())
 
 
 def _counts(size: int, generator: torch.Generator) -> Tensor:

@@ -203,6 +203,21 @@ def test_sharded_models_are_planned_in_parts() -> None:
     assert whole - parts == pytest.approx(16 * n / 2, rel=1e-3)
 
 
+def test_many_scored_test_answers_are_planned_as_pairs(checked: Checked) -> None:
+    """Their number grows with the square, until no more are paired."""
+    scored = [{"input": f"Question {i}", "output": "It was good.", "score": i % 9 - 4} for i in range(1050)]
+    write("train.jsonl", scored[1000:])
+
+    def planned(count: int) -> int:
+        write("test.jsonl", scored[:count])
+        text = '[reward]\ndata = ["train.jsonl"]\nvalidation = ["test.jsonl"]\nscore_scale = [-4, 4]\n'
+        figures: dict[str, int] = checked(text)["sections"]["cost"]["figures"]["reward"]
+        return figures["memory_bytes"]
+
+    few, many = planned(40), planned(1000)
+    assert many - few == pytest.approx(cost.PAIR * 1000**2 / 2, rel=0.2)
+
+
 def test_a_gpu_reads_in_16_bit() -> None:
     """Frozen matrices, the cache and what is kept take half; the base of adapters stays whole."""
     config = DecoderConfig("qwen2", 1000, 512, 8, 8, 2, 64, 1408, 256)
