@@ -8,7 +8,7 @@ with the environment that torchrun sets.
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from tetrad.train.ppo import learn
 from tetrad.train.reward import preference_terms
 from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
-from tetrad.training.run_folder import StageRun
+from tetrad.training.run_folder import StageRun, Stateful
 from tetrad.training.stage import Weights
 from tetrad.training.step import StepStats, language_terms, update
 from tetrad.types import Comparison, Prompt, Score
@@ -59,12 +59,17 @@ def found(stats: list[StepStats], *models: nn.Module) -> Found:
     return {"figures": torch.tensor(rows, dtype=torch.float64), "weights": weights(*models)}
 
 
+def loop(steps: int, parts: dict[str, Stateful]) -> Iterable[int]:
+    """A job's steps. parts: what a checkpoint of it must hold."""
+    return range(steps)
+
+
 def sft(muon_lr: float = 0.0, model: CausalLM | None = None, steps: int = STEPS, batch: int = BATCH) -> Found:
     model = model or toys.causal(seed=1)
     optimizer = Optimizer(model, 1e-3, Optim(weight_decay=0.1), muon_lr=muon_lr)
     documents = toys.documents(31)
     stats = []
-    for step in range(steps):
+    for step in loop(steps, {"model": Weights(model), "optimizer": optimizer}):
         wanted = collectives.shard(batch_indices(SEED, whole(len(documents)), batch, step).tolist())
         micros = language_micros([documents[i] for i in wanted], 64, toys.CPU)
         stats.append(update(model, optimizer, micros, language_terms, toys.CPU, max_norm=0.5))
@@ -87,7 +92,7 @@ def reward(model: ScalarModel | None = None, steps: int = STEPS) -> Found:
     latent.reward.model.dropout, latent.reward.model.token_dropout = 0.2, 0.1
     optimizer = Optimizer(latent, 1e-3, Optim())
     stats = []
-    for step in range(steps):
+    for step in loop(steps, {"model": Weights(latent), "optimizer": optimizer}):
         wanted = collectives.shard(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
         chosen = [records[i] for i in wanted], [answers[i] for i in wanted]
         keys = [seed_for(SEED, "dropout", step, place) for place in collectives.shard(range(BATCH))]
@@ -105,7 +110,7 @@ def dpo(models: tuple[CausalLM, CausalLM] | None = None, steps: int = STEPS) -> 
     policy, reference = models or (toys.causal(seed=1), toys.causal(seed=2))
     examples, optimizer, stats = Examples.of(records, documents), Optimizer(policy, 1e-3, Optim()), []
     terms = dpo_terms(Dpo(sft_coef=0.1), reference)
-    for step in range(steps):
+    for step in loop(steps, {"model": Weights(policy), "optimizer": optimizer}):
         wanted = collectives.shard(batch_indices(SEED, whole(len(records)), BATCH, step).tolist())
         micros = dpo_micros(examples, wanted, 48, toys.CPU)
         stats.append(update(policy, optimizer, micros, terms, toys.CPU, max_norm=0.5, reads=(reference,)))
@@ -142,7 +147,7 @@ def ppo(s: Ppo = PPO, models: ppo_toys.Models | None = None, steps: int = STEPS)
     models = models or four(s)
     writers = replace(models, actor=toys.causal(seed=5, vocab_size=12))
     figures, whitened = [], []
-    for step in range(steps):
+    for step in loop(steps, models.parts()):
         rollout = own_rows(ppo_toys.sampled(writers, asked, s, (SEED, step)))
         made, _ = ppo_toys.experience(models, rollout, s, 64)
         learned = learn(replace(models, micro_batch_tokens=64), made, s, (SEED, step))
@@ -160,7 +165,7 @@ def grpo(both: tuple[CausalLM, CausalLM] | None = None, steps: int = STEPS) -> F
     models = replace(grpo_toys.two_models(s, actor, reward, reference), micro_batch_tokens=64)
     writers = replace(models, actor=toys.causal(seed=5, vocab_size=12))
     figures = []
-    for step in range(steps):
+    for step in loop(steps, models.parts()):
         rollout = own_rows(grpo_toys.sampled(writers, ppo_toys.questions(BATCH, 12), s, (SEED, step)), 2)
         learned = train_grpo.learn(models, train_grpo.make_batch(models, rollout, s), s, (SEED, step))
         figures.append([learned[name] for name in sorted(learned)])

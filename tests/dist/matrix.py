@@ -6,16 +6,22 @@ trains each case for 30 steps on one process and on N, with this `run.shard`, an
 figures and weights differ, whether processes that hold the same tensors hold the same bits after each step, and the
 share of the bytes of parameters and optimizer state that a process holds. Exits 1 where something is beyond its limit.
 "host" takes each half of the processes for a machine.
+
+    PYTHONPATH=src:tests python tests/dist/matrix.py resume [full|none] [CASE,...]
+
+saves after ten steps on 2, 3 and 4 processes and takes ten more, on as many (the same bits) and, of the two, on 1, 3
+and 4 (announced, weights within 1e-6, exported files equal where they go on).
 """
 
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,17 +33,24 @@ import ppo_toys
 import toys
 from dist import jobs
 from tetrad.distributed import collectives, sharding
-from tetrad.model.lora import ALL, add_adapters, share_weights
+from tetrad.distributed.device import release_memory
+from tetrad.model.huggingface import model_files
+from tetrad.model.lora import ALL, add_adapters, merged, share_weights
 from tetrad.model.transformer import CausalLM, ScalarModel, give_head
 from tetrad.rl.models import SharedActorCritic, _shared
 from tetrad.settings.common import Optim
+from tetrad.training.batches import language_micros
 from tetrad.training.optimizer import Optimizer
+from tetrad.training.run_folder import StageRun, Stateful
+from tetrad.training.stage import Weights
+from tetrad.training.step import language_terms, update
 
 STEPS, LIMIT = 30, 1e-5
 STATES: list[Optimizer] = []
 CHECKSUMS: list[list[int]] = []
 SMALL = replace(jobs.PPO, ppo_epochs=1, steps=100)
 Build = Callable[[], jobs.Found]
+Worker = Callable[[Path, str, list[str]], None]
 
 
 def adapters(kind: type, base: CausalLM, seed: int) -> nn.Module:
@@ -127,6 +140,7 @@ def held() -> int:
 
 
 def worker(folder: Path, shard: str, names: list[str]) -> None:
+    """Trains the cases in this process, one of several or alone."""
     torch.set_num_threads(1)
     collectives.start("cpu")
     toys.CPU = replace(toys.CPU, shard=shard if collectives.size() > 1 else "none")
@@ -138,10 +152,44 @@ def worker(folder: Path, shard: str, names: list[str]) -> None:
         found["bytes"] = torch.tensor(held())
         found["checksums"] = torch.tensor(CHECKSUMS)
         torch.save(found, folder / f"{name}-{collectives.size()}-{collectives.rank()}.pt")
-    collectives.stop()
 
 
-def train(folder: Path, size: int, shard: str, names: list[str]) -> None:
+def resume(folder: Path, shard: str, names: list[str]) -> None:
+    """The same with checkpoints in folder/NAME, from the one that is there."""
+    for name in names:
+        notes, files = list[str](), list[str]()
+        jobs.loop = lambda steps, parts, n=name, k=notes, f=files: saved(folder / n, steps, parts, k, f)
+        worker(folder, shard, [name])
+        torch.save({"notes": notes, "files": files}, folder / f"{name}-{collectives.rank()}.more")
+
+
+def saved(folder: Path, steps: int, parts: dict[str, Stateful], notes: list[str], files: list[str]) -> Iterator[int]:
+    """Steps with a checkpoint after each ten. notes: of the resume; files: sha256 of the models as they are exported,
+    after ten steps and at the end."""
+    environment = {"processes": collectives.size()}
+    with StageRun(folder, seed=jobs.SEED, total_steps=steps, save_every=10, environment=environment) as run:
+        run.resume(parts)
+        notes += run.notes
+        for step in run.steps():
+            if step == 10:
+                files.append(exported(parts))
+            yield step
+        files.append(exported(parts))
+
+
+def exported(parts: dict[str, Stateful]) -> str:
+    """sha256 of the files of all models among the parts."""
+    digest = hashlib.sha256()
+    for part in (part for part in parts.values() if isinstance(part, Weights)):
+        for model in (module for module in part.model.modules() if isinstance(module, CausalLM | ScalarModel)):
+            plain = sharding.collected(model)
+            for file, content in sorted(model_files(merged(plain)).items()) if collectives.is_main() else ():
+                for chunk in [file.encode(), *([content] if isinstance(content, bytes) else content)]:
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def train(folder: Path, size: int, shard: str, names: list[str], work: Worker = worker) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -157,7 +205,8 @@ def train(folder: Path, size: int, shard: str, names: list[str]) -> None:
         if not (process := os.fork()):
             os.environ |= {**given, "RANK": str(rank)}
             try:
-                worker(folder, shard, names)
+                work(folder, shard, names)
+                collectives.stop()
                 os._exit(0)
             finally:
                 traceback.print_exc()
@@ -202,5 +251,86 @@ def main(sizes: str = "2,3,4", shard: str = "full", names: str = "") -> int:
     return 0 if good else 1
 
 
+def resumes(shard: str = "full", names: str = "") -> int:
+    """Twenty steps on 2, 3 and 4 processes, and the last ten of them again, on as many and on others."""
+    global STEPS
+    STEPS, good = 20, True
+    chosen = names.split(",") if names else [name for name in cases() if "untied" not in name or "adapters" in name]
+    with tempfile.TemporaryDirectory() as name:
+        for saved_by, size in ((2, 0), (2, 2), (2, 1), (2, 3), (2, 4), (3, 0), (3, 3), (4, 0), (4, 4)):
+            whole, again = Path(name, str(saved_by)), Path(name, f"{saved_by}-{size}")
+            if not size:
+                whole.mkdir()
+                train(whole, saved_by, shard, chosen, resume)
+                continue
+            for case in chosen:
+                shutil.copytree(whole / case, again / case)
+                shutil.rmtree(again / case / "checkpoints/step-000020")
+            train(again, size, shard, chosen, resume)
+            results = [compare(whole, again, case, saved_by, size) for case in chosen]
+            good = good and all(results)
+    return 0 if good else 1
+
+
+def compare(whole: Path, again: Path, name: str, saved_by: int, size: int) -> bool:
+    one, other = (torch.load(p / f"{name}-{n}-0.pt")["weights"] for p, n in ((whole, saved_by), (again, size)))
+    before, after = (torch.load(folder / f"{name}-0.more") for folder in (whole, again))
+    apart, notes = (
+        float((other - one).norm() / one.norm()),
+        [note for note in after["notes"] if "processes was" in note],
+    )
+    middle = after["files"][0] == before["files"][0]
+    if size == saved_by:
+        good = torch.equal(one, other) and before["files"][1] == after["files"][1] and not after["notes"]
+    else:
+        good = apart <= 1e-6 and len(notes) == 1
+    text = f"{name:22} saved by {saved_by}, resumed by {size}: weights {apart:.1e}, announced {len(notes)}"
+    print(f"{text}, files {'equal' if middle else 'DIFFER'}" + ("" if good and middle else "  BEYOND"), flush=True)
+    return good and middle
+
+
+def memory(shard: str = "full") -> int:
+    """What one process holds of a larger model, alone and as one of four."""
+    with tempfile.TemporaryDirectory() as name:
+        for size in (1, 4):
+            train(Path(name), size, shard, [], large)
+            for each in sorted(Path(name).glob(f"{size}-*")):
+                print(each.name, each.read_text(), flush=True)
+    return 0
+
+
+def large(folder: Path, shard: str, _: list[str]) -> None:
+    """Three steps of SFT; MiB of trained parameters and AdamW's state, of the process after them, and at most."""
+    torch.set_num_threads(1)
+    collectives.start("cpu")
+    device = replace(toys.CPU, shard=shard if collectives.size() > 1 else "none")
+    before = status("VmRSS")
+    model = CausalLM(
+        toys.config(vocab_size=8192, hidden_size=512, layers=18, heads=8, kv_heads=8, head_dim=64, ff=1536)
+    )
+    toys.randomise(model, 1, std=0.02)
+    model = sharding.place(model, device)
+    optimizer = Optimizer(model, 1e-4, Optim())
+    documents = [toys.document(toys.ids(64, i)) for i in range(4)]
+    for _ in range(3):
+        micros = language_micros(list(collectives.shard(documents)), 64, device)
+        update(model, optimizer, micros, language_terms, device)
+    release_memory()
+    STATES[:] = [optimizer]
+    parameters = sum(p.numel() for p in model.parameters())
+    numbers = [held() / 2**20, status("VmRSS") - before, status("VmHWM") - before, before]
+    text = "of {:.1f} M: holds {:.0f}, grew by {:.0f} (at most {:.0f}) over {:.0f} MiB"
+    (folder / f"{collectives.size()}-{collectives.rank()}").write_text(text.format(parameters / 1e6, *numbers))
+
+
+def status(name: str) -> float:
+    """MiB of this process, as the kernel counts them."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+MODES = {"resume": resumes, "memory": memory}
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    mode = MODES.get(sys.argv[1] if sys.argv[1:] else "")
+    sys.exit(mode(*sys.argv[2:]) if mode else main(*sys.argv[1:]))
