@@ -2,15 +2,15 @@
 
     python examples/worth.py reviews-en 0 1 2
 
-Trains the language model apart (guard.toml) and, for each seed, the recipe with `[dpo]` and `[grpo]` beside `[ppo]`,
-whose settings stand here, and RLOO in a run of its own that begins with the same models; what is done is skipped. All
-answer the same prompts in one evaluation. Prints a Markdown table: the mean over seeds, and each seed's figure of the
-judges.
+Trains the language model apart (guard.toml) and, for each seed, the recipe with `[dpo]` and `[grpo]` beside its
+`[ppo]`, and RLOO in a run of its own that begins with the same models; what is done is skipped. All answer the same
+prompts in one evaluation. Prints a Markdown table: the mean over seeds, and each seed's figure of the judges.
 """
 
 import json
 import shutil
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,16 +19,12 @@ from typing import Any
 from seeds import HERE, tetrad
 
 DPO = {
-    "reviews-en": {"data": ["ranked.train.jsonl"], "loss": "plackett-luce", "epochs": 3, "lr": 1e-4},
+    "reviews-en": {"data": ["ranked.train.jsonl"], "loss": "plackett-luce", "epochs": 3, "lr": 3e-4},
     "reviews-zh": {"data": ["pairs.train.jsonl"], "epochs": 1, "lr": 1e-4},
 }
-SAMPLED = {  # by PPO and by groups alike: as many responses, the same rate, the same beta
-    "reviews-en": {"steps": 100, "actor_lr": 1e-3, "kl_coef": 0.28, "entropy_coef": 0.0, "num_minibatches": 4},
-    "reviews-zh": {"steps": 100, "actor_lr": 1e-3, "kl_coef": 0.28, "entropy_coef": 0.0, "num_minibatches": 4},
-}
-PPO = {"batch_size": 256, "ppo_epochs": 1, "gae_lambda": 0.3, "kl_target": 0.0}
-GROUP = {"batch_size": 32, "samples_per_prompt": 8, "epochs": 1, "max_new_tokens": 64}
-UNFINISHED = {"reviews-en": 2.5, "reviews-zh": 0.5}  # as in the recipe's [ppo]
+SAMPLES_PER_PROMPT = 8
+KL_COEF = {"reviews-en": 0.19, "reviews-zh": 0.1}  # fixed, of GRPO and RLOO; the rest is that of the recipe's PPO
+SHARED = ("steps", "num_minibatches", "actor_lr", "max_new_tokens", "missing_eos_penalty")
 RLOO = {"advantage": "leave_one_out", "kl_in": "reward", "loss_mean": "token"}
 BEFORE = ("tokenizer", "pretrain", "sft", "reward")
 FIGURES = ("kl", "length", "finished", "distinct_2", "commonest_word", "external_nll")
@@ -44,9 +40,11 @@ def flags(table: str, settings: Mapping[str, Any], data: Path) -> list[str]:
 
 
 def group_settings(example: str) -> dict[str, Any]:
-    """The table [grpo]."""
-    files = {"prompts": ["prompts.train.jsonl"], "missing_eos_penalty": UNFINISHED[example]}
-    return {**files, **SAMPLED[example], **GROUP}
+    """The table [grpo]: as many responses as PPO has, updates, and its rate."""
+    ppo = tomllib.loads((HERE / example / "recipe.toml").read_text(encoding="utf-8"))["ppo"]
+    table = {"prompts": ["prompts.train.jsonl"], **{name: ppo[name] for name in SHARED}}
+    table |= {"batch_size": ppo["batch_size"] // SAMPLES_PER_PROMPT, "samples_per_prompt": SAMPLES_PER_PROMPT}
+    return table | {"epochs": ppo["ppo_epochs"], "kl_coef": KL_COEF[example]}
 
 
 def systems_of(example: str, seed: int) -> dict[str, dict[str, Any]]:
@@ -55,7 +53,6 @@ def systems_of(example: str, seed: int) -> dict[str, dict[str, Any]]:
     data, recipe = HERE / example / "data", str(HERE / example / "recipe.toml")
     base = ["--seed", str(seed), "--evaluate.external-lm", f"runs/{example}-guard/pretrain"]
     both = [*base, "--name", run.name, *flags("dpo", DPO[example], data), *flags("grpo", group, data)]
-    both += flags("ppo", SAMPLED[example] | PPO, data)
     for stage in (*BEFORE, "dpo", "grpo", "ppo"):
         tetrad(stage, recipe, *both)
     rloo = run.with_name(f"{run.name}-rloo")
