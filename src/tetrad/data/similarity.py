@@ -13,6 +13,7 @@ import numpy as np
 T = TypeVar("T")
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 PLACES = 1024
+BLOCK = 512  # rows at once: what is computed of all of them together would need a multiple of their memory
 MOST = 20_000  # texts that are compared
 LONGEST = 20_000  # characters of a text that are compared, counted and classified
 _PIECE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff]|[^\W_]+")
@@ -37,12 +38,14 @@ class Texts:
             hashed = np.array(features(text), np.int64)
             signs = np.where(hashed >> 31 & 1, 1.0, -1.0).astype(np.float32)
             np.add.at(rows[i], hashed % PLACES, signs)
-        np.sign(rows, out=rows, where=np.abs(rows) > 1)  # counts are clipped to one
+        np.clip(rows, -1, 1, out=rows)
         rare = np.log((1 + len(rows)) / (1 + (rows != 0).sum(0))) + 1
         self.weights: Rows = rare.astype(np.float32) if weights is None else weights
-        rows *= self.weights
-        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
-        self.rows: Rows = rows[[different[text] for text in texts]]
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            block *= self.weights
+            block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-9)
+        self.rows: Rows = rows if len(rows) == len(texts) else rows[[different[text] for text in texts]]
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
@@ -83,8 +86,8 @@ def covered(new: Sequence[str], known: Sequence[str]) -> Coverage | None:
 def _nearest(rows: Rows, others: Rows, *, itself: bool) -> Rows:
     """Each row's largest dot product with another. itself: the rows are the others, and none is its own neighbour."""
     best = []
-    for start in range(0, len(rows), 2048):
-        alike = rows[start : start + 2048] @ others.T
+    for start in range(0, len(rows), BLOCK):
+        alike = rows[start : start + BLOCK] @ others.T
         if itself:
             alike[np.arange(len(alike)), np.arange(start, start + len(alike))] = -1
         best.append(alike.max(1))
