@@ -63,6 +63,13 @@ def killed(*_):
     raise Stopped("in sft; the same command goes on from there")
 
 
+def stopped(*_):
+    """The faulty rank stops for good when the other is done."""
+    collectives.barrier()
+    if faulty():
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def main(case: str) -> int:
     torch.set_num_threads(1)
     watchdog.join(PATIENCE, _report)
@@ -82,6 +89,7 @@ def main(case: str) -> int:
             "more": one_step_more,
             "raises": raises,
             "killed": killed,
+            "stopped": stopped,
         }
         cases[case](model, Optimizer(model, 1e-3, Optim()), documents)
     except BaseException as error:

@@ -1,12 +1,13 @@
 """Faults at random moments of every stage, sharded over two processes: more than each change is tested with.
 
-    PYTHONPATH=src:tests python tests/dist/kills.py [HITS] [STAGE,...] [kill,hang,error,stop] [full|none]
+    PYTHONPATH=src:tests python tests/dist/kills.py [HITS] [STAGE,...] [kill,hang,error,stop,restart] [full|none]
 
 A rank of `tetrad STAGE --nproc 2` is killed or stopped for good (SIGSTOP), fails alone (a record, NaN, a full disk), or
 the launcher gets SIGTERM, HITS times each. Each fault must end the job within 30 seconds (a hang: and the patience)
 with one message that names rank and stage, and the code that belongs to it, and leave no process behind. The next fault
 hits what the one before left, until the stage is done: then its model and logs must be those of a run without faults,
 bit by bit. Prints a line for each fault that was not answered so, and one for each stage; exits 1 if there was any.
+"restart" is one kill under `torchrun --max-restarts 2`, which goes on by itself.
 
 Launcher and ranks are the command's own, forked from a process that has done the imports.
 """
@@ -89,12 +90,14 @@ def launch(folder: Path, words: list[str], planted: str) -> None:
     subprocess_handler.Popen = lambda args, **how: start(args, **how)  # type: ignore[assignment,misc]
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    from torch.distributed.run import main as torchrun
+
     from tetrad.cli.main import main as command
 
     sys.argv[:] = ["tetrad", *words]
     code = 1
     try:
-        code = command(words)
+        code = command(words) if words[0] != "torchrun" else torchrun(words[1:]) or 0
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -209,6 +212,20 @@ class Stage:
         print(f"{self.name} {fault}: {dict(counts)}, at most {longest:.1f} s, same bits {good}", flush=True)
         return good and not counts["badly answered"]
 
+    def restarts(self, draw: random.Random) -> bool:
+        """A rank is killed under `torchrun --max-restarts 2`, which goes on by itself."""
+        given = "torchrun --nproc-per-node 2 --max-restarts 2 -m tetrad".split()
+        job = Job(self.root / "job", [*given, *self.words])
+        time.sleep(draw.uniform(0.4, 0.8) * self.seconds)
+        saved, killed = (self.home / "checkpoints").is_dir(), dict(job.ranks)
+        os.kill(killed[draw.randrange(2)], signal.SIGKILL)
+        job.wait(600)
+        begun = {int(path.name[5:]): int(path.read_text()) for path in job.folder.glob("rank-*")}
+        again = begun.keys() == killed.keys() and not set(begun.values()) & set(killed.values())
+        good = self.ended(job, "restart") and again and job.code == 0
+        print(f"{self.name} restart: exit {job.code}, new ranks {again}, checkpoint {saved}, good {good}", flush=True)
+        return good
+
     def ended(self, job: Job, fault: str) -> bool:
         """Whether a run that came to its end has the right bits; the next starts anew."""
         same = digests(self.home) == self.right
@@ -247,7 +264,10 @@ def main(
             done[each] = Stage(each, path, root, shard)
             if each in stages.split(","):
                 for fault in faults.split(","):
-                    good = done[each].faults(fault, int(hits), draw) and good
+                    stage = done[each]
+                    good = (
+                        stage.restarts(draw) if fault == "restart" else stage.faults(fault, int(hits), draw)
+                    ) and good
             shutil.move(root / f"whole-{each}", root / "runs/tiny" / each)
     return 0 if good else 1
 

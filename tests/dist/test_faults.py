@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from dist.faulty import PATIENCE
 from dist.workers import ROOT, alive, children, pair, popen
+from tetrad.distributed import launch
+from tetrad.errors import Stopped
 from tiny import Chain
 
 pytestmark = pytest.mark.dist
@@ -55,6 +58,29 @@ def test_a_stop_after_a_kill_is_no_stop() -> None:
     killed = f"rank 1 ({HERE}, process {workers[1].pid}) no longer answers"
     assert said.startswith(f"error[E-RANK-LOST] sft: {killed}; rank 0 ({HERE}) stopped in sft.")
     assert [worker.returncode for worker in workers] == [8, -9]
+
+
+def test_a_rank_that_never_ends() -> None:
+    """The other one, which is done, does not leave it behind."""
+    workers = pair(str(ROOT / "tests/dist/faulty.py"), "stopped", "1")
+    outputs = [worker.communicate(timeout=170) for worker in workers]
+    (said,) = (line for _, err in outputs for line in errors(err))
+    stopped = f"rank 1 ({HERE}, process {workers[1].pid}) no longer answers"
+    assert said.startswith(f"error[E-RANK-LOST] sft: {stopped}; rank 0 ({HERE}) is done.")
+    assert [worker.returncode for worker in workers] == [8, -9]
+
+
+def test_asked_to_stop_before_the_ranks_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has left a code: the launcher itself says what it was."""
+
+    def stopping(*_: object) -> None:
+        raise SignalException("", signal.SIGTERM)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launch.logging, "disable", lambda _: None)
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: stopping)
+    with pytest.raises(Stopped, match="the same command goes on"):
+        launch.launch(["sft"], 2, 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -12,14 +13,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tetrad.distributed.watchdog import claimed_code
-from tetrad.errors import UserError
+from tetrad.errors import Stopped, UserError
 
 _SLACK_SECONDS = 30  # beyond `grace`, to end after a signal
 
 
 def launch(words: Sequence[str], nproc: int, grace: float) -> int:
     """Runs `tetrad WORDS` as `nproc` processes; returns the exit code that they agree on. Raises UserError E-RANK-LOST
-    if one was killed and no other is left to report it."""
+    if one was killed and no other is left to report it; Stopped if all were before they could."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     logging.disable(logging.CRITICAL)  # the agent's: ranks report errors themselves
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
@@ -45,6 +46,8 @@ def launch(words: Sequence[str], nproc: int, grace: float) -> int:
     if (code := claimed_code(store)) is not None:
         return code
     if isinstance(failure, SignalException):
+        if failure.sigval in (signal.SIGTERM, signal.SIGINT):
+            raise Stopped("before a process could say where; the same command goes on from there")
         return 128 + failure.sigval
     rank, process = failure.get_first_failure()
     cause = process.signal_name() if process.exitcode < 0 else f"exit code {process.exitcode}"

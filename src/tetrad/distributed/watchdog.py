@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,10 +82,25 @@ class Watchdog:
             self._inside, self._last_beats = None, {}
 
     def stop(self) -> None:
-        """Ends the watchdog of a rank that is done."""
+        """Ends the watchdog of a rank that is done, once the others are too."""
         self._ends.set()
         self._thread.join()
         self._announce_end()
+        with suppress(RuntimeError):
+            self._see_others_end()
+
+    def _see_others_end(self) -> None:
+        """Until all have, or one has failed and says so; one that no longer responds would never."""
+        others: dict[str, _Missing] = {}
+        while sum(one.gone for one in others.values()) < self.size - 1:
+            if claimed_code(self._own) is not None or self._stop_requested < math.inf:
+                return
+            time.sleep(_BEAT / 10)
+            others = self._missing(self.patience)
+        if silent := {text: one for text, one in others.items() if one.silent}:
+            code = self.report(self._error(self._text(list(silent), "is done")))
+            self._kill_silent(silent.values())
+            self._exit(code)
 
     def claim(self, code: int) -> tuple[bool, int]:
         """Whether this rank is the first to end and has not reported it yet, and the exit code of the first."""
@@ -145,11 +160,15 @@ class Watchdog:
         text = self._text(list(missing), f"has waited {now - since:.0f} s in {name}")
         stopped = Stopped(f"{text}; the same command goes on from the last checkpoint")
         code = self.report(stopped if stopping else self._error(text))
-        for one in missing.values():
+        self._kill_silent(missing.values())
+        self._exit(code)
+
+    def _kill_silent(self, others: Iterable[_Missing]) -> None:
+        """Those of this machine: stopped, they would not hear the launcher's SIGTERM."""
+        for one in others:
             if one.silent and one.host == socket.gethostname():
                 with suppress(OSError):
-                    os.kill(one.process, signal.SIGKILL)  # stopped, it would not hear the launcher's SIGTERM
-        self._exit(code)
+                    os.kill(one.process, signal.SIGKILL)
 
     def _missing(self, limit: float) -> dict[str, _Missing]:
         """Ranks not to wait for any longer, by a text that says why. limit: of seconds without a beat."""
