@@ -193,7 +193,7 @@ def train(folder: Path, size: int, shard: str, names: list[str], work: Worker = 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    here = size // 2 if shard == "host" else size
+    here = size // 2 if shard == "host" and size > 1 else size
     given = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -8,6 +8,7 @@ Anything but tensors travels as JSON, in which floats keep every bit. `distribut
 import atexit
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -43,7 +44,10 @@ def start(device: str, phase: str = "") -> None:
 
 
 def stop() -> None:
+    """Leaves the group, together with the others unless this process ends by an uncaught error."""
     if dist.is_initialized():
+        if not hasattr(sys, "last_value"):
+            watchdog.join().end_together(dist.barrier)
         watchdog.join().stop()
         dist.destroy_process_group()
 

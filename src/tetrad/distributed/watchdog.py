@@ -82,25 +82,21 @@ class Watchdog:
             self._inside, self._last_beats = None, {}
 
     def stop(self) -> None:
-        """Ends the watchdog of a rank that is done, once the others are too."""
+        """Ends the watchdog of a rank that is done."""
         self._ends.set()
         self._thread.join()
         self._announce_end()
-        with suppress(RuntimeError):
-            self._see_others_end()
 
-    def _see_others_end(self) -> None:
-        """Until all have, or one has failed and says so; one that no longer responds would never."""
-        others: dict[str, _Missing] = {}
-        while sum(one.gone for one in others.values()) < self.size - 1:
-            if claimed_code(self._own) is not None or self._stop_requested < math.inf:
+    def end_together(self, barrier: Callable[[], object]) -> None:
+        """Until all ranks are done, unless one has failed: nobody would miss one that stops responding after that."""
+        with suppress(RuntimeError):
+            if claimed_code(self._own) is not None:
                 return
-            time.sleep(_BEAT / 10)
-            others = self._missing(self.patience)
-        if silent := {text: one for text, one in others.items() if one.silent}:
-            code = self.report(self._error(self._text(list(silent), "is done")))
-            self._kill_silent(silent.values())
-            self._exit(code)
+        try:
+            with self.waiting("last barrier"):
+                barrier()
+        except UserError as error:
+            self._exit(self.report(error))
 
     def claim(self, code: int) -> tuple[bool, int]:
         """Whether this rank is the first to end and has not reported it yet, and the exit code of the first."""
@@ -242,13 +238,15 @@ def cause(error: BaseException) -> BaseException:
 
 
 def _runs(process: int) -> bool:
+    """Whether it exists and is no zombie."""
     try:
         os.kill(process, 0)
+        with open(f"/proc/{process}/stat") as stat:
+            return not stat.read().rpartition(")")[2].startswith(" Z")
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
-    return True
+    except OSError:  # another user's, or a system without /proc
+        return True
 
 
 def claim(code: int) -> tuple[bool, int]:
