@@ -172,7 +172,7 @@ class Stage:
     def __init__(self, name: str, path: Path, root: Path, shard: str) -> None:
         self.name, self.root, self.home = name, root, root / "runs/tiny" / name
         own = [str(path.parent / word) if word.endswith(".jsonl") else word for word in OWN.get(name, "").split()]
-        self.words = [name, str(path), "--run.out", str(root / "runs"), "--nproc", "2", "--run.shard", shard, *own]
+        self.words = [name, str(path), "--run.out", str(root / "runs"), "--run.nproc", "2", "--run.shard", shard, *own]
         job = Job(root / "job", self.words)
         self.seconds = job.wait(600)
         if job.code:

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from dist.faulty import PATIENCE
 from dist.workers import ROOT, alive, children, pair, popen
-from tetrad.distributed import launch
+from tetrad.distributed import launch, watchdog
 from tetrad.errors import Stopped
 from tiny import Chain
 
@@ -81,6 +82,23 @@ def test_asked_to_stop_before_the_ranks_listen(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch, "elastic_launch", lambda *_: stopping)
     with pytest.raises(Stopped, match="the same command goes on"):
         launch.launch(["sft"], 2, 1.0)
+
+
+def test_a_restart_does_not_read_why_the_ranks_before_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun gives all attempts on one machine the same store."""
+    store = HashStore()
+    monkeypatch.setattr(watchdog, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    monkeypatch.setattr(watchdog, "on_stop_request", [])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    codes = []
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        dog = watchdog.Watchdog(60.0, lambda _: 1)
+        codes.append(watchdog.claimed_code(dog.store))
+        dog.claim(8)
+        codes.append(watchdog.claimed_code(dog.store))
+        dog.stop()
+    assert codes == [None, 8, None, 8]
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from tetrad.errors import Stopped, UserError
@@ -47,7 +48,8 @@ class Watchdog:
     the exit code."""
 
     def __init__(self, patience: float, report: Callable[[BaseException], int]) -> None:
-        self.store, self.rank, self.size = next(rendezvous("env://", timeout=timedelta(seconds=max(patience, 60.0))))
+        store, self.rank, self.size = next(rendezvous("env://", timeout=timedelta(seconds=max(patience, 60.0))))
+        self.store: Any = PrefixStore(attempt, store) if (attempt := _attempt()) else store
         self.patience, self.report, self.phase = patience, report, ""
         self._beats = self._number = 0
         self._inside: tuple[float, str] | None = None  # the collective that the main thread is in, and since when
@@ -210,6 +212,13 @@ class Watchdog:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
+
+
+def _attempt() -> str:
+    """Names a restart by torchrun on one machine, where the store still has what the ranks before left; agents of
+    several machines count for themselves, and make a new store each time."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return count if count != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
 
 
 _watchdog: Watchdog | None = None
