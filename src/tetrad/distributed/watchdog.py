@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
@@ -49,7 +49,8 @@ class Watchdog:
 
     def __init__(self, patience: float, report: Callable[[BaseException], int]) -> None:
         store, self.rank, self.size = next(rendezvous("env://", timeout=timedelta(seconds=max(patience, 60.0))))
-        self.store: Any = PrefixStore(attempt, store) if (attempt := _attempt()) else store
+        attempt = _attempt()
+        self.store: Any = PrefixStore(attempt, store) if attempt else store
         self.patience, self.report, self.phase = patience, report, ""
         self._beats = self._number = 0
         self._inside: tuple[float, str] | None = None  # the collective that the main thread is in, and since when
@@ -60,7 +61,7 @@ class Watchdog:
         self._hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # the store itself
         self._ends = threading.Event()
         on_stop_request.append(self._request_stop)
-        self._own: Store = self.store.clone()  # a connection of its own: a wait on the other would block it
+        self._own: Store = cast(Any, self.store).clone()  # a connection of its own: a wait on the other would block it
         self._beat()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
