@@ -51,23 +51,19 @@ def test_one_message_and_one_code(case: str, rank: int, code: int, parts: list[s
     assert [worker.returncode for worker in workers] == [code, code]
 
 
-def test_a_stop_after_a_kill_is_no_stop() -> None:
-    """Outside of a collective the launcher's SIGTERM is what a rank first hears of another one's end."""
-    workers = pair(str(ROOT / "tests/dist/faulty.py"), "killed", "1")
+@pytest.mark.parametrize(
+    ("case", "then"),
+    [
+        ("killed", "stopped in sft."),  # outside of a collective the launcher's SIGTERM is what a rank hears first
+        ("stopped", "has waited "),  # at the end: the other one, which is done, does not leave it behind
+    ],
+)
+def test_a_rank_that_is_lost_outside_of_collectives(case: str, then: str) -> None:
+    workers = pair(str(ROOT / "tests/dist/faulty.py"), case, "1")
     outputs = [worker.communicate(timeout=170) for worker in workers]
     (said,) = (line for _, err in outputs for line in errors(err))
-    killed = f"rank 1 ({HERE}, process {workers[1].pid}) no longer answers"
-    assert said.startswith(f"error[E-RANK-LOST] sft: {killed}; rank 0 ({HERE}) stopped in sft.")
-    assert [worker.returncode for worker in workers] == [8, -9]
-
-
-def test_a_rank_that_never_ends() -> None:
-    """The other one, which is done, does not leave it behind."""
-    workers = pair(str(ROOT / "tests/dist/faulty.py"), "stopped", "1")
-    outputs = [worker.communicate(timeout=170) for worker in workers]
-    (said,) = (line for _, err in outputs for line in errors(err))
-    stopped = f"rank 1 ({HERE}, process {workers[1].pid}) no longer answers"
-    assert said.startswith(f"error[E-RANK-LOST] sft: {stopped}; rank 0 ({HERE}) has waited ")
+    lost = f"rank 1 ({HERE}, process {workers[1].pid}) no longer answers"
+    assert said.startswith(f"error[E-RANK-LOST] sft: {lost}; rank 0 ({HERE}) {then}")
     assert [worker.returncode for worker in workers] == [8, -9]
 
 

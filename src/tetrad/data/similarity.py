@@ -38,7 +38,7 @@ class Texts:
             hashed = np.array(features(text), np.int64)
             signs = np.where(hashed >> 31 & 1, 1.0, -1.0).astype(np.float32)
             np.add.at(rows[i], hashed % PLACES, signs)
-        np.clip(rows, -1, 1, out=rows)
+        np.clip(rows, -1, 1, out=rows)  # counts count once
         rare = np.log((1 + len(rows)) / (1 + (rows != 0).sum(0))) + 1
         self.weights: Rows = rare.astype(np.float32) if weights is None else weights
         for start in range(0, len(rows), BLOCK):

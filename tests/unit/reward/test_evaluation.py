@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import toys
+from tetrad.reward import evaluation
 from tetrad.reward.batches import Examples
 from tetrad.reward.evaluation import Pairs, slices
 from tetrad.reward.metrics import PairMetrics
@@ -35,6 +36,16 @@ def test_pairs_of_lists_and_scores():
     assert metrics.pair_accuracy_low <= 0.75 <= metrics.pair_accuracy_high
     assert metrics.spearman is None  # of two scores it says nothing
     assert len(Pairs.of(EXAMPLES, rewards, 4.0).gaps_P) == 3  # the scores are 3 apart
+
+
+def test_more_scores_than_one_block_form_the_same_pairs():
+    scores = [float(i * 37 % 101) for i in range(evaluation.BLOCK + 40)]
+    examples = Examples.of([Score(PROMPT, "", x) for x in scores], [TOKENS[0]] * len(scores))
+    pairs = Pairs.of(examples, torch.arange(len(scores)), 90.0)
+    numbers = range(len(scores))
+    expected = [(i, j) for i in numbers for j in numbers if scores[i] - scores[j] >= 90]
+    assert list(zip(pairs.better_P.tolist(), pairs.worse_P.tolist(), strict=True)) == expected
+    assert pairs.gaps_P.tolist() == [i - j for i, j in expected]
 
 
 def test_figures_of_scores():
