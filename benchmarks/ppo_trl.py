@@ -17,7 +17,7 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,14 +66,19 @@ Curve = dict[str, list[float]]
 
 
 def tetrad(run: Path, seed: int, steps: int) -> Curve:
+    given = {"lr": LR, "beta": BETA, "batch": BATCH, "epochs": EPOCHS, "parts": PARTS, "longest": LONGEST}
+    given |= {"penalty": PENALTY, "beta2": BETA2, "eps": EPS, "seed": seed, "steps": steps}
+    return trained(run, "ppo", RECIPE, given)
+
+
+def trained(run: Path, stage: str, text: str, given: Mapping[str, float]) -> Curve:
+    """The recipe with these values, named after the one stage that it runs."""
     with tempfile.TemporaryDirectory() as out:
-        given = {"out": out, "seed": seed, "steps": steps, "prompts": PROMPTS, "lr": LR, "beta": BETA}
-        given |= {"policy": model_folder(run / "sft"), "reward": model_folder(run / "reward"), "batch": BATCH}
-        given |= {"epochs": EPOCHS, "parts": PARTS, "longest": LONGEST, "penalty": PENALTY, "beta2": BETA2, "eps": EPS}
+        models = {"policy": model_folder(run / "sft"), "reward": model_folder(run / "reward")}
         path = Path(out, "recipe.toml")
-        path.write_text(RECIPE.format(**given))
+        path.write_text(text.format(out=out, prompts=PROMPTS, **models, **given))
         runner.run(recipe.read(path), Console())
-        lines = [json.loads(line) for line in Path(out, "ppo/ppo/metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in Path(out, stage, stage, "metrics.jsonl").read_text().splitlines()]
     return {name: [round(line[name], 4) for line in lines] for name in ("kl", "score", "finished", "length")}
 
 
@@ -140,9 +145,6 @@ def trl(run: Path, seed: int, steps: int) -> Curve:
     return {name: [round(x, 4) for x in column] for name, column in found.items()}
 
 
-SYSTEMS = {"tetrad": tetrad, "trl": trl}
-
-
 def by_nats(row: Mapping[str, Sequence[float]]) -> dict[int, float]:
     """The score at each whole number of nats: a straight line through the iterations within a nat of it, where there
     are six or more, on both sides. (Their plain mean belongs to their mean KL, which is another for each run.)"""
@@ -157,7 +159,7 @@ def by_nats(row: Mapping[str, Sequence[float]]) -> dict[int, float]:
 
 def show(path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for system in SYSTEMS:
+    for system in dict.fromkeys(row["system"] for row in rows):
         mine = [row for row in rows if row["system"] == system]
         curves = [by_nats(row) for row in mine]
         ends = ", ".join(f"{sum(r['score'][-10:]) / 10:+.2f} at {sum(r['kl'][-10:]) / 10:.1f} nats" for r in mine)
@@ -168,12 +170,12 @@ def show(path: Path) -> None:
             print(f"  {nats} nats  {mean:+.3f}  [{min(scores):+.3f}, {max(scores):+.3f}]  of {len(scores)} seeds")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(systems: Mapping[str, Callable[[Path, int, int], Curve]], description: str | None) -> None:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run")
     run.add_argument("run", type=Path)
-    run.add_argument("systems", nargs="+", choices=SYSTEMS)
+    run.add_argument("systems", nargs="+", choices=systems)
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     run.add_argument("--steps", type=int, default=STEPS)
     verbs.add_parser("show").add_argument("results", type=Path)
@@ -184,11 +186,11 @@ def main() -> None:
     for seed in asked.seeds:
         for system in asked.systems:
             began = time.perf_counter()
-            curve = SYSTEMS[system](asked.run, seed, asked.steps)
+            curve = systems[system](asked.run, seed, asked.steps)
             seconds = round(time.perf_counter() - began, 1)
             row = {"system": system, "seed": seed, "seconds": seconds, "threads": torch.get_num_threads(), **curve}
             print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main({"tetrad": tetrad, "trl": trl}, __doc__)

@@ -23,7 +23,9 @@ DPO = {
     "reviews-zh": {"data": ["pairs.train.jsonl"], "epochs": 1, "lr": 1e-4},
 }
 SAMPLES_PER_PROMPT = 8
-KL_COEF = {"reviews-en": 0.19, "reviews-zh": 0.1}  # fixed, of GRPO and RLOO; the rest is that of the recipe's PPO
+# Fixed, the rest is that of the recipe's PPO. RLOO has KL in the reward as PPO has it; in GRPO's loss k3's gradient is
+# that of the forward KL, which hardly pulls where the policy has gone far: the same beta would let it go twice as far.
+KL_COEF = {"reviews-en": {"grpo": 0.4, "rloo": 0.19}, "reviews-zh": {"grpo": 0.2, "rloo": 0.1}}
 SHARED = ("steps", "num_minibatches", "actor_lr", "max_new_tokens", "missing_eos_penalty")
 RLOO = {"advantage": "leave_one_out", "kl_in": "reward", "loss_mean": "token"}
 BEFORE = ("tokenizer", "pretrain", "sft", "reward")
@@ -39,30 +41,33 @@ def flags(table: str, settings: Mapping[str, Any], data: Path) -> list[str]:
     return words
 
 
-def group_settings(example: str) -> dict[str, Any]:
+def group_settings(example: str, method: str) -> dict[str, Any]:
     """The table [grpo]: as many responses as PPO has, updates, and its rate."""
     ppo = tomllib.loads((HERE / example / "recipe.toml").read_text(encoding="utf-8"))["ppo"]
     table = {"prompts": ["prompts.train.jsonl"], **{name: ppo[name] for name in SHARED}}
     table |= {"batch_size": ppo["batch_size"] // SAMPLES_PER_PROMPT, "samples_per_prompt": SAMPLES_PER_PROMPT}
-    return table | {"epochs": ppo["ppo_epochs"], "kl_coef": KL_COEF[example]}
+    table |= {"epochs": ppo["ppo_epochs"], "kl_coef": KL_COEF[example][method]}
+    return table | RLOO if method == "rloo" else table
 
 
 def systems_of(example: str, seed: int) -> dict[str, dict[str, Any]]:
     """Runs all methods with this seed; each system's figures, with its minutes and memory."""
-    run, group = Path(f"runs/{example}-worth-{seed}"), group_settings(example)
+    run = Path(f"runs/{example}-worth-{seed}")
     data, recipe = HERE / example / "data", str(HERE / example / "recipe.toml")
     base = ["--seed", str(seed), "--evaluate.external-lm", f"runs/{example}-guard/pretrain"]
-    both = [*base, "--name", run.name, *flags("dpo", DPO[example], data), *flags("grpo", group, data)]
+    both = [*base, "--name", run.name, *flags("dpo", DPO[example], data)]
+    both += flags("grpo", group_settings(example, "grpo"), data)
     for stage in (*BEFORE, "dpo", "grpo", "ppo"):
         tetrad(stage, recipe, *both)
     rloo = run.with_name(f"{run.name}-rloo")
     for stage in BEFORE:
         if not (rloo / stage).exists():
             shutil.copytree(run / stage, rloo / stage)
-    tetrad("grpo", recipe, *base, "--name", rloo.name, *flags("grpo", group | RLOO, data))
+    tetrad("grpo", recipe, *base, "--name", rloo.name, *flags("grpo", group_settings(example, "rloo"), data))
     tetrad("evaluate", recipe, *both, "--evaluate.others", json.dumps([str((rloo / "grpo").resolve())]))
     report = json.loads((run / "evaluate/report/report.json").read_text(encoding="utf-8"))
-    return {name: figures | report["costs"][name] for name, figures in report["systems"].items()}
+    names = {f"{rloo.name}/grpo": "rloo"}
+    return {names.get(name, name): figures | report["costs"][name] for name, figures in report["systems"].items()}
 
 
 def table(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
