@@ -66,8 +66,13 @@ def systems_of(example: str, seed: int) -> dict[str, dict[str, Any]]:
     tetrad("grpo", recipe, *base, "--name", rloo.name, *flags("grpo", group_settings(example, "rloo"), data))
     tetrad("evaluate", recipe, *both, "--evaluate.others", json.dumps([str((rloo / "grpo").resolve())]))
     report = json.loads((run / "evaluate/report/report.json").read_text(encoding="utf-8"))
-    names = {f"{rloo.name}/grpo": "rloo"}
-    return {names.get(name, name): figures | report["costs"][name] for name, figures in report["systems"].items()}
+    return named(report)
+
+
+def named(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each system's figures with its costs; RLOO, of a run of its own for each seed, under one name for all."""
+    names = {system: "rloo" if system.endswith("-rloo/grpo") else system for system in report["systems"]}
+    return {names[system]: figures | report["costs"][system] for system, figures in report["systems"].items()}
 
 
 def table(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:

@@ -17,16 +17,26 @@ def worth(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) 
     return script("worth")
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
 @pytest.mark.parametrize("example", ["reviews-en", "reviews-zh"])
-def test_each_method_has_as_many_responses_as_ppo(worth: ModuleType, example: str) -> None:
+def test_each_method_has_as_many_responses_as_ppo(worth: ModuleType, example: str, method: str) -> None:
     data = HERE / example / "data"
     words = worth.flags("dpo", worth.DPO[example], data)
-    words += worth.flags("grpo", worth.group_settings(example) | worth.RLOO, data)
+    words += worth.flags("grpo", worth.group_settings(example, method), data)
     read = recipe.read(str(HERE / example / "recipe.toml"), words)
-    assert read.grpo.advantage == "leave_one_out" and read.dpo.data[0].startswith(str(data))
+    assert read.dpo.data[0].startswith(str(data))
+    where = {"grpo": ("normalised", "loss"), "rloo": ("leave_one_out", "reward")}
+    assert (read.grpo.advantage, read.grpo.kl_in) == where[method] and read.grpo.kl_coef > 0
     group, ppo = ((s.steps * s.batch_size * s.samples_per_prompt, s.epochs) for s in (read.grpo, read.ppo))
     assert group == ppo
     assert read.grpo.missing_eos_penalty == read.ppo.missing_eos_penalty
+
+
+def test_rloo_of_each_seed_has_one_name(worth: ModuleType) -> None:
+    for seed in (0, 1):
+        systems = ("sft", "grpo", f"reviews-en-worth-{seed}-rloo/grpo")
+        report = {"systems": {name: {"kl": seed} for name in systems}, "costs": {name: {} for name in systems}}
+        assert worth.named(report) == dict.fromkeys(("sft", "grpo", "rloo"), {"kl": seed})
 
 
 def test_a_row_has_the_mean_and_each_seed(worth: ModuleType) -> None:
