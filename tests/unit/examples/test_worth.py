@@ -36,7 +36,7 @@ def test_rloo_of_each_seed_has_one_name(worth: ModuleType) -> None:
     for seed in (0, 1):
         systems = ("sft", "grpo", f"reviews-en-worth-{seed}-rloo/grpo")
         report = {"systems": {name: {"kl": seed} for name in systems}, "costs": {name: {} for name in systems}}
-        assert worth.named(report) == dict.fromkeys(("sft", "grpo", "rloo"), {"kl": seed})
+        assert worth.named(report) == {name: {"kl": seed} for name in ("sft", "grpo", "rloo")}
 
 
 def test_a_row_has_the_mean_and_each_seed(worth: ModuleType) -> None:
