@@ -6,7 +6,8 @@
 `keep` prints a line for each system of each run that was evaluated (with `evaluate.others`, those of other runs too):
 its figures on the held-out prompts, best-of-N for growing N, and, of those that sampled, KL and score of the training,
 means of five iterations. Of `reviews-en-near-N`, the recipe at a beta of 0.33 (docs/ppo.md), only PPO's lines are kept
-in worth.jsonl: the rest is that of `reviews-en-worth-N`. `draw` needs the extra `bench`; equal files give equal bytes of SVG.
+in worth.jsonl: the rest is that of `reviews-en-worth-N`. `draw` needs the extra `bench`; equal files give equal bytes
+of SVG.
 """
 
 import argparse
