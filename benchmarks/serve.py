@@ -3,16 +3,17 @@
     python benchmarks/serve.py FOLDER [--streams 32] [--new 128] [--rounds 5]
     python benchmarks/serve.py FOLDER --peer URL     `transformers serve FOLDER` runs there already
 
-Server and engine are in this process and take turns; the clients are one other process, which reads sockets and does
-little else. One JSON line has the tokens a second of each turn, the median of the pairs' ratios, the seconds to the
-first token (p50, p99), the same ratio of tokens a second of this process's processor time, and the share of the
-processors that others took, clients included. Each answer has `--new` tokens, whatever the model says; a peer's has as
-many as it says, at most that.
+The server, whose engine has a process of its own, and an engine in this process take turns; the clients are one other
+process, which reads sockets and does little else. One JSON line has the tokens a second of each turn, the median of the
+pairs' ratios, the seconds to the first token (p50, p99), the same ratio of tokens a second of processor time (of the
+server and its engine; Linux), and the share of the processors that others took, clients and that engine included. Each
+answer has `--new` tokens, whatever the model says; a peer's has as many as it says, at most that.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,12 @@ def through(url: str, model: str, new: int, streams: int, ours: bool = True) -> 
     return seconds, tokens, firsts
 
 
+def processor(pid: int) -> float:
+    """Seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def alone(policy: Any, new: int, streams: int) -> int:
     """The tokens of the engine."""
     from tetrad.inference.engine import Request
@@ -100,21 +107,28 @@ def main() -> None:
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from serving import serving
+    from tetrad.inference.policy import load
+    from tetrad.server.service import Served
     from tetrad.settings.use import Serve
 
     engines, servers, shares, firsts, peers, peer_firsts = [], [], [], [], [], []
     settings = Serve(max_num_seqs=given.streams, max_model_len=1024)
+
+    policy = load(given.folder)
+
+    def spent(model: Served) -> float:
+        return time.process_time() + processor(model.worker.process.pid or 0)
 
     def rounds() -> None:
         with serving([given.folder], settings) as server:
             ((name, model),) = server.service.models.items()
             through(server.url, name, 8, given.streams)
             for _ in range(given.rounds):
-                clocks = [(time.perf_counter(), time.process_time())]
-                own = alone(model.policy, given.new, given.streams)
-                clocks.append((time.perf_counter(), time.process_time()))
+                clocks = [(time.perf_counter(), spent(model))]
+                own = alone(policy, given.new, given.streams)
+                clocks.append((time.perf_counter(), spent(model)))
                 seconds, tokens, first = through(server.url, name, given.new, given.streams)
-                clocks.append((time.perf_counter(), time.process_time()))
+                clocks.append((time.perf_counter(), spent(model)))
                 engines.append(own / (clocks[1][0] - clocks[0][0]))
                 servers.append(tokens / seconds)
                 work = [after[1] - before[1] for before, after in pairwise(clocks)]

@@ -4,7 +4,8 @@
     python benchmarks/serve_abuse.py clients --seconds 10 --clients 200
 
 Every row starts a server of its own with a tiny random model, on loopback and a free port, and stops it. All waits are
-bounded; after `--limit` seconds everything ends. One JSON line a row. Memory is that of the server's process (Linux).
+bounded; after `--limit` seconds everything ends. One JSON line a row. Memory is that of the server
+and its engine (Linux).
 """
 
 import argparse
@@ -39,13 +40,15 @@ class Server:
 
     @property
     def memory(self) -> float:
-        """Resident MiB."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        """Resident MiB, its engine's included."""
+        pid = self.process.pid
+        pids = [pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in pids)
         return pages * os.sysconf("SC_PAGE_SIZE") / MIB
 
     @property
     def cpu(self) -> float:
-        """Seconds of processor time so far, all threads."""
+        """Seconds of processor time so far, all threads, without its engine."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -758,7 +758,7 @@ FAULTS = (
     Fault(
         "server: an answer that was cut says stop",
         "server/generation.py",
-        'return "stop" if response.finished else "length"',
+        'return "stop" if part.finished else "length"',
         'return "stop"',
         f"{CHAT}::test_the_order_of_a_stream",
     ),
@@ -786,8 +786,8 @@ FAULTS = (
     Fault(
         "server: each token is decoded by itself",
         "server/generation.py",
-        '"".join(event.text for event in events)',
-        '"".join(form.tokenizer.decode([event.token]) for event in events)',
+        '"".join(one.text for one in held[index])',
+        '"".join(form.tokenizer.decode([token]) for one in held[index] for token in one.tokens)',
         f"{CHAT}::test_half_characters_never_leave",
     ),
     Fault(
@@ -800,8 +800,8 @@ FAULTS = (
     Fault(
         "server: an end token is not shown",
         "server/generation.py",
-        "tokens = zip(r.ids, r.logprobs, r.top or ((),) * len(r.ids), strict=True)",
-        'tokens = [t for t in zip(r.ids, r.logprobs, r.top or ((),) * len(r.ids)) if r.reason != "end"]',
+        "yield from zip(part.tokens, part.logprobs, part.top or ((),) * len(part.tokens), strict=True)",
+        'yield from zip(part.tokens[: None if part.reason != "end" else -1], part.logprobs, [()] * 99)',
         f"{TEXT}::test_what_lm_eval_reads",
     ),
     Fault(
@@ -821,8 +821,8 @@ FAULTS = (
     Fault(
         "server: all answers of a prompt have one index",
         "server/generation.py",
-        "held.setdefault(number * body.n + event.sample_index",
-        "held.setdefault(number * body.n",
+        "index, count = part.prompt * body.n + part.sample",
+        "index, count = part.prompt * body.n",
         f"{CHAT}::test_several_answers_have_their_own_index",
     ),
     Fault(
@@ -842,30 +842,51 @@ FAULTS = (
     Fault(
         "server: who leaves is answered to the end",
         "server/worker.py",
-        "self._calls.put(lambda: self._cancel(job))",
-        "pass",
+        "if job.left:\n",
+        "if False:\n",
         f"{WORKER}::test_a_client_that_leaves_frees_its_rows",
     ),
     Fault(
         "server: the queue has no end",
         "server/worker.py",
-        "if sum(not job.begun for job in self._open) >= self.queue:",
+        "if len(self._waiting) >= self.queue:",
         "if self.queue < 0:",
         f"{WORKER}::test_a_full_queue_refuses_at_once",
     ),
     Fault(
         "server: an idle engine is asked again and again",
-        "server/worker.py",
-        "idle = not self._waiting and not self._growing",
+        "inference/engine_process.py",
+        "idle = not (self.waiting or self.growing)",
         "idle = False",
-        f"{WORKER}::test_an_idle_worker_sleeps",
+        f"{WORKER}::test_an_idle_engine_sleeps",
     ),
     Fault(
         "server: a broken engine is used again",
-        "server/worker.py",
-        "self._engine = None  # whatever",
-        "self._ended = True  # whatever",
+        "inference/engine_process.py",
+        "self.engine = None  # whatever",
+        "pass  # whatever",
         f"{WORKER}::test_an_error_in_a_stream_ends_it",
+    ),
+    Fault(
+        "server: a dead engine's requests wait for ever",
+        "server/worker.py",
+        'self._fail(self._open, Refused(503, "the model failed"))',
+        "pass",
+        f"{WORKER}::test_a_killed_process_ends_what_it_did_and_is_replaced",
+    ),
+    Fault(
+        "server: a dead engine stays dead until someone asks",
+        "server/worker.py",
+        "            if not self._loaded:\n",
+        "            if True:\n",
+        f"{WORKER}::test_a_killed_process_ends_what_it_did_and_is_replaced",
+    ),
+    Fault(
+        "server: the engine stops with the first signal",
+        "inference/engine_process.py",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, ())",
+        "cli/test_serve.py::test_it_serves_and_ends_in_order",
     ),
     Fault(
         "server: an answer that goes on begins after its end token",
@@ -877,8 +898,8 @@ FAULTS = (
     Fault(
         "server: control tokens in a prompt's text are obeyed",
         "server/completions.py",
-        "texts.append(policy.tokenizer.encode(prompt))",
-        "texts.append(policy.tokenizer.encode_raw(prompt))",
+        "texts.append(model.tokenizer.encode(prompt))",
+        "texts.append(model.tokenizer.encode_raw(prompt))",
         f"{TEXT}::test_forms_of_prompts",
     ),
 )

@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from tetrad.inference import engine_process
 from tetrad.server import chat, completions, tokens
 from tetrad.server.app import create_app
 from tetrad.server.guard import Limits
@@ -25,6 +27,31 @@ class Running:
     url: str
     service: Service
     loop: asyncio.AbstractEventLoop
+
+
+class EngineThread(threading.Thread):
+    """The engine's process as a thread, which tests can look into."""
+
+    exitcode, pid = 0, None
+
+    def __init__(self, wire: socket.socket, *given: Any) -> None:
+        super().__init__(daemon=True)
+        self.wire, self.given = wire, given
+
+    @classmethod
+    def start(cls, *given: Any) -> tuple[socket.socket, "EngineThread"]:  # type: ignore[override]
+        """As `engine_process.start`."""
+        ours, theirs = socket.socketpair()
+        thread = cls(theirs, *given)
+        threading.Thread.start(thread)
+        return ours, thread
+
+    def run(self) -> None:
+        with suppress(EOFError, ConnectionError), self.wire:
+            engine_process.serve(self.wire, *self.given)
+
+    def kill(self) -> None:
+        """It ends with its socket."""
 
 
 @contextmanager

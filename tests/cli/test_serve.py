@@ -16,6 +16,7 @@ import pytest
 
 from raw_http import ask, connect, is_closed, read_answer
 from served import write_model
+from serving import until
 from tetrad.cli.main import main
 from tetrad.server.service import model_ids
 
@@ -35,7 +36,9 @@ def served(*words: str | Path, **environment: str) -> Iterator[tuple[subprocess.
     """The process and its port."""
     command = [sys.executable, "-m", "tetrad", "serve", *map(str, words), "--port", "0"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment)
+    process = subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment, start_new_session=True
+    )
     try:
         assert process.stdout
         line = process.stdout.readline()
@@ -68,7 +71,7 @@ def test_it_serves_and_ends_in_order(models: Path, tmp_path: Path) -> None:
             idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert read_answer(idle).status == 200
             streams = [stream(port, tokens=600) for _ in range(8)]
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # all its processes, as a service manager does
             time.sleep(0.3)
             assert ask(port, "POST", "/v1/chat/completions", {}, authorization=f"Bearer {KEY}").status == 503
             for one in streams:
@@ -91,6 +94,16 @@ def stream(port: int, tokens: int) -> socket.socket:
     connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     assert connection.recv(1, socket.MSG_PEEK)
     return connection
+
+
+def test_no_engine_outlives_its_server(models: Path) -> None:
+    with served(models / "sft") as (process, port):
+        assert ask(port, "GET", "/health").status == 200
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        process.kill()
+        process.wait(5)
+        until(lambda: not any(Path("/proc", child).exists() for child in children))
 
 
 def test_a_second_interrupt_ends_at_once(models: Path) -> None:

@@ -100,7 +100,7 @@ def test_openai_streams(client: openai.OpenAI, greedy: tuple[str, str], running:
     )
     next(left)
     left.close()
-    until(lambda: not worker._open and not worker._growing)
+    until(lambda: not worker._open)
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl")

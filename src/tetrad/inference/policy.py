@@ -23,6 +23,7 @@ from tetrad.inference.model_folder import (
     needed_template,
     refuse_small_vocabulary,
 )
+from tetrad.model.config import DecoderConfig, read_config
 from tetrad.model.huggingface import read_causal
 from tetrad.model.transformer import CausalLM, frozen
 from tetrad.settings import use
@@ -32,19 +33,33 @@ from tetrad.types import Prompt, Response, Turn
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A language model in use. template: None if the folder names none, as after pre-training."""
+class Frontend:
+    """How a language model is asked, without its weights. template: None if the folder names none, as after
+    pre-training."""
 
-    model: CausalLM
+    config: DecoderConfig
     tokenizer: Tokenizer
     template: Template | None
-    device: Device
     folder: Path
 
     @property
     def form(self) -> Template:
         """The template. Errors: E-MODEL-TEMPLATE."""
         return needed_template(self.template, self.folder)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All ids that end a response: the template's, if there is one, and those of tokenizer and model."""
+        own = (self.template.end_id(self.tokenizer),) if self.template else ()
+        return tuple(dict.fromkeys((*own, *self.tokenizer.eos_ids, *self.config.eos_ids)))
+
+
+@dataclass(frozen=True)
+class Policy(Frontend):
+    """A language model in use."""
+
+    model: CausalLM
+    device: Device
 
     @property
     def fused(self) -> Fused:
@@ -64,11 +79,13 @@ class Policy:
     def _current(self) -> Current:
         return Current(self.model, self.device.dtype)
 
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """All ids that end a response: the template's, if there is one, and those of tokenizer and model."""
-        own = (self.template.end_id(self.tokenizer),) if self.template else ()
-        return tuple(dict.fromkeys((*own, *self.tokenizer.eos_ids, *self.model.config.eos_ids)))
+
+def load_frontend(folder: str | Path, template: str = "") -> Frontend:
+    """As `load`, without the weights. Errors: E-MODEL-*."""
+    path = model_folder(folder)
+    config, tokenizer = read_config(path), Tokenizer.load(path)
+    refuse_small_vocabulary(config.vocab_size, tokenizer, path)
+    return Frontend(config, tokenizer, folder_template(path, template), path)
 
 
 def load(folder: str | Path, template: str = "", *, device: str = "auto", dtype: str = "auto") -> Policy:
@@ -78,10 +95,9 @@ def load(folder: str | Path, template: str = "", *, device: str = "auto", dtype:
     one. dtype: what is computed in, "float32", "bfloat16" or "auto", as `run.dtype`; weights are float32. The model
     itself is `.model`, a torch module. Errors: E-MODEL-*, E-CKPT-*, E-CONF-{DEVICE,DTYPE,RANGE}.
     """
-    path, place = model_folder(folder), chosen_device(device, dtype)
-    model, tokenizer = frozen(read_causal(path)).to(place.torch_device), Tokenizer.load(path)
-    refuse_small_vocabulary(model.config.vocab_size, tokenizer, path)
-    return Policy(model, tokenizer, folder_template(path, template), place, path)
+    place, front = chosen_device(device, dtype), load_frontend(folder, template)
+    model = frozen(read_causal(front.folder)).to(place.torch_device)
+    return Policy(**vars(front), model=model, device=place)
 
 
 def encode_prompt(model: Policy, prompt: Prompt) -> EncodedPrompt:

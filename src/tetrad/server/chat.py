@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-import asyncio
 from collections.abc import Iterable, Sequence
 
 from starlette.requests import Request
@@ -9,8 +8,8 @@ from starlette.routing import Route
 
 from tetrad.data import fields
 from tetrad.inference.engine import Likeliest
-from tetrad.inference.policy import Policy, check_text
-from tetrad.server.generation import Choice, Form, Scored, answer, prompts, read
+from tetrad.inference.policy import Frontend, check_text
+from tetrad.server.generation import Choice, Form, Scored, answer, beside, prompts, read
 from tetrad.server.guard import Refused
 from tetrad.server.schema import Chat, Message
 from tetrad.server.service import Service
@@ -24,22 +23,24 @@ def routes(service: Service) -> list[Route]:
         if body.top_logprobs and not body.logprobs:
             raise Refused(400, "top_logprobs: needs logprobs = true", "top_logprobs", "invalid_value")
         model.worker.refuse_if_full()
-        ids = await asyncio.to_thread(conversation, model.policy, body.messages)
+        ids = await beside(
+            lambda: conversation(model.frontend, body.messages), sum(len(m.content) for m in body.messages)
+        )
         requests = prompts(model, body, [ids], body.top_logprobs, model.worker.positions)
-        return await answer(request, body, model, requests, _Form(model.policy.tokenizer, detailed=body.logprobs))
+        return await answer(request, body, model, requests, _Form(model.frontend.tokenizer, detailed=body.logprobs))
 
     return [Route("/v1/chat/completions", chat, methods=["POST"])]
 
 
-def conversation(policy: Policy, messages: Sequence[Message]) -> list[int]:
+def conversation(model: Frontend, messages: Sequence[Message]) -> list[int]:
     """Up to where the answer begins, or goes on if the last turn is the assistant's. What the model's template cannot
     express is refused: E-DATA-CHAT; Refused where it has none."""
-    if policy.template is None:
+    if model.template is None:
         raise Refused(400, "this model has no chat template: use /v1/completions", "messages", "E-MODEL-TEMPLATE")
     turns = fields.turns([message.model_dump() for message in messages], "messages", "messages")
     for turn in turns:
         check_text(turn.text, "messages")
-    return policy.template.prompt(policy.tokenizer, turns, "messages")
+    return model.template.prompt(model.tokenizer, turns, "messages")
 
 
 class _Form(Form):

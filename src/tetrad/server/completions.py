@@ -1,6 +1,5 @@
 """POST /v1/completions: texts or ids go on, without a template; `echo` and `logprobs` tell how likely a text is."""
 
-import asyncio
 import codecs
 from collections.abc import Iterable
 
@@ -9,8 +8,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tetrad.inference.engine import Likeliest
-from tetrad.inference.policy import Policy, check_text
-from tetrad.server.generation import Choice, Form, Scored, answer, prompts, read
+from tetrad.inference.policy import Frontend, check_text
+from tetrad.server.generation import Choice, Form, Scored, answer, beside, prompts, read
 from tetrad.server.guard import Refused
 from tetrad.server.schema import Completions
 from tetrad.server.service import Service
@@ -26,20 +25,20 @@ def routes(service: Service) -> list[Route]:
     async def completions(request: Request) -> Response:
         body, model = await read(request, service, Completions)
         model.worker.refuse_if_full()
-        texts = await asyncio.to_thread(_encoded, model.policy, body)
+        texts = await beside(lambda: _encoded(model.frontend, body), sum(map(len, body.prompt)))
         requests = prompts(model, body, texts, body.logprobs or 0, NEW_TOKENS)
-        return await answer(request, body, model, requests, _Form(model.policy.tokenizer, body))
+        return await answer(request, body, model, requests, _Form(model.frontend.tokenizer, body))
 
     return [Route("/v1/completions", completions, methods=["POST"])]
 
 
-def _encoded(policy: Policy, body: Completions) -> list[list[int]]:
+def _encoded(model: Frontend, body: Completions) -> list[list[int]]:
     """Texts as ids, control tokens in them as text. Errors: E-DATA-ENCODING; Refused for ids that are none."""
-    size, texts = policy.model.config.vocab_size, []
+    size, texts = model.config.vocab_size, []
     for prompt in body.prompt:
         if isinstance(prompt, str):
             check_text(prompt, "prompt")
-            texts.append(policy.tokenizer.encode(prompt))
+            texts.append(model.tokenizer.encode(prompt))
         elif prompt and not 0 <= min(prompt) <= max(prompt) < size:
             raise Refused(400, f"prompt: ids are from 0 to {size - 1}", "prompt", "invalid_value")
         else:

@@ -5,8 +5,8 @@ import json
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -15,16 +15,17 @@ from starlette.types import Receive, Scope, Send
 
 from tetrad.errors import UserError
 from tetrad.inference import engine
-from tetrad.inference.engine import Event, Likeliest
+from tetrad.inference.engine import Likeliest
+from tetrad.inference.engine_process import Part
 from tetrad.server.guard import Refused, payload
 from tetrad.server.schema import Generation, Named, parsed
 from tetrad.server.service import Served, Service
-from tetrad.server.worker import Item, Job
+from tetrad.server.worker import Job
 from tetrad.text.tokenizer import Tokenizer
-from tetrad.types import Response as Generated
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Named)
+_AT_ONCE = 2000
 Choice = dict[str, Any]
 Scored = tuple[int, float | None, Likeliest]
 """A token, its log-probability and the most likely ones in its place."""
@@ -51,6 +52,11 @@ class Form:
 
     def token(self, number: int) -> str:
         return spelt(self.tokenizer, number)
+
+
+async def beside(work: Callable[[], T], size: int) -> T:
+    """What takes a millisecond or less is done at once, a thread costs as much; the rest in one. size: characters."""
+    return work() if size <= _AT_ONCE else await asyncio.to_thread(work)
 
 
 def spelt(tokenizer: Tokenizer, number: int) -> str:
@@ -83,7 +89,7 @@ def prompts(
 ) -> list[engine.Request]:
     """For the engine. most: new tokens where the client names none. Errors: E-DATA-BLANK, E-DATA-LONG; Refused."""
     seed, limit = secrets.randbits(62) if body.seed is None else body.seed, model.worker.positions
-    ends, size = () if body.ignore_eos else model.policy.ends, model.policy.model.config.vocab_size
+    ends, size = () if body.ignore_eos else model.frontend.ends, model.frontend.config.vocab_size
     if any(number >= size for number in body.logit_bias):
         raise Refused(400, f"logit_bias: ids are below {size}", "logit_bias", "invalid_value")
     requests = []
@@ -107,73 +113,71 @@ async def answer(
     prefix, whole, chunk = form.kinds
     head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model.name}
     with ExitStack() as stack:
-        job = form.job = stack.enter_context(model.worker.submit(requests, form.reads))
+        submitted = model.worker.submit(requests, form.reads, stream=body.stream, details=form.detailed)
+        job = form.job = stack.enter_context(submitted)
         if body.stream:
             bundles = aiter(job)
-            first = await _unless_gone(request, anext(bundles))
-            if first is not None:  # a fault up to here has a status of its own, a later one ends the stream
-                events = _stream(head | {"object": chunk}, body, form, first, bundles)
-                return _EventStream(events, stack.pop_all())
-        elif responses := await _unless_gone(request, _collected(job, body.n)):
-            choices = [_whole(form, index, response) for index, response in enumerate(responses)]
-            usage = _usage(requests, sum(len(response.ids) for response in responses))
-            return JSONResponse({**head, "object": whole, "choices": choices, "usage": usage})
-    return Response(status_code=499)  # nobody reads it
+            with _while_there(request, job):
+                first = await anext(bundles)
+            # a fault up to here has a status of its own, a later one ends the stream
+            events = _stream(head | {"object": chunk}, body, form, first, bundles)
+            return _EventStream(events, stack.pop_all())
+        with _while_there(request, job):
+            parts = sorted([part async for parts in job for part in parts])  # by prompt and sample
+        choices = [_whole(form, index, part) for index, part in enumerate(parts)]
+        usage = _usage(requests, sum(len(part.tokens) for part in parts))
+        return JSONResponse({**head, "object": whole, "choices": choices, "usage": usage})
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """None if the client leaves first."""
+@contextmanager
+def _while_there(request: Request, job: Job) -> Iterator[None]:
+    """The job ends if the client leaves."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        job.inbox.put_nowait(Refused(499, "the client left"))  # nobody reads it
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    leaving = asyncio.ensure_future(gone())
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        yield
     finally:
-        working.cancel()
         leaving.cancel()
 
 
-async def _collected(job: Job, n: int) -> list[Generated]:
-    responses: dict[int, Generated] = {}
-    async for items in job:
-        responses |= {number * n + event.sample_index: event.response for number, event in items if event.response}
-    return [responses[index] for index in sorted(responses)]
+def _whole(form: Form, index: int, part: Part) -> Choice:
+    return form.choice(index, part.text, _scored(form, [part]), chunk=False) | {"finish_reason": _reason(part)}
 
 
-def _whole(form: Form, index: int, r: Generated) -> Choice:
-    tokens = zip(r.ids, r.logprobs, r.top or ((),) * len(r.ids), strict=True)
-    return form.choice(index, r.text, tokens, chunk=False) | {"finish_reason": _reason(r)}
+def _scored(form: Form, parts: Iterable[Part]) -> Iterator[Scored]:
+    for part in parts if form.detailed else ():
+        yield from zip(part.tokens, part.logprobs, part.top or ((),) * len(part.tokens), strict=True)
 
 
 async def _stream(
-    head: Choice, body: Generation, form: Form, items: list[Item], bundles: AsyncIterator[list[Item]]
+    head: Choice, body: Generation, form: Form, parts: list[Part], bundles: AsyncIterator[list[Part]]
 ) -> AsyncIterator[str]:
-    """Server-sent events. items: the first bundle."""
+    """Server-sent events. parts: the first ones."""
     shows_usage, count = body.stream_options.include_usage, 0
-    held: dict[int, list[Event]] = {}  # tokens that are half a character, or could begin a stop text
+    held: dict[int, list[Part]] = {}  # tokens that are half a character, or could begin a stop text
     begun: set[int] = set()
     nothing = {"usage": None} if shows_usage else {}
     try:
         while True:
-            count += len(items)
             choices: list[Choice] = []
-            for number, event in items:
-                held.setdefault(number * body.n + event.sample_index, []).append(event)
-            for index, events in list(held.items()):
+            for part in parts:
+                index, count = part.prompt * body.n + part.sample, count + len(part.tokens)
                 choices += form.begin(index) if index not in begun else ()
                 begun.add(index)
-                text, response = "".join(event.text for event in events), events[-1].response
-                if text or response:
-                    tokens = ((event.token, event.logprob, event.top) for event in held.pop(index))
+                held.setdefault(index, []).append(part)
+                text = "".join(one.text for one in held[index])
+                if text or part.reason:
+                    tokens = _scored(form, held.pop(index))
                     choices += [form.choice(index, text, tokens, chunk=True)] * bool(text or form.detailed)
-                if response:
-                    choices.append(form.choice(index, "", (), chunk=True) | {"finish_reason": _reason(response)})
+                if part.reason:
+                    choices.append(form.choice(index, "", (), chunk=True) | {"finish_reason": _reason(part)})
             yield "".join(_event({**head, "choices": [choice], **nothing}) for choice in choices)
-            items = await anext(bundles)
+            parts = await anext(bundles)
     except StopAsyncIteration:
         if shows_usage:
             yield _event({**head, "choices": [], "usage": _usage(form.job.requests, count)})
@@ -198,8 +202,8 @@ def _event(value: Choice) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def _reason(response: Generated) -> str:
-    return "stop" if response.finished else "length"
+def _reason(part: Part) -> str:
+    return "stop" if part.finished else "length"
 
 
 def _usage(requests: Sequence[engine.Request], new: int) -> dict[str, int]:

@@ -141,14 +141,12 @@ class Exchange:
     admitted: bool = False
     status: int = 0
     late: float = field(init=False)
+    headers: dict[bytes, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
         self.late = asyncio.get_running_loop().time() + self.guard.limits.seconds
+        self.headers = dict(self.scope["headers"])
         self.arrived = not {b"content-length", b"transfer-encoding"}.intersection(self.headers)
-
-    @property
-    def headers(self) -> dict[bytes, bytes]:
-        return dict(self.scope["headers"])
 
     def check(self) -> None:
         """All that can be said before the body is read. Raises Refused."""

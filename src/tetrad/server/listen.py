@@ -26,7 +26,6 @@ _CONNECTIONS = 4096
 _SWITCH_SECONDS = (
     0.0005  # Python's own 5 ms, at each of a request's four turns, is how long the loop waits for the engine
 )
-_RARELY = 40  # as seldom as memory stays level under 1,000 clients: each time takes 30 ms
 _FAULTS = {400: "this is no HTTP request", 414: "the address is too long", 431: "the headers are too large"}
 
 
@@ -110,7 +109,13 @@ class Server(uvicorn.Server):
         self, guard: Guard, host: str, port: int, started: Callable[[int], None], workers: Sequence[Worker] = ()
     ) -> None:
         """started: is called with the port when requests can come; workers: end what is open when the time is over."""
-        rest: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False, "ws": "none"}
+        rest: dict[str, Any] = {
+            "log_level": "error",
+            "access_log": False,
+            "server_header": False,
+            "proxy_headers": False,
+            "ws": "none",
+        }
         rest |= {"timeout_keep_alive": _IDLE_SECONDS, "timeout_graceful_shutdown": 3, "http": Connection}
         super().__init__(uvicorn.Config(guard, host, port, h11_max_incomplete_event_size=guard.limits.header, **rest))
         self._guard, self._started, self._workers = guard, started, workers
@@ -120,7 +125,6 @@ class Server(uvicorn.Server):
         sys.setswitchinterval(_SWITCH_SECONDS)
         gc.collect()
         gc.freeze()  # models and libraries stay: to walk through them held everything up for a sixth of a second
-        gc.set_threshold(700, 10, _RARELY)
         self._started(self.servers[0].sockets[0].getsockname()[1])
         await super().main_loop()
         self._guard.draining = True

@@ -69,7 +69,7 @@ def chat_routes(service: Service) -> list[Route]:
     """The chat page, and what it must know."""
 
     async def config(_: Request) -> Response:
-        served = [(name, one.policy.template) for name, one in service.models.items()]
+        served = [(name, one.frontend.template) for name, one in service.models.items()]
         models = [{"id": name, "turns": bool(template and template.start)} for name, template in served]
         return JSONResponse({"models": models, "reward": service.reward is not None})
 

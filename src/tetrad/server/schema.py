@@ -110,7 +110,7 @@ class Generation(Named):
     """What chat and completions share. The default of what is not given is that of `tetrad generate`."""
 
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
     n: int = Field(1, ge=1, le=8)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[list[str], PlainValidator(_stops)] = []
@@ -221,8 +221,12 @@ class Samples(Named):
 
 def asking(value: dict[str, Any], kind: type[Wire]) -> dict[str, Any]:
     """A mapping without the fields that ask for nothing."""
-    neutral = {name: values for name, values in NEUTRAL.items() if name not in kind.model_fields}
-    return {k: v for k, v in value.items() if v is not None and k not in IGNORED and v not in neutral.get(k, ())}
+    fields = kind.model_fields
+    return {
+        k: v
+        for k, v in value.items()
+        if v is not None and k not in IGNORED and (k in fields or v not in NEUTRAL.get(k, ()))
+    }
 
 
 def parsed(kind: type[W], body: dict[str, Any]) -> W:

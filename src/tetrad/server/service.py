@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tetrad.errors import UserError
-from tetrad.inference.policy import Policy, load
+from tetrad.inference.policy import Frontend, load_frontend
 from tetrad.reward.model import RewardModel, load_reward
 from tetrad.server.worker import Worker
 from tetrad.settings.use import Serve
@@ -15,10 +15,10 @@ from tetrad.settings.use import Serve
 
 @dataclass(frozen=True)
 class Served:
-    """A model, and the thread that generates with it."""
+    """A model, and the process that generates with it."""
 
     name: str
-    policy: Policy
+    frontend: Frontend
     worker: Worker
 
 
@@ -41,9 +41,12 @@ def load_service(models: Sequence[str], settings: Serve) -> Service:
     """Loads everything. Errors: E-CONF-DUPKEY, E-MODEL-*, E-CKPT-*."""
     served = {}
     for name, folder in model_ids(models).items():
-        policy = load(folder, settings.template)
-        served[name] = Served(name, policy, Worker(policy, settings.max_num_seqs, settings.max_model_len))
-    return Service(served, load_reward(settings.reward, settings.template) if settings.reward else None, settings)
+        model = load_frontend(folder, settings.template)
+        served[name] = Served(name, model, Worker(model, settings.max_num_seqs, settings.max_model_len))
+    reward = load_reward(settings.reward, settings.template) if settings.reward else None
+    for one in served.values():  # they have loaded beside each other
+        one.worker.wait()
+    return Service(served, reward, settings)
 
 
 def model_ids(models: Sequence[str]) -> dict[str, str]:

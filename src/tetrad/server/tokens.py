@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tetrad.inference.policy import Policy, check_text
+from tetrad.inference.policy import Frontend, check_text
 from tetrad.server.chat import conversation
 from tetrad.server.generation import read, served, spelt
 from tetrad.server.guard import Refused
@@ -33,18 +33,18 @@ def routes(service: Service) -> list[Route]:
 
     async def tokenize(request: Request) -> Response:
         body, chosen = await read(request, service, Tokenize)
-        ids = await asyncio.to_thread(_ids, body, chosen.policy)
-        strings = [spelt(chosen.policy.tokenizer, number) for number in ids] if body.return_token_strs else None
+        ids = await asyncio.to_thread(_ids, body, chosen.frontend)
+        strings = [spelt(chosen.frontend.tokenizer, number) for number in ids] if body.return_token_strs else None
         most = chosen.worker.positions
         return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": strings})
 
     async def detokenize(request: Request) -> Response:
         body, chosen = await read(request, service, Detokenize)
-        decode = chosen.policy.tokenizer.decode
+        decode = chosen.frontend.tokenizer.decode
         return JSONResponse({"prompt": await asyncio.to_thread(decode, body.tokens, keep_control=True)})
 
     async def tokenizer_info(request: Request) -> Response:
-        return JSONResponse(_info(served(service, request.query_params.get("model", "")).policy))
+        return JSONResponse(_info(served(service, request.query_params.get("model", "")).frontend))
 
     gets = {"/v1/models": models, "/models": models, "/v1/models/{name}": model, "/tokenizer_info": tokenizer_info}
     posts = {"/tokenize": tokenize, "/detokenize": detokenize}
@@ -52,23 +52,23 @@ def routes(service: Service) -> list[Route]:
     return reads + [Route(path, call, methods=["POST"]) for path, call in posts.items()]
 
 
-def _ids(body: Tokenize, policy: Policy) -> list[int]:
+def _ids(body: Tokenize, model: Frontend) -> list[int]:
     if body.messages is not None and body.prompt is None:
-        return conversation(policy, body.messages)
+        return conversation(model, body.messages)
     if body.prompt is None or body.messages is not None:
         raise Refused(400, "give either prompt or messages", "prompt", "invalid_value")
     check_text(body.prompt, "prompt")
-    return policy.tokenizer.encode_raw(body.prompt, special=body.add_special_tokens)
+    return model.tokenizer.encode_raw(body.prompt, special=body.add_special_tokens)
 
 
-def _info(policy: Policy) -> dict[str, str | None]:
+def _info(model: Frontend) -> dict[str, str | None]:
     """As lm-eval reads it: names of special tokens, and the template as transformers would run it."""
-    tokenizer, form = policy.tokenizer, policy.template
+    tokenizer, form = model.tokenizer, model.template
     bos = tokenizer.config.get("bos_token")
     return {
         "tokenizer_class": TOKENIZER_CLASS,
-        "eos_token": tokenizer.name(policy.ends[0]),
+        "eos_token": tokenizer.name(model.ends[0]),
         "bos_token": bos.get("content") if isinstance(bos, dict) else bos,
         "pad_token": None if tokenizer.pad_id is None else tokenizer.name(tokenizer.pad_id),
-        "chat_template": form.jinja(tokenizer) if form else jinja_of(policy.folder) or None,
+        "chat_template": form.jinja(tokenizer) if form else jinja_of(model.folder) or None,
     }

@@ -1,195 +1,197 @@
-"""The one thread that owns a model's engine: requests come from the event loop, tokens go back to it.
+"""A model's engine, as the event loop sees it: requests go to its process, tokens come back.
 
-Whatever needs torch happens here, a step at a time; a request joins or leaves between two steps. Tokens go back in
-bundles: at once if a first or a last one is among them, else the later the more jobs there are, because each bundle
-holds up the engine. A fault of a step fails what is in flight, and the next request finds a fresh engine.
+Here nothing is computed: who asks is refused, or hears of a fault, as fast however busy the engine is. If the process
+dies, what is in flight fails, and another is started; one that dies before its model is loaded, with the next request.
 """
 
 import asyncio
+import itertools
+import json
 import logging
-import threading
+import signal
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from tetrad.errors import UserError
-from tetrad.inference.engine import MAX_PREFILL_TOKENS, Engine, Event, Likeliest, Request
-from tetrad.inference.likelihood import token_likelihoods
+from tetrad.inference import engine_process
+from tetrad.inference.engine import Likeliest, Request
+from tetrad.inference.engine_process import HEAD, Part, likeliest, packed, part_of, received, request_json
 from tetrad.inference.model_folder import own_sampling
-from tetrad.inference.policy import Policy
+from tetrad.inference.policy import Frontend
 from tetrad.server import metrics
 from tetrad.server.guard import Refused
 from tetrad.settings.use import Sample
 
-FLUSH = 0.003
-"""Seconds for which tokens may wait for others to travel with, for each job that has some: handing over its bundle
-takes a tenth of a millisecond."""
-Item = tuple[int, Event]
-"""The number of a prompt, and a token of one of its responses."""
 _LOG = logging.getLogger("tetrad.server")
 
 
 @dataclass(eq=False)
 class Job:
-    """The responses to all prompts of one HTTP request; iterated on the event loop, bundles of tokens.
+    """The responses to all prompts of one HTTP request; iterated, their parts as they come.
 
-    reads: how many of the most likely ids are noted in each place of the prompts, None for no reading; likelihoods: of
-    each prompt, there before its first token is; left: incomplete responses, for the loop and for the thread.
+    reads: how many of the most likely ids are noted in each place of the prompts, None for no reading; left: incomplete
+    responses; likelihoods: of each prompt, there before its first token is.
     """
 
     requests: Sequence[Request]
     reads: int | None
-    left: list[int]
+    left: int
     begun: bool = False
     likelihoods: dict[int, list[tuple[float, Likeliest]]] = field(default_factory=dict)
-    inbox: asyncio.Queue[list[Item] | Refused] = field(default_factory=asyncio.Queue)
+    inbox: asyncio.Queue[list[Part] | Refused] = field(default_factory=asyncio.Queue)
     since: float = field(default_factory=time.monotonic)
 
-    async def __aiter__(self) -> AsyncIterator[list[Item]]:
+    async def __aiter__(self) -> AsyncIterator[list[Part]]:
         """Raises Refused where the engine failed."""
-        while self.left[0]:
-            items = await self.inbox.get()
-            if isinstance(items, Refused):
-                self.left[0] = 0
-                raise items
+        while self.left:
+            parts = await self.inbox.get()
+            if isinstance(parts, Refused):
+                raise parts
             if not self.begun:
                 metrics.FIRST_TOKEN.observe(time.monotonic() - self.since)
                 metrics.TOKENS.labels("prompt").inc(sum(len(request.ids) for request in self.requests))
-            metrics.TOKENS.labels("response").inc(len(items))
             self.begun = True
-            self.left[0] -= sum(event.response is not None for _, event in items)
-            yield items
+            metrics.TOKENS.labels("response").inc(sum(len(part.tokens) for part in parts))
+            self.left -= sum(part.reason != "" for part in parts)
+            yield parts
 
 
 class Worker:
     """slots: responses that grow at once; positions: of the longest prompt with its response, 0 for the model's own;
-    queue: requests that may wait for their first token. Errors: E-MEM-FULL, E-CONF-*."""
+    queue: requests that may wait for their first token."""
 
-    def __init__(self, policy: Policy, slots: int = 32, positions: int = 0, queue: int = 64) -> None:
-        most = policy.model.config.max_positions
-        self.policy, self.slots, self.positions, self.queue = policy, slots, min(positions or most, most), queue
-        self.defaults = replace(Sample(), **own_sampling(policy.folder))  # as in `tetrad generate`
-        self._engine: Engine | None = policy.engine(slots, self.positions)
-        self._open: set[Job] = set()  # the loop's own
-        self._running, self._thread = True, threading.Thread()
-        self._loop: asyncio.AbstractEventLoop
-        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._waiting: deque[tuple[Job, int]] = deque()  # the thread's own, as all below: prompts by number
-        self._growing: dict[int, tuple[Job, int]] = {}  # by the engine's id
-        self._bundle: dict[Job, list[Item]] = {}
-        self._flushed, self._ended = 0.0, False
+    def __init__(self, model: Frontend, slots: int = 32, positions: int = 0, queue: int = 64) -> None:
+        most = model.config.max_positions
+        self.positions, self.queue = min(positions or most, most), queue
+        self.defaults = replace(Sample(), **own_sampling(model.folder))  # as in `tetrad generate`
+        self._given = model.folder, slots, self.positions
+        self._open: dict[int, Job] = {}
+        self._waiting: set[int] = set()  # those of them without a token
+        self._numbers = itertools.count()
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._running, self._loaded = True, False
+        self._attending: asyncio.Task[None] | None = None
+        self._wire, self.process = engine_process.start(*self._given)
 
-    # On the event loop
+    def wait(self) -> None:
+        """Until the model is loaded, before the loop runs. Errors: E-MODEL-*, E-CKPT-*, E-MEM-FULL."""
+        try:
+            self._hear(received(self._wire))
+        except UserError:
+            self._wire.close()
+            raise
+        except (EOFError, ConnectionError):
+            self._wire.close()
+            self.process.join()
+            what = f"the process of {self._given[0]} ended while it loaded the model ({self.process.exitcode})"
+            if self.process.exitcode != -signal.SIGKILL:
+                raise RuntimeError(what) from None  # it has said why
+            hint = "serve fewer models, or lower --max-num-seqs or --max-model-len"
+            raise UserError("E-MEM-FULL", what, where="serve", hint=hint) from None
 
     def refuse_if_full(self) -> None:
         """Before any work is done for a request. Raises Refused 429 or 503."""
         if not self._running:
             raise Refused(503, "the server is stopping", code="stopping")
-        if sum(not job.begun for job in self._open) >= self.queue:
+        if len(self._waiting) >= self.queue:
             what = f"{self.queue} requests wait already: try again in a moment"
             raise Refused(429, what, code="queue_full")
 
     @contextmanager
-    def submit(self, requests: Sequence[Request], reads: int | None = None) -> Iterator[Job]:
+    def submit(
+        self, requests: Sequence[Request], reads: int | None = None, *, stream: bool = False, details: bool = False
+    ) -> Iterator[Job]:
         """Queues requests that fit into the engine. To leave the context cancels what is not complete: its rows are
-        free within a token. reads: see Job. Raises Refused 429 or 503."""
+        free within a token. reads: see Job; stream: parts as they grow, else whole responses; details: with
+        log-probabilities. Raises Refused 429 or 503."""
         self.refuse_if_full()
-        if not self._thread.is_alive():
-            self._loop = asyncio.get_running_loop()
-            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-            self._thread.start()
-        job = Job(requests, reads, [sum(len(request.keys) for request in requests)] * 2)
-        self._open.add(job)
-        self._calls.put(lambda: self._waiting.extend((job, number) for number in range(len(requests))))
+        if self._attending is None or self._attending.done():
+            self._attending = asyncio.get_running_loop().create_task(self._attend())
+        number, left = next(self._numbers), sum(len(request.keys) for request in requests)
+        job = Job(requests, reads, left)
+        self._open[number] = job
+        self._waiting.add(number)
+        message = {"job": number, "requests": [*map(request_json, requests)]}
+        self._outbox.put_nowait(packed(message | {"reads": reads, "stream": stream, "details": details}))
         try:
             yield job
         finally:
-            self._open.discard(job)
-            self._calls.put(lambda: self._cancel(job))
+            del self._open[number]
+            self._waiting.discard(number)
+            if job.left:
+                self._outbox.put_nowait(packed({"cancel": number}))
 
     async def stop(self, grace: float = 0.0) -> None:
         """Refuses what is new, waits up to `grace` seconds for what is in flight, and ends the rest with an error."""
         self._running, until = False, time.monotonic() + grace
         while self._open and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        if self._thread.is_alive():
-            self._calls.put(lambda: self._fail(Refused(503, "the server is stopping", code="stopping"), end=True))
-            await asyncio.to_thread(self._thread.join)
+        self._fail(self._open, Refused(503, "the server is stopping", code="stopping"))
+        if self._attending:
+            self._attending.cancel()
+            await asyncio.wait([self._attending])
+        self._wire.close()
+        self.process.kill()  # it keeps nothing
+        await asyncio.to_thread(self.process.join)
 
-    # In the thread
+    async def _attend(self) -> None:
+        """Carries messages while there is a process."""
+        while True:
+            if not self.process.is_alive():
+                self._wire, self.process = engine_process.start(*self._given)
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
+                await self._carry()
+            await asyncio.to_thread(self.process.join)
+            _LOG.error("the engine's process ended (%s)", self.process.exitcode)
+            self._fail(self._open, Refused(503, "the model failed"))
+            while not self._outbox.empty():
+                self._outbox.get_nowait()
+            if not self._loaded:
+                return
+            self._loaded = False
 
-    def _run(self) -> None:
-        while not self._ended:
-            try:
-                idle = not self._waiting and not self._growing
-                with suppress(Empty):
-                    while True:
-                        self._calls.get(idle and not self._ended)()
-                        idle = False
-                self._step()
-            except Exception as error:
-                self._engine = None  # whatever its state; its memory is free before another's is taken
-                _LOG.error("the engine failed", exc_info=error)
-                what, code = (error.what, error.code) if isinstance(error, UserError) else ("the model failed", None)
-                self._fail(Refused(503, what, code=code))
+    async def _carry(self) -> None:
+        """To and from one process, until it ends."""
+        reader, writer = await asyncio.open_unix_connection(sock=self._wire)
 
-    def _step(self) -> None:
-        """A token for each response that grows."""
-        engine = self._engine = self._engine or self.policy.engine(self.slots, self.positions)
-        read = 0
-        while self._waiting and read < MAX_PREFILL_TOKENS:
-            job, number = self._waiting[0]
-            request = job.requests[number]
-            if job.reads is not None:
-                temperature = request.sampling.temperature or 1.0
-                likelihoods = token_likelihoods(engine.model, request.ids, engine.device, job.reads, temperature)
-                job.likelihoods[number] = likelihoods
-                read += len(request.ids)
-            self._growing[engine.add(request)] = job, number
-            self._waiting.popleft()
-        urgent: set[Job] = set()
-        for event in engine.advance() if self._growing else ():
-            job, number = self._growing[event.request_id]
-            self._bundle.setdefault(job, []).append((number, event))
-            if event.response or not job.begun:
-                urgent.add(job)
-            job.left[1] -= event.response is not None
-            if not job.left[1]:
-                self._growing = {key: one for key, one in self._growing.items() if one[0] is not job}
-        if time.monotonic() - self._flushed >= FLUSH * len(self._bundle):
-            urgent, self._flushed = set(self._bundle), time.monotonic()
-        self._flush(urgent)
+        async def send() -> None:
+            while True:
+                writer.write(await self._outbox.get())
 
-    def _cancel(self, job: Job) -> None:
-        if job.left[1]:
-            self._waiting = deque(one for one in self._waiting if one[0] is not job)
-            self._bundle.pop(job, None)
-            for request_id in [key for key, one in self._growing.items() if one[0] is job]:
-                del self._growing[request_id]
-                if self._engine:
-                    self._engine.cancel(request_id)
+        sending = asyncio.ensure_future(send())
+        try:
+            while True:
+                size = int.from_bytes(await reader.readexactly(HEAD))
+                self._hear(json.loads(await reader.readexactly(size)))
+                await asyncio.sleep(0)  # many answers at once let others in between
+        finally:
+            sending.cancel()
+            writer.close()
 
-    def _fail(self, refused: Refused, *, end: bool = False) -> None:
-        """Ends all jobs with an error, after the tokens that they have. end: the thread too."""
-        self._flush(set(self._bundle))
-        for job in {job for job, _ in (*self._waiting, *self._growing.values())}:
-            self._cancel(job)
-            self._post(job.inbox.put_nowait, refused)
-        self._ended = end
+    def _hear(self, message: dict[str, Any]) -> None:
+        if "parts" in message:
+            self._waiting.discard(message["job"])
+            if job := self._open.get(message["job"]):  # nobody waits for one that was cancelled
+                job.inbox.put_nowait([*map(part_of, message["parts"])])
+        elif "likelihoods" in message:
+            number, prompt, likelihoods = message["likelihoods"]
+            if number in self._open:
+                self._open[number].likelihoods[prompt] = [(one, likeliest(top)) for one, top in likelihoods]
+        elif "failed" in message:
+            what, code = message["failed"]
+            self._fail(message["jobs"], Refused(503, what, code=code))
+        elif "refused" in message:
+            code, what, where, hint = message["refused"]
+            self._fail(self._open, Refused(503, what, code=code))
+            if not self._attending:
+                raise UserError(code, what, where=where, hint=hint)
+        else:
+            self._loaded = True
 
-    def _flush(self, jobs: set[Job]) -> None:
-        if jobs:
-            self._post(_deliver, {job: self._bundle.pop(job) for job in jobs})
-
-    def _post(self, call: Callable[[Any], None], value: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(call, value)
-
-
-def _deliver(bundle: dict[Job, list[Item]]) -> None:
-    for job, items in bundle.items():
-        job.inbox.put_nowait(items)
+    def _fail(self, jobs: Iterable[int], refused: Refused) -> None:
+        for number in jobs:
+            if number in self._open:
+                self._open[number].inbox.put_nowait(refused)
