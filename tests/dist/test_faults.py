@@ -77,7 +77,7 @@ def test_asked_to_stop_before_the_ranks_listen(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch.logging, "disable", lambda _: None)
     monkeypatch.setattr(launch, "elastic_launch", lambda *_: stopping)
     with pytest.raises(Stopped, match="the same command goes on"):
-        launch.launch(["sft"], 2, 1.0)
+        launch.launch(["sft"], 2, 1.0, 60.0)
 
 
 def test_a_restart_does_not_read_why_the_ranks_before_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,3 +229,25 @@ def test_what_is_done_is_left_alone(tuned: Chain) -> None:
     out, err = done.communicate(timeout=170)
     assert (done.returncode, errors(err)) == (0, [])
     assert out.count("unchanged, skipped") == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_when_all_is_done(tuned: Chain, tmp_path: Path, rank: int) -> None:
+    """After the last barrier, where no rank waits for it any more: the launcher ends it, and the run is whole."""
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "import os, signal\nimport torch.distributed as dist\n"
+        f"if os.environ['RANK'] == '{rank}':\n"
+        "    dist.destroy_process_group = lambda: os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "def pays(samples):\n    return [1.0 * (len(sample['text']) % 3) for sample in samples]\n"
+    )
+    shutil.copytree(tuned.runs, tmp_path / "runs")
+    out = ("--run.out", str(tmp_path / "runs"), "--run.patience", str(PATIENCE))
+    done = popen(["-m", "tetrad", "ppo", str(tuned.path), "--nproc", "2", *out, "--ppo.rewards", f"{rule}:pays"])
+    began, ranks = time.monotonic(), dict[int, int]()
+    while not ranks:
+        ranks = children(done.pid)
+    said, err = done.communicate(timeout=170)
+    assert (done.returncode, errors(err)) == (0, [])
+    assert "ppo        done in" in said and time.monotonic() - began < PATIENCE + 60
+    assert not any(map(alive, ranks.values()))

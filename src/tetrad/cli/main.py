@@ -203,7 +203,7 @@ def _recipe(verb: str, words: list[str]) -> int:
         from tetrad.distributed.launch import launch
 
         debug = ["--debug"] if "--debug" in sys.argv else []
-        return launch([verb, path, *words, *debug], recipe.run.nproc, recipe.run.grace)
+        return launch([verb, path, *words, *debug], recipe.run.nproc, recipe.run.grace, recipe.run.patience)
     console = Console(recipe.run.log_every, quiet=not runner.is_first(), outlives=verb != "status")
     if verb == "status":
         runner.status(recipe, console)

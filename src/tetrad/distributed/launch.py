@@ -5,22 +5,27 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from threading import Event, Thread
+from typing import Any, cast
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tetrad.distributed.watchdog import claimed_code
+from tetrad.distributed.watchdog import beats, claimed_code
 from tetrad.errors import Stopped, UserError
 
 _SLACK_SECONDS = 30  # beyond `grace`, to end after a signal
 
 
-def launch(words: Sequence[str], nproc: int, grace: float) -> int:
+def launch(words: Sequence[str], nproc: int, grace: float, patience: float) -> int:
     """Runs `tetrad WORDS` as `nproc` processes; returns the exit code that they agree on. Raises UserError E-RANK-LOST
-    if one was killed and no other is left to report it; Stopped if all were before they could."""
+    if one was killed and no other is left to report it; Stopped if all were before they could. patience: seconds for
+    which a rank is waited for that no longer responds when another is done."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     logging.disable(logging.CRITICAL)  # the agent's: ranks report errors themselves
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
@@ -39,12 +44,15 @@ def launch(words: Sequence[str], nproc: int, grace: float) -> int:
     safe = [] if os.path.basename(sys.argv[0]) == "__main__.py" else ["-P"]  # as it was started itself
     failure: ChildFailedError | SignalException
     try:
-        elastic_launch(config, sys.executable)(*safe, "-m", "tetrad", *words)
+        with _stragglers_ended(store, nproc, patience):
+            elastic_launch(config, sys.executable)(*safe, "-m", "tetrad", *words)
         return 0
     except (ChildFailedError, SignalException) as error:
         failure = error
     if (code := claimed_code(store)) is not None:
         return code
+    if all(beat and beat.finished for beat in beats(store, nproc)):  # one did not end by itself
+        return 0
     if isinstance(failure, SignalException):
         if failure.sigval in (signal.SIGTERM, signal.SIGINT):
             raise Stopped("before a process could say where; the same command goes on from there")
@@ -53,3 +61,36 @@ def launch(words: Sequence[str], nproc: int, grace: float) -> int:
     cause = process.signal_name() if process.exitcode < 0 else f"exit code {process.exitcode}"
     what = f"rank {rank} (process {process.pid}) ended with {cause} and said nothing"
     raise UserError("E-RANK-LOST", what, hint="was it killed for memory? The same command goes on")
+
+
+@contextmanager
+def _stragglers_ended(store: Store, nproc: int, patience: float) -> Iterator[None]:
+    over = Event()
+    watch = Thread(target=_end_stragglers, args=(cast(Any, store).clone(), nproc, patience, over), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+
+
+def _end_stragglers(store: Store, nproc: int, patience: float, over: Event) -> None:
+    """Kills a rank whose heartbeat stands still for `patience` seconds once another is done: no rank would miss it."""
+    last: dict[int, tuple[int, float]] = {}  # each rank's last beat, and when it was first seen
+    while not over.wait(1.0):
+        now, known = time.monotonic(), beats(store, nproc)
+        for rank, beat in enumerate(known):
+            if beat and last.setdefault(rank, (beat.number, now))[0] != beat.number:
+                last[rank] = beat.number, now
+        if any(beat and beat.finished for beat in known):
+            for rank, beat in enumerate(known):
+                if beat and now - last[rank][1] >= patience and _is_child(beat.process):
+                    os.kill(beat.process, signal.SIGKILL)
+
+
+def _is_child(process: int) -> bool:
+    """Whether it is a child of this process that still runs."""
+    with suppress(ChildProcessError):
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    return False

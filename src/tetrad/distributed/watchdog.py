@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
@@ -30,7 +30,16 @@ from tetrad.signals import on_stop_request
 _BEAT = 1.0  # seconds between heartbeats
 _AFTER_STOP = 10.0  # seconds that a rank requested to stop waits for one that no longer responds
 _CLAIM = "tetrad/end"
-_UNKNOWN = (0, None, False, "", 0)  # of a rank that never wrote a heartbeat
+
+
+class Beat(NamedTuple):
+    """A heartbeat. inside: the collective that the rank waits in; finished: it is done, and only has to end."""
+
+    number: int = 0
+    inside: str | None = None
+    finished: bool = False
+    host: str = ""
+    process: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,11 +122,9 @@ class Watchdog:
         """The ranks of this machine that are no more and said nothing."""
         here, killed = socket.gethostname(), []
         with suppress(RuntimeError):
-            for rank in set(range(self.size)) - {self.rank}:
-                beat = self._own.get(f"tetrad/beat/{rank}") if self._own.check([f"tetrad/beat/{rank}"]) else "null"
-                _, _, finished, host, process = json.loads(beat) or _UNKNOWN
-                if host == here and not finished and not _runs(process):
-                    killed.append(f"rank {rank} ({host}, process {process}) no longer answers")
+            for rank, beat in self._others():
+                if beat and beat.host == here and not beat.finished and not _runs(beat.process):
+                    killed.append(f"rank {rank} ({here}, process {beat.process}) no longer answers")
         return killed
 
     def _request_stop(self) -> None:
@@ -145,8 +152,11 @@ class Watchdog:
     def _beat(self) -> None:
         self._beats += 1
         inside = self._inside and f"{self._inside[1]}, collective {self._number}"
-        state = [self._beats, inside, self._ends.is_set(), socket.gethostname(), os.getpid()]
-        self._own.set(f"tetrad/beat/{self.rank}", json.dumps(state))
+        beat = Beat(self._beats, inside, self._ends.is_set(), socket.gethostname(), os.getpid())
+        self._own.set(f"tetrad/beat/{self.rank}", json.dumps(beat))
+
+    def _others(self) -> Iterator[tuple[int, Beat | None]]:
+        return ((rank, beat) for rank, beat in enumerate(beats(self._own, self.size)) if rank != self.rank)
 
     def _check_others(self, now: float) -> None:
         """Ends this process if it has waited long enough for another one."""
@@ -173,17 +183,15 @@ class Watchdog:
         """Ranks not to wait for any longer, by a text that says why. limit: of seconds without a beat."""
         now, missing = time.monotonic(), dict[str, _Missing]()
         mine = self._inside and f"{self._inside[1]}, collective {self._number}"
-        for rank in set(range(self.size)) - {self.rank}:
-            key = f"tetrad/beat/{rank}"
-            known = self._own.check([key])
-            beat, inside, finished, host, process = json.loads(self._own.get(key)) if known else _UNKNOWN
-            if self._last_beats.setdefault(rank, (beat, now))[0] != beat:
-                self._last_beats[rank] = beat, now
+        for rank, known in self._others():
+            number, inside, finished, host, process = known or Beat()
+            if self._last_beats.setdefault(rank, (number, now))[0] != number:
+                self._last_beats[rank] = number, now
             who = f"rank {rank} ({host}, process {process})" if known else f"rank {rank}"
             silent = now - self._last_beats[rank][1] >= limit
             if finished or silent:
                 state = "has ended" if finished else "no longer answers"
-                missing[f"{who} {state}"] = _Missing(host, process, silent=silent and known, gone=True)
+                missing[f"{who} {state}"] = _Missing(host, process, silent=silent and known is not None, gone=True)
             elif inside and inside != mine:
                 missing[f"{who} waits in {inside}"] = _Missing(host, process)
             elif not inside and rank and self._stop_requested == math.inf:
@@ -267,6 +275,12 @@ def claim(code: int) -> tuple[bool, int]:
         return join().claim(code)
     except RuntimeError:  # nobody is left to agree with
         return True, code
+
+
+def beats(store: Store, size: int) -> list[Beat | None]:
+    """Each rank's last; None of one that never wrote any."""
+    keys = [f"tetrad/beat/{rank}" for rank in range(size)]
+    return [Beat(*json.loads(store.get(key))) if store.check([key]) else None for key in keys]
 
 
 def claimed_code(store: Store) -> int | None:
