@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,9 @@ def serve(control: socket.socket) -> list[int]:
                 _, status, used = os.wait4(child, 0)
                 waiting.unregister(key.fd)
                 os.close(key.fd)
-                socket.socket(fileno=owner).send(
-                    f"{json.dumps([status, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024])}\n".encode()
-                )
+                told = json.dumps([status, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024])
+                with suppress(BrokenPipeError), socket.socket(fileno=owner) as waits:  # or is no more itself
+                    waits.send(f"{told}\n".encode())
 
 
 def become(given: Sequence[int]) -> list[str]:

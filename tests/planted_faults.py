@@ -863,8 +863,8 @@ FAULTS = (
     Fault(
         "server: a broken engine is used again",
         "inference/engine_process.py",
-        "self.engine = None  # whatever",
-        "pass  # whatever",
+        "            self.engine = None\n",
+        "            pass\n",
         f"{WORKER}::test_an_error_in_a_stream_ends_it",
     ),
     Fault(

@@ -80,6 +80,8 @@ def launch(folder: Path, words: list[str], planted: str) -> None:
     """`tetrad WORDS` in this process, which ends with it; the ranks leave their process numbers in the folder."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+    from tetrad.distributed import launch as launching
+
     def start(words: tuple[str, ...], env: dict[str, str], **how: Any) -> forks.Fork:
         words = words[words.index("-m") :]
         process = forks.Fork([__file__, "--rank", planted, *words[2:]] if planted else words, env=env, **how)
@@ -87,7 +89,12 @@ def launch(folder: Path, words: list[str], planted: str) -> None:
         (folder / f"new-{env['RANK']}").rename(folder / f"rank-{env['RANK']}")
         return process
 
+    def ranks() -> set[int]:
+        """Here they are children of the process that forks."""
+        return {int(path.read_text()) for path in folder.glob("rank-*")}
+
     subprocess_handler.Popen = lambda args, **how: start(args, **how)  # type: ignore[assignment,misc]
+    launching._children = ranks
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     from torch.distributed.run import main as torchrun

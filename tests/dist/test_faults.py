@@ -231,6 +231,21 @@ def test_what_is_done_is_left_alone(tuned: Chain) -> None:
     assert out.count("unchanged, skipped") == 6
 
 
+def test_a_rank_that_hangs_before_its_first_heartbeat(tuned: Chain, tmp_path: Path) -> None:
+    """No rank knows its process; the launcher does not wait for it to hear SIGTERM."""
+    launcher = popen([*again(tuned, tmp_path), "--run.patience", str(PATIENCE)])
+    ranks = dict[int, int]()
+    while 0 not in ranks:
+        ranks = children(launcher.pid)
+    os.kill(ranks[0], signal.SIGSTOP)
+    began = time.monotonic()
+    _, err = launcher.communicate(timeout=170)
+    (said,) = errors(err)
+    assert said.startswith("error[E-RANK-LOST] sft: rank 0 no longer answers; rank 1 ")
+    assert launcher.returncode == 8 and time.monotonic() - began < PATIENCE + 20
+    assert not any(map(alive, ranks.values()))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_when_all_is_done(tuned: Chain, tmp_path: Path, rank: int) -> None:
     """After the last barrier, where no rank waits for it any more: the launcher ends it, and the run is whole."""

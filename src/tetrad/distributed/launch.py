@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tetrad.distributed.watchdog import beats, claimed_code
 from tetrad.errors import Stopped, UserError
 
+_UNHEARD_SECONDS = 3.0
 _SLACK_SECONDS = 30  # beyond `grace`, to end after a signal
 
 
@@ -76,21 +78,32 @@ def _stragglers_ended(store: Store, nproc: int, patience: float) -> Iterator[Non
 
 
 def _end_stragglers(store: Store, nproc: int, patience: float, over: Event) -> None:
-    """Kills a rank whose heartbeat stands still for `patience` seconds once another is done: no rank would miss it."""
+    """Kills a rank whose heartbeat stands still for `patience` seconds once another is done: no rank would miss it. And
+    one that never had any, where another has reported why all end: no rank knows its process."""
     last: dict[int, tuple[int, float]] = {}  # each rank's last beat, and when it was first seen
+    ending = math.inf
     while not over.wait(1.0):
         now, known = time.monotonic(), beats(store, nproc)
+        ending = ending if claimed_code(store) is None else min(ending, now)
+        if now - ending >= _UNHEARD_SECONDS:
+            for process in _children() - {beat.process for beat in known if beat}:
+                _kill(process)
         for rank, beat in enumerate(known):
             if beat and last.setdefault(rank, (beat.number, now))[0] != beat.number:
                 last[rank] = beat.number, now
         if any(beat and beat.finished for beat in known):
             for rank, beat in enumerate(known):
-                if beat and now - last[rank][1] >= patience and _is_child(beat.process):
-                    os.kill(beat.process, signal.SIGKILL)
+                if beat and now - last[rank][1] >= patience and beat.process in _children():
+                    _kill(beat.process)
 
 
-def _is_child(process: int) -> bool:
-    """Whether it is a child of this process that still runs."""
-    with suppress(ChildProcessError):
-        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    return False
+def _children() -> set[int]:
+    """Of this process' main thread, all of them ranks; empty where there is no /proc."""
+    with suppress(OSError):
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+    return set()
+
+
+def _kill(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)

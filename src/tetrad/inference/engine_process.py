@@ -3,8 +3,8 @@
 A message is its length, 8 bytes, and JSON. Those to the process: {"job", "requests", "reads", "stream"} and {"cancel"};
 from it: {"ready"} or {"refused"} once the model is loaded, then {"likelihoods"}, {"job", "parts"}, and {"failed"} where
 a step broke. Tokens go back in bundles: at once if a first or a last one is among them, else the later the more jobs
-there are, because each bundle is work for both sides. A fault of a step fails what is in flight, and the next request
-finds a fresh engine. The process ends when the other end of its socket does.
+there are, because each bundle is work for both sides. A fault of a step fails the requests that have no token yet, or
+all, and the next one finds a fresh engine. The process ends when the other end of its socket does.
 """
 
 import atexit
@@ -181,7 +181,7 @@ class _Steps:
         self.waiting: deque[tuple[int, int]] = deque()  # a job and the number of one of its prompts
         self.growing: dict[int, tuple[int, int]] = {}  # by the engine's id
         self.grown: set[int] = set()  # jobs
-        self.flushed = 0.0
+        self.flushed, self.failed = 0.0, False
 
     def run(self) -> None:
         """All messages that are there, and a step."""
@@ -189,17 +189,27 @@ class _Steps:
             while self._heard():
                 self._take(received(self.wire))
             self._step()
+            self.failed = False
         except (EOFError, ConnectionError):
             raise
         except Exception as error:
-            self.engine = None  # whatever its state; its memory is free before another's is taken
             _LOG.error("the engine failed", exc_info=error)
-            what, code = (error.what, error.code) if isinstance(error, UserError) else ("the model failed", None)
-            self._flush(tuple(self.grown))
-            failed, self.jobs = list(self.jobs), {}
-            self.waiting.clear()
-            self.growing.clear()
-            self.wire.sendall(packed({"failed": [what, code], "jobs": failed}))
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends what has no token yet, which may have been too much; at the second time in a row, or if that is all,
+        everything: the engine too, whatever its state, before another's memory is taken."""
+        self._flush(tuple(self.grown))
+        fresh = [number for number, job in self.jobs.items() if not job.begun]
+        everything = self.failed or len(fresh) in (0, len(self.jobs))
+        self.failed = not everything
+        ended = list(self.jobs) if everything else fresh
+        if everything:
+            self.engine = None
+        for number in ended:
+            self._cancel(number)
+        what, code = (error.what, error.code) if isinstance(error, UserError) else ("the model failed", None)
+        self.wire.sendall(packed({"failed": [what, code], "jobs": ended}))
 
     def _heard(self) -> bool:
         """Whether there is a message; waits for one where there is nothing else to do."""

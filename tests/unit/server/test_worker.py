@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -79,6 +80,58 @@ def test_an_error_in_a_stream_ends_it(
             assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
         assert ask(http, PATH, BODY)["choices"] == good
         assert caplog.text.count("the engine failed") == 3
+
+
+def test_a_prompt_that_is_too_much_fails_alone(
+    served_models: Path, steps: list[_Steps], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503 for it, what grows goes on; a step that fails again ends that too."""
+    with (
+        serving([served_models / "chat"], Serve(max_num_seqs=4)) as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+    ):
+        whole = stream(http, PATH, LONG | {"max_tokens": 200})
+        engine = steps[0].engine
+
+        def too_much(*_: Any) -> Any:
+            raise MemoryError
+
+        for times in (1, 2):
+            with http.stream("POST", PATH, json=LONG | {"max_tokens": 200, "stream": True}) as grows:
+                lines = grows.iter_lines()
+                next(lines)
+                with monkeypatch.context() as planted:
+                    planted.setattr(Engine, "_prefill", too_much)
+                    if times == 2:
+                        planted.setattr(Engine, "advance", too_much)
+                    answer = http.post(PATH, json=BODY)
+                assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the model failed")
+                last = [line for line in lines if line][-1]
+            assert (last == "data: [DONE]") == (times == 1)
+            assert (steps[0].engine is engine) == (times == 1)
+        assert stream(http, PATH, LONG | {"max_tokens": 200})[-2]["choices"][0] == whole[-2]["choices"][0]
+
+
+def test_out_of_memory_in_one_request(served_models: Path) -> None:
+    """The engine's process may have no more than it has: what needs more is refused, what grows goes on."""
+    with (
+        serving([served_models / "chat"], Serve(max_num_seqs=4)) as server,
+        httpx.Client(base_url=server.url, timeout=30) as http,
+    ):
+        process = server.service.models["chat"].worker.process
+        pid = process.pid or 0
+        with http.stream("POST", PATH, json=LONG | {"stream": True}) as grows:
+            lines = grows.iter_lines()
+            next(lines)
+            size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            before = resource.prlimit(pid, resource.RLIMIT_AS)
+            resource.prlimit(pid, resource.RLIMIT_AS, (size, before[1]))
+            large = {"model": "chat", "prompt": [[5] * 2000] * 4, "max_tokens": 1, "echo": True, "logprobs": 5}
+            answer = http.post("/v1/completions", json=large)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error"), answer.text[:200]
+            resource.prlimit(pid, resource.RLIMIT_AS, before)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.pid == pid and process.is_alive()
 
 
 def test_a_killed_process_ends_what_it_did_and_is_replaced(served_models: Path) -> None:
