@@ -267,6 +267,8 @@ class _Steps:
             self.waiting.popleft()
 
     def _flush(self, numbers: Collection[int]) -> None:
+        if not numbers:
+            return
         messages = [{"job": number, "parts": self.jobs[number].parts()} for number in numbers]
         self.grown.difference_update(numbers)
         self.wire.sendall(b"".join(map(packed, messages)))

@@ -11,7 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,8 +142,13 @@ class Worker:
         while True:
             if not self.process.is_alive():
                 self._wire, self.process = engine_process.start(*self._given)
-            with suppress(asyncio.IncompleteReadError, ConnectionError):
+            try:
                 await self._carry()
+            except (asyncio.IncompleteReadError, ConnectionError):  # it is dead
+                pass
+            except Exception as error:  # a fault of ours: the requests must hear of it too
+                _LOG.error("a message of the engine", exc_info=error)
+                self.process.kill()
             await asyncio.to_thread(self.process.join)
             _LOG.error("the engine's process ended (%s)", self.process.exitcode)
             self._fail(self._open, Refused(503, "the model failed"))
