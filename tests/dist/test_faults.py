@@ -241,7 +241,8 @@ def test_a_rank_that_hangs_before_its_first_heartbeat(tuned: Chain, tmp_path: Pa
     began = time.monotonic()
     _, err = launcher.communicate(timeout=170)
     (said,) = errors(err)
-    assert said.startswith("error[E-RANK-LOST] sft: rank 0 no longer answers; rank 1 ")
+    late = r"(\(.*?\) )?"  # where it had one after all
+    assert re.match(rf"error\[E-RANK-LOST\] sft: rank 0 {late}no longer answers; rank 1 ", said)
     assert launcher.returncode == 8 and time.monotonic() - began < PATIENCE + 20
     assert not any(map(alive, ranks.values()))
 
