@@ -95,9 +95,9 @@ def load(folder: str | Path, template: str = "", *, device: str = "auto", dtype:
     one. dtype: what is computed in, "float32", "bfloat16" or "auto", as `run.dtype`; weights are float32. The model
     itself is `.model`, a torch module. Errors: E-MODEL-*, E-CKPT-*, E-CONF-{DEVICE,DTYPE,RANGE}.
     """
-    place, front = chosen_device(device, dtype), load_frontend(folder, template)
-    model = frozen(read_causal(front.folder)).to(place.torch_device)
-    return Policy(**vars(front), model=model, device=place)
+    path, place = model_folder(folder), chosen_device(device, dtype)
+    model = frozen(read_causal(path)).to(place.torch_device)  # first: what is wrong with it says more
+    return Policy(**vars(load_frontend(path, template)), model=model, device=place)
 
 
 def encode_prompt(model: Policy, prompt: Prompt) -> EncodedPrompt:
