@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tetrad.distributed.watchdog import beats, claimed_code
 from tetrad.errors import Stopped, UserError
 
-_UNHEARD_SECONDS = 3.0
+_UNHEARD_SECONDS = 3.0  # from the report of why all end, for a rank that nobody has heard of
 _SLACK_SECONDS = 30  # beyond `grace`, to end after a signal
 
 

@@ -1,10 +1,10 @@
 """A model's engine in a process of its own: requests come through a socket, tokens go back; who asks computes nothing.
 
-A message is its length, 8 bytes, and JSON. Those to the process: {"job", "requests", "reads", "stream"} and {"cancel"};
-from it: {"ready"} or {"refused"} once the model is loaded, then {"likelihoods"}, {"job", "parts"}, and {"failed"} where
-a step broke. Tokens go back in bundles: at once if a first or a last one is among them, else the later the more jobs
-there are, because each bundle is work for both sides. A fault of a step fails the requests that have no token yet, or
-all, and the next one finds a fresh engine. The process ends when the other end of its socket does.
+A message is its length, 8 bytes, and JSON. Those to the process: {"job", "requests", "reads", "stream", "details"} and
+{"cancel"}; from it: {"ready"} or {"refused"} once the model is loaded, then {"likelihoods"}, {"job", "parts"}, and
+{"failed"} where a step broke. Tokens go back in bundles: at once if a first or a last one is among them, else the later
+the more jobs there are, because each bundle is work for both sides. A fault of a step fails the requests that have no
+token yet, or all, and then the next one finds a fresh engine. The process ends when the other end of its socket does.
 """
 
 import atexit

@@ -24,7 +24,7 @@ _IDLE_SECONDS = 15  # clients keep connections for less
 _DRAIN_SECONDS = 30
 _CONNECTIONS = 4096
 _SWITCH_SECONDS = (
-    0.0005  # Python's own 5 ms, at each of a request's four turns, is how long the loop waits for the engine
+    0.0005  # Python's own 5 ms, at each of a request's four turns, is how long the loop waits for a reward
 )
 _FAULTS = {400: "this is no HTTP request", 414: "the address is too long", 431: "the headers are too large"}
 

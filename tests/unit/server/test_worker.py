@@ -204,7 +204,7 @@ def test_a_client_that_leaves_frees_its_rows(served_models: Path, steps: list[_S
         serving([served_models / "chat"], Serve(max_num_seqs=4)) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
-        ((worker, engine),) = [(server.service.models["chat"].worker, steps[0])]
+        worker, engine = server.service.models["chat"].worker, steps[0]
         if form == "stream":
             with http.stream("POST", path, json=body) as answer:
                 lines = answer.iter_lines()
@@ -253,6 +253,6 @@ def test_a_stop_ends_what_is_in_flight(served_models: Path, steps: list[_Steps])
 
 
 def test_engines_in_a_running_server(running: Running) -> None:
-    """One process a model, of which the server holds no weights."""
+    """One process a model."""
     workers = [served.worker for served in running.service.models.values()]
     assert len({worker.process.pid for worker in workers} | {os.getpid()}) == len(workers) + 1
