@@ -1,13 +1,17 @@
 """What HTTP costs: tokens a second of 32 streams through the server, beside the engine alone on the same prompts.
 
-    python benchmarks/serve.py FOLDER [--streams 32] [--new 128] [--rounds 5]
+    python benchmarks/serve.py FOLDER [--streams 32] [--new 128] [--turns 1] [--rounds 5] [--apart]
     python benchmarks/serve.py FOLDER --peer URL     `transformers serve FOLDER` runs there already
 
 The server, whose engine has a process of its own, and an engine in this process take turns; the clients are one other
 process, which reads sockets and does little else. One JSON line has the tokens a second of each turn, the median of the
 pairs' ratios, the seconds to the first token (p50, p99), the same ratio of tokens a second of processor time (of the
 server and its engine; Linux), and the share of the processors that others took, clients and that engine included. Each
-answer has `--new` tokens, whatever the model says; a peer's has as many as it says, at most that.
+answer has `--new` tokens, whatever the model says; a peer's has as many as it says, at most that. With `--turns` there
+are so many requests for each stream, answers have half to one and a half times `--new` tokens, each stream asks again
+when it is answered, and the engine alone has all requests from the start. With `--apart` an engine has a processor of
+its own, and one thread, in both turns; server and clients have another (Linux): what is left is what HTTP costs the
+engine, without the processors that they take.
 """
 
 import argparse
@@ -27,6 +31,13 @@ from clock import measured
 
 CLIENT = "--client"
 WORDS = "the plot is a warm and funny story with a dull ending what a bright film slow but moving".split()
+
+
+def lengths(new: int, count: int, turns: int) -> list[int]:
+    """Of the answers: alike if they all begin together, else their mean is."""
+    if turns == 1:
+        return [new] * count
+    return np.random.default_rng(5).integers(new // 2, new + new // 2 + 1, count * turns).tolist()
 
 
 def questions(count: int) -> list[str]:
@@ -54,25 +65,37 @@ async def one(host: str, port: int, body: bytes) -> tuple[float, int]:
     return first, usage["completion_tokens"] if usage else sum(b'"content":' in line for line in lines)
 
 
-async def all_at_once(url: str, bodies: list[bytes]) -> list[tuple[float, int]]:
+async def all_at_once(url: str, bodies: list[bytes], streams: int) -> list[tuple[float, int]]:
+    """So many at a time."""
     host, port = url.removeprefix("http://").split(":")
-    return await asyncio.gather(*(one(host, int(port), body) for body in bodies))
+    left = iter(bodies)
+
+    async def stream() -> list[tuple[float, int]]:
+        return [await one(host, int(port), body) for body in left]
+
+    streamed = await asyncio.gather(*(stream() for _ in range(streams)))
+    return [answer for answers in streamed for answer in answers]
 
 
-def client(url: str, model: str, new: int, streams: int, ours: bool) -> None:
+def client(url: str, model: str, new: int, streams: int, ours: bool, turns: int) -> None:
     """Prints seconds, tokens and seconds to the first text."""
-    form = {"model": model, "max_tokens": new, "stream": True, "stream_options": {"include_usage": True}}
+    form = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     form |= {"temperature": 1, "top_p": 1} | ({"ignore_eos": True} if ours else {})
-    messages = [[{"role": "user", "content": question}] for question in questions(streams)]
-    bodies = [json.dumps(form | {"messages": one, "seed": n}).encode() for n, one in enumerate(messages)]
+    messages = [[{"role": "user", "content": question}] for question in questions(streams * turns)]
+    most = lengths(new, streams, turns)
+    bodies = [
+        json.dumps(form | {"messages": m, "seed": n, "max_tokens": most[n]}).encode() for n, m in enumerate(messages)
+    ]
     began = time.perf_counter()
-    answers = asyncio.run(all_at_once(url, bodies))
+    answers = asyncio.run(all_at_once(url, bodies, streams))
     seconds = time.perf_counter() - began
     print(json.dumps([seconds, sum(tokens for _, tokens in answers), [first for first, _ in answers]]))
 
 
-def through(url: str, model: str, new: int, streams: int, ours: bool = True) -> tuple[float, int, list[float]]:
-    line = [sys.executable, __file__, CLIENT, url, model, str(new), str(streams), str(int(ours))]
+def through(
+    url: str, model: str, new: int, streams: int, ours: bool = True, turns: int = 1
+) -> tuple[float, int, list[float]]:
+    line = [sys.executable, __file__, CLIENT, url, model, *map(str, (new, streams, int(ours), turns))]
     seconds, tokens, firsts = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
     return seconds, tokens, firsts
 
@@ -83,15 +106,22 @@ def processor(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def alone(policy: Any, new: int, streams: int) -> int:
+def pin(pid: int, cpu: int) -> None:
+    """All threads of a process."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {cpu})
+
+
+def alone(policy: Any, new: int, streams: int, turns: int) -> int:
     """The tokens of the engine."""
     from tetrad.inference.engine import Request
     from tetrad.settings.use import Sample
     from tetrad.types import Turn
 
-    sampling = Sample(temperature=1.0, top_p=1.0, max_new_tokens=new)
+    most = lengths(new, streams, turns)
     engine = policy.engine(streams, min(policy.model.config.max_positions, 1024))
-    for number, question in enumerate(questions(streams)):
+    for number, question in enumerate(questions(streams * turns)):
+        sampling = Sample(temperature=1.0, top_p=1.0, max_new_tokens=most[number])
         ids = policy.form.prompt(policy.tokenizer, [Turn("user", question)])
         engine.add(Request(tuple(ids), sampling, ((number, "generate", 0, 0),), ()))
     return sum(1 for _ in engine.events())
@@ -102,9 +132,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", default="")
+    parser.add_argument("--apart", action="store_true")
     given = parser.parse_args()
+    if given.apart:
+        os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from serving import serving
     from tetrad.inference.policy import load
@@ -123,11 +157,18 @@ def main() -> None:
         with serving([given.folder], settings) as server:
             ((name, model),) = server.service.models.items()
             through(server.url, name, 8, given.streams)
+            if given.apart:
+                pin(model.worker.process.pid or 0, 0)
             for _ in range(given.rounds):
                 clocks = [(time.perf_counter(), spent(model))]
-                own = alone(policy, given.new, given.streams)
+                if given.apart:
+                    pin(os.getpid(), 0)
+                own = alone(policy, given.new, given.streams, given.turns)
                 clocks.append((time.perf_counter(), spent(model)))
-                seconds, tokens, first = through(server.url, name, given.new, given.streams)
+                if given.apart:
+                    pin(os.getpid(), 1)
+                answered = through(server.url, name, given.new, given.streams, turns=given.turns)
+                seconds, tokens, first = answered
                 clocks.append((time.perf_counter(), spent(model)))
                 engines.append(own / (clocks[1][0] - clocks[0][0]))
                 servers.append(tokens / seconds)
@@ -136,14 +177,20 @@ def main() -> None:
                 firsts.extend(first)
                 if given.peer:
                     seconds, tokens, first = through(
-                        given.peer, str(given.folder), given.new, given.streams, ours=False
+                        given.peer, str(given.folder), given.new, given.streams, False, given.turns
                     )
                     peers.append(tokens / seconds)
                     peer_firsts.extend(first)
 
     _, others = measured(rounds)
     ratios = [server / engine for server, engine in zip(servers, engines, strict=True)]
-    line: dict[str, Any] = {"folder": given.folder.name, "streams": given.streams, "new": given.new}
+    line: dict[str, Any] = {
+        "folder": given.folder.name,
+        "streams": given.streams,
+        "new": given.new,
+        "turns": given.turns,
+        "apart": given.apart,
+    }
     line |= {"engine": engines, "server": servers, "ratio": statistics.median(ratios)}
     line |= {"ratio by processor": statistics.median(shares), "first": percentiles(firsts)}
     if peers:
@@ -159,6 +206,6 @@ def percentiles(seconds: list[float]) -> list[float]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [CLIENT]:
-        client(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6] == "1")
+        client(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6] == "1", int(sys.argv[7]))
     else:
         main()
