@@ -198,6 +198,8 @@ JOBS: dict[str, Callable[[], Found]] = {
     "ppo_sampled": ppo_sampled,
 }
 
+NARROW = ("sft", "reward")
+
 
 class Unsummed(collectives.GradientSum):
     """Leaves each process its own gradients."""
@@ -314,6 +316,34 @@ def sharded(shard: str = "full") -> Iterator[None]:
         toys.CPU, toys.causal, toys.scalar = kept
 
 
+@contextmanager
+def narrow() -> Iterator[None]:
+    """Computes in bfloat16, as on a GPU."""
+    kept = toys.CPU
+    toys.CPU = replace(toys.CPU, dtype=torch.bfloat16)
+    try:
+        yield
+    finally:
+        toys.CPU = kept
+
+
+def gathered() -> Found:
+    """Bits of what a pass of a sharded model in 16 bit has of its first block, and keeps: weights, gradients."""
+    model, bits = toys.causal(seed=1), list[int]()
+
+    def note(*tensors: torch.Tensor | None) -> None:
+        bits.extend(8 * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    block = model.get_submodule("model.layers.0")
+    block.register_forward_pre_hook(lambda *_: note(next(block.parameters())))
+    with toys.CPU.compute():
+        loss = model(toys.packed(toys.documents(4))).float().square().mean()
+    loss.backward()
+    first = next(block.parameters())
+    note(first, first.grad)
+    return {"bits": torch.tensor(bits)}
+
+
 def every_collective() -> Found:
     """What each function of `collectives` gives on this process."""
     rank, model = collectives.rank(), toys.causal(seed=collectives.rank())
@@ -354,6 +384,8 @@ def main(folder: Path) -> None:
     with sharded():
         results |= {f"{name}, sharded": job() for name, job in JOBS.items()}
         results |= {**stages(folder), "collected": collected()}
+    with narrow(), sharded():
+        results |= {f"{name}, sharded, narrow": JOBS[name]() for name in NARROW} | {"gathered": gathered()}
     torch.save(results, folder / f"{collectives.rank()}.pt")
     collectives.stop()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import toys
-from dist.jobs import BATCH, JOBS, STEPS, Found, Killed, collected, stage, weights
+from dist.jobs import BATCH, JOBS, NARROW, STEPS, Found, Killed, collected, narrow, stage, weights
 from dist.workers import ROOT, pair
 
 pytestmark = pytest.mark.dist
@@ -56,6 +56,21 @@ def test_two_are_one(ranks: list[dict[str, Found]], job: str, sharded: str) -> N
         if "replies" in alone:
             assert torch.equal(together["replies"], alone["replies"])
     assert torch.equal(ranks[0][job]["weights"], ranks[1][job]["weights"])
+
+
+@pytest.mark.parametrize("job", NARROW)
+def test_bfloat16_travels(ranks: list[dict[str, Found]], job: str) -> None:
+    """Blocks are gathered in 16 bit, weights and gradients stay in 32: two are one as far as that goes, and no
+    farther."""
+    with narrow():
+        alone = JOBS[job]()
+    for found in ranks:
+        together, wide = found[f"{job}, sharded, narrow"], found[f"{job}, sharded"]
+        assert relative(together["weights"], alone["weights"]) <= 5e-3
+        torch.testing.assert_close(together["figures"][:, 0], alone["figures"][:, 0], rtol=0.1, atol=0)
+        assert (together["figures"][0] - wide["figures"][0]).abs().max() > 1e-5
+        assert found["gathered"]["bits"].tolist() == [16, 32, 32]
+    assert torch.equal(ranks[0][f"{job}, sharded, narrow"]["weights"], ranks[1][f"{job}, sharded, narrow"]["weights"])
 
 
 def test_five_steps_are_a_long_way(ranks: list[dict[str, Found]]) -> None:
