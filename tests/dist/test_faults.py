@@ -208,6 +208,19 @@ def test_an_error_of_one_rank(tuned: Chain, tmp_path: Path) -> None:
     assert done.returncode == 5
 
 
+def test_an_error_of_what_rank_0_does_beforehand(tuned: Chain, tmp_path: Path) -> None:
+    """It reads the records, and the stage has not begun."""
+    (tmp_path / "bad.jsonl").write_text('{"Instruction": "a", "Output": "b"}\n{"Instruction"\n')
+    shutil.copytree(tuned.runs, tmp_path / "runs", ignore=shutil.ignore_patterns("sft"))
+    own = ["--run.out", str(tmp_path / "runs"), "--sft.data", str(tmp_path / "bad.jsonl")]
+    done = popen(["-m", "tetrad", "sft", str(tuned.path), "--nproc", "2", *own])
+    _, err = done.communicate(timeout=170)
+    (said,) = errors(err)
+    assert "bad.jsonl:2" in said
+    assert said.endswith(f"[rank 0 of 2, {HERE}]")
+    assert done.returncode == 3
+
+
 @pytest.mark.parametrize("torchrun", [True, False])
 def test_a_mistake_is_told_once(tuned: Chain, torchrun: bool) -> None:
     """Of the recipe, and of a command that is for one process."""

@@ -235,9 +235,7 @@ _watchdog: Watchdog | None = None
 
 def label() -> str:
     """Where an error happened, if processes train together."""
-    if not (_watchdog and _watchdog.phase):
-        return ""
-    return f" [rank {_watchdog.rank} of {_watchdog.size}, {socket.gethostname()}]"
+    return f" [rank {_watchdog.rank} of {_watchdog.size}, {socket.gethostname()}]" if _watchdog else ""
 
 
 def join(patience: float = 300.0, report: Callable[[BaseException], int] = lambda _: 1) -> Watchdog:
