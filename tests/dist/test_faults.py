@@ -280,3 +280,19 @@ def test_a_rank_that_hangs_when_all_is_done(tuned: Chain, tmp_path: Path, rank: 
     assert (done.returncode, errors(err)) == (0, [])
     assert "ppo        done in" in said and time.monotonic() - began < PATIENCE + 60
     assert not any(map(alive, ranks.values()))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_when_there_is_nothing_to_do(tuned: Chain, rank: int) -> None:
+    """No rank ever waits for another, and none says that it is done."""
+    words = ["run", str(tuned.path), "--nproc", "2", "--run.out", str(tuned.runs), "--run.patience", str(PATIENCE)]
+    launcher = popen(["-m", "tetrad", *words])
+    began, ranks = time.monotonic(), dict[int, int]()
+    while rank not in ranks:
+        ranks = children(launcher.pid)
+    os.kill(ranks[rank], signal.SIGSTOP)
+    _, err = launcher.communicate(timeout=170)
+    (said,) = errors(err)
+    assert said.startswith(f"error[E-RANK-LOST] rank {rank} (process {ranks[rank]}) no longer answers"), said
+    assert launcher.returncode == 8 and time.monotonic() - began < PATIENCE + 30
+    assert not any(map(alive, ranks.values()))

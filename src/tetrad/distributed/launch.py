@@ -46,7 +46,7 @@ def launch(words: Sequence[str], nproc: int, grace: float, patience: float) -> i
     safe = [] if os.path.basename(sys.argv[0]) == "__main__.py" else ["-P"]  # as it was started itself
     failure: ChildFailedError | SignalException
     try:
-        with _stragglers_ended(store, nproc, patience):
+        with _stragglers_ended(store, nproc, patience) as ended:
             elastic_launch(config, sys.executable)(*safe, "-m", "tetrad", *words)
         return 0
     except (ChildFailedError, SignalException) as error:
@@ -60,41 +60,49 @@ def launch(words: Sequence[str], nproc: int, grace: float, patience: float) -> i
             raise Stopped("before a process could say where; the same command goes on from there")
         return 128 + failure.sigval
     rank, process = failure.get_first_failure()
+    who, again = f"rank {rank} (process {process.pid})", "the same command goes on"
+    if process.pid in ended:
+        raise UserError("E-RANK-LOST", f"{who} no longer answers, others are done", hint=again)
     cause = process.signal_name() if process.exitcode < 0 else f"exit code {process.exitcode}"
-    what = f"rank {rank} (process {process.pid}) ended with {cause} and said nothing"
-    raise UserError("E-RANK-LOST", what, hint="was it killed for memory? The same command goes on")
+    hint = f"was it killed for memory? {again.capitalize()}"
+    raise UserError("E-RANK-LOST", f"{who} ended with {cause} and said nothing", hint=hint)
 
 
 @contextmanager
-def _stragglers_ended(store: Store, nproc: int, patience: float) -> Iterator[None]:
-    over = Event()
-    watch = Thread(target=_end_stragglers, args=(cast(Any, store).clone(), nproc, patience, over), daemon=True)
+def _stragglers_ended(store: Store, nproc: int, patience: float) -> Iterator[set[int]]:
+    """Gives the processes that were ended."""
+    over, ended = Event(), set[int]()
+    own = cast(Any, store).clone()
+    watch = Thread(target=_end_stragglers, args=(own, nproc, patience, over, ended), daemon=True)
     watch.start()
     try:
-        yield
+        yield ended
     finally:
         over.set()
         watch.join()
 
 
-def _end_stragglers(store: Store, nproc: int, patience: float, over: Event) -> None:
-    """Kills a rank whose heartbeat stands still for `patience` seconds once another is done: no rank would miss it. And
-    one that never had any, where another has reported why all end: no rank knows its process."""
+def _end_stragglers(store: Store, nproc: int, patience: float, over: Event, ended: set[int]) -> None:
+    """Kills a rank whose heartbeat stands still for `patience` seconds once another is done or gone: no rank would miss
+    it. And one that never had any, for which the others have no process: then, or soon after one has reported why all
+    end."""
     last: dict[int, tuple[int, float]] = {}  # each rank's last beat, and when it was first seen
-    ending = math.inf
+    ending = done = math.inf
     while not over.wait(1.0):
-        now, known = time.monotonic(), beats(store, nproc)
-        ending = ending if claimed_code(store) is None else min(ending, now)
-        if now - ending >= _UNHEARD_SECONDS:
-            for process in _children() - {beat.process for beat in known if beat}:
-                _kill(process)
+        now, known, children = time.monotonic(), beats(store, nproc), _children()
+        if claimed_code(store) is not None:
+            ending = min(ending, now)
+        if any(beat and (beat.finished or beat.process not in children) for beat in known):
+            done = min(done, now)
+        if now - ending >= _UNHEARD_SECONDS or now - done >= patience:
+            ended |= children - {beat.process for beat in known if beat}
         for rank, beat in enumerate(known):
             if beat and last.setdefault(rank, (beat.number, now))[0] != beat.number:
                 last[rank] = beat.number, now
-        if any(beat and beat.finished for beat in known):
-            for rank, beat in enumerate(known):
-                if beat and now - last[rank][1] >= patience and beat.process in _children():
-                    _kill(beat.process)
+            if beat and done < math.inf and now - last[rank][1] >= patience:
+                ended |= {beat.process} & children
+        for process in ended & children:
+            _kill(process)
 
 
 def _children() -> set[int]:
