@@ -67,7 +67,7 @@ def test_bfloat16_travels(ranks: list[dict[str, Found]], job: str) -> None:
     for found in ranks:
         together, wide = found[f"{job}, sharded, narrow"], found[f"{job}, sharded"]
         assert relative(together["weights"], alone["weights"]) <= 5e-3
-        torch.testing.assert_close(together["figures"][:, 0], alone["figures"][:, 0], rtol=0.1, atol=0)
+        torch.testing.assert_close(together["figures"][:, :2], alone["figures"][:, :2], rtol=0.03, atol=0)
         assert (together["figures"][0] - wide["figures"][0]).abs().max() > 1e-5
         assert found["gathered"]["bits"].tolist() == [16, 32, 32]
     assert torch.equal(ranks[0][f"{job}, sharded, narrow"]["weights"], ranks[1][f"{job}, sharded, narrow"]["weights"])
