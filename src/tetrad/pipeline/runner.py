@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tetrad.report.run_page import NAME, write_page
 from tetrad.report.verdict import UNTRUSTED, Verdict
 from tetrad.signals import Stop
 from tetrad.stages import STAGES, Recipe
+from tetrad.tracking.trackers import Trackers
 from tetrad.training.context import StageContext
 
 StageFunction = Callable[[StageContext], None]
@@ -62,33 +63,29 @@ def run(recipe: Recipe, console: Console, *, only: str = "") -> RunResult:
         memory = home(recipe) / ".cache" / "preflight.json"
         for note in preflight(recipe, unfinished, lambda folder: verify(folder, hashes), memory):
             console.say(f"note: {note}")
-    for step in wanted:
-        current = state(step, hashes)
-        if current == "done":
-            if is_first():
-                storage.remove_folder(step.folder / "checkpoints")  # left if a kill came between the result and this
-            console.say(f"{step.stage:<10} unchanged, skipped")
-            continue
-        trained.append(step.stage)
-        context = StageContext(recipe, step.folder, step.key, step.parents, step.lineage, console)
-        began = time.monotonic()
-        with explained(step.stage), phase(step.stage):
-            if is_first():
-                _prepare(step, current, recipe, console)
-            row = STAGES[step.stage]
-            if is_first() and row.prepare:
-                function_of(row.prepare)(context)
-            function_of(f"{row.module}:run")(context)
-        if state(step, hashes) != "done":
-            raise RuntimeError(f"the stage {step.stage} ended without a result that has its key")
-        console.say(f"{step.stage:<10} done in {time.monotonic() - began:.1f} s: {step.result}")
-        _show_page(recipe, console, going_on=step is not wanted[-1])
-    if is_first():
-        hashes.save()
-    if not trained:
-        console.say("nothing to do")
-    if steps[-1].stage == "evaluate" or not recipe.evaluate.prompts:  # `tetrad ppo` reports no evaluation
-        _conclude(recipe, steps, hashes, console)
+    names = recipe.run.trackers if is_first() else ()
+    with closing(Trackers(names, recipe.name, home(recipe) / "trackers", console.warn)) as trackers:
+        for step in wanted:
+            current = state(step, hashes)
+            if current == "done":
+                if is_first():
+                    storage.remove_folder(step.folder / "checkpoints")  # left if a kill came before this
+                console.say(f"{step.stage:<10} unchanged, skipped")
+                continue
+            trained.append(step.stage)
+            context = StageContext(recipe, step.folder, step.key, step.parents, step.lineage, console, trackers)
+            began = time.monotonic()
+            _run_stage(step, current, context)
+            if state(step, hashes) != "done":
+                raise RuntimeError(f"the stage {step.stage} ended without a result that has its key")
+            console.say(f"{step.stage:<10} done in {time.monotonic() - began:.1f} s: {step.result}")
+            _show_page(recipe, console, going_on=step is not wanted[-1])
+        if is_first():
+            hashes.save()
+        if not trained:
+            console.say("nothing to do")
+        if steps[-1].stage == "evaluate" or not recipe.evaluate.prompts:  # `tetrad ppo` reports no evaluation
+            _conclude(recipe, steps, hashes, console)
     verdict = verdict_of(recipe, steps, hashes)
     return RunResult(home(recipe), {step.stage: step.folder for step in steps}, tuple(trained), verdict)
 
@@ -105,6 +102,16 @@ def function_of(name: str) -> StageFunction:
     """MODULE:FUNCTION, imported when it is needed: training modules import torch."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _run_stage(step: Step, current: str, context: StageContext) -> None:
+    with explained(step.stage), phase(step.stage):
+        if is_first():
+            _prepare(step, current, context.recipe, context.console)
+        row = STAGES[step.stage]
+        if is_first() and row.prepare:
+            function_of(row.prepare)(context)
+        function_of(f"{row.module}:run")(context)
 
 
 def _show_page(recipe: Recipe, console: Console, *, going_on: bool) -> None:

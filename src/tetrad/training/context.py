@@ -10,6 +10,7 @@ from tetrad.console import Console
 from tetrad.data import source
 from tetrad.stages import Recipe
 from tetrad.storage import Json
+from tetrad.tracking.trackers import Trackers
 
 
 def renamed(pairs: Iterable[str]) -> dict[str, str]:
@@ -33,6 +34,7 @@ class StageContext:
     parents: Mapping[str, Path]
     lineage: Mapping[str, Json]
     console: Console
+    trackers: Trackers
 
     def files(self, patterns: Iterable[str], weights: Sequence[float] = ()) -> source.DataFiles:
         """The files that a setting names, globs expanded. Raises UserError E-DATA-PATH."""

@@ -35,7 +35,6 @@ from tetrad.storage import Content, Json, LineLog
 from tetrad.training import checkpoint
 from tetrad.training.checkpoint import differences, file_of
 from tetrad.training.step import timed, timer
-from tetrad.training.trackers import Trackers
 
 _SAVES_A_STAGE = 10
 _GIVE_BACK_EVERY = 20  # steps
@@ -81,7 +80,6 @@ class StageRun:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.step, self.total_steps = 0, total_steps
         self.notes: list[str] = []
-        self.trackers: Trackers | None = None
         self._every = save_every or max(1, math.ceil(total_steps / _SAVES_A_STAGE))
         self._keep, self._seed = max(2, keep), seed
         conditions = {**(environment or {}), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
@@ -122,14 +120,10 @@ class StageRun:
     def log(self, step: int, **numbers: Json) -> None:
         """A line of metrics.jsonl. Raises E-NUM-NONFINITE. Nothing here may depend on the clock: see `timing`."""
         self._append("metrics.jsonl", {"step": step, **numbers})
-        if self.trackers:
-            self.trackers.metrics(step, numbers)
 
     def sample(self, record: Mapping[str, Json]) -> None:
         """A line of samples.jsonl."""
         self._append("samples.jsonl", record)
-        if self.trackers:
-            self.trackers.sample(record)
 
     def timing(self, tokens: float) -> dict[str, float | str]:
         """What the progress bar shows of the step's speed. A line of timing.jsonl, which a resumed run does not

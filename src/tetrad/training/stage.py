@@ -3,8 +3,8 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,6 @@ from tetrad.training.batches import mean_nll
 from tetrad.training.context import StageContext
 from tetrad.training.prepare import Prepared
 from tetrad.training.run_folder import StageRun, Stateful
-from tetrad.training.trackers import Trackers
 from tetrad.types import Tokens
 
 
@@ -105,7 +104,7 @@ def start(
             ctx.console.say(f"note: {note}")
         if run.step:
             ctx.console.say(f"resumes after step {run.step} of {total_steps}")
-        with closing(Trackers.of(ctx, run.step)) as run.trackers:
+        with ctx.trackers.following(ctx.folder, ctx.key, asdict(getattr(ctx.recipe, ctx.folder.name)), run.step):
             yield run
 
 

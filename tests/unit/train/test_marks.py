@@ -12,6 +12,7 @@ from tetrad.data.source import Counts
 from tetrad.pipeline import recipe
 from tetrad.reward.data import read_examples
 from tetrad.text.chat_template import TEMPLATES
+from tetrad.tracking.trackers import Trackers
 from tetrad.training.context import StageContext
 
 CHATS = [row for row in TEMPLATES if row != "instruction"]
@@ -24,7 +25,15 @@ def context(folder: Path, *words: str) -> StageContext:
     ranked = {"messages": messages[:-1], "chosen": "two", "rejected": " no\n"}
     (folder / "rm.jsonl").write_text(json.dumps(ranked))
     (folder / "r.toml").write_text("name = 'r'\n[sft]\ndata = ['sft.jsonl']\n[reward]\ndata = ['rm.jsonl']\n")
-    return StageContext(recipe.read(folder / "r.toml", words), folder, "", {}, {}, Console(out=StringIO()))
+    return StageContext(
+        recipe.read(folder / "r.toml", words),
+        folder,
+        "",
+        {},
+        {},
+        Console(out=StringIO()),
+        Trackers((), "", folder, print),
+    )
 
 
 @pytest.mark.parametrize("row", CHATS)

@@ -1,0 +1,1 @@
+"""Trackers: where others look at a run."""
