@@ -5,7 +5,7 @@
 
 `tetrad run` of example A's quick recipe, in turn without a tracker and with each that is installed, each in a process
 of its own. One JSON line each: the medians of the command's seconds and of the processor's seconds (all threads, and
-the tracker's own processes), and what is more than without: the median of the rounds' differences.
+the tracker's own processes), and what is more than without: each round's difference, and their median.
 """
 
 import argparse
@@ -45,12 +45,14 @@ def main() -> None:
     parser.add_argument("--trackers", nargs="*", default=installed)
     given = parser.parse_args()
     ways = ["", *given.trackers]
-    rounds = [{way: run(way) for way in ways} for _ in range(given.rounds)]
+    orders = [ways, ways[::-1]]  # in turn: the machine may get slower meanwhile
+    rounds = [{way: run(way) for way in orders[number % 2]} for number in range(given.rounds)]
     for way in ways:
         line: dict[str, object] = {"tracker": way or "none", "rounds": given.rounds}
         for number, name in enumerate(("seconds", "processor")):
             line[name] = round(median(times[way][number] for times in rounds), 2)
-            line[f"more {name}"] = round(median(times[way][number] - times[""][number] for times in rounds), 2)
+            differences = [round(times[way][number] - times[""][number], 2) for times in rounds]
+            line |= {f"more {name}": round(median(differences), 2), f"each {name}": differences}
         print(json.dumps(line), flush=True)
 
 

@@ -18,8 +18,8 @@ def good(place: Place) -> Sink:
     note(place, "open", place.stage, place.step, os.getpid(), "torch" in sys.modules, os.nice(0))
     return Sink(
         lambda step, numbers: note(place, "metrics", step, numbers),
-        lambda step, text: note(place, "sample", step, json.loads(text)),
-        lambda: note(place, "close", place.stage),
+        lambda step, texts: note(place, "samples", step, [json.loads(text) for text in texts]),
+        lambda finished: note(place, "close", place.stage, finished),
     )
 
 
@@ -33,7 +33,7 @@ def hanging(_: Place) -> Sink:
 
 
 def breaking(_: Place) -> Sink:
-    return Sink(lambda step, numbers: 1 / (step - 1), lambda *_: None, lambda: None)
+    return Sink(lambda step, numbers: 1 / (step - 1), lambda *_: None, lambda _: None)
 
 
 def dying(_: Place) -> Sink:
@@ -54,14 +54,14 @@ def slow(seconds: float) -> Callable[[Place], Sink]:
             time.sleep(seconds)
             note(place, "metrics", step, numbers)
 
-        return Sink(metrics, lambda *_: None, lambda: note(place, "close", place.stage))
+        return Sink(metrics, lambda *_: None, lambda _: note(place, "close", place.stage))
 
     return open_run
 
 
 def importing(place: Place) -> Sink:
     """Computes for a while, as imports do."""
-    until = time.process_time() + 3
+    until = time.process_time() + 1.5
     while time.process_time() < until:
         pass
     return good(place)

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def run(recipe: Recipe, console: Console, *, only: str = "") -> RunResult:
         for note in preflight(recipe, unfinished, lambda folder: verify(folder, hashes), memory):
             console.say(f"note: {note}")
     names = recipe.run.trackers if is_first() else ()
-    with closing(Trackers(names, recipe.name, home(recipe) / "trackers", console.warn)) as trackers:
+    with Trackers(names, recipe.name, home(recipe) / "trackers", console.warn) as trackers:
         for step in wanted:
             current = state(step, hashes)
             if current == "done":

@@ -1,8 +1,8 @@
 """The trackers, and how a run of each is opened: imported when it is, in the process of the trackers.
 
 All write below runs/NAME/trackers, without a network, unless their own environment (WANDB_MODE, SWANLAB_MODE,
-TRACKIO_SPACE_ID, MLFLOW_TRACKING_URI) asks for more; secrets are read from there alone. A stage that resumes goes on
-with its run.
+TRACKIO_SPACE_ID, TRACKIO_SERVER_URL, MLFLOW_TRACKING_URI) asks for more; secrets are read from there alone. A stage
+that resumes goes on with its run.
 """
 
 import hashlib
@@ -32,11 +32,12 @@ class Place(NamedTuple):
 
 
 class Sink(NamedTuple):
-    """What an open run of a tracker can do. Steps come in ascending order."""
+    """What an open run of a tracker can do. Steps come in ascending order. close: takes whether the stage has finished;
+    flush: returns when what has come is written, as far as the tracker can do that."""
 
     metrics: Callable[[int, dict[str, float]], object]
-    sample: Callable[[int, str], object]
-    close: Callable[[], object]
+    samples: Callable[[int, list[str]], object]
+    close: Callable[[bool], object]
     flush: Callable[[], object] = lambda: None
 
 
@@ -55,8 +56,12 @@ def _tensorboard(place: Place) -> Sink:
         values = [summary.Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
         add(step, summary=summary.Summary(value=values))
 
+    def samples(step: int, texts: list[str]) -> None:
+        for one in texts:
+            add(step, summary=text("samples", one))
+
     add(place.step, session_log=event.SessionLog(status=event.SessionLog.START))
-    return Sink(metrics, lambda step, sample: add(step, summary=text("samples", sample)), run.close, run.flush)
+    return Sink(metrics, samples, lambda finished: run.close(), run.flush)
 
 
 def _wandb(place: Place) -> Sink:
@@ -66,10 +71,10 @@ def _wandb(place: Place) -> Sink:
     mode, again = os.environ.get("WANDB_MODE", "offline"), {"resume": "allow", "reinit": "create_new"}
     run = wandb.init(dir=str(place.folder), mode=mode, settings=quiet, **own, **again)
 
-    def sample(step: int, text: str) -> None:
-        run.log({"samples": wandb.Table(["sample"], [[text]])}, step=step)
+    def samples(step: int, texts: list[str]) -> None:
+        run.log({"samples": wandb.Table(["sample"], [[text] for text in texts])}, step=step)
 
-    return Sink(lambda step, numbers: run.log(numbers, step=step), sample, run.finish)
+    return Sink(lambda step, numbers: run.log(numbers, step=step), samples, lambda finished: run.finish(not finished))
 
 
 def _swanlab(place: Place) -> Sink:
@@ -77,18 +82,28 @@ def _swanlab(place: Place) -> Sink:
     own = {"project": place.project, "name": place.stage, "id": place.identity, "config": dict(place.settings)}
     swanlab.init(log_dir=str(place.folder), mode=os.environ.get("SWANLAB_MODE", "offline"), resume="allow", **own)
 
-    def sample(step: int, text: str) -> None:
-        swanlab.log({"samples": swanlab.Text(text)}, step=step)
+    def samples(step: int, texts: list[str]) -> None:
+        swanlab.log({"samples": [swanlab.Text(text) for text in texts]}, step=step)
 
-    return Sink(lambda step, numbers: swanlab.log(numbers, step=step), sample, swanlab.finish)
+    def close(finished: bool) -> None:
+        swanlab.finish("success" if finished else "aborted")
+
+    return Sink(lambda step, numbers: swanlab.log(numbers, step=step), samples, close)
 
 
 def _trackio(place: Place) -> Sink:
+    """It would ask Hugging Face who is logged in."""
     os.environ.setdefault("TRACKIO_DIR", str(place.folder))  # it is read when trackio is imported
+    if not os.environ.keys() & {"TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"}:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     name, config = f"{place.stage}-{place.identity}", dict(place.settings)
     run = import_module("trackio").init(place.project, name=name, config=config, resume="allow", embed=False)
-    log = run.log
-    return Sink(lambda step, n: log(n, step=step), lambda step, text: log({"samples": text}, step=step), run.finish)
+
+    def samples(step: int, texts: list[str]) -> None:
+        for text in texts:
+            run.log({"samples": text}, step=step)
+
+    return Sink(lambda step, numbers: run.log(numbers, step=step), samples, lambda finished: run.finish())
 
 
 def _mlflow(place: Place) -> Sink:
@@ -104,7 +119,8 @@ def _mlflow(place: Place) -> Sink:
     old = client.search_runs([experiment], f"tags.tetrad = '{place.identity}'", max_results=1)
     run = (old[0] if old else client.create_run(experiment, None, {"tetrad": place.identity}, place.stage)).info.run_id
     entity = import_module("mlflow.entities")
-    client.log_batch(run, params=[entity.Param(name, str(value)) for name, value in place.settings.items()])
+    new = place.settings.keys() - (old[0].data.params if old else {})  # one that has changed is refused
+    client.log_batch(run, params=[entity.Param(name, str(place.settings[name])) for name in sorted(new)])
     client.update_run(run, "RUNNING")
 
     waiting: list[Any] = []
@@ -119,11 +135,15 @@ def _mlflow(place: Place) -> Sink:
             flush()
         waiting.extend(entity.Metric(name, number, now, step) for name, number in numbers.items())
 
-    def sample(step: int, text: str) -> None:
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        client.log_text(run, text, f"samples/{step:06}-{digest}.json")
+    def samples(step: int, texts: list[str]) -> None:
+        for text in texts:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+            client.log_text(run, text, f"samples/{step:06}-{digest}.json")
 
-    return Sink(metrics, sample, lambda: client.set_terminated(run), flush)
+    def close(finished: bool) -> None:
+        client.set_terminated(run, "FINISHED" if finished else "FAILED")
+
+    return Sink(metrics, samples, close, flush)
 
 
 SINKS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio, "mlflow": _mlflow}
