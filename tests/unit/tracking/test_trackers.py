@@ -384,10 +384,14 @@ def test_a_signal_ends_the_wait_and_the_process(tmp_path: Path, monkeypatch: pyt
     _, both = logged(tmp_path, "good", "hanging")
     waits_until(lambda: len(seen(tmp_path, "good")) == 102)
     process = seen(tmp_path, "good")[0][3]
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        end(both)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # beside other tests it is ignored
+    try:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            end(both)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 5 and not lives(process)
 
 
